@@ -1,0 +1,84 @@
+"""A model before any weight is read: shapes, dtypes and bytes, from config.json and file headers.
+
+Pure data and arithmetic; no torch, no network. `source.py` reads the files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1, "bool": 1, "int16": 2, "int32": 4, "int64": 8, "fp8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One stored tensor. `nbytes` is what the file holds, exact even for packed GGUF types."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything planning needs to know of a model.
+
+    Args:
+        ref: what the person asked for: "demo", a hub id, a folder, a .gguf file.
+        name: short name for people.
+        model_type: `config.json`'s model_type ("llama", "gpt2", ...).
+        tensors: every stored tensor, in file order.
+        layers, hidden, intermediate, heads, kv_heads, head_dim, vocab: the shape.
+        context: positions the model was made for.
+        layer_types: per layer "full" or "sliding".
+        sliding_window: tokens a sliding layer remembers (0 without such layers).
+        tied: input and output embedding are one tensor.
+        quantization: the checkpoint's own quantization method ("gptq", "awq", ...), or "".
+        size_on_disk: bytes of the weight files.
+        licence, gated: from the catalog or the hub, "" and False when unknown.
+        has_chat_template: the tokenizer knows how to format a conversation.
+    """
+
+    ref: str
+    name: str
+    model_type: str
+    tensors: tuple[Tensor, ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    layer_types: tuple[str, ...]
+    sliding_window: int = 0
+    tied: bool = False
+    quantization: str = ""
+    size_on_disk: int = 0
+    licence: str = ""
+    gated: bool = False
+    has_chat_template: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Parameters, a tied embedding counted once."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """KV cache bytes that one more token costs while every layer still grows."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def kv_bytes(self, context: int, batch: int, dtype: str) -> int:
+        """KV cache bytes of `batch` sequences of `context` tokens; sliding layers stop growing."""
+        per_layer_token = 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        tokens = sum(min(context, self.sliding_window) if kind == "sliding" else context for kind in self.layer_types)
+        return batch * per_layer_token * tokens

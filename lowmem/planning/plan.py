@@ -1,0 +1,116 @@
+"""The decision of how to run a model in a budget, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem.models.spec import ModelSpec
+from lowmem.units import format_bytes
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4")
+PRECISION_LABELS = {
+    "fp32": "fp32 (full precision)",
+    "fp16": "fp16 (half precision)",
+    "bf16": "bf16 (half precision)",
+    "int8": "int8 (dynamic, for CPU)",
+    "bnb8": "8-bit (bitsandbytes LLM.int8)",
+    "nf4": "4-bit (bitsandbytes NF4)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One share of a budget: "weights", "kv", "activations", "scratch" or "overhead"."""
+
+    key: str
+    count: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Predicted peak bytes in one memory ("ram" or "vram"), share by share, against a limit."""
+
+    memory: str
+    lines: tuple[Line, ...]
+    limit: int
+
+    @property
+    def peak(self) -> int:
+        return sum(line.count for line in self.lines)
+
+    @property
+    def verdict(self) -> str:
+        """"fits", "tight" (above 90 % of the limit) or "over"."""
+        if self.peak > self.limit:
+            return "over"
+        return "tight" if self.peak > 0.9 * self.limit else "fits"
+
+    def share(self, key: str) -> int:
+        return sum(line.count for line in self.lines if line.key == key)
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """A choice that was not taken, and why."""
+
+    choice: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a model will be run.
+
+    Args:
+        spec: the model.
+        precision: one of `PRECISIONS`.
+        device: torch device key, see `Device.key`.
+        context: tokens (prompt and answer) the KV cache is planned for.
+        batch: sequences at once.
+        kv: storage of the KV cache: "same" as the computation, or "int8".
+        prefill_chunk: prompt tokens per forward pass.
+        budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
+        reason: why this choice, for a person.
+        declined: what was looked at and not taken.
+    """
+
+    spec: ModelSpec
+    precision: str
+    device: str
+    context: int
+    batch: int
+    kv: str
+    prefill_chunk: int
+    budgets: tuple[Budget, ...]
+    reason: str = ""
+    declined: tuple[Declined, ...] = ()
+
+    def budget(self, memory: str) -> Budget | None:
+        return next((budget for budget in self.budgets if budget.memory == memory), None)
+
+    @property
+    def main(self) -> Budget:
+        """The budget of the device that computes."""
+        return self.budget("vram") or self.budgets[0]
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict of all budgets."""
+        verdicts = {budget.verdict for budget in self.budgets}
+        return next(v for v in ("over", "tight", "fits") if v in verdicts)
+
+    @property
+    def predicted(self) -> dict[str, int]:
+        return {budget.memory: budget.peak for budget in self.budgets}
+
+    def sentence(self) -> str:
+        """The verdict for a person, naming the number."""
+        budget = max(self.budgets, key=lambda b: b.peak / max(b.limit, 1))
+        memory = "GPU memory" if budget.memory == "vram" else "RAM"
+        peak, limit = format_bytes(budget.peak), format_bytes(budget.limit)
+        if budget.verdict == "over":
+            return f"Needs {peak} of {memory}, {format_bytes(budget.peak - budget.limit)} more than the budget of {limit}."
+        if budget.verdict == "tight":
+            return f"Tight: {peak} of the {limit} {memory} budget, {format_bytes(budget.limit - budget.peak)} to spare."
+        return f"Fits: {peak} of the {limit} {memory} budget."

@@ -1,0 +1,63 @@
+"""The only reader of environment variables.
+
+Read afresh on every call, so that a test or a notebook cell can change the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where lowmem keeps its files, and what the host says about itself.
+
+    `memory` is the host's own statement of its RAM (Spaces set `MEMORY`, e.g. "15Gi").
+    `hub_token` is used for requests and never written anywhere.
+    """
+
+    home: Path
+    host: str
+    memory: str
+    hub_endpoint: str
+    hub_offline: bool
+    hub_token: str | None = field(default=None, repr=False)
+
+    @property
+    def models(self) -> Path:
+        """Fetched and converted models, one folder each."""
+        return self.home / "models"
+
+    @property
+    def outputs(self) -> Path:
+        """What the app writes for people to download."""
+        return self.home / "outputs"
+
+
+def settings() -> Settings:
+    """The settings of this moment, from the environment."""
+    env = os.environ
+    default_home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem"
+    return Settings(
+        home=Path(env.get("LOWMEM_HOME") or default_home).expanduser().resolve(),
+        host=_host(),
+        memory=env.get("MEMORY", ""),
+        hub_endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
+        hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
+        hub_token=env.get("HF_TOKEN") or None,
+    )
+
+
+def _host() -> str:
+    """"zerogpu", "space", "colab" or "local"."""
+    env = os.environ
+    if env.get("SPACES_ZERO_GPU", "").lower() in {"1", "true"}:
+        return "zerogpu"
+    if env.get("SYSTEM") == "spaces" or env.get("SPACE_ID"):
+        return "space"
+    # Inherited by `!python app.py`, where IPython's own check would not see the notebook.
+    if env.get("COLAB_RELEASE_TAG"):
+        return "colab"
+    return "local"
