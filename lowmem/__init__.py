@@ -1,3 +1,58 @@
-"""lowmem: language models on machines with little memory, inside a budget that is kept."""
+"""lowmem: language models on machines with little memory, inside a budget that is kept.
+
+    import lowmem
+    session = lowmem.Session()
+    hardware = session.hardware()
+    plan = lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.limits_from(hardware))
+    for event in session.load(plan): ...
+    for event in session.generate("Hello", lowmem.GenerateOptions()): ...
+
+Names are imported on first use: `import lowmem` brings in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME_OF = {
+    "CancelToken": "lowmem.events",
+    "Chunk": "lowmem.events",
+    "Completion": "lowmem.events",
+    "GenerateOptions": "lowmem.generate.options",
+    "Goal": "lowmem.planning.goal",
+    "Hardware": "lowmem.machine.hardware",
+    "Limits": "lowmem.planning.goal",
+    "LowMemError": "lowmem.errors",
+    "ModelSpec": "lowmem.models.spec",
+    "Plan": "lowmem.planning.plan",
+    "Receipt": "lowmem.events",
+    "Session": "lowmem.runtime.session",
+    "Step": "lowmem.events",
+    "limits_from": "lowmem.planning.goal",
+    "plan": "lowmem.planning.planner",
+    "probe": "lowmem.machine.hardware",
+    "read_spec": "lowmem.models.source",
+}
+
+__all__ = sorted(_HOME_OF)
+
+if TYPE_CHECKING:
+    from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+    from lowmem.errors import LowMemError
+    from lowmem.generate.options import GenerateOptions
+    from lowmem.machine.hardware import Hardware, probe
+    from lowmem.models.source import read_spec
+    from lowmem.models.spec import ModelSpec
+    from lowmem.planning.goal import Goal, Limits, limits_from
+    from lowmem.planning.plan import Plan
+    from lowmem.planning.planner import plan
+    from lowmem.runtime.session import Session
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

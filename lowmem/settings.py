@@ -15,7 +15,8 @@ class Settings:
     """Where lowmem keeps its files, and what the host says about itself.
 
     `memory` is the host's own statement of its RAM (Spaces set `MEMORY`, e.g. "15Gi").
-    `hub_token` is used for requests and never written anywhere.
+    `hub_token` is used for requests and never written anywhere. `visible_gpus` is
+    `CUDA_VISIBLE_DEVICES`, None when every GPU may be used.
     """
 
     home: Path
@@ -24,6 +25,7 @@ class Settings:
     hub_endpoint: str
     hub_offline: bool
     hub_token: str | None = field(default=None, repr=False)
+    visible_gpus: str | None = None
 
     @property
     def models(self) -> Path:
@@ -47,11 +49,12 @@ def settings() -> Settings:
         hub_endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
         hub_token=env.get("HF_TOKEN") or None,
+        visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
     )
 
 
 def _host() -> str:
-    """"zerogpu", "space", "colab" or "local"."""
+    """ "zerogpu", "space", "colab" or "local"."""
     env = os.environ
     if env.get("SPACES_ZERO_GPU", "").lower() in {"1", "true"}:
         return "zerogpu"

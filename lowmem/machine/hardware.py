@@ -5,9 +5,16 @@ Knows nothing about models. Imports torch only when somebody else already has.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem.settings import settings
+from lowmem.units import format_bytes
 
 CPU = "cpu"
+
+_HOSTS = {"colab": "Colab", "space": "Space", "zerogpu": "Space"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """"cpu", "cuda" or "mps"."""
+        """ "cpu", "cuda" or "mps"."""
         return self.key.split(":")[0]
 
 
@@ -71,9 +78,47 @@ class Hardware:
     def line(self) -> str:
         """The machine in one line for a person, e.g.
         "NVIDIA T4 · 15.6 GB VRAM · 12.7 GB RAM · 2 cores · Colab"."""
-        raise NotImplementedError
+        ram = format_bytes(self.cpu.total_bytes)
+        if self.device.kind == "cuda":
+            name = self.device.name if len(self.gpus) == 1 else f"{self.device.name} (1 of {len(self.gpus)} GPUs)"
+            memories = [f"{format_bytes(self.device.total_bytes)} VRAM", f"{ram} RAM"]
+        elif self.device.kind == "mps":
+            name, memories = self.device.name, [f"{ram} shared RAM"]
+        else:
+            name, memories = self.cpu.name, [f"{ram} RAM"]
+        parts = [name, *memories, f"{self.cores} core{'s' * (self.cores != 1)}", _HOSTS.get(self.host, "")]
+        return " · ".join(part for part in parts if part)
 
 
 def probe() -> Hardware:
     """Look at the machine. Cheap enough to call on every page view."""
-    raise NotImplementedError
+    # These describe parts of the machine with the dataclasses above.
+    from lowmem.machine import baseline, gpu, memory_limits, processor
+
+    here = settings()
+    ram = memory_limits.ram()
+    gpus, gpu_note = gpu.gpus()
+    return Hardware(
+        host=here.host,
+        cpu=Device(
+            key=CPU,
+            name=processor.name(),
+            total_bytes=ram.total_bytes,
+            free_bytes=ram.free_bytes,
+            dtypes=processor.dtypes(),
+            note=" ".join(note for note in (processor.note(), gpu_note) if note),
+        ),
+        gpus=gpus or gpu.apple(ram),
+        cores=processor.cores(),
+        ram_limit=ram.limit,
+        disk_free_bytes=disk_free_bytes(here.home),
+        disk_path=str(here.home),
+        process_bytes=memory_limits.process_bytes(),
+        runtime_bytes=baseline.runtime_bytes(),
+    )
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Room on the disk where `folder` is, or will be once it exists."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

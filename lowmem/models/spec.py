@@ -7,7 +7,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1, "bool": 1, "int16": 2, "int32": 4, "int64": 8, "fp8": 1}
+DTYPE_BYTES = {
+    "fp64": 8,
+    "fp32": 4,
+    "fp16": 2,
+    "bf16": 2,
+    "fp8": 1,
+    "fp8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+    "int16": 2,
+    "uint16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "int64": 8,
+    "uint64": 8,
+}
+"""Bytes per element of unpacked dtypes. GGUF tensors keep their type's name ("q4_1"); ask their `nbytes`."""
+
+_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +45,15 @@ class Tensor:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def is_buffer(self) -> bool:
+        """Stored by old checkpoints (causal masks, rotary frequencies), recomputed by every loader."""
+        return self.name.endswith(_BUFFERS)
+
+    @property
+    def is_output_embedding(self) -> bool:
+        return self.name.endswith(_OUTPUT_EMBEDDINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +99,9 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Parameters, a tied embedding counted once."""
-        return sum(tensor.elements for tensor in self.tensors)
+        """Parameters, without stored buffers; a tied embedding counts once even where the file holds it twice."""
+        counted = (t for t in self.tensors if not (t.is_buffer or (self.tied and t.is_output_embedding)))
+        return sum(tensor.elements for tensor in counted)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """KV cache bytes that one more token costs while every layer still grows."""

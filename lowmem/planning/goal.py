@@ -22,11 +22,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What to run. "auto" leaves precision or device to the planner.
-
-    `prefer` decides what is given up first when memory is short: "quality" keeps bits,
-    "speed" takes the fastest precision that the device has.
-    """
+    """What to run. "auto" leaves precision or device to the planner."""
 
     context: int = 2048
     batch: int = 1
@@ -34,7 +30,6 @@ class Goal:
     device: str = "auto"
     kv: str = "same"
     prefill_chunk: int = 512
-    prefer: str = "quality"
 
 
 def detected_limits(hardware: Hardware) -> Limits:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.machine.hardware import Device, Hardware
 from lowmem.models.spec import ModelSpec
+from lowmem.planning.goal import Limits
 from lowmem.units import format_bytes
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4")
@@ -64,11 +66,12 @@ class Plan:
 
     Args:
         spec: the model.
+        hardware, limits: the machine and the bytes the plan was made for.
         precision: one of `PRECISIONS`.
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
         batch: sequences at once.
-        kv: storage of the KV cache: "same" as the computation, or "int8".
+        kv: storage of the KV cache: "same" as the computation, "int8", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
@@ -76,18 +79,26 @@ class Plan:
     """
 
     spec: ModelSpec
+    hardware: Hardware
+    limits: Limits
     precision: str
     device: str
     context: int
     batch: int
     kv: str
     prefill_chunk: int
-    budgets: tuple[Budget, ...]
+    budgets: tuple[Budget, ...] = ()
     reason: str = ""
     declined: tuple[Declined, ...] = ()
 
     def budget(self, memory: str) -> Budget | None:
         return next((budget for budget in self.budgets if budget.memory == memory), None)
+
+    @property
+    def place(self) -> Device:
+        """The device that computes."""
+        devices = (*self.hardware.gpus, self.hardware.cpu)
+        return next(device for device in devices if device.key == self.device)
 
     @property
     def main(self) -> Budget:

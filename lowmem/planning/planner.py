@@ -2,17 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from lowmem.errors import BadInput
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
+from lowmem.planning.estimate import priced, weight_bytes
 from lowmem.planning.goal import Goal, Limits
-from lowmem.planning.plan import Plan
+from lowmem.planning.ladder import descend
+from lowmem.planning.plan import PRECISION_LABELS, Declined, Plan
+from lowmem.planning.precision import available, candidates, device_of
+from lowmem.units import GB, format_bytes
+
+COMFORTABLE_CONTEXT = 8192
+"""Automatic context grows up to this while it costs nothing that matters."""
+
+CPU_WEIGHTS_CEILING = 2 * GB
+"""Every token reads all weights once. At the 20 GB/s of an ordinary two-channel memory this is ten
+tokens a second, about reading speed; a larger model fits many CPUs but nobody wants to wait for it."""
+
+DEFAULT_GOAL = Goal()
 
 
-def plan(spec: ModelSpec | None, hardware: Hardware, limits: Limits, goal: Goal = Goal()) -> Plan:
-    """The best plan for `spec`, or for the best catalog model when `spec` is None. Always returns one; see its `verdict`."""
-    raise NotImplementedError
+def plan(
+    spec: ModelSpec | None,
+    hardware: Hardware,
+    limits: Limits,
+    goal: Goal = DEFAULT_GOAL,
+    choices: Sequence[ModelSpec] | None = None,
+) -> Plan:
+    """The best plan for `spec`; when `spec` is None, for the best of `choices` (default: the catalog).
+
+    Always returns a plan: when nothing fits it is the smallest, and its `verdict` is "over".
+
+    Args:
+        choices: models to choose from, best first.
+
+    Raises:
+        BadInput: a goal outside any sense (context of zero, unknown precision or device).
+    """
+    _check(goal, hardware)
+    if spec is not None:
+        return _plan_model(spec, hardware, limits, goal)
+    return _recommend(_catalog() if choices is None else choices, hardware, limits, goal)
 
 
-def available(precision: str, hardware: Hardware, device: str = "auto") -> str | None:
-    """None when the precision runs on the machine, else why not (for a greyed-out choice)."""
-    raise NotImplementedError
+def _check(goal: Goal, hardware: Hardware) -> None:
+    if not 1 <= goal.context <= 10_000_000:
+        raise BadInput(f"A context of {goal.context:,} tokens is not possible.", "Use a value from 1 to 10,000,000.")
+    if not 1 <= goal.batch <= 4096:
+        raise BadInput(f"A batch of {goal.batch:,} is not possible.", "Use a value from 1 to 4,096.")
+    if not 1 <= goal.prefill_chunk <= 1_000_000:
+        raise BadInput(f"A prefill chunk of {goal.prefill_chunk:,} is not possible.", "Use a value from 16 to 8,192.")
+    if goal.kv not in ("same", "int8"):
+        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", "Choose same or int8.")
+    keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
+    if goal.device not in keys:
+        raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")
+    if goal.precision != "auto" and (refusal := available(goal.precision, hardware, goal.device)):
+        raise BadInput(refusal, "Choose another precision, or auto.")
+
+
+def _catalog() -> list[ModelSpec]:
+    from lowmem.models.catalog import CATALOG
+
+    entries = sorted((e for e in CATALOG if e.chat and not e.gated), key=lambda e: -e.quality)
+    return [entry.spec() for entry in entries]
+
+
+def _draft(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal, precision: str) -> Plan:
+    device = device_of(hardware, goal.device)
+    draft = Plan(
+        spec=spec,
+        hardware=hardware,
+        limits=limits,
+        precision=precision,
+        device=device.key,
+        context=min(goal.context, spec.context),
+        batch=goal.batch,
+        kv=goal.kv,
+        prefill_chunk=goal.prefill_chunk,
+    )
+    return priced(draft)
+
+
+def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal) -> Plan:
+    """The first precision that fits; the smallest one when none does."""
+    if goal.precision != "auto":
+        chosen = _draft(spec, hardware, limits, goal, goal.precision)
+        return replace(chosen, reason="Precision as asked for.")
+    drafts = [_draft(spec, hardware, limits, goal, p) for p in candidates(hardware, device_of(hardware, goal.device))]
+    chosen = next((d for d in drafts if d.verdict != "over"), None)
+    if chosen is None:
+        chosen = min(drafts, key=lambda d: d.main.peak)
+        return replace(chosen, reason="Nothing fits; this takes the least memory.", declined=_declined(drafts, chosen))
+    return replace(chosen, reason=_precision_reason(chosen), declined=_declined(drafts, chosen))
+
+
+def _declined(drafts: Iterable[Plan], chosen: Plan) -> tuple[Declined, ...]:
+    return tuple(Declined(_title(d), _why_not(d, chosen)) for d in drafts if d is not chosen)
+
+
+def _why_not(draft: Plan, chosen: Plan) -> str:
+    if draft.verdict == "over":
+        return draft.sentence()
+    if draft.place.kind == "cpu" and chosen.precision == "int8":
+        return f"Fits in {format_bytes(draft.main.peak)}, but reads more memory for every token, so it is slower."
+    return f"Fits in {format_bytes(draft.main.peak)}, but keeps fewer bits than there is room for."
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.spec.name}, {PRECISION_LABELS[plan.precision]}"
+
+
+def _precision_reason(plan: Plan) -> str:
+    if plan.place.kind == "cpu" and plan.precision == "int8":
+        return "int8 is the fastest on a CPU and nearly exact."
+    if plan.precision in ("fp16", "bf16", "fp32"):
+        return f"{plan.precision} is the most exact that {plan.place.name} runs well, and it fits."
+    return f"{PRECISION_LABELS[plan.precision]} keeps as many bits as fit."
+
+
+def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, limits: Limits, goal: Goal) -> Plan:
+    """The best model that fits with room to spare, and then as much context as stays comfortable."""
+    if not choices:
+        raise BadInput("There is no model to choose from.", "Name one: a hub id, a folder or a .gguf file.")
+    declined: list[Declined] = []
+    for spec in choices:
+        draft = _plan_model(spec, hardware, limits, goal)
+        refusal = _too_slow(draft) or ("" if draft.verdict == "fits" else draft.sentence())
+        if not refusal:
+            return _with_context(draft, goal, tuple(declined))
+        declined.append(Declined(_title(draft), refusal))
+    drafts = [_plan_model(spec, hardware, limits, goal) for spec in choices]
+    smallest = descend(min(drafts, key=lambda d: d.main.peak))
+    kept = tuple(d for d in declined if d.choice != _title(smallest))
+    return replace(smallest, reason=f"The smallest model there is. {smallest.reason}", declined=kept)
+
+
+def _too_slow(plan: Plan) -> str:
+    if plan.place.kind != "cpu":
+        return ""
+    weights = weight_bytes(plan.spec, plan.precision, plan.place.dtypes[0])
+    if weights <= CPU_WEIGHTS_CEILING:
+        return ""
+    return f"Too slow on a CPU, which would read {format_bytes(weights)} of weights for every token."
+
+
+def _with_context(draft: Plan, goal: Goal, declined: tuple[Declined, ...]) -> Plan:
+    grown = draft
+    while grown.context * 2 <= min(draft.spec.context, COMFORTABLE_CONTEXT):
+        longer = priced(grown, context=grown.context * 2)
+        if longer.verdict != "fits":
+            break
+        grown = longer
+    memory = "GPU memory" if grown.main.memory == "vram" else "RAM"
+    reason = (
+        f"The best model that fits {format_bytes(grown.main.limit)} of {memory} with {goal.context:,} tokens and room to spare. "
+        f"{draft.reason} Context {grown.context:,} tokens."
+    )
+    return replace(grown, reason=reason, declined=(*declined, *draft.declined))

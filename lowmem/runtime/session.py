@@ -1,55 +1,126 @@
-"""The one resident model: load, price, generate, unload."""
+"""The one resident model: load, price, generate, unload, and what to do when memory runs out.
+
+Knows nothing of web pages or command lines. Every action is a generator of events that ends
+in a `Receipt`; one lock makes everybody queue for the one model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lowmem.errors import BadInput, DoesNotFit, LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.hardware import Hardware, probe
+from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.planning.estimate import priced
+from lowmem.planning.ladder import lower_load, quantized_kv
 from lowmem.planning.plan import Plan
+from lowmem.runtime import receipts
+from lowmem.units import format_bytes
+
+if TYPE_CHECKING:
+    from lowmem.runtime.loader import Loaded
+
+log = logging.getLogger("lowmem.session")
 
 Message = dict[str, str]
 
+PYTHON_BYTES = 15_000_000
+"""RSS of a bare interpreter, which `runtime_bytes` counts and a running process holds already."""
+
 
 class Session:
-    """Owns the resident model and the lock that makes visitors queue.
+    """Owns the resident model. One per process; safe to call from many threads."""
 
-    Every action is a generator that ends in a `Receipt`.
-    """
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: Loaded | None = None
+        self._plan: Plan | None = None
+        self._bytes_before_load = 0
+        self._load_receipt: Receipt | None = None
+        self._last_receipt: Receipt | None = None
+        self._busy = ""
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the resident model, None when nothing is loaded."""
-        raise NotImplementedError
+        return self._plan
 
     @property
     def load_receipt(self) -> Receipt | None:
-        raise NotImplementedError
+        return self._load_receipt
 
     @property
     def last_receipt(self) -> Receipt | None:
-        raise NotImplementedError
+        return self._last_receipt
 
     @property
     def busy(self) -> str:
-        """What is going on now ("Loading ...", "Generating ..."), or ""."""
-        raise NotImplementedError
+        """What is going on now ("Loading ..."), or ""."""
+        return self._busy
+
+    def hardware(self) -> Hardware:
+        """The machine now, with `runtime_bytes` as this very process will have it without a model."""
+        found = probe()
+        if self._loaded is not None:
+            return replace(found, runtime_bytes=self._bytes_before_load, process_bytes=self._bytes_before_load)
+        if "torch" in sys.modules and "transformers" in sys.modules:
+            return replace(found, runtime_bytes=max(found.process_bytes, found.runtime_bytes))
+        return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes - PYTHON_BYTES)
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
-        """Fetch if need be, free the resident model, load. `force` ignores an "over" verdict.
+        """Fetch if need be, free the resident model, load; down the ladder when memory runs out.
+
+        Args:
+            force: go on although the prediction is over the budget, and do not enforce it.
 
         Raises:
             DoesNotFit: the plan exceeds its budget and `force` is off.
+            OutOfMemory: even the last rung of the ladder did not fit.
         """
-        raise NotImplementedError
+        cancel = cancel or CancelToken()
+        yield from self._turn(f"Loading {plan.spec.name}", cancel)
+        try:
+            if not force:
+                _refuse_if_over(plan, "Lower the context, choose fewer bits or a smaller model, or try anyway.")
+            receipt = yield from self._load(plan, cancel, force)
+            self._load_receipt = self._last_receipt = receipt
+            yield receipt
+        finally:
+            self._done()
 
     def unload(self) -> Receipt | None:
-        """Give the memory back; None when nothing was loaded. Idempotent."""
-        raise NotImplementedError
+        """Give the memory back; None when nothing was loaded. Waits for running work to end."""
+        with self._lock:
+            plan, started = self._plan, time.perf_counter()
+            if plan is None:
+                return None
+            held = _resident_bytes() - self._bytes_before_load
+            self._drop()
+            returned = held - (_resident_bytes() - self._bytes_before_load)
+            self._last_receipt = receipts.unload_receipt(plan, time.perf_counter() - started, held, returned)
+            return self._last_receipt
 
     def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
-        """The resident plan re-priced for one action: context = prompt + max_new_tokens."""
-        raise NotImplementedError
+        """The resident plan re-priced for one action, whose context is prompt + max_new_tokens."""
+        plan = self._resident()[1]
+        return priced(
+            plan,
+            hardware=replace(plan.hardware, runtime_bytes=self._bytes_before_load) if plan.device == "cpu" else plan.hardware,
+            context=min(prompt_tokens + options.max_new_tokens, plan.spec.context),
+            batch=batch * options.num_sequences,
+            kv=options.kv if options.use_cache else "none",
+            # Several answers to one prompt share one prefill, so its activations exist once.
+            prefill_chunk=max(1, options.prefill_chunk // options.num_sequences) if options.use_cache else plan.spec.context,
+        )
 
     def generate(
         self,
@@ -60,12 +131,31 @@ class Session:
         raw: bool = False,
         force: bool = False,
     ) -> Iterator[Step | Chunk | Receipt]:
-        """Stream an answer. `raw` completes the text without the chat template.
+        """Stream an answer to a prompt or a conversation. `raw` completes text without the chat template.
 
         Raises:
-            BadInput, DoesNotFit, OutOfMemory, CorruptModel (NaN logits), Cancelled before the first token.
+            BadInput: nothing loaded, an empty prompt, a prompt beyond the context.
+            DoesNotFit: the action is predicted to exceed the budget and `force` is off.
+            OutOfMemory, CorruptModel (numbers that are not numbers), Cancelled (before the first token).
         """
-        raise NotImplementedError
+        from lowmem.generate.prompts import check_length, encode_prompt
+
+        cancel = cancel or CancelToken()
+        yield from self._turn("Generating", cancel)
+        try:
+            loaded, plan = self._resident()
+            ids = encode_prompt(loaded.tokenizer, prompt, raw)
+            room, note = check_length(len(ids), options.max_new_tokens, plan.spec.context)
+            options = replace(options, max_new_tokens=room)
+            action = self.price(len(ids), options)
+            if not force:
+                _refuse_if_over(action, "Ask for fewer new tokens, store the KV cache in int8, or load fewer bits.")
+            notes = [note] if note else []
+            receipt = yield from self._generate(ids, options, action, notes, cancel, force)
+            self._last_receipt = receipts.with_prompt(receipt, prompt, options, raw)
+            yield self._last_receipt
+        finally:
+            self._done()
 
     def batch(
         self,
@@ -77,5 +167,183 @@ class Session:
         batch_size: int | None = None,
         force: bool = False,
     ) -> Iterator[Step | Completion | Receipt]:
-        """Answer many prompts; results come as each batch ends."""
-        raise NotImplementedError
+        """Answer many prompts; completions come as each batch ends, in order of length.
+
+        Args:
+            batch_size: prompts at once; None lets the budget decide.
+        """
+        from lowmem.generate.batching import run_batches
+
+        cancel = cancel or CancelToken()
+        yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
+        try:
+            loaded, plan = self._resident()
+            largest = batch_size or 1
+
+            def fits(longest: int, size: int) -> bool:
+                nonlocal largest
+                accepted = force or self.price(longest, options, size).verdict != "over"
+                largest = max(largest, size) if accepted else largest
+                return accepted
+
+            started = time.perf_counter()
+            done: list[Completion] = []
+            with self._meter(plan, force) as meter:
+                events = run_batches(
+                    loaded.model,
+                    loaded.tokenizer,
+                    prompts,
+                    options,
+                    context=plan.spec.context,
+                    cancel=cancel,
+                    check=meter.check,
+                    batch_size=batch_size,
+                    fits=fits,
+                    raw=raw,
+                )
+                for event in events:
+                    if isinstance(event, Completion):
+                        done.append(event)
+                    yield event
+            longest = max(completion.prompt_tokens for completion in done)
+            action = self.price(longest, options, min(largest, len(prompts)))
+            receipt = receipts.batch_receipt(action, time.perf_counter() - started, done, meter.peak)
+            self._last_receipt = receipt
+            yield receipt
+        finally:
+            self._done()
+
+    def _turn(self, what: str, cancel: CancelToken) -> Iterator[Step]:
+        """Wait for the model to be free, saying what it is busy with."""
+        while not self._lock.acquire(timeout=0.2):
+            cancel.check()
+            yield Step(0, 0, f"Waiting for: {self._busy or 'other work'}")
+        self._busy = what
+
+    def _done(self) -> None:
+        self._busy = ""
+        self._lock.release()
+
+    def _resident(self) -> tuple[Loaded, Plan]:
+        if self._loaded is None or self._plan is None:
+            raise BadInput("No model is loaded.", "Load one first; the recommended set-up is one click.")
+        return self._loaded, self._plan
+
+    def _meter(self, plan: Plan, force: bool) -> PeakMeter:
+        limits = {"ram": plan.limits.ram}
+        if plan.limits.vram is not None and plan.device != "cpu":
+            limits["vram"] = plan.limits.vram
+        return PeakMeter({} if force else limits)
+
+    def _drop(self) -> None:
+        self._loaded = self._plan = self._load_receipt = None
+        release_memory()
+
+    def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Iterator[Step]:
+        """Try `plan`, then lower rungs; the return value is the receipt."""
+        from lowmem.models.fetch import fetch
+        from lowmem.runtime.oom import is_out_of_memory
+
+        notes: list[str] = []
+        while True:
+            folder = yield from fetch(plan.spec.ref, cancel)
+            self._drop()
+            started = time.perf_counter()
+            try:
+                peak = yield from self._attempt(plan, folder, cancel, force)
+                return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                lower = lower_load(plan)
+                if lower is None:
+                    raise OutOfMemory(
+                        f"Loading {plan.spec.name} in {plan.precision} ran out of memory, and nothing smaller is left.",
+                        "Close other programs or choose a smaller model.",
+                    ) from error
+            log.warning("out of memory loading %s in %s; %s", plan.spec.name, plan.precision, lower.reason)
+            notes.append(f"Memory ran out. {lower.reason}")
+            yield Step(0, 0, notes[-1])
+            plan = lower
+
+    def _attempt(self, plan: Plan, folder: Path, cancel: CancelToken, force: bool) -> Iterator[Step]:
+        # Imported here: this is where torch enters a process that may never need it.
+        yield Step(0, 0, "Starting torch")
+        from lowmem.runtime import loader
+
+        release_memory()
+        self._bytes_before_load = _resident_bytes()
+        with self._meter(plan, force) as meter:
+            loading = loader.load(plan, folder, cancel)
+            loaded = yield from _guarded(loading, meter.check)
+            loader.warm_up(loaded)
+        self._loaded, self._plan = loaded, plan
+        return meter.peak
+
+    def _generate(
+        self, ids: list[int], options: GenerateOptions, action: Plan, notes: list[str], cancel: CancelToken, force: bool
+    ) -> Iterator[Step | Chunk]:
+        """Stream; when memory runs out before any text, once more with a smaller footprint."""
+        from lowmem.generate.text import stream
+        from lowmem.runtime.oom import is_out_of_memory
+
+        loaded, plan = self._resident()
+        started, last = time.perf_counter(), dict[int, Chunk]()
+        with self._meter(plan, force) as meter:
+            while True:
+                events = stream(
+                    loaded.model, loaded.tokenizer, ids, options, context=plan.spec.context, cancel=cancel, check=meter.check
+                )
+                try:
+                    for event in events:
+                        if isinstance(event, Chunk):
+                            last[event.index] = event
+                        yield event
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    lower = quantized_kv(action) if options.use_cache else None
+                    if not last and lower is None:
+                        raise OutOfMemory(
+                            f"Memory ran out while reading {len(ids):,} prompt tokens.", "Shorten the prompt, or load fewer bits."
+                        ) from error
+                # Only here, after the handler, is the failed attempt's cache garbage.
+                release_memory()
+                if last or lower is None:
+                    written = sum(chunk.new_tokens for chunk in last.values())
+                    notes.append(f"Memory ran out after {written:,} tokens; what was written is kept.")
+                    break
+                meter.exceeded = ""
+                action = lower
+                options = replace(options, kv="int8", prefill_chunk=max(16, options.prefill_chunk // 4))
+                notes.append("Memory ran out. " + lower.reason)
+                yield Step(0, 0, notes[-1])
+        return receipts.generate_receipt(action, time.perf_counter() - started, list(last.values()), meter.peak, notes)
+
+
+def _refuse_if_over(plan: Plan, hint: str) -> None:
+    if plan.verdict == "over":
+        raise DoesNotFit(plan.sentence(), hint)
+
+
+def _guarded(events: Iterator[Step], check: Callable[[], None]) -> Iterator[Step]:
+    """Pass events and the return value on, checking between them."""
+    while True:
+        check()
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        yield event
+
+
+def _resident_bytes() -> int:
+    """What the process holds: RSS, and on a GPU what torch holds there."""
+    import psutil
+
+    held = psutil.Process().memory_info().rss
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        held += torch.cuda.memory_reserved()
+    return held

@@ -1,0 +1,63 @@
+"""What the benchmarks share: fresh processes, medians, the machine's name, result files."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem.machine.hardware import probe
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+
+
+def lowmem(*arguments: str | int | Path) -> dict[str, Any]:
+    """`python -m lowmem ... --json` in a process of its own; the receipt."""
+    command = [sys.executable, "-m", "lowmem", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:6])} ... ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def english(characters: int) -> str:
+    """Running English text of the standard library's manual, always the same."""
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    return text[:characters]
+
+
+def text_of(folder: Path, tokens: int) -> str:
+    """English text that is `tokens` tokens long for the tokenizer in `folder`, within one or two."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(english(8 * tokens + 1000), add_special_tokens=False).ids
+    return tokenizer.decode(ids[:tokens], skip_special_tokens=False)
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def save(name: str, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:
+    """Write `results/NAME.json` with the machine it was measured on."""
+    from importlib.metadata import version
+
+    RESULTS.mkdir(exist_ok=True)
+    packages = {package: version(package) for package in ("torch", "transformers", "gradio")}
+    content = {"machine": probe().line(), "packages": packages, "notes": list(notes), "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)

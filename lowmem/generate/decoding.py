@@ -1,0 +1,243 @@
+"""The decode loop: prompts of token ids in, one token per sequence and step out.
+
+Knows token ids, a transformers causal model and its cache; nothing of text. Under greedy
+decoding the tokens are those of `transformers.generate`, and each row of a batch gets what
+it would get alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random, SystemRandom
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import BadInput, CorruptModel
+from lowmem.events import CancelToken, Step
+from lowmem.generate import kv, sampling
+from lowmem.generate.options import GenerateOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The new token of each sequence, the one that ends it included; None for those that ended before."""
+
+    ids: tuple[int | None, ...]
+
+
+def nothing() -> None:
+    """The check that never objects."""
+
+
+def drawn_seed(seed: int) -> int:
+    """`seed`, or a new one for -1."""
+    return seed if seed >= 0 else SystemRandom().randrange(2**31)
+
+
+@torch.inference_mode()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    options: GenerateOptions,
+    *,
+    eos_ids: frozenset[int],
+    cancel: CancelToken,
+    check: Callable[[], None] = nothing,
+    seeds: Sequence[int] | None = None,
+    ended: Collection[int] = (),
+) -> Iterator[Step | Tokens]:
+    """Continue every prompt by up to `options.max_new_tokens` tokens.
+
+    Sequence `p * num_sequences + s` is answer s to prompt p. A prompt is processed once for
+    all its answers. Prompt and answer together must fit the model's context.
+
+    Args:
+        eos_ids: tokens that end a sequence.
+        cancel: looked at before every part of every block, so that Stop need not wait for a forward pass.
+        check: called before every forward pass; what it raises ends the generation.
+        seeds: one for each sequence; by default `options.seed` plus the sequence's number, so
+            that a sequence is drawn alike alone and in a batch.
+        ended: sequences the caller wants no more of; it may add to the collection between steps.
+
+    Raises:
+        BadInput: no prompt, an empty one, or ids the model does not have.
+        CorruptModel: NaN or infinite logits.
+        Unsupported: the model has no KV cache.
+        Cancelled: `cancel` was set.
+    """
+    _check_prompts(prompts, model.config.get_text_config(decoder=True).vocab_size)
+    rows = _Rows(model, prompts, options)
+    blocks = decoder_blocks(model)
+    with _stoppable(itertools.chain.from_iterable(block.modules() for block in blocks), cancel):
+        logits = yield from _read(rows, options, cancel, check)
+    count = len(prompts) * options.num_sequences
+    if options.num_sequences > 1:
+        rows.branch(options.num_sequences)
+        logits = logits.repeat_interleave(options.num_sequences, dim=0)
+    first = drawn_seed(options.seed)
+    randoms = [Random(seed) for seed in seeds or range(first, first + count)]
+    with _stoppable(blocks, cancel):
+        yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder's blocks in order: the outermost list as long as the configuration says."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return list(next((blocks for blocks in lists if len(blocks) == layers), ()))
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    if not prompts or not all(prompts):
+        raise BadInput("The prompt is empty.", "Write something for the model to continue.")
+    largest = max(map(max, prompts))
+    if largest >= vocabulary:
+        raise BadInput(
+            f"The tokenizer produced token {largest:,}, but the model knows only {vocabulary:,}.",
+            "The tokenizer belongs to another model: fetch the model again together with its own.",
+        )
+
+
+@contextmanager
+def _stoppable(modules: Iterable[nn.Module], cancel: CancelToken) -> Iterator[None]:
+    """Let Stop break off a forward pass in front of any of `modules`."""
+
+    def stop(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
+        cancel.check()
+
+    handles = [module.register_forward_pre_hook(stop) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Rows:
+    """The text of the live rows, left-padded to one length, and the forward pass over a stretch of it."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
+        longest = max(map(len, prompts))
+        capacity = longest + options.max_new_tokens
+        self.model = model
+        self.length = longest
+        self._pads = [longest - len(prompt) for prompt in prompts]
+        # A pad repeats the row's own first token: attention does not see it, and the repetition
+        # penalty counts that token already.
+        padded = [[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, self._pads, strict=True)]
+        self.text = torch.empty(len(prompts), capacity, dtype=torch.long, device=model.device)
+        self.text[:, :longest] = torch.tensor(padded)
+        self._mask = self._positions = None
+        if any(self._pads):
+            positions = torch.arange(capacity) - torch.tensor(self._pads)[:, None]
+            self._mask = (positions >= 0).long().to(model.device)
+            self._positions = positions.clamp_(min=0).to(model.device)
+        self._cache = None
+        if options.use_cache:
+            kv.check_supported(model)
+            self._cache = kv.make_cache(
+                model.config, rows=len(prompts) * options.num_sequences, capacity=capacity, kv=options.kv
+            )
+        self._accepted = set(inspect.signature(model.forward).parameters)
+
+    def logits(self, start: int, end: int) -> Tensor:
+        """Logits [rows, vocab] in float32 after token `end - 1`, where tokens before `start` are in the cache."""
+        if self._cache is None:
+            start = 0
+        inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "use_cache": False}
+        if "logits_to_keep" in self._accepted:
+            inputs["logits_to_keep"] = 1
+        if self._cache is not None:
+            inputs.update(past_key_values=self._cache, use_cache=True)
+        # Without pads neither mask nor positions: the model takes its fast causal path.
+        if self._mask is not None and self._positions is not None:
+            inputs["attention_mask"] = self._mask[:, :end]
+            if "position_ids" in self._accepted:
+                inputs["position_ids"] = self._positions[:, start:end]
+        return self.model(**inputs).logits[:, -1].float()
+
+    def append(self, tokens: Tensor) -> None:
+        self.text[:, self.length] = tokens
+        self.length += 1
+
+    def branch(self, copies: int) -> None:
+        """Continue every row `copies` times, side by side."""
+        self._index([row for row in range(len(self._pads)) for _ in range(copies)])
+        if self._cache is not None:
+            self._cache.batch_repeat_interleave(copies)
+
+    def select(self, keep: list[int]) -> None:
+        """Drop all rows but `keep`: later passes do not compute them."""
+        self._index(keep)
+        if self._cache is not None:
+            self._cache.batch_select_indices(torch.tensor(keep, device=self.text.device))
+
+    def _index(self, rows: list[int]) -> None:
+        self.text = self.text[rows]
+        self._pads = [self._pads[row] for row in rows]
+        if not any(self._pads):
+            self._mask = self._positions = None
+        elif self._mask is not None and self._positions is not None:
+            self._mask, self._positions = self._mask[rows], self._positions[rows]
+
+
+def _read(
+    rows: _Rows, options: GenerateOptions, cancel: CancelToken, check: Callable[[], None]
+) -> Generator[Step, None, Tensor]:
+    """Process the prompts chunk by chunk; returns the logits [rows, vocab] after them."""
+    total = rows.length
+    chunk = options.prefill_chunk if options.use_cache else total
+    yield Step(0, total, "Reading the prompt", "tokens")
+    for start in range(0, total, chunk):
+        cancel.check()
+        check()
+        end = min(start + chunk, total)
+        logits = rows.logits(start, end)
+        yield Step(end, total, "Reading the prompt", "tokens")
+    return logits
+
+
+def _write(
+    rows: _Rows,
+    logits: Tensor,
+    randoms: list[Random],
+    options: GenerateOptions,
+    eos_ids: frozenset[int],
+    cancel: CancelToken,
+    check: Callable[[], None],
+    ended: Collection[int],
+) -> Iterator[Tokens]:
+    """Append token after token to every row until all have ended; row i belongs to sequence `live[i]`."""
+    count = len(randoms)
+    live = list(range(count))
+    for made in range(1, options.max_new_tokens + 1):
+        new = sampling.next_tokens(logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live])
+        ids = new.tolist()
+        _check_numbers(ids, made)
+        answer: list[int | None] = [None] * count
+        for sequence, token in zip(live, ids, strict=True):
+            answer[sequence] = token
+        yield Tokens(tuple(answer))
+        keep = [row for row, token in enumerate(ids) if token not in eos_ids and live[row] not in ended]
+        if not keep or made == options.max_new_tokens:
+            return
+        cancel.check()
+        check()
+        if len(keep) < len(live):
+            rows.select(keep)
+            live, new = [live[row] for row in keep], new[keep]
+        rows.append(new)
+        logits = rows.logits(rows.length - 1, rows.length)
+
+
+def _check_numbers(ids: list[int], made: int) -> None:
+    if sampling.NOT_A_TOKEN in ids:
+        raise CorruptModel(
+            f"The model produced numbers that are not numbers at token {made} of its answer.",
+            "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+        )

@@ -1,0 +1,119 @@
+"""From a prompt or a conversation to token ids, and whether they fit the model's context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lowmem.errors import BadInput
+
+log = logging.getLogger("lowmem.prompts")
+
+Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant")
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], raw: bool = False) -> list[int]:
+    """Token ids of what the model shall continue.
+
+    A conversation goes through the tokenizer's chat template, and so does a plain text, as
+    the one message of a user, unless `raw`. Without a template a text is continued as it is,
+    and a conversation is laid out as "User: ...", "Assistant:" for the model to continue.
+
+    Args:
+        prompt: a text, or messages with "role" (system, user, assistant) and "content", a
+            text or a list of {"type": "text", "text": ...}; the last one is not the assistant's.
+
+    Raises:
+        BadInput: an empty prompt, a malformed message, or one the template refuses.
+    """
+    templated = bool(tokenizer.chat_template) and not raw
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+        text = None if templated else prompt
+    else:
+        messages = [_message(message) for message in prompt]
+        text = None if templated else _layout(messages)
+    _check_messages(messages)
+    # A template writes the special tokens itself.
+    ids = tokenizer(_templated(tokenizer, messages) if text is None else text, add_special_tokens=text is not None)["input_ids"]
+    if not ids:
+        raise BadInput("The tokenizer finds no token in the prompt.", "Write the prompt in a script that the model knows.")
+    return list(ids)
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple[int, str]:
+    """How many tokens the answer may have, and why when these are fewer than `max_new_tokens`.
+
+    Raises:
+        BadInput: the prompt leaves no room for an answer.
+    """
+    room = context - prompt_tokens
+    if room < 1:
+        raise BadInput(
+            f"The prompt has {prompt_tokens:,} tokens, and the context holds {context:,}, prompt and answer together.",
+            f"Shorten the prompt by at least {1 - room:,} tokens, or use a model or setting with a longer context.",
+        )
+    if max_new_tokens <= room:
+        return max_new_tokens, ""
+    return room, f"The answer is limited to {room:,} tokens: the prompt has {prompt_tokens:,} and the context holds {context:,}."
+
+
+def _message(message: Message) -> dict[str, str]:
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise BadInput(
+            "A message of the conversation has no role that is known.", f"Give each message a role of {', '.join(ROLES)}."
+        )
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        blocks = [block.get("text") if isinstance(block, Mapping) and block.get("type") == "text" else None for block in content]
+        content = None if None in blocks else "\n".join(map(str, blocks))
+    if not isinstance(content, str):
+        raise BadInput("A message of the conversation holds something else than text.", "Send text only: the model reads nothing else.")
+    return {"role": message["role"], "content": content}
+
+
+def _check_messages(messages: Sequence[dict[str, str]]) -> None:
+    if not messages or not messages[-1]["content"].strip():
+        raise BadInput("The prompt is empty.", "Write something for the model to answer.")
+    if messages[-1]["role"] == "assistant":
+        raise BadInput("The conversation ends with an answer.", "End it with a message of the user.")
+
+
+def _layout(messages: Sequence[dict[str, str]]) -> str:
+    lines = [m["content"] if m["role"] == "system" else f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+    return "\n".join([*lines, "Assistant:"])
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    try:
+        return _render(tokenizer, messages)
+    except TemplateError as error:
+        refusal = error
+    folded = _without_system(messages)
+    if folded != messages:
+        log.info("the chat template refused a system message, which now opens the first user message: %s", refusal)
+        try:
+            return _render(tokenizer, folded)
+        except TemplateError as error:
+            refusal = error
+    raise BadInput(
+        f"The model's chat template refuses this conversation: {refusal}.", "Let user and assistant take turns, beginning with the user."
+    ) from refusal
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Move leading system messages to the top of the first user message, for templates that know no system."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    others = [m for m in messages if m["role"] != "system"]
+    if not system or not others:
+        return messages
+    first = {"role": others[0]["role"], "content": "\n\n".join([*system, others[0]["content"]])}
+    return [first, *others[1:]]

@@ -1,0 +1,88 @@
+"""What torch and transformers cost in RAM before any model is loaded, measured once per version."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from lowmem.settings import settings
+
+log = logging.getLogger("lowmem.machine")
+
+# Measured with torch 2.13 and transformers 5.23 on Linux x86-64; stands in until this machine is measured.
+DEFAULT_RUNTIME_BYTES = 450_000_000
+
+# Llama's classes and a tokenizer stand for any model's; the product makes torch start its threads and its
+# matrix library, which any model would.
+_CHILD = """
+import psutil
+import torch
+from transformers import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+square = torch.ones(512, 512)
+square @ square
+print(psutil.Process().memory_info().rss)
+"""
+
+
+def runtime_bytes() -> int:
+    """The measured figure for these versions, or `DEFAULT_RUNTIME_BYTES` before the first measurement."""
+    return _measured().get(_versions(), DEFAULT_RUNTIME_BYTES)
+
+
+def measure_runtime_bytes() -> int:
+    """Measure in a child process (about 4 s) unless these versions have been; keep the figure in LOWMEM_HOME.
+
+    Without a working torch the default is returned and nothing is kept.
+    """
+    if cached := _measured().get(_versions()):
+        return cached
+    try:
+        child = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=180, check=True)
+        measured = int(child.stdout.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        log.warning("the runtime's RAM could not be measured: %s", error)
+        return DEFAULT_RUNTIME_BYTES
+    _keep({**_measured(), _versions(): measured})
+    return measured
+
+
+def _path() -> Path:
+    return settings().home / "runtime_bytes.json"
+
+
+def _measured() -> dict[str, int]:
+    try:
+        figures = json.loads(_path().read_text())
+        return {str(key): int(value) for key, value in figures.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep(figures: dict[str, int]) -> None:
+    """Written beside and moved into place: two processes may measure at once."""
+    unfinished = _path().with_suffix(f".{os.getpid()}.tmp")
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(figures, indent=1))
+        unfinished.replace(_path())
+    except OSError as error:
+        log.warning("the runtime's RAM could not be kept: %s", error)
+
+
+@functools.cache
+def _versions() -> str:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "absent"
+
+    return f"torch {version('torch')}, transformers {version('transformers')}, python {platform.python_version()}"

@@ -1,0 +1,176 @@
+"""The GPUs of this machine as devices: through NVML, or through torch where that is loaded.
+
+Never imports torch, and never starts CUDA. Keys count as CUDA does when CUDA_DEVICE_ORDER is
+PCI_BUS_ID, which is NVML's order.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lowmem.machine import processor
+from lowmem.machine.hardware import Device
+from lowmem.machine.memory_limits import Ram
+from lowmem.settings import settings
+from lowmem.units import GB
+
+log = logging.getLogger("lowmem.machine")
+
+# A ZeroGPU Space lends half an RTX Pro 6000 Blackwell; its main process reports figures made up by an emulation.
+ZEROGPU = Device(
+    key="cuda:0",
+    name="ZeroGPU",
+    total_bytes=48 * GB,
+    free_bytes=48 * GB,
+    dtypes=("bf16", "fp16", "fp32"),
+    note="Attached only while an action runs.",
+)
+
+
+def gpus() -> tuple[tuple[Device, ...], str]:
+    """The GPUs that torch can use, largest first, and a sentence about those that it cannot."""
+    if settings().host == "zerogpu":
+        return (ZEROGPU,), ""
+    found = _from_nvml() or _from_torch()
+    if found and not _torch_reaches_gpus():
+        return (), f"There is an {found[0].name}, but this PyTorch cannot use it: it needs a build with CUDA."
+    return tuple(sorted(found, key=lambda device: -device.total_bytes)), ""
+
+
+def apple(ram: Ram) -> tuple[Device, ...]:
+    """The GPU of an Apple chip, which shares the RAM; empty elsewhere."""
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
+        return ()
+    note = "Shares its memory with everything else that runs."
+    return (Device("mps", processor.name(), ram.total_bytes, ram.free_bytes, ("fp16", "fp32"), note),)
+
+
+def loaded_torch() -> ModuleType | None:
+    """torch if somebody has imported it, completely: another thread may still be at it."""
+    torch = sys.modules.get("torch")
+    spec = getattr(torch, "__spec__", None)
+    return torch if spec is not None and not getattr(spec, "_initializing", False) else None
+
+
+def torch_with_cuda() -> Any | None:
+    """torch once it has started CUDA, else None."""
+    torch = loaded_torch()
+    return torch if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _from_nvml() -> list[Device]:
+    nvml = _nvml()
+    if nvml is None:
+        return []
+    try:
+        return [_described(nvml, index, handle) for index, handle in enumerate(_visible(nvml))]
+    except nvml.NVMLError as error:
+        log.info("NVML does not describe this GPU: %s", error)
+        return []
+
+
+@functools.cache
+def _nvml() -> Any | None:
+    """The started NVML, None without the package or without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def _visible(nvml: Any) -> Iterator[Any]:
+    """Handles in the order of CUDA_VISIBLE_DEVICES: numbers or (the start of) UUIDs."""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    wanted = settings().visible_gpus
+    if wanted is None:
+        yield from handles
+        return
+    for token in (part.strip() for part in wanted.split(",")):
+        if token.isdigit():
+            matches = handles[int(token) : int(token) + 1]
+        elif token.startswith("MIG-"):
+            matches = [nvml.nvmlDeviceGetHandleByUUID(token)]
+        else:
+            matches = [handle for handle in handles if token and nvml.nvmlDeviceGetUUID(handle).startswith(token)]
+        if not matches:
+            return  # CUDA too ignores everything from the first entry that names no GPU
+        yield matches[0]
+
+
+def _described(nvml: Any, index: int, handle: Any) -> Device:
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, nvml.nvmlMemory_v2)
+        total = memory.total - memory.reserved
+    except nvml.NVMLError:  # a driver before 510 counts what it reserves as used
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total = memory.total
+    capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return _device(index, nvml.nvmlDeviceGetName(handle), total, memory.free, tuple(capability))
+
+
+def _from_torch() -> list[Device]:
+    """What NVML does not know: AMD's GPUs, Jetson."""
+    torch = loaded_torch()
+    if torch is None or not torch.cuda.is_available():
+        return []
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        capability = torch.cuda.get_device_capability(index)
+        devices.append(_device(index, torch.cuda.get_device_name(index), total, free, capability))
+    return devices
+
+
+def _device(index: int, name: str, total: int, free: int, capability: tuple[int, ...]) -> Device:
+    free = min(total, free + _reusable_bytes(index))
+    if capability >= (8, 0):
+        return Device(f"cuda:{index}", _clean(name), total, free, ("bf16", "fp16", "fp32"))
+    version = ".".join(map(str, capability))
+    note = f"bf16 is not supported: it needs compute capability 8.0, this GPU has {version}."
+    return Device(f"cuda:{index}", _clean(name), total, free, ("fp16", "fp32"), note)
+
+
+def _reusable_bytes(index: int) -> int:
+    """What torch's allocator has reserved on a GPU and does not use now."""
+    torch = torch_with_cuda()
+    if torch is None:
+        return 0
+    active = torch.cuda.memory_stats(index).get("active_bytes.all.current", 0)
+    return max(0, torch.cuda.memory_reserved(index) - active)
+
+
+def _clean(name: str) -> str:
+    """ "Tesla T4" -> "NVIDIA T4"."""
+    return re.sub(r"^(NVIDIA )?(Tesla |(?=GeForce|Quadro))", "NVIDIA ", name)
+
+
+def _torch_reaches_gpus() -> bool:
+    torch = loaded_torch()
+    return torch.cuda.is_available() if torch is not None else _torch_built_for_gpus()
+
+
+@functools.cache
+def _torch_built_for_gpus() -> bool:
+    """Whether the installed torch can drive a GPU, read from its version file; True when there is no torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text()
+    except OSError:
+        return True
+    return re.search(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", text, flags=re.MULTILINE) is not None

@@ -1,0 +1,138 @@
+"""From the files of a model to its `ModelSpec`: which files are its weights, and what they hold.
+
+Works alike on a folder and on a hub repository, and reads configuration and headers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, Unsupported
+from lowmem.models.config import check_supported, read_shape
+from lowmem.models.files import Files, Ranged, read_object
+from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
+from lowmem.models.safetensors_header import read_header
+from lowmem.models.spec import ModelSpec, Tensor
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    CONFIG, "generation_config.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+"""What a model needs beside its weights, as far as it is there."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def describe(files: Files, ref: str, name: str, licence: str = "", gated: bool = False) -> ModelSpec:
+    """The spec of a model stored as config.json and safetensors.
+
+    Raises:
+        ModelNotFound: no config.json, or no weights.
+        UnsafeModel: weights only as pickles, or the repository's own code needed.
+        CorruptModel: files that contradict each other, naming which.
+        Unsupported: not a causal model that lowmem runs.
+    """
+    if CONFIG not in files.names:
+        raise ModelNotFound(f"{files.owner} has no config.json.{_other_formats(files.names)}", "Choose another model.")
+    config = read_object(files, CONFIG)
+    check_supported(config, name)
+    shape = read_shape(config, name)
+    weights = [files.ranged(file) for file in weight_files(files)]
+    tensors = tuple(tensor for file in weights for tensor in read_header(file).tensors)
+    _check_inventory(files, tensors)
+    tied = shape.tied or not any(tensor.is_output_embedding for tensor in tensors)
+    return ModelSpec(
+        ref=ref,
+        name=name,
+        tensors=tensors,
+        **dataclasses.asdict(dataclasses.replace(shape, tied=tied)),
+        size_on_disk=sum(file.size for file in weights),
+        licence=licence,
+        gated=gated,
+        has_chat_template=has_chat_template(files),
+    )
+
+
+def describe_gguf(file: Ranged, ref: str, name: str, licence: str = "", gated: bool = False) -> ModelSpec:
+    """The spec of a GGUF file, its tensors under transformers' names and with their packed bytes.
+
+    Raises:
+        CorruptModel, Unsupported: see `read_gguf`; also an architecture that cannot be converted.
+    """
+    gguf = read_gguf(file)
+    arch = gguf.metadata.get("general.architecture")
+    if arch not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise Unsupported(f"{name} is a GGUF file of architecture {arch!r}.", f"These can be used: {known}.")
+    return ModelSpec(
+        ref=ref,
+        name=name,
+        tensors=gguf.tensors,
+        **dataclasses.asdict(read_shape(gguf.config(), name)),
+        size_on_disk=file.size,
+        licence=licence or str(gguf.metadata.get("general.license") or ""),
+        gated=gated,
+        has_chat_template=gguf.has_chat_template,
+    )
+
+
+def weight_files(files: Files) -> tuple[str, ...]:
+    """The safetensors files that make up the model; other copies of the weights are left out.
+
+    Raises:
+        CorruptModel: a shard that the index names is absent.
+        UnsafeModel, ModelNotFound, Unsupported: there are none, and why.
+    """
+    if INDEX in files.names:
+        shards = sorted(set(map(str, _weight_map(files).values())))
+        if missing := [shard for shard in shards if shard not in files.names]:
+            few = f"{len(missing)} of {len(shards)} weight files, first {missing[0][:80]!r}"
+            raise CorruptModel(f"{files.owner} lacks {few}.", "Fetch the model again.")
+        return tuple(shards)
+    if "model.safetensors" in files.names:
+        return ("model.safetensors",)
+    if "adapter_model.safetensors" in files.names:
+        raise Unsupported(f"{files.owner} is a LoRA adapter, not a whole model.", "Choose its base model.")
+    if any(name.endswith(".safetensors") for name in files.names):
+        raise CorruptModel(f"{files.owner} has safetensors files but no {INDEX}.", "Fetch the model again.")
+    if pickles := sorted(name for name in files.names if name.endswith(_PICKLES) and name != "training_args.bin"):
+        raise UnsafeModel(
+            f"{files.owner} has its weights only as pickles ({pickles[0]}), which can run code when opened.",
+            "Choose a model with safetensors weights.",
+        )
+    raise ModelNotFound(
+        f"{files.owner} has a config.json but no weights.{_other_formats(files.names)}", "Choose another model."
+    )
+
+
+def has_chat_template(files: Files) -> bool:
+    """Does the tokenizer know how to format a conversation?"""
+    if {"chat_template.jinja", "chat_template.json"} & set(files.names):
+        return True
+    return "tokenizer_config.json" in files.names and bool(
+        read_object(files, "tokenizer_config.json").get("chat_template")
+    )
+
+
+def _weight_map(files: Files) -> dict[str, Any]:
+    weight_map = read_object(files, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptModel(f"{INDEX} of {files.owner} has no weight_map.", "Fetch the model again.")
+    return weight_map
+
+
+def _check_inventory(files: Files, tensors: tuple[Tensor, ...]) -> None:
+    if not tensors:
+        raise CorruptModel(f"The weight files of {files.owner} hold no tensors.", "Fetch the model again.")
+    if INDEX in files.names and (lost := _weight_map(files).keys() - {tensor.name for tensor in tensors}):
+        raise CorruptModel(f"No weight file of {files.owner} holds {min(lost)[:80]!r}.", "Fetch the model again.")
+
+
+def _other_formats(names: Collection[str]) -> str:
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    return f" It holds GGUF files: name one, such as {gguf[0]}." if gguf else ""

@@ -1,0 +1,208 @@
+"""The header of a GGUF file: metadata and tensors, with exact bytes for every packed type.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+Reads no weights, and works on ranged reads of a remote file as well. Converts nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import CorruptModel, Unsupported
+from lowmem.models.files import Ranged, ends_early
+from lowmem.models.spec import Tensor
+
+# ggml type id -> (name, elements per block, bytes per block), from ggml's type traits.
+TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("fp32", 1, 4), 1: ("fp16", 1, 2), 30: ("bf16", 1, 2), 28: ("fp64", 1, 8),
+    24: ("int8", 1, 1), 25: ("int16", 1, 2), 26: ("int32", 1, 4), 27: ("int64", 1, 8),
+    2: ("q4_0", 32, 18), 3: ("q4_1", 32, 20), 6: ("q5_0", 32, 22), 7: ("q5_1", 32, 24),
+    8: ("q8_0", 32, 34), 9: ("q8_1", 32, 40),
+    10: ("q2_k", 256, 84), 11: ("q3_k", 256, 110), 12: ("q4_k", 256, 144), 13: ("q5_k", 256, 176),
+    14: ("q6_k", 256, 210), 15: ("q8_k", 256, 292),
+    16: ("iq2_xxs", 256, 66), 17: ("iq2_xs", 256, 74), 18: ("iq3_xxs", 256, 98), 19: ("iq1_s", 256, 50),
+    20: ("iq4_nl", 32, 18), 21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 23: ("iq4_xs", 256, 136),
+    29: ("iq1_m", 256, 56), 34: ("tq1_0", 256, 54), 35: ("tq2_0", 256, 66), 39: ("mxfp4", 32, 17),
+}  # fmt: skip
+
+MODEL_TYPES = {
+    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen2moe": "qwen2_moe", "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe", "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "gpt2": "gpt2",
+    "falcon": "falcon", "bloom": "bloom", "stablelm": "stablelm", "starcoder2": "starcoder2", "nemotron": "nemotron",
+}  # fmt: skip
+"""GGUF architectures that transformers can convert, and its own names for them."""
+
+_CONFIG_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "vocab_size": "vocab_size",
+}
+# Planning tells embeddings and linear layers apart by the names that transformers gives them.
+_NAMES = {
+    "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_ENTRIES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Gguf:
+    """Metadata (arrays only as their lengths) and the tensors in file order, under transformers' names."""
+
+    metadata: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return "tokenizer.chat_template" in self.metadata
+
+    def config(self) -> dict[str, Any]:
+        """The metadata as the fields of a config.json."""
+        arch = self.metadata.get("general.architecture")
+        config = {"model_type": MODEL_TYPES.get(str(arch), str(arch))}
+        for theirs, ours in _CONFIG_KEYS.items():
+            if (value := self.metadata.get(f"{arch}.{theirs}")) is not None:
+                config[ours] = value
+        names = {tensor.name: tensor for tensor in self.tensors}
+        if "vocab_size" not in config and (embedding := names.get("model.embed_tokens.weight")):
+            config["vocab_size"] = embedding.shape[0]
+        return config | {"tie_word_embeddings": "lm_head.weight" not in names}
+
+
+def read_gguf(file: Ranged) -> Gguf:
+    """Parse and check the header of `file`.
+
+    Raises:
+        CorruptModel: not GGUF, or truncated.
+        Unsupported: version 1, big-endian, or an unknown tensor type.
+    """
+    try:
+        return _parse(_Cursor(file))
+    except (struct.error, UnicodeDecodeError, OverflowError):
+        raise CorruptModel(f"{file.name} is not a sound GGUF file.", "Fetch the model again.") from None
+
+
+class _Cursor:
+    """Reads a header front to back, in blocks large enough for a remote file."""
+
+    _BLOCK = 1 << 20
+
+    def __init__(self, file: Ranged) -> None:
+        self.file, self.position = file, 0
+        self._block, self._start = b"", 0
+
+    def take(self, length: int) -> bytes:
+        begin = self.position - self._start
+        if begin + length > len(self._block):
+            if self.position + length > self.file.size:
+                raise ends_early(self.file, self.position + length)
+            size = min(max(length, self._BLOCK), self.file.size - self.position)
+            self._block, self._start, begin = self.file.read(self.position, size), self.position, 0
+        self.position += length
+        return self._block[begin : begin + length]
+
+    def skip(self, length: int) -> None:
+        self.position += length
+        if self.position > self.file.size:
+            raise ends_early(self.file, self.position)
+        if self.position > self._start + len(self._block):
+            self._block, self._start = b"", self.position
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, what: str) -> int:
+        value: int = self.number("Q")
+        if value > _MAX_ENTRIES:
+            raise CorruptModel(f"{self.file.name} claims to hold {value:,} {what}.", "Fetch the model again.")
+        return value
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """A metadata value; an array is passed over and given as its length."""
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(self._scalar(kind))
+        inner, length = self.number("I"), self.count("array entries")
+        if inner == _STRING:
+            for _ in range(length):
+                self.skip(self.number("Q"))
+        elif inner == _ARRAY:
+            raise Unsupported(f"{self.file.name} holds nested arrays.", "Choose another file.")
+        else:
+            self.skip(length * struct.calcsize("<" + self._scalar(inner)))
+        return length
+
+    def _scalar(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise CorruptModel(f"{self.file.name} has a value of unknown type {kind}.", "Fetch the model again.")
+        return _SCALARS[kind]
+
+
+def _parse(cursor: _Cursor) -> Gguf:
+    name = cursor.file.name
+    if cursor.file.size < 24 or cursor.take(4) != b"GGUF":
+        raise CorruptModel(f"{name} is not a GGUF file.", "Check the path, or fetch it again.")
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise Unsupported(f"{name} is GGUF version {version}; versions 2 and 3 are read.", "Choose a newer file.")
+    tensor_count, value_count = cursor.count("tensors"), cursor.count("metadata values")
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.number("I"))
+    if metadata.get("split.count", 1) > 1:
+        raise Unsupported(f"{name} is one of {metadata['split.count']} parts.", "Choose a GGUF in a single file.")
+    entries = [_tensor(cursor) for _ in range(tensor_count)]
+    alignment = int(metadata.get("general.alignment") or 32)
+    start = -(-cursor.position // alignment) * alignment
+    end = max((start + offset + tensor.nbytes for tensor, offset in entries), default=start)
+    if end > cursor.file.size:
+        raise ends_early(cursor.file, end)
+    return Gguf(metadata, tuple(tensor for tensor, _ in sorted(entries, key=lambda entry: entry[1])))
+
+
+def _tensor(cursor: _Cursor) -> tuple[Tensor, int]:
+    """One tensor and its offset in the data section. GGUF lists the fastest dimension first."""
+    name, dimensions = cursor.text(), cursor.number("I")
+    if dimensions > 8:
+        raise CorruptModel(f"{cursor.file.name}: {name} has {dimensions} dimensions.", "Fetch the model again.")
+    shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+    kind, offset = cursor.number("I"), cursor.number("Q")
+    if kind not in TYPES:
+        raise Unsupported(f"{cursor.file.name}: {name} has the unknown type {kind}.", "Choose another file.")
+    dtype, block, block_bytes = TYPES[kind]
+    tensor = Tensor(_transformers_name(name), dtype, shape, 0)
+    if tensor.elements % block:
+        raise CorruptModel(
+            f"{cursor.file.name}: {name} has {tensor.elements:,} elements, not whole blocks of {block}.",
+            "Fetch the model again.",
+        )
+    return Tensor(tensor.name, dtype, shape, tensor.elements // block * block_bytes), offset
+
+
+def _transformers_name(name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in _NAMES:
+        return name
+    prefix = f"model.layers.{match[1]}." if match[1] else ""
+    return f"{prefix}{_NAMES[match[2]]}.{match[3]}"

@@ -1,0 +1,192 @@
+"""The Hugging Face Hub over plain HTTP: what a repository holds, small files, byte ranges, streams.
+
+Knows the hub's addresses and how it says no. Knows nothing about models or folders.
+Only `settings().hub_endpoint` ever sees the token: redirects to other hosts drop it (httpx does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from lowmem import __version__
+from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
+from lowmem.models.files import MAX_TEXT, ends_early, parse_object
+from lowmem.settings import settings
+
+TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository; `digest` is "sha256:..." (LFS), "git:..." (blob id) or ""."""
+
+    name: str
+    size: int
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model repository at one commit."""
+
+    repo: str
+    commit: str
+    files: dict[str, RemoteFile]
+    licence: str = ""
+    gated: bool = False
+
+    @property
+    def owner(self) -> str:
+        return self.repo
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.files.keys()
+
+    def read(self, name: str) -> bytes:
+        """A small file, whole."""
+        with _request(self.repo, self.address(name)) as response:
+            return _body(response, name)
+
+    def ranged(self, name: str) -> HubFile:
+        return HubFile(self, self.files[name])
+
+    def address(self, name: str) -> str:
+        return f"/{self.repo}/resolve/{self.commit}/{quote(name)}"
+
+
+def repository(repo: str, revision: str = "main") -> Repository:
+    """What the hub holds under `repo`, with exact sizes and hashes. One small request.
+
+    Raises:
+        ModelNotFound, GatedModel, Offline.
+    """
+    address = f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
+    with _request(repo, address) as response:
+        data = parse_object(_body(response, address), f"The hub's description of {repo}")
+    try:
+        files = {file.name: file for file in map(_remote_file, data["siblings"])}
+        commit = str(data["sha"])
+    except (KeyError, TypeError, ValueError):
+        raise CorruptModel(f"The hub's description of {repo} cannot be read.", "Try again later.") from None
+    return Repository(repo, commit, files, _licence(data), bool(data.get("gated")))
+
+
+def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
+    lfs = entry.get("lfs") or {}
+    digest = f"sha256:{lfs['sha256']}" if lfs.get("sha256") else f"git:{entry['blobId']}" if entry.get("blobId") else ""
+    return RemoteFile(str(entry["rfilename"]), int(lfs.get("size") or entry.get("size") or 0), digest)
+
+
+def _licence(data: Mapping[str, Any]) -> str:
+    card = data.get("cardData")
+    licence = card.get("license_name") or card.get("license") if isinstance(card, Mapping) else None
+    return licence if isinstance(licence, str) else ""
+
+
+class HubFile:
+    """A file of a repository as a `Ranged`: headers are read without the weights behind them."""
+
+    _BLOCK = 128 * 1024  # most safetensors headers are smaller: one request instead of two
+
+    def __init__(self, repository: Repository, file: RemoteFile) -> None:
+        self.name, self.size = file.name, file.size
+        self._repository = repository
+        self._first = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset + length > self.size:
+            raise ends_early(self, offset + length)
+        if not self._first:
+            self._first = self._fetch(0, min(self._BLOCK, self.size))
+        if offset + length <= len(self._first):
+            return self._first[offset : offset + length]
+        return self._fetch(offset, length)
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        address, wanted = self._repository.address(self.name), {"Range": f"bytes={offset}-{offset + length - 1}"}
+        with _request(self._repository.repo, address, wanted) as response:
+            # A server that ignores ranges would send gigabytes: take what is needed and hang up.
+            skip = 0 if response.status_code == 206 else offset
+            data = bytearray()
+            for chunk in response.iter_raw():
+                data += chunk
+                if len(data) >= skip + length:
+                    break
+        if len(data) < skip + length:
+            raise ends_early(self, offset + length)
+        return bytes(data[skip : skip + length])
+
+
+def stream(repository: Repository, name: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The file's bytes from `offset` as (position, chunk).
+
+    The first position is 0 instead of `offset` when the server does not resume.
+
+    Raises:
+        Offline: the connection broke; call again with the new offset.
+    """
+    headers = {"Range": f"bytes={offset}-"} if offset else {}
+    with _request(repository.repo, repository.address(name), headers) as response:
+        position = offset if response.status_code == 206 else 0
+        for chunk in response.iter_raw():
+            yield position, chunk
+            position += len(chunk)
+
+
+@contextlib.contextmanager
+def _request(repo: str, address: str, headers: Mapping[str, str] | None = None) -> Iterator[httpx.Response]:
+    """GET an address of the hub; every failure leaves as a `LowMemError`."""
+    now = settings()
+    if now.hub_offline:
+        raise Offline("HF_HUB_OFFLINE is set, so the hub is not asked.", "Unset it, or choose a local model.")
+    sent = {"User-Agent": f"lowmem/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
+    if now.hub_token:
+        sent["Authorization"] = f"Bearer {now.hub_token}"
+    try:
+        with (
+            httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers=sent) as client,
+            client.stream("GET", now.hub_endpoint + address) as response,
+        ):
+            if response.status_code not in (200, 206):
+                raise _refusal(repo, response)
+            yield response
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Offline(f"{now.hub_endpoint} cannot be reached ({_short(error)}).", "Check the connection.") from error
+
+
+def _refusal(repo: str, response: httpx.Response) -> LowMemError:
+    """The hub's status codes, see huggingface_hub's `hf_raise_for_status`: 401 hides what does not exist."""
+    status, code = response.status_code, response.headers.get("X-Error-Code", "")
+    page = f"{settings().hub_endpoint}/{repo}"
+    if code == "GatedRepo" or (status == 403 and code != "RepoNotFound"):
+        token = "with the account of your HF_TOKEN" if settings().hub_token else "and set HF_TOKEN to your token"
+        return GatedModel(f"{repo} is gated: its authors want their licence accepted.", f"Accept it at {page} {token}.")
+    if code == "RevisionNotFound":
+        return ModelNotFound(f"{repo} has no such revision.", f"Look at {page} for its branches and commits.")
+    if code == "EntryNotFound":
+        return ModelNotFound(f"{repo} lacks a file that it should have.", f"Look at {page}/tree/main.")
+    if status in (401, 404):
+        return ModelNotFound(
+            f"There is no model {repo!r} on the hub.", "Check the spelling; a private one needs HF_TOKEN."
+        )
+    return Offline(f"The hub answers with status {status}.", "Try again in a minute.")
+
+
+def _body(response: httpx.Response, name: str) -> bytes:
+    data = bytearray()
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > MAX_TEXT:
+            raise CorruptModel(f"{name} is larger than {MAX_TEXT:,} bytes.", "Choose another model.")
+    return bytes(data)
+
+
+def _short(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:120]

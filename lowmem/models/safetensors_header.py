@@ -1,0 +1,94 @@
+"""The header of a safetensors file: which tensors it holds, checked against its size.
+
+Format: 8 bytes little-endian header length, a JSON object, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). Reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import CorruptModel, Unsupported
+from lowmem.models.files import Ranged, ends_early
+from lowmem.models.spec import DTYPE_BYTES, Tensor
+
+DTYPES = {
+    "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""safetensors' dtype names and ours."""
+
+MAX_HEADER = 100_000_000
+"""The format's own bound on the header, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Tensors in file order, where each begins (bytes from the start of the file), and free-text metadata."""
+
+    tensors: tuple[Tensor, ...]
+    offsets: dict[str, int]
+    metadata: dict[str, str]
+
+
+def read_header(file: Ranged) -> Header:
+    """Parse and check the header of `file`.
+
+    Raises:
+        CorruptModel: not safetensors, or header, shapes and file size contradict each other.
+        Unsupported: a dtype that lowmem does not know.
+    """
+    if file.size < 8:
+        raise CorruptModel(f"{file.name} has {file.size} bytes: too short for safetensors.", "Fetch the model again.")
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > MAX_HEADER:
+        raise _corrupt(file, f"a header of {length:,} bytes, above the format's {MAX_HEADER:,}")
+    if 8 + length > file.size:
+        raise ends_early(file, 8 + length)
+    try:
+        fields = json.loads(file.read(8, length))
+    except (ValueError, RecursionError):
+        raise _corrupt(file, "a header that is not JSON") from None
+    if not isinstance(fields, dict):
+        raise _corrupt(file, "a header that is not a JSON object")
+    metadata = fields.pop("__metadata__", None)
+    entries = sorted((_entry(file, name, value) for name, value in fields.items()), key=lambda entry: entry[1:])
+    return _without_gaps(file, 8 + length, entries, metadata if isinstance(metadata, dict) else {})
+
+
+def _entry(file: Ranged, name: str, value: Any) -> tuple[Tensor, int, int]:
+    """One tensor with its begin and end, relative to the end of the header."""
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _corrupt(file, f"an entry {name!r} without dtype, shape and data_offsets") from None
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise _corrupt(file, f"an entry {name!r} whose shape or data_offsets are not counts")
+    if dtype not in DTYPES:
+        raise Unsupported(f"{file.name}: {name} has the unknown dtype {dtype!r}.", "Choose another model.")
+    tensor = Tensor(name, DTYPES[dtype], shape, end - begin)
+    needed = tensor.elements * DTYPE_BYTES[tensor.dtype]
+    if tensor.nbytes != needed:
+        raise _corrupt(file, f"{tensor.nbytes:,} bytes for {name}, whose shape {list(shape)} needs {needed:,}")
+    return tensor, begin, end
+
+
+def _without_gaps(file: Ranged, start: int, entries: list[tuple[Tensor, int, int]], metadata: dict[str, str]) -> Header:
+    position, offsets = 0, {}
+    for tensor, begin, end in entries:
+        if begin != position:
+            problem = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise _corrupt(file, f"a tensor {tensor.name} that {problem} (begins at {begin:,}, expected {position:,})")
+        offsets[tensor.name], position = start + begin, end
+    if start + position > file.size:
+        raise ends_early(file, start + position)
+    if start + position < file.size:
+        raise _corrupt(file, f"{file.size - start - position:,} bytes that belong to no tensor")
+    return Header(tuple(tensor for tensor, _, _ in entries), offsets, metadata)
+
+
+def _corrupt(file: Ranged, what: str) -> CorruptModel:
+    return CorruptModel(f"{file.name} is not a sound safetensors file: it has {what}.", "Fetch the model again.")

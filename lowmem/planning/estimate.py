@@ -1,0 +1,182 @@
+"""Predicted peak memory of a plan, by exact accounting from shapes.
+
+Weights and KV cache are counted to the byte from the checkpoint's header. Activations are
+the tensors that are alive together at the widest point of one decoder block; the constants
+in this file name each of them. Nothing here is fitted to measurements; the benchmark
+`benchmarks/memory.py` shows how far the prediction is from the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.planning.plan import Budget, Line, Plan
+from lowmem.units import MB, format_bytes
+
+LOAD_SLAB_BYTES = 64 * MB
+"""The loader reads and converts weights in slabs of this size (`models.checkpoint`)."""
+
+CUDA_WORKSPACE_BYTES = 96 * MB
+"""cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
+
+CUDA_RAM_BYTES = 900 * MB
+"""RAM that the CUDA driver and torch's kernels take in the process once a GPU is used."""
+
+EAGER_ATTENTION = frozenset({"gemma2", "gpt_neo", "gptj", "mpt"})
+"""Families whose attention has no fused kernel in transformers: the score matrix exists."""
+
+
+def compute_dtype(precision: str, device_dtypes: tuple[str, ...]) -> str:
+    """The dtype of activations and KV cache: the precision itself, or what the device does best."""
+    return precision if precision in ("fp32", "fp16", "bf16") else device_dtypes[0]
+
+
+def is_linear(tensor: Tensor) -> bool:
+    """Is this the weight of a linear layer inside a decoder block, which is what gets quantized?"""
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight") and _in_block(tensor) and not tensor.is_buffer
+
+
+def is_embedding(tensor: Tensor) -> bool:
+    """Is this a token or position embedding, or the output head?"""
+    return len(tensor.shape) == 2 and tensor.name.endswith("weight") and not _in_block(tensor)
+
+
+def _in_block(tensor: Tensor) -> bool:
+    return any(part.isdigit() for part in tensor.name.split("."))
+
+
+def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
+    """Bytes of the loaded weights, exact for each precision's layout.
+
+    `dtype` is the compute dtype: what is not quantized is kept in it.
+    """
+    total = 0
+    for tensor in spec.tensors:
+        if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
+            continue
+        total += _tensor_bytes(tensor, precision, dtype)
+    if precision == "int8" and spec.tied:
+        # The packed output head cannot be indexed, so a tied embedding exists twice.
+        total += _int8_linear_bytes(spec.vocab, spec.hidden)
+    return total
+
+
+def _tensor_bytes(tensor: Tensor, precision: str, dtype: str) -> int:
+    if is_linear(tensor) and precision in ("int8", "bnb8", "nf4"):
+        return _LINEAR_BYTES[precision](*tensor.shape)
+    if precision == "int8" and is_embedding(tensor):
+        rows, columns = tensor.shape
+        return _int8_linear_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
+    return tensor.elements * DTYPE_BYTES[dtype]
+
+
+def _int8_linear_bytes(rows: int, columns: int) -> int:
+    """FBGEMM packs columns in blocks of 512 and keeps per row a scale, a zero point and an offset."""
+    return rows * (math.ceil(columns / 512) * 512 + 12)
+
+
+def _bnb8_bytes(rows: int, columns: int) -> int:
+    return rows * columns + 4 * rows
+
+
+def _nf4_bytes(rows: int, columns: int) -> int:
+    """Two weights a byte; per block of 64 one absmax byte, itself scaled per 256 (double quantization)."""
+    blocks = math.ceil(rows * columns / 64)
+    return math.ceil(rows * columns / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (256 + 16)
+
+
+_LINEAR_BYTES = {"int8": _int8_linear_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
+
+
+def kv_bytes(spec: ModelSpec, context: int, batch: int, dtype: str, kv: str) -> int:
+    """KV cache for `batch` sequences of `context` tokens.
+
+    `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token) or "none".
+    """
+    if kv == "none":
+        return 0
+    if kv != "int8":
+        return spec.kv_bytes(context, batch, dtype)
+    return spec.kv_bytes(context, batch, "int8") + spec.kv_bytes(context, batch, "fp16") // spec.head_dim
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
+    """Peak of one decoder block over `tokens` = chunk x batch new tokens that see `context` tokens.
+
+    Counted: the residual stream and its normed fp32 copy; then the larger of attention
+    (q, k, v, their rotated copies, the output) and the MLP (gate, its activation, up, their
+    product); and the attention mask and repeated keys and values of a chunk that does not
+    start the sequence.
+    """
+    size = DTYPE_BYTES[dtype]
+    residual = tokens * spec.hidden * (3 * size + 2 * 4)
+    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    attention = tokens * (4 * q_width + 4 * kv_width) * size
+    mlp = tokens * 4 * spec.intermediate * size
+    return residual + max(attention, mlp) + _masked_attention_bytes(spec, tokens, context, size)
+
+
+def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
+    if context <= tokens and spec.model_type not in EAGER_ATTENTION:
+        return 0
+    mask = tokens * context * (1 + size)
+    repeated = 2 * spec.heads * spec.head_dim * context * size if spec.heads != spec.kv_heads else 0
+    scores = 2 * spec.heads * tokens * context * 4 if spec.model_type in EAGER_ATTENTION else 0
+    return mask + repeated + scores
+
+
+def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
+    """One row of logits a sequence, in fp32, sorted with its indices and summed for top-p."""
+    return batch * spec.vocab * (DTYPE_BYTES[dtype] + 4 * 4 + 2 * 8)
+
+
+def estimate(plan: Plan) -> tuple[Budget, ...]:
+    """Predicted peak per memory for `plan` (its own `budgets` are ignored): RAM, and VRAM on a GPU."""
+    on_gpu = plan.place.kind == "cuda"
+    dtype = compute_dtype(plan.precision, plan.place.dtypes)
+    lines = _run_lines(plan, dtype)
+    runtime = Line("overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine.")
+    if not on_gpu:
+        return (Budget("ram", (*lines, runtime), plan.limits.ram),)
+    workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
+    vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
+    driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
+    slab = Line("scratch", 2 * LOAD_SLAB_BYTES, "Weights on their way from disk to the GPU.")
+    return (Budget("ram", (runtime, driver, slab), plan.limits.ram), vram)
+
+
+def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    spec, batch = plan.spec, plan.batch
+    chunk = min(plan.prefill_chunk, plan.context)
+    weights = weight_bytes(spec, plan.precision, dtype)
+    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv)
+    activations = activation_bytes(spec, chunk * batch, plan.context, dtype) + logits_bytes(spec, batch, dtype)
+    # One layer's whole history, dequantized for attention; shared by all layers.
+    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
+    loading = _loading_bytes(spec, plan.precision)
+    scratch = max(dequantized, loading - kv - activations)
+    per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
+    return (
+        Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters in {plan.precision}."),
+        Line("kv", kv, f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype})."),
+        Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
+        Line("scratch", max(0, scratch), "Buffers while loading, or for a quantized cache."),
+    )
+
+
+def _loading_bytes(spec: ModelSpec, precision: str) -> int:
+    """What loading holds beside the finished weights: a slab, or the one tensor being quantized in fp32."""
+    if precision in ("fp32", "fp16", "bf16"):
+        return 2 * LOAD_SLAB_BYTES
+    quantized = [t.elements for t in spec.tensors if is_linear(t) or (precision == "int8" and is_embedding(t))]
+    # fp32 source, and the int8 copy before it is packed.
+    return 5 * max(quantized, default=0) + LOAD_SLAB_BYTES
+
+
+def priced(plan: Plan, **changes: Any) -> Plan:
+    """`plan` with `changes` and its budgets computed anew."""
+    changed = replace(plan, **changes)
+    return replace(changed, budgets=estimate(changed))

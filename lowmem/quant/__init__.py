@@ -1,0 +1,1 @@
+"""Quantized layers and the methods that make them."""

@@ -1,0 +1,70 @@
+"""Dynamic int8 on the CPU: weights per output channel, activations per call, kernels of FBGEMM.
+
+Symmetric weights W ~ scale[row] * q, q in [-127, 127]; the kernel quantizes the activations of
+each call to 8 bits by their range and accumulates in int32. On CPUs without VNNI the kernel's
+16-bit intermediate can saturate, so there the activations use 7 bits (`reduce_range`).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.machine.processor import has_vnni
+
+ROWS_AT_ONCE = 4096
+"""Rows quantized per step, so that the fp32 temporaries stay small beside a large embedding."""
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [rows, columns] of any float dtype -> (int8 codes [rows, columns], fp32 scales [rows])."""
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32)
+    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+        rows = weight[start : start + ROWS_AT_ONCE].float()
+        scale = rows.abs().amax(dim=1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+        scales[start : start + ROWS_AT_ONCE] = scale
+        codes[start : start + ROWS_AT_ONCE] = (rows / scale[:, None]).round_().clamp_(-127, 127)
+    return codes, scales
+
+
+class Int8Linear(nn.Module):
+    """`y = x W^T + b` with packed int8 weights; x and y are float32 [..., in] and [..., out]."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        """`codes` int8 [out, in], `scales` fp32 [out], as `quantize_rows` makes them."""
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.quantized.engine = "fbgemm"
+            # Wraps the codes in a quantized tensor without a second rounding.
+            quantized = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros_like(scales, dtype=torch.long), 0)
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.float())
+        self._reduce_range = not has_vnni()
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        """Quantize `weight` [out, in] of any float dtype."""
+        return cls(*quantize_rows(weight), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self._packed, self._reduce_range)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an embedding in int8 with one fp32 scale a row: ids [...] -> float32 [..., hidden]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        codes, scales = quantize_rows(weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.factor = 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.codes[ids].float() * self.scales[ids].unsqueeze(-1)
+        return rows if self.factor == 1.0 else rows * self.factor

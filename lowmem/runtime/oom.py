@@ -1,0 +1,15 @@
+"""Recognise that memory ran out, in whatever way a library says so; imports no torch."""
+
+from __future__ import annotations
+
+from lowmem.errors import OutOfMemory
+
+_SAYINGS = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Does `error` mean that memory ran out, on the host or on a GPU, or that the budget was reached?"""
+    if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in _SAYINGS)
+

@@ -1,0 +1,118 @@
+"""Receipts: what an action cost, and the Python that repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from lowmem.events import Chunk, Completion, Receipt
+from lowmem.generate.options import GenerateOptions
+from lowmem.planning.estimate import priced
+from lowmem.planning.plan import Plan
+from lowmem.units import format_bytes
+
+
+def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[str], folder: Path) -> Receipt:
+    # Loading holds no cache yet: the weights and one tensor on its way.
+    predicted = priced(plan, context=1, batch=1, prefill_chunk=1).predicted
+    return Receipt(
+        action="load",
+        model=plan.spec.name,
+        precision=plan.precision,
+        device=plan.device,
+        seconds=seconds,
+        predicted=predicted,
+        measured=_same_keys(peak, predicted),
+        disk_bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        notes=tuple(notes),
+        snippet=_load_snippet(plan),
+    )
+
+
+def unload_receipt(plan: Plan, seconds: float, held: int, returned: int) -> Receipt:
+    share = returned / held if held > 0 else 1.0
+    return Receipt(
+        action="unload",
+        model=plan.spec.name,
+        precision=plan.precision,
+        device=plan.device,
+        seconds=seconds,
+        notes=(f"{format_bytes(max(0, returned))} given back, {share:.0%} of what loading took.",),
+        details={"held_bytes": held, "returned_bytes": returned, "returned_share": share},
+    )
+
+
+def generate_receipt(plan: Plan, seconds: float, last: Sequence[Chunk], peak: dict[str, int], notes: list[str]) -> Receipt:
+    """`last`: the final chunk of each sequence; speeds add up over sequences decoded together."""
+    first = last[0] if last else Chunk("")
+    return Receipt(
+        action="generate",
+        model=plan.spec.name,
+        precision=plan.precision,
+        device=plan.device,
+        seconds=seconds,
+        predicted=plan.predicted,
+        measured=_same_keys(peak, plan.predicted),
+        prompt_tokens=first.prompt_tokens,
+        new_tokens=sum(chunk.new_tokens for chunk in last),
+        seconds_to_first=first.seconds_to_first,
+        prefill_tps=first.prefill_tps,
+        decode_tps=sum(chunk.decode_tps for chunk in last),
+        notes=tuple(notes),
+        snippet=_load_snippet(plan),
+        details={"context": plan.context, "kv": plan.kv, "finish": [chunk.finish for chunk in last]},
+    )
+
+
+def batch_receipt(plan: Plan, seconds: float, done: Sequence[Completion], peak: dict[str, int]) -> Receipt:
+    tokens = sum(completion.new_tokens for completion in done)
+    return Receipt(
+        action="batch",
+        model=plan.spec.name,
+        precision=plan.precision,
+        device=plan.device,
+        seconds=seconds,
+        predicted=plan.predicted,
+        measured=_same_keys(peak, plan.predicted),
+        new_tokens=tokens,
+        decode_tps=tokens / seconds if seconds else 0.0,
+        prompt_tokens=sum(completion.prompt_tokens for completion in done),
+        snippet=_load_snippet(plan),
+        details={"completions": len(done), "batch": plan.batch},
+    )
+
+
+def with_prompt(receipt: Receipt, prompt: object, options: GenerateOptions, raw: bool) -> Receipt:
+    """The snippet completed with the call that was made."""
+    changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    call = (
+        f"\noptions = lowmem.GenerateOptions({arguments})\n"
+        f"for event in session.generate({_short(prompt)}, options{', raw=True' if raw else ''}):\n"
+        "    if isinstance(event, lowmem.Chunk):\n"
+        '        print(event.text, end="", flush=True)\n'
+    )
+    return replace(receipt, snippet=receipt.snippet + call)
+
+
+def _load_snippet(plan: Plan) -> str:
+    goal = f"lowmem.Goal(context={plan.context}, precision={plan.precision!r}, device={plan.device!r}, kv={plan.kv!r})"
+    return (
+        "import lowmem\n\n"
+        "session = lowmem.Session()\n"
+        "hardware = session.hardware()\n"
+        f"goal = {goal}\n"
+        f"plan = lowmem.plan(lowmem.read_spec({plan.spec.ref!r}), hardware, lowmem.limits_from(hardware), goal)\n"
+        "for event in session.load(plan):\n"
+        "    pass\n"
+    )
+
+
+def _short(prompt: object) -> str:
+    text = repr(prompt)
+    return text if len(text) <= 600 else repr("...")
+
+
+def _same_keys(peak: dict[str, int], predicted: dict[str, int]) -> dict[str, int]:
+    return {memory: peak[memory] for memory in predicted if memory in peak}

@@ -1,0 +1,192 @@
+"""What the page may ask of the engine. Thin, and without torch until a model is loaded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lowmem.errors import BadInput, LowMemError
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.fields import option
+from lowmem.generate.options import GenerateOptions
+from lowmem.machine.hardware import Hardware
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.goal import Goal, Limits, limits_from
+from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
+from lowmem.ui.strings import say
+from lowmem.units import parse_bytes
+
+if TYPE_CHECKING:
+    from lowmem.machine.monitor import Snapshot
+    from lowmem.runtime.session import Session
+
+AUTO = "auto"
+HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not change between them
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A visitor's choice of set-up. "auto" leaves it to the planner, an empty budget to the machine."""
+
+    model: str = option(AUTO, "Model", "A hub id, a folder, a .gguf file, or auto.")
+    precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
+    context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
+    device: str = option(AUTO, "Device", "Where the model computes.")
+    kv: str = option("same", "KV cache storage", "int8 takes less memory.", choices=("same", "int8"))
+    ram: str = option("", "RAM budget", "Such as 4G; empty for all that is free.")
+    vram: str = option("", "GPU memory budget", "Such as 4G; empty for all that is free.")
+
+
+class Engine:
+    """One machine, one resident model, as the page sees them.
+
+    Args:
+        session: makes the session on first use, so that torch is imported no sooner.
+    """
+
+    def __init__(self, session: Callable[[], Session] | None = None) -> None:
+        self._make_session = session or _real_session
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+        self._hardware: tuple[float, Hardware] | None = None
+        self._specs: dict[str, ModelSpec] = {}
+
+    # --- the machine
+
+    def hardware(self) -> Hardware:
+        """The machine, at most a few seconds old."""
+        now = time.monotonic()
+        if self._hardware is None or now - self._hardware[0] > HARDWARE_SECONDS:
+            self._hardware = (now, self.session.hardware())
+        return self._hardware[1]
+
+    def snapshot(self) -> Snapshot:
+        from lowmem.machine.monitor import snapshot
+
+        return snapshot()
+
+    # --- planning
+
+    def catalog(self) -> list[tuple[str, str]]:
+        """(label, reference) of the models that lowmem knows, for a dropdown."""
+        from lowmem.models.catalog import CATALOG
+
+        return [(entry.label, entry.ref) for entry in CATALOG]
+
+    def spec(self, ref: str) -> ModelSpec:
+        """The model behind a reference; each is read once."""
+        if ref not in self._specs:
+            self._specs[ref] = self._read_spec(ref)
+        return self._specs[ref]
+
+    def _read_spec(self, ref: str) -> ModelSpec:
+        from lowmem.models.source import read_spec
+
+        return read_spec(ref)
+
+    def precisions(self, device: str = AUTO) -> dict[str, str | None]:
+        """Every precision with None, or with the reason why it does not run here."""
+        from lowmem.planning.planner import available
+
+        return {key: available(key, self.hardware(), device) for key in PRECISIONS}
+
+    def limits(self, choice: Choice) -> Limits:
+        ram, vram = (parse_bytes(text) if text else None for text in (choice.ram, choice.vram))
+        return limits_from(self.hardware(), ram, vram)
+
+    def plan(self, choice: Choice) -> Plan:
+        """The plan for a choice; it may be over budget, see its `verdict`."""
+        hardware = self.hardware()
+        keys = [AUTO, hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
+        if choice.device not in keys:
+            raise BadInput(f"There is no device {choice.device[:40]!r} here.", f"Choose one of {', '.join(keys)}.")
+        spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
+        context = min(choice.context, spec.context) if spec and spec.context else choice.context
+        goal = Goal(context=context, precision=choice.precision, device=choice.device, kv=choice.kv)
+        return self._plan(spec, self.limits(choice), goal)
+
+    def _plan(self, spec: ModelSpec | None, limits: Limits, goal: Goal) -> Plan:
+        from lowmem.planning.planner import plan
+
+        return plan(spec, self.hardware(), limits, goal)
+
+    def download_bytes(self, ref: str) -> int | None:
+        """Bytes that would be fetched; 0 when the model is here, None when nobody knows."""
+        from lowmem.models.fetch import download_size
+
+        try:
+            return download_size(ref)
+        except (LowMemError, OSError):
+            return None
+
+    # --- the session
+
+    @property
+    def session(self) -> Session:
+        with self._lock:
+            if self._session is None:
+                self._session = self._make_session()
+            return self._session
+
+    @property
+    def resident(self) -> Plan | None:
+        return self._session.plan if self._session else None
+
+    @property
+    def busy(self) -> str:
+        return self._session.busy if self._session else ""
+
+    @property
+    def load_receipt(self) -> Receipt | None:
+        return self._session.load_receipt if self._session else None
+
+    @property
+    def last_receipt(self) -> Receipt | None:
+        return self._session.last_receipt if self._session else None
+
+    def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
+        yield Step(0, 0, say("starting"))
+        yield from self.session.load(plan, cancel, force=force)
+
+    def unload(self) -> Receipt | None:
+        return self._session.unload() if self._session else None
+
+    def price(self, prompt_tokens: int, options: GenerateOptions) -> Plan | None:
+        """The resident plan for one more answer, None when nothing is resident."""
+        return self.session.price(prompt_tokens, options) if self.resident else None
+
+    def generate(
+        self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False
+    ) -> Iterator[Step | Chunk | Receipt]:
+        self._require_model()
+        return self.session.generate(prompt, options, cancel, raw=raw)
+
+    def chat(
+        self, messages: list[dict[str, str]], options: GenerateOptions, cancel: CancelToken
+    ) -> Iterator[Step | Chunk | Receipt]:
+        """One answer to a conversation: several at once belong to a completion."""
+        return self.generate(messages, replace(options, num_sequences=1), cancel)
+
+    def batch(
+        self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken, *, raw: bool, batch_size: int = 0
+    ) -> Iterator[Step | Completion | Receipt]:
+        """Answer many prompts; batch size 0 takes what the budget allows."""
+        self._require_model()
+        return self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None)
+
+    def _require_model(self) -> None:
+        if self.resident is None:
+            raise BadInput(say("nothing_loaded"), say("nothing_loaded_hint"))
+
+
+def precision_label(key: str) -> str:
+    return say("automatic") if key == AUTO else PRECISION_LABELS.get(key, key)
+
+
+def _real_session() -> Session:
+    from lowmem.runtime.session import Session
+
+    return Session()

@@ -1,0 +1,35 @@
+"""The whole page: header, sidebar, tabs. A new tab is one file and one line here."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from lowmem.ui import render
+from lowmem.ui.api import add_endpoints
+from lowmem.ui.bind import QUICK, Jobs
+from lowmem.ui.engine import AUTO, Engine
+from lowmem.ui.generate import GenerateTab
+from lowmem.ui.sidebar import Sidebar
+from lowmem.ui.strings import say
+
+
+def build_ui(engine: Engine | None = None, *, budget_bytes: int | None = None, model: str = AUTO) -> gr.Blocks:
+    """The page over an engine.
+
+    Args:
+        engine: the real one by default.
+        budget_bytes: the budget that the page starts with, for the computing device.
+        model: the model that is proposed instead of the recommended one.
+    """
+    engine = engine or Engine()
+    jobs = Jobs()
+    with gr.Blocks(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+        gr.HTML(render.header(), elem_id="header")
+        sidebar = Sidebar(engine, budget_bytes)
+        with gr.Tabs(elem_id="tabs"), gr.Tab(say("generate"), id="generate"):
+            generate = GenerateTab(engine, jobs, sidebar, model)
+        add_endpoints(engine)
+        opened = sidebar.after(demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK))
+        generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
+        demo.unload(jobs.leave)
+    return demo.queue(max_size=32)

@@ -1,0 +1,103 @@
+"""Prompts from text and files, and results to files. Bounded on the way in, atomic on the way out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lowmem.errors import BadInput
+from lowmem.events import Completion
+from lowmem.settings import settings
+from lowmem.units import MB, format_bytes
+
+FILE_LIMIT = 2 * MB
+PROMPT_LIMIT = 1000
+COLUMNS = ("prompt", "text", "input", "question")
+
+
+def gather(lines: str, file: str | None) -> list[str]:
+    """The prompts of the text box and the file together, blank ones left out.
+
+    Raises:
+        BadInput: none, too many, a file that is too big or cannot be read.
+    """
+    prompts = [line.strip() for line in lines.splitlines()]
+    if file:
+        prompts += read_file(Path(file))
+    return checked(prompts)
+
+
+def checked(prompts: Sequence[str]) -> list[str]:
+    """The prompts that are not blank, 1 to `PROMPT_LIMIT` of them."""
+    kept = [prompt for prompt in prompts if prompt.strip()]
+    if not kept:
+        raise BadInput("There are no prompts.", "Write one per line, or upload a .txt, .csv or .jsonl file.")
+    if len(kept) > PROMPT_LIMIT:
+        raise BadInput(f"{len(kept):,} prompts are more than the {PROMPT_LIMIT:,} of one batch.", "Split them.")
+    return kept
+
+
+def read_file(path: Path) -> list[str]:
+    """Prompts of a .txt (one per line), .csv (column "prompt", else the first) or .jsonl file."""
+    size = path.stat().st_size
+    if size > FILE_LIMIT:
+        raise BadInput(f"{path.name} has {format_bytes(size)}, more than {format_bytes(FILE_LIMIT)}.", "Split the file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path.name} is not UTF-8 text.", "Save it as UTF-8.") from None
+    readers = {".txt": str.splitlines, ".csv": _from_csv, ".jsonl": _from_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"{path.name} is not a .txt, .csv or .jsonl file.", "Save the prompts as one of these.")
+    return reader(text)
+
+
+def _from_csv(text: str) -> list[str]:
+    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    column = next((header.index(name) for name in COLUMNS if name in header), None)
+    if column is None:
+        return [row[0] for row in rows]
+    return [row[column] for row in rows[1:] if len(row) > column]
+
+
+def _from_jsonl(text: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            raise BadInput(f"Line {number} is not JSON.", 'Write each as {"prompt": "..."} or "...".') from None
+        prompt = next((value[name] for name in COLUMNS if name in value), None) if isinstance(value, dict) else value
+        if not isinstance(prompt, str):
+            raise BadInput(f"Line {number} has no prompt.", 'Write each as {"prompt": "..."} or "...".')
+        prompts.append(prompt)
+    return prompts
+
+
+def write_results(rows: Sequence[Completion]) -> tuple[Path, Path]:
+    """results.csv and results.jsonl in a folder of their own; neither appears half written."""
+    folder = settings().outputs / f"batch-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    records = [asdict(row) for row in sorted(rows, key=lambda row: (row.index, row.sequence))]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(records[0]) if records else ["prompt", "text"])
+    writer.writeheader()
+    writer.writerows(records)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return _write(folder / "results.csv", table.getvalue()), _write(folder / "results.jsonl", lines)
+
+
+def _write(path: Path, text: str) -> Path:
+    draft = path.with_suffix(path.suffix + ".part")
+    draft.write_text(text, encoding="utf-8", newline="")
+    return draft.replace(path)

@@ -1,0 +1,270 @@
+"""Plans, meters and receipts as HTML. Pure functions of data; everything from outside is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.planning.plan import PRECISION_LABELS, Budget, Plan
+from lowmem.ui.strings import name, say
+from lowmem.units import format_bytes, format_seconds
+
+ROWS_SHOWN = 200
+
+LOGO = (
+    '<svg viewBox="0 0 32 20" width="40" height="25" aria-hidden="true"><rect class="a" x="0" y="0" width="15" height="20"'
+    ' rx="3"/><rect class="b" x="17" y="0" width="6" height="20" rx="2"/><rect class="c" x="25" y="0" width="7" height="20"'
+    ' rx="2"/></svg>'
+)
+
+
+def header() -> str:
+    return (
+        f'<header class="lm-header">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
+    )
+
+
+# --- budgets
+
+
+def budget(plan: Plan, caption: str = "") -> str:
+    """Every budget of a plan as a stacked bar with legend, verdict and sentence."""
+    bars = "".join(_budget_bar(one, many=len(plan.budgets) > 1) for one in plan.budgets)
+    pill = f'<span class="lm-pill" data-verdict="{plan.verdict}">{escape(name("verdicts", plan.verdict))}</span>'
+    note = f'<p class="lm-muted lm-small">{escape(caption)}</p>' if caption else ""
+    return (
+        f'<section class="lm-budget" data-verdict="{plan.verdict}"><div class="lm-head"><h2>{escape(say("budget"))}</h2>{pill}</div>'
+        f'{note}{bars}<p class="lm-sentence" role="status">{escape(plan.sentence())}</p></section>'
+    )
+
+
+def _budget_bar(one: Budget, *, many: bool) -> str:
+    memory = name("memory", one.memory)
+    scale = max(one.peak, one.limit, 1)
+    segments = "".join(
+        f'<span class="lm-seg" data-share="{escape(line.key)}" style="width:{_percent(line.count, scale)}"></span>'
+        for line in one.lines
+        if line.count > 0
+    )
+    spoken = ", ".join(f"{name('shares', line.key)} {format_bytes(line.count)}" for line in one.lines)
+    label = f"{format_bytes(one.peak)} of {format_bytes(one.limit)} {memory}: {spoken}"
+    limit = f'<i class="lm-limit" style="left:{_percent(one.limit, scale)}"></i>' if one.peak > one.limit else ""
+    title = (
+        f'<div class="lm-bar-title"><span>{escape(memory)}</span><span class="lm-num">{format_bytes(one.peak)}'
+        f' <span class="lm-muted">of {format_bytes(one.limit)}</span></span></div>'
+    )
+    rows = "".join(_legend_row(line.key, line.count, line.why) for line in one.lines if line.count > 0)
+    rows += _legend_row("free", max(0, one.limit - one.peak), "")
+    return (
+        f'<div class="lm-one-budget" data-many="{str(many).lower()}">{title}'
+        f'<div class="lm-bar" role="img" aria-label="{escape(label)}">{segments}{limit}</div><ul class="lm-legend">{rows}</ul></div>'
+    )
+
+
+def _legend_row(key: str, count: int, why: str) -> str:
+    tip = f' tabindex="0" data-tip="{escape(why)}" title="{escape(why)}"' if why else ""
+    return (
+        f'<li{tip}><i class="lm-dot" data-share="{escape(key)}"></i><span>{escape(name("shares", key))}</span>'
+        f'<b class="lm-num">{format_bytes(count)}</b></li>'
+    )
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2f}%" if whole > 0 else "0%"
+
+
+# --- the set-up
+
+
+def setup_card(plan: Plan, *, recommended: bool, download: int | None, disk_free: int) -> str:
+    """The set-up that would be loaded, with its reason and what has to be fetched."""
+    eyebrow = say("recommended") if recommended else say("chosen")
+    facts = [
+        (say("precision"), PRECISION_LABELS.get(plan.precision, plan.precision)),
+        (say("context"), f"{plan.context:,} tokens"),
+        (say("device"), plan.place.name),
+        (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),
+    ]
+    cells = "".join(f'<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>' for key, value in facts)
+    if download == 0:
+        fetch = say("on_disk")
+    elif download:
+        fetch = f"{say('download', size=format_bytes(download))}, {say('disk_free', size=format_bytes(disk_free))}"
+    else:
+        fetch = say("disk_free", size=format_bytes(disk_free))
+    licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
+    over = f'<p class="lm-why">{escape(plan.sentence())}</p>' if plan.verdict == "over" else ""
+    return (
+        f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
+        f'<h2 class="lm-model">{escape(plan.spec.name)}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
+        f'<dl class="lm-facts">{cells}</dl>{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
+    )
+
+
+def pairs(items: Iterable[tuple[str, str]], heading: str = "") -> str:
+    """A quiet list of (what, why)."""
+    rows = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(why)}</dd></div>" for what, why in items)
+    head = f'<p class="lm-eyebrow">{escape(heading)}</p>' if heading and rows else ""
+    return f'{head}<dl class="lm-pairs">{rows}</dl>' if rows else ""
+
+
+def quiet(text: str) -> str:
+    return f'<p class="lm-notice" data-kind="quiet">{escape(text)}</p>'
+
+
+def slim(plan: Plan, receipt: Receipt | None) -> str:
+    """The resident model in one line."""
+    memory = plan.main.memory
+    measured = receipt.measured.get(memory) if receipt else None
+    size = format_bytes(measured or plan.main.peak)
+    parts = [plan.precision, device_label(plan.device), f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
+    rest = "".join(f"<span>{escape(part)}</span>" for part in parts)
+    return f'<div class="lm-slim"><i class="lm-lamp"></i><strong>{escape(plan.spec.name)}</strong>{rest}</div>'
+
+
+def device_label(key: str) -> str:
+    return {"cpu": "CPU", "mps": "Apple GPU"}.get(key, "GPU" if key.startswith("cuda") else key)
+
+
+def progress(step: Step) -> str:
+    """A step as a thin bar; without a total it only moves."""
+    counted = ""
+    if step.total > 0:
+        done, total = (format_bytes(n) if step.unit == "B" else f"{n:,}" for n in (step.done, step.total))
+        counted = f"{done} of {total}" + (f" {step.unit}" if step.unit not in ("", "B") else "")
+    width = _percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
+    known = "true" if step.total > 0 else "false"
+    return (
+        f'<div class="lm-progress" data-known="{known}" role="status"><div class="lm-bar-title"><span>{escape(step.note)}</span>'
+        f'<span class="lm-num lm-muted">{escape(counted)}</span></div>'
+        f'<div class="lm-track"><span style="width:{width}"></span></div></div>'
+    )
+
+
+# --- the machine
+
+
+def machine(line: str) -> str:
+    return f'<p class="lm-machine">{escape(line)}</p>'
+
+
+def meters(snapshot: object) -> str:
+    """RAM, GPU memory and disk as they are now (`snapshot` as lowmem.machine.monitor gives it)."""
+    ram_used, ram_total = snapshot.ram_used, snapshot.ram_total  # type: ignore[attr-defined]
+    own = snapshot.process_bytes  # type: ignore[attr-defined]
+    rows = [_meter(name("memory", "ram"), ram_used, ram_total, own)]
+    rows += [_meter(label, used, total) for label, used, total in snapshot.vram]  # type: ignore[attr-defined]
+    free = say("disk_free", size=format_bytes(snapshot.disk_free))  # type: ignore[attr-defined]
+    rows.append(f'<p class="lm-muted lm-small">{escape(free)}</p>')
+    return f'<section class="lm-meters"><h2>{escape(say("live"))}</h2>{"".join(rows)}</section>'
+
+
+def _meter(label: str, used: int, total: int, own: int = 0) -> str:
+    mine = f"{format_bytes(own)} by lowmem" if own else ""
+    others = max(0, used - own)
+    spoken = f"{label}: {format_bytes(used)} of {format_bytes(total)} in use{', ' + mine if mine else ''}"
+    return (
+        f'<div class="lm-meter"><div class="lm-bar-title"><span>{escape(label)}</span><span class="lm-num">{format_bytes(used)}'
+        f' <span class="lm-muted">of {format_bytes(total)}</span></span></div>'
+        f'<div class="lm-track" role="img" aria-label="{escape(spoken)}"><span class="lm-own" style="width:{_percent(own, total)}"></span>'
+        f'<span style="width:{_percent(others, total)}"></span></div>'
+        + (f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else "")
+        + "</div>"
+    )
+
+
+def resident(plan: Plan | None, busy: str) -> str:
+    body = (
+        f'<p class="lm-muted lm-small">{escape(say("nothing_resident"))}</p>'
+        if plan is None
+        else f'<p><strong>{escape(plan.spec.name)}</strong></p><p class="lm-muted lm-small lm-num">{escape(plan.precision)} · '
+        f"{escape(device_label(plan.device))} · {plan.context:,} tokens</p>"
+    )
+    now = f'<p class="lm-busy lm-small">{escape(busy)}</p>' if busy else ""
+    return f'<section class="lm-resident"><h2>{escape(say("resident"))}</h2>{body}{now}</section>'
+
+
+# --- receipts
+
+
+def receipt(one: Receipt | None) -> str:
+    """Predicted against measured, then the other numbers and the notes."""
+    title = f"<h2>{escape(say('receipt'))}</h2>"
+    if one is None:
+        return f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(say("no_receipt"))}</p></section>'
+    bars = "".join(_against(one, memory) for memory in one.measured if one.predicted.get(memory))
+    facts = "".join(f'<div><dt>{escape(key)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for key, value in _facts(one))
+    notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
+    notes = f'<ul class="lm-notes">{notes}</ul>' if notes else ""
+    what = f'<p class="lm-muted lm-small">{escape(one.action)} · {escape(one.model)} · {escape(one.precision)}</p>'
+    return f'<section class="lm-receipt">{title}{what}{bars}<dl class="lm-stats">{facts}</dl>{notes}</section>'
+
+
+def _against(one: Receipt, memory: str) -> str:
+    predicted, measured = one.predicted[memory], one.measured[memory]
+    scale = max(predicted, measured, 1)
+    error = one.error(memory) or 0.0
+    near = "true" if abs(error) <= 0.1 else "false"
+    spoken = f"{name('memory', memory)}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
+    return (
+        f'<div class="lm-against" role="img" aria-label="{escape(spoken)}"><div class="lm-bar-title"><span>{escape(name("memory", memory))}'
+        f' peak</span><span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span></div>'
+        f'<div class="lm-pair"><span>predicted</span><div class="lm-track"><span class="lm-predicted" style="width:{_percent(predicted, scale)}"></span></div>'
+        f'<b class="lm-num">{format_bytes(predicted)}</b></div>'
+        f'<div class="lm-pair"><span>measured</span><div class="lm-track"><span style="width:{_percent(measured, scale)}"></span></div>'
+        f'<b class="lm-num">{format_bytes(measured)}</b></div></div>'
+    )
+
+
+def _facts(one: Receipt) -> list[tuple[str, str]]:
+    facts = [("time", format_seconds(one.seconds))]
+    if one.new_tokens:
+        facts.append(("new tokens", f"{one.new_tokens:,}"))
+    if one.decode_tps:
+        facts.append(("decode", f"{one.decode_tps:.1f} tok/s"))
+    if one.prefill_tps:
+        facts.append(("prefill", f"{one.prefill_tps:.0f} tok/s"))
+    if one.seconds_to_first:
+        facts.append(("first token", format_seconds(one.seconds_to_first)))
+    if one.disk_bytes:
+        facts.append(("on disk", format_bytes(one.disk_bytes)))
+    return facts
+
+
+# --- generation
+
+
+def live(chunk: Chunk | None) -> str:
+    """Speed and context of the answer that is being written."""
+    if chunk is None:
+        return ""
+    used, limit = chunk.context_tokens, max(chunk.context_limit, 1)
+    numbers = [(f"{chunk.decode_tps:.1f}", "tok/s")] if chunk.decode_tps else []
+    if chunk.prefill_tps:
+        numbers.append((f"{chunk.prefill_tps:.0f}", "tok/s prefill"))
+    if chunk.seconds_to_first:
+        numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first token"))
+    parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
+    label = f"Context: {used:,} of {limit:,} tokens"
+    return (
+        f'<div class="lm-live lm-num">{parts}<span class="lm-context"><span class="lm-track" role="img" aria-label="{label}">'
+        f'<span style="width:{_percent(min(used, limit), limit)}"></span></span><b>{used:,}</b> of {limit:,} tokens</span></div>'
+    )
+
+
+def table(rows: Sequence[Completion]) -> str:
+    """Answers of a batch, in the order of their prompts."""
+    if not rows:
+        return ""
+    shown = sorted(rows, key=lambda row: (row.index, row.sequence))[:ROWS_SHOWN]
+    body = "".join(
+        f'<tr><td class="lm-num">{row.index + 1}</td><td>{escape(row.prompt)}</td><td>{escape(row.text)}</td>'
+        f'<td class="lm-num">{row.new_tokens:,}</td></tr>'
+        for row in shown
+    )
+    more = f'<p class="lm-muted lm-small">{escape(say("rows_more", count=len(rows) - ROWS_SHOWN))}</p>' if len(rows) > ROWS_SHOWN else ""
+    return (
+        '<div class="lm-table" tabindex="0"><table><thead><tr><th>#</th><th>Prompt</th><th>Answer</th><th>Tokens</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{more}"
+    )

@@ -1,0 +1,87 @@
+"""Options from loose values: what is taken, what is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lowmem.errors import BadInput
+from lowmem.fields import build, option
+from lowmem.generate.options import GenerateOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    count: int = option(3, "Count", "How many.", low=1, high=10, step=1)
+    share: float = option(0.5, "Share", "How much.", low=0.0)
+    on: bool = option(False, "On", "Whether.")
+    mode: str = option("a", "Mode", "Which.", choices=("a", "b"))
+    names: tuple[str, ...] = option((), "Names", "Who.")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, Options()),
+        ({"count": "7", "share": "0.25"}, Options(count=7, share=0.25)),
+        ({"count": 4.0}, Options(count=4)),
+        ({"on": "Yes"}, Options(on=True)),
+        ({"on": 1}, Options(on=True)),
+        ({"mode": "b"}, Options(mode="b")),
+        ({"names": "x"}, Options(names=("x",))),
+        ({"names": ["x", "y"]}, Options(names=("x", "y"))),
+        ({"count": 1}, Options(count=1)),
+        ({"count": 10}, Options(count=10)),
+    ],
+)
+def test_build(values: dict[str, Any], expected: Options) -> None:
+    built = build(Options, values)
+    assert built == expected
+    assert [type(value) for value in dataclasses.astuple(built)] == [int, float, bool, str, tuple]
+
+
+@pytest.mark.parametrize(
+    ("values", "message", "hint"),
+    [
+        ({"count": 0}, "Count is 0.", "Use a value from 1 to 10."),
+        ({"count": 11}, "Count is 11.", "Use a value from 1 to 10."),
+        ({"count": 2.5}, "Count: 2.5 is not a whole number.", "Use a value from 1 to 10."),
+        ({"count": True}, "Count: True is not a whole number.", ""),
+        ({"count": None}, "Count: None is not a whole number.", ""),
+        ({"count": "many"}, "Count: 'many' is not a whole number.", ""),
+        ({"count": float("inf")}, "Count: inf is not a whole number.", ""),
+        ({"count": 10**400}, "Count", ""),
+        ({"share": float("nan")}, "Share is nan.", "Use 0 or more."),
+        ({"share": float("inf")}, "Share is inf.", "Use 0 or more."),
+        ({"share": -0.1}, "Share is -0.1.", "Use 0 or more."),
+        ({"share": [1]}, "Share: [1] is not a number.", ""),
+        ({"on": "maybe"}, "On: 'maybe' is not yes or no.", ""),
+        ({"on": 0.5}, "On: 0.5 is not yes or no.", ""),
+        ({"mode": "c"}, "Mode: there is no 'c'.", "Choose one of a, b."),
+        ({"mode": 1}, "Mode: 1 is not text.", "Choose one of a, b."),
+        ({"names": [1]}, "Names: [1] is not a list of texts.", ""),
+        ({"names": 3}, "Names: 3 is not a list of texts.", ""),
+        ({"colour": "red"}, "There is no option 'colour'.", "count, share, on, mode, names"),
+    ],
+)
+def test_build_refuses(values: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        build(Options, values)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(BadInput) as caught:
+        build(Options, {"count": "9" * 5000 + "x"})
+    assert len(caught.value.message) < 100
+
+
+def test_every_generation_option_explains_itself_and_its_default_is_valid() -> None:
+    assert build(GenerateOptions, dataclasses.asdict(GenerateOptions())) == GenerateOptions()
+    for field in dataclasses.fields(GenerateOptions):
+        assert field.metadata["label"], field.name
+        assert field.metadata["help"].endswith("."), field.name
