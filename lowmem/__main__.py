@@ -19,8 +19,11 @@ from lowmem.errors import BadInput, LowMemError
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
+from lowmem.planning.planner import DEFAULT_GOAL
+from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes, format_seconds, parse_bytes
 
@@ -86,7 +89,7 @@ def _serve_command(parser: argparse.ArgumentParser) -> None:
 def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--vram", metavar="SIZE", type=parse_bytes, help="GPU memory budget, e.g. 6G")
     parser.add_argument("--ram", metavar="SIZE", type=parse_bytes, help="RAM budget, e.g. 12G")
-    parser.add_argument("--context", type=int, default=Goal.context, metavar="N", help="tokens of prompt and answer to plan for")
+    parser.add_argument("--context", type=int, default=DEFAULT_GOAL.context, metavar="N", help="tokens of prompt and answer to plan for")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once to plan for")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
@@ -114,13 +117,13 @@ def _options(args: argparse.Namespace, kind: type) -> Any:
 
 def _make_plan(args: argparse.Namespace, session: Session, kv: str) -> Plan:
     from lowmem.models.source import read_spec
-    from lowmem.planning.planner import plan
 
+    measure_runtime_bytes()
     hardware = session.hardware()
     limits = limits_from(hardware, args.ram, args.vram)
     goal = Goal(context=args.context, batch=args.batch, precision=args.precision, device=args.device, kv=kv)
     spec = read_spec(args.model) if args.model else None
-    return plan(spec, hardware, limits, goal)
+    return make_plan(spec, hardware, limits, goal)
 
 
 def _run_plan(args: argparse.Namespace) -> int:

@@ -21,7 +21,9 @@ GREEDY = GenerateOptions(max_new_tokens=20, greedy=True)
 EOS_IDS = frozenset({EOS})
 
 
-def ours(model: torch.nn.Module, prompts: Sequence[Sequence[int]], options: GenerateOptions, **more: object) -> list[list[int]]:
+def ours(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], options: GenerateOptions, **more: object
+) -> list[list[int]]:
     eos_ids = more.pop("eos_ids", EOS_IDS)
     rows: list[list[int]] = [[] for _ in range(len(prompts) * options.num_sequences)]
     for event in decode(model, prompts, options, eos_ids=eos_ids, cancel=CancelToken(), **more):
@@ -32,7 +34,9 @@ def ours(model: torch.nn.Module, prompts: Sequence[Sequence[int]], options: Gene
     return rows
 
 
-def theirs(model: torch.nn.Module, ids: Sequence[int], options: GenerateOptions, eos_ids: frozenset[int] = EOS_IDS) -> list[int]:
+def theirs(
+    model: torch.nn.Module, ids: Sequence[int], options: GenerateOptions, eos_ids: frozenset[int] = EOS_IDS
+) -> list[int]:
     """The same prompt, alone, through transformers."""
     out = model.generate(
         torch.tensor([ids]),
@@ -50,7 +54,9 @@ def theirs(model: torch.nn.Module, ids: Sequence[int], options: GenerateOptions,
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3], ids=["plain", "penalty"])
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_is_token_for_token_that_of_transformers_alone_and_in_a_batch(name: str, penalty: float, use_cache: bool) -> None:
+def test_greedy_is_token_for_token_that_of_transformers_alone_and_in_a_batch(
+    name: str, penalty: float, use_cache: bool
+) -> None:
     options = replace(GREEDY, repetition_penalty=penalty, use_cache=use_cache)
     prompts = [prompt(9, 1), prompt(2 * WINDOW + 5, 2), prompt(1, 3), prompt(9, 4)]
     expected = [theirs(toy(name), ids, options) for ids in prompts]
@@ -123,7 +129,9 @@ def test_answers_to_one_prompt_equal_separate_runs_with_successive_seeds(name: s
 
 def test_the_prompt_is_processed_once_for_all_answers() -> None:
     model, shapes = fresh("llama"), []
-    model.register_forward_pre_hook(lambda _m, _a, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _m, _a, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
     ours(model, [prompt(20)], GenerateOptions(max_new_tokens=3, num_sequences=4, seed=1), eos_ids=frozenset())
     assert shapes == [(1, 20), (4, 1), (4, 1)]
 
@@ -237,7 +245,9 @@ def test_nan_weights_are_a_corrupt_model() -> None:
 
 def test_minus_infinity_is_a_legitimate_logit() -> None:
     model = fresh("llama")
-    model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.arange(1, 260), float("-inf")))
+    model.lm_head.register_forward_hook(
+        lambda _m, _i, logits: logits.index_fill(-1, torch.arange(1, 260), float("-inf"))
+    )
     assert ours(model, [prompt(8)], replace(GREEDY, greedy=False, max_new_tokens=3)) == [[0, 0, 0]]
 
 
@@ -256,7 +266,20 @@ def test_a_model_without_kv_cache_is_refused_with_the_way_out() -> None:
     mamba = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
     with pytest.raises(Unsupported, match="mamba"):
         ours(mamba, [prompt(8)], GREEDY)
-    assert len(ours(mamba, [prompt(8)], replace(GREEDY, use_cache=False, max_new_tokens=2), eos_ids=frozenset())[0]) == 2
+    assert (
+        len(ours(mamba, [prompt(8)], replace(GREEDY, use_cache=False, max_new_tokens=2), eos_ids=frozenset())[0]) == 2
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kv", ["same", "int8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_gives_the_tokens_of_the_cpu(name: str, kv: str) -> None:
+    prompts = [prompt(2 * WINDOW, 1), prompt(5, 2), prompt(40, 3)]
+    for options in (GREEDY, GenerateOptions(max_new_tokens=12, seed=4, num_sequences=2, repetition_penalty=1.2)):
+        options = replace(options, kv=kv, prefill_chunk=16)
+        assert ours(fresh(name).cuda(), prompts, options) == ours(toy(name), prompts, options)
 
 
 @pytest.mark.real

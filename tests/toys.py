@@ -59,7 +59,11 @@ NAMES = tuple(_CONFIGS)
 
 def config(name: str) -> transformers.PreTrainedConfig:
     kind, changes = _CONFIGS[name]
-    shape = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS} if name == "gpt2" else _SHAPE
+    shape = (
+        {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+        if name == "gpt2"
+        else _SHAPE
+    )
     return getattr(transformers, kind)(**{**shape, **changes})
 
 
@@ -84,13 +88,16 @@ def fresh(name: str) -> transformers.PreTrainedModel:
 @functools.cache
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a byte, token 0 to 255, and four special ones; with a chat template."""
-    core = Tokenizer(models.BPE(vocab={character: byte for byte, character in enumerate(_byte_characters())}, merges=[]))
+    core = Tokenizer(
+        models.BPE(vocab={character: byte for byte, character in enumerate(_byte_characters())}, merges=[])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIALS.values()))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=SPECIALS[PAD],
+        unk_token=SPECIALS[PAD],
         bos_token=SPECIALS[BOS],
         eos_token=SPECIALS[EOS],
         additional_special_tokens=[SPECIALS[TURN]],

@@ -1,10 +1,11 @@
 """The page's engine with imaginary hardware and a session that only pretends: streams words, loads nothing.
 
-    python tests/ui_stub.py 7861    # look at the page without a model
+python tests/ui_stub.py 7861    # look at the page without a model
 """
 
 from __future__ import annotations
 
+# ruff: noqa: ARG002 -- the signatures are the session's
 import itertools
 import sys
 import time
@@ -26,12 +27,13 @@ from lowmem.planning.plan import Plan
 from lowmem.ui.engine import Engine
 from lowmem.units import GB, MB
 
-WORDS = (
+TEXT = (
     "A KV cache keeps the keys and values of every token that the model has read, so that each new token "
     "is computed once instead of the whole text again. It grows with the context: "
     "two vectors per layer and token.\n\n```python\nbytes = 2 * layers * kv_heads * head_dim * 2\n```\n\n"
     "That is why a long conversation costs memory even when the model itself does not change. "
-).split(" ")
+)
+WORDS = TEXT.split(" ")
 
 
 def machine(vram_gb: float = 0) -> Hardware:
@@ -77,10 +79,18 @@ class StubSession:
         from lowmem.planning.estimate import priced
 
         assert self.plan is not None
-        return priced(self.plan, context=prompt_tokens + options.max_new_tokens, kv=options.kv if options.use_cache else "none")
+        return priced(
+            self.plan, context=prompt_tokens + options.max_new_tokens, kv=options.kv if options.use_cache else "none"
+        )
 
     def generate(
-        self, prompt: Any, options: GenerateOptions, cancel: CancelToken | None = None, *, raw: bool = False, force: bool = False
+        self,
+        prompt: Any,
+        options: GenerateOptions,
+        cancel: CancelToken | None = None,
+        *,
+        raw: bool = False,
+        force: bool = False,
     ) -> Iterator[Step | Chunk | Receipt]:
         if "boom" in str(prompt):
             raise ZeroDivisionError("a bug")
@@ -120,12 +130,21 @@ class StubSession:
     def _receipt(self, action: str, tokens: int, notes: tuple[str, ...] = ()) -> Receipt:
         assert self.plan is not None
         measured = {memory: int(peak * 0.968) for memory, peak in self.plan.predicted.items()}
-        speed = {"prefill_tps": 645.0, "decode_tps": 29.8, "seconds_to_first": 0.42, "new_tokens": tokens} if tokens else {}
+        speed = (
+            {"prefill_tps": 645.0, "decode_tps": 29.8, "seconds_to_first": 0.42, "new_tokens": tokens} if tokens else {}
+        )
         self.last_receipt = Receipt(
-            action, self.plan.spec.name, self.plan.precision, self.plan.device, 3.2, self.plan.predicted, measured,
-            notes=notes, snippet=f"import lowmem\n\nsession = lowmem.load({self.plan.spec.ref!r}, precision={self.plan.precision!r})\n",
+            action,
+            self.plan.spec.name,
+            self.plan.precision,
+            self.plan.device,
+            3.2,
+            self.plan.predicted,
+            measured,
+            notes=notes,
+            snippet=f"import lowmem\n\nsession = lowmem.load({self.plan.spec.ref!r})\n",
             **speed,
-        )  # fmt: skip
+        )
         return self.last_receipt
 
 
@@ -148,8 +167,11 @@ class StubEngine(Engine):
             return replace(entry.spec(), has_chat_template=entry.chat)
         return super()._read_spec(ref)
 
-    def download_bytes(self, ref: str) -> int | None:
-        return 94 * MB if ref == "demo" else 0
+    def download_bytes(self, spec: ModelSpec) -> int:
+        return spec.size_on_disk if spec.ref == "demo" else 0
+
+    def _hub(self) -> bool:
+        return True
 
 
 if __name__ == "__main__":

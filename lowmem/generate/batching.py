@@ -15,7 +15,7 @@ from lowmem.events import CancelToken, Completion, Step
 from lowmem.generate.decoding import decode, drawn_seed, nothing
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length, encode_prompt
-from lowmem.generate.text import Answer, eos_ids
+from lowmem.generate.text import Answer, advance, eos_ids
 from lowmem.machine.monitor import release_memory
 from lowmem.runtime.oom import is_out_of_memory
 
@@ -89,7 +89,9 @@ def run_batches(
         yield Step(done, len(prompts), f"Out of memory with {size} prompts at once: going on with {most}.", "prompts")
 
 
-def _encoded(tokenizer: Any, prompts: Sequence[str], options: GenerateOptions, context: int, raw: bool) -> Iterator[_Prompt]:
+def _encoded(
+    tokenizer: Any, prompts: Sequence[str], options: GenerateOptions, context: int, raw: bool
+) -> Iterator[_Prompt]:
     if not prompts:
         raise BadInput("There is no prompt.", "Give one prompt a line.")
     for index, text in enumerate(prompts):
@@ -130,34 +132,37 @@ def _answers(
     ended: set[int] = set()
     options = replace(options, max_new_tokens=max(prompt.limit for prompt in batch))
     ids = [prompt.ids for prompt in batch]
-    with closing(decode(model, ids, options, eos_ids=ends, cancel=cancel, check=check, seeds=seeds, ended=ended)) as events:
-        made = 0
-        for event in events:
+    made = 0
+    run = decode(model, ids, options, eos_ids=ends, cancel=cancel, check=check, seeds=seeds, ended=ended)
+    with closing(run):
+        for event in run:
             if isinstance(event, Step):
                 yield Step(*progress, f"{len(batch)} at once: read {event.done} of {event.total} tokens", "prompts")
                 continue
-            for sequence, token in enumerate(event.ids):
-                if token is not None:
-                    texts[sequence] += answers[sequence].push(token)
-                    if answers[sequence].finish:
-                        ended.add(sequence)
+            for sequence, text in advance(answers, event, ended):
+                texts[sequence] += text
             made += 1
             if made % TOKENS_PER_STEP == 0:
                 yield Step(*progress, f"{len(batch)} at once: {made} tokens each", "prompts")
-    for sequence, (prompt, answer, text) in enumerate(zip(owners, answers, texts, strict=True)):
-        yield Completion(
-            index=prompt.index,
-            prompt=prompt.text,
-            text=text,
-            sequence=sequence % copies,
-            prompt_tokens=len(prompt.ids),
-            new_tokens=answer.tokens,
-            finish=answer.finish or "length",
-        )
+    for sequence, prompt in enumerate(owners):
+        yield _completion(prompt, sequence % copies, answers[sequence], texts[sequence])
+
+
+def _completion(prompt: _Prompt, sequence: int, answer: Answer, text: str) -> Completion:
+    return Completion(
+        index=prompt.index,
+        prompt=prompt.text,
+        text=text,
+        sequence=sequence,
+        prompt_tokens=len(prompt.ids),
+        new_tokens=answer.tokens,
+        finish=answer.finish or "length",
+    )
 
 
 def _too_large(prompt: _Prompt) -> OutOfMemory:
+    size = f"{len(prompt.ids):,} tokens and up to {prompt.limit:,} new ones"
     return OutOfMemory(
-        f"Prompt {prompt.index + 1} of {len(prompt.ids):,} tokens with up to {prompt.limit:,} new ones is too much memory even alone.",
-        "Lower the new tokens, switch the KV cache to int8, or load a smaller precision.",
+        f"Prompt {prompt.index + 1} alone, {size}, is too much for the memory.",
+        "Lower the new tokens, store the KV cache in int8, or load the model in a smaller precision.",
     )

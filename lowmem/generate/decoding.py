@@ -8,11 +8,11 @@ it would get alone.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random, SystemRandom
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def decode(
     check: Callable[[], None] = nothing,
     seeds: Sequence[int] | None = None,
     ended: Collection[int] = (),
-) -> Iterator[Step | Tokens]:
+) -> Generator[Step | Tokens, None, None]:
     """Continue every prompt by up to `options.max_new_tokens` tokens.
 
     Sequence `p * num_sequences + s` is answer s to prompt p. A prompt is processed once for
@@ -58,7 +58,7 @@ def decode(
 
     Args:
         eos_ids: tokens that end a sequence.
-        cancel: looked at before every part of every block, so that Stop need not wait for a forward pass.
+        cancel: looked at between the parts of a forward pass, so that Stop need not wait for a long one.
         check: called before every forward pass; what it raises ends the generation.
         seeds: one for each sequence; by default `options.seed` plus the sequence's number, so
             that a sequence is drawn alike alone and in a batch.
@@ -70,10 +70,11 @@ def decode(
         Unsupported: the model has no KV cache.
         Cancelled: `cancel` was set.
     """
-    _check_prompts(prompts, model.config.get_text_config(decoder=True).vocab_size)
+    _check_prompts(prompts, _decoder_config(model).vocab_size)
     rows = _Rows(model, prompts, options)
     blocks = decoder_blocks(model)
-    with _stoppable(itertools.chain.from_iterable(block.modules() for block in blocks), cancel):
+    parts = [part for block in blocks for part in block.modules()]
+    with _stoppable(parts, cancel):
         logits = yield from _read(rows, options, cancel, check)
     count = len(prompts) * options.num_sequences
     if options.num_sequences > 1:
@@ -81,15 +82,20 @@ def decode(
         logits = logits.repeat_interleave(options.num_sequences, dim=0)
     first = drawn_seed(options.seed)
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
-    with _stoppable(blocks, cancel):
+    # One token through one block is quick, and every hook costs a little of each token.
+    with _stoppable(blocks if options.use_cache else parts, cancel):
         yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder's blocks in order: the outermost list as long as the configuration says."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = _decoder_config(model).num_hidden_layers
     return list(next((blocks for blocks in lists if len(blocks) == layers), ()))
+
+
+def _decoder_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
@@ -104,7 +110,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
 
 
 @contextmanager
-def _stoppable(modules: Iterable[nn.Module], cancel: CancelToken) -> Iterator[None]:
+def _stoppable(modules: Sequence[nn.Module], cancel: CancelToken) -> Iterator[None]:
     """Let Stop break off a forward pass in front of any of `modules`."""
 
     def stop(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
@@ -121,7 +127,7 @@ def _stoppable(modules: Iterable[nn.Module], cancel: CancelToken) -> Iterator[No
 class _Rows:
     """The text of the live rows, left-padded to one length, and the forward pass over a stretch of it."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
         longest = max(map(len, prompts))
         capacity = longest + options.max_new_tokens
         self.model = model
@@ -175,7 +181,7 @@ class _Rows:
         """Drop all rows but `keep`: later passes do not compute them."""
         self._index(keep)
         if self._cache is not None:
-            self._cache.batch_select_indices(torch.tensor(keep, device=self.text.device))
+            self._cache.batch_select_indices(torch.tensor(keep))
 
     def _index(self, rows: list[int]) -> None:
         self.text = self.text[rows]
@@ -216,7 +222,9 @@ def _write(
     count = len(randoms)
     live = list(range(count))
     for made in range(1, options.max_new_tokens + 1):
-        new = sampling.next_tokens(logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live])
+        new = sampling.next_tokens(
+            logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
+        )
         ids = new.tolist()
         _check_numbers(ids, made)
         answer: list[int | None] = [None] * count

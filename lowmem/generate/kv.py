@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -37,6 +37,8 @@ class FullLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, rows: int, capacity: int) -> None:
         super().__init__()
@@ -86,7 +88,9 @@ class FullLayer(CacheLayerMixin):
 
     def _store(self, states: Tensor, width: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         heads, head_dim = states.shape[1], states.shape[3]
-        return torch.empty(self.rows, heads, self.capacity, width or head_dim, dtype=dtype or states.dtype, device=states.device)
+        return torch.empty(
+            self.rows, heads, self.capacity, width or head_dim, dtype=dtype or states.dtype, device=states.device
+        )
 
     def _stores(self) -> tuple[Tensor, ...]:
         return (self.keys, self.values) if self.is_initialized else ()
@@ -127,7 +131,9 @@ class Int8Layer(FullLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (self._store(states, dtype=torch.int8) for states in (key_states, value_states))
-        self.key_scales, self.value_scales = (self._store(states, 1, torch.float16) for states in (key_states, value_states))
+        self.key_scales, self.value_scales = (
+            self._store(states, 1, torch.float16) for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -135,8 +141,12 @@ class Int8Layer(FullLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self._advance(key_states)
-        keys = self._append(key_states, self.keys, self.key_scales, start, self.scratch.buffer("keys", self, key_states))
-        values = self._append(value_states, self.values, self.value_scales, start, self.scratch.buffer("values", self, value_states))
+        keys = self._append(
+            key_states, self.keys, self.key_scales, start, self.scratch.buffer("keys", self, key_states)
+        )
+        values = self._append(
+            value_states, self.values, self.value_scales, start, self.scratch.buffer("values", self, value_states)
+        )
         self.length = end
         return keys, values
 
@@ -172,6 +182,16 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
     Raises:
         Unsupported: the model remembers something else than keys and values.
     """
+    decoder = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        raise _unsupported(config)
+    sharing = any(getattr(decoder, "kv_sharing_modes", None) or ()) or getattr(decoder, "num_kv_shared_layers", None)
+    if kv == "int8" and sharing:
+        # A layer that reads another's keys would find the scratch buffer overwritten.
+        raise Unsupported(
+            f"Layers of {config.model_type!r} share keys and values, which the int8 cache cannot serve.",
+            "Store the KV cache in the same precision as the computation.",
+        )
     scratch = Scratch()
 
     def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin | DummyLayer:
@@ -182,13 +202,10 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
             return known(**arguments)
         raise _unsupported(config)
 
-    decoder = config.get_text_config(decoder=True)
-    if config.is_encoder_decoder:
-        raise _unsupported(config)
-    return Cache(layers=[layer(kind, arguments) for kind, arguments in zip(*get_layer_types_and_kwargs(decoder), strict=True)])
+    return Cache(layers=[layer(*described) for described in zip(*get_layer_types_and_kwargs(decoder), strict=True)])
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Any) -> None:
     """Raise `Unsupported` for a model whose memory is a state and not keys and values."""
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model.config)

@@ -11,16 +11,52 @@ from lowmem.fields import option
 class GenerateOptions:
     """Options of one generation. `greedy` makes the sampling options irrelevant."""
 
-    max_new_tokens: int = option(256, "Max new tokens", "Longest answer. Each token costs KV cache.", low=1, high=32768, step=1)
+    max_new_tokens: int = option(
+        256, "Max new tokens", "Longest answer. Each token costs KV cache.", low=1, high=32768, step=1
+    )
     greedy: bool = option(False, "Greedy", "Always take the most likely token: repeatable, no sampling.")
-    temperature: float = option(0.7, "Temperature", "Below 1 safer, above 1 more surprising.", low=0.05, high=5.0, step=0.05)
+    temperature: float = option(
+        0.7, "Temperature", "Below 1 safer, above 1 more surprising.", low=0.05, high=5.0, step=0.05
+    )
     top_k: int = option(50, "Top-k", "Sample among the k most likely tokens; 0 is off.", low=0, high=1000, step=1)
-    top_p: float = option(0.95, "Top-p", "Sample among the most likely tokens that together reach this probability; 1 is off.", low=0.01, high=1.0, step=0.01)
-    min_p: float = option(0.0, "Min-p", "Drop tokens less likely than this fraction of the best one; 0 is off.", low=0.0, high=0.99, step=0.01)
-    repetition_penalty: float = option(1.0, "Repetition penalty", "Above 1 discourages tokens already in the text; 1 is off.", low=0.5, high=3.0, step=0.05)
-    seed: int = option(-1, "Seed", "The same seed repeats the same answer; -1 draws a new one.", low=-1, high=2**31 - 1, step=1)
+    top_p: float = option(
+        0.95,
+        "Top-p",
+        "Sample among the most likely tokens that together reach this probability; 1 is off.",
+        low=0.01,
+        high=1.0,
+        step=0.01,
+    )
+    min_p: float = option(
+        0.0,
+        "Min-p",
+        "Drop tokens less likely than this fraction of the best one; 0 is off.",
+        low=0.0,
+        high=0.99,
+        step=0.01,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Repetition penalty",
+        "Above 1 discourages tokens already in the text; 1 is off.",
+        low=0.5,
+        high=3.0,
+        step=0.05,
+    )
+    seed: int = option(
+        -1, "Seed", "The same seed repeats the same answer; -1 draws a new one.", low=-1, high=2**31 - 1, step=1
+    )
     stop: tuple[str, ...] = option((), "Stop strings", "End the answer before any of these; one per line.")
-    num_sequences: int = option(1, "Answers", "Different answers to one prompt; the prompt is processed once.", low=1, high=16, step=1)
-    kv: str = option("same", "KV cache storage", "int8 stores the cache in a half or a quarter of the memory, a little less exactly.", choices=("same", "int8"))
+    num_sequences: int = option(
+        1, "Answers", "Different answers to one prompt; the prompt is processed once.", low=1, high=16, step=1
+    )
+    kv: str = option(
+        "same",
+        "KV cache storage",
+        "int8 stores the cache in a half or a quarter of the memory, a little less exactly.",
+        choices=("same", "int8"),
+    )
     use_cache: bool = option(True, "KV cache", "Off recomputes the whole text for every token: slow, no cache memory.")
-    prefill_chunk: int = option(512, "Prefill chunk", "Prompt tokens per pass: smaller needs less memory.", low=16, high=8192, step=16)
+    prefill_chunk: int = option(
+        512, "Prefill chunk", "Prompt tokens per pass: smaller needs less memory.", low=16, high=8192, step=16
+    )

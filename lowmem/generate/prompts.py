@@ -30,18 +30,15 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], raw: bool = F
     Raises:
         BadInput: an empty prompt, a malformed message, or one the template refuses.
     """
-    templated = bool(tokenizer.chat_template) and not raw
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-        text = None if templated else prompt
-    else:
-        messages = [_message(message) for message in prompt]
-        text = None if templated else _layout(messages)
+    messages = [_message(m) for m in ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
     _check_messages(messages)
-    # A template writes the special tokens itself.
-    ids = tokenizer(_templated(tokenizer, messages) if text is None else text, add_special_tokens=text is not None)["input_ids"]
+    if tokenizer.chat_template and not raw:
+        # The template has written the special tokens itself.
+        ids = tokenizer(_templated(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt if isinstance(prompt, str) else _layout(messages))["input_ids"]
     if not ids:
-        raise BadInput("The tokenizer finds no token in the prompt.", "Write the prompt in a script that the model knows.")
+        raise BadInput("The tokenizer finds no token in the prompt.", "Write it in a script that the model knows.")
     return list(ids)
 
 
@@ -59,20 +56,22 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple
         )
     if max_new_tokens <= room:
         return max_new_tokens, ""
-    return room, f"The answer is limited to {room:,} tokens: the prompt has {prompt_tokens:,} and the context holds {context:,}."
+    note = (
+        f"The prompt has {prompt_tokens:,} tokens and the context holds {context:,}: the answer is limited to {room:,}."
+    )
+    return room, note
 
 
 def _message(message: Message) -> dict[str, str]:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        raise BadInput(
-            "A message of the conversation has no role that is known.", f"Give each message a role of {', '.join(ROLES)}."
-        )
+        roles = ", ".join(ROLES)
+        raise BadInput("A message of the conversation has no role that is known.", f"Give each a role of {roles}.")
     content = message.get("content")
     if isinstance(content, (list, tuple)):
-        blocks = [block.get("text") if isinstance(block, Mapping) and block.get("type") == "text" else None for block in content]
-        content = None if None in blocks else "\n".join(map(str, blocks))
+        texts: list[Any] = [block.get("text") if isinstance(block, Mapping) else None for block in content]
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
-        raise BadInput("A message of the conversation holds something else than text.", "Send text only: the model reads nothing else.")
+        raise BadInput("A message of the conversation holds something else than text.", "Send text only.")
     return {"role": message["role"], "content": content}
 
 
@@ -101,7 +100,8 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         except TemplateError as error:
             refusal = error
     raise BadInput(
-        f"The model's chat template refuses this conversation: {refusal}.", "Let user and assistant take turns, beginning with the user."
+        f"The model's chat template refuses this conversation: {refusal}.",
+        "Let user and assistant take turns, beginning with the user.",
     ) from refusal
 
 

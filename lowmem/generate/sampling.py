@@ -87,4 +87,3 @@ def _best(scaled: Tensor, top_k: int) -> Tensor:
 
 def _cut(scaled: Tensor, lowest: Tensor) -> Tensor:
     return scaled.masked_fill(scaled < lowest, -math.inf)
-

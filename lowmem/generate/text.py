@@ -15,7 +15,7 @@ from torch import nn
 
 from lowmem.errors import Cancelled
 from lowmem.events import CancelToken, Chunk, Step
-from lowmem.generate.decoding import decode, nothing
+from lowmem.generate.decoding import Tokens, decode, nothing
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length
 
@@ -99,7 +99,9 @@ class Answer:
     `finish` is None until "eos", "stop" (a stop string), "length" or what `end` was told.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stops: Iterable[str], eos_ids: frozenset[int], limit: int) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int], stops: Iterable[str], eos_ids: frozenset[int], limit: int
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._stops = StopStrings(stops)
         self._eos_ids = eos_ids
@@ -124,6 +126,16 @@ class Answer:
         text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
         self.finish = "stop" if self._stops.found else finish
         return text
+
+
+def advance(answers: Sequence[Answer], tokens: Tokens, ended: set[int]) -> Iterator[tuple[int, str]]:
+    """Give every answer its new token: (its number, text to show). Those that are over join `ended`."""
+    for index, token in enumerate(tokens.ids):
+        if token is not None:
+            text = answers[index].push(token)
+            if answers[index].finish:
+                ended.add(index)
+            yield index, text
 
 
 def eos_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -164,28 +176,24 @@ def stream(
     answers = [Answer(tokenizer, prompt_ids, options.stop, ends, limit) for _ in range(options.num_sequences)]
     ended: set[int] = set()
     clock = _Clock(len(prompt_ids), context)
+    run = decode(model, [prompt_ids], options, eos_ids=ends, cancel=cancel, check=check, ended=ended)
     try:
-        with closing(decode(model, [prompt_ids], options, eos_ids=ends, cancel=cancel, check=check, ended=ended)) as events:
-            for event in events:
+        with closing(run):
+            for event in run:
                 if isinstance(event, Step):
                     yield event
                     continue
                 clock.tick()
-                for index, token in enumerate(event.ids):
-                    if token is None:
-                        continue
-                    answer = answers[index]
-                    text = answer.push(token)
-                    if answer.finish:
-                        ended.add(index)
-                    if text or answer.finish:
-                        yield clock.chunk(index, answer, text)
+                for index, text in advance(answers, event, ended):
+                    if text or answers[index].finish:
+                        yield clock.chunk(index, answers[index], text)
     except Cancelled:
         if not clock.started:
             raise
         for index, answer in enumerate(answers):
             if not answer.finish:
-                yield clock.chunk(index, answer, answer.end("cancelled"))
+                text = answer.end("cancelled")
+                yield clock.chunk(index, answer, text)
 
 
 class _Clock:

@@ -19,17 +19,21 @@ log = logging.getLogger("lowmem.machine")
 # Measured with torch 2.13 and transformers 5.23 on Linux x86-64; stands in until this machine is measured.
 DEFAULT_RUNTIME_BYTES = 450_000_000
 
-# Llama's classes and a tokenizer stand for any model's; the product makes torch start its threads and its
-# matrix library, which any model would.
+# What a session imports before it reads the first weight. Llama's classes stand for any family's; the
+# product makes torch start its threads and its matrix library, which any model would.
 _CHILD = """
 import psutil
 import torch
-from transformers import AutoTokenizer
+from lowmem.generate import batching
+from lowmem.runtime import loader
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 square = torch.ones(512, 512)
 square @ square
 print(psutil.Process().memory_info().rss)
 """
+
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def runtime_bytes() -> int:
@@ -45,7 +49,9 @@ def measure_runtime_bytes() -> int:
     if cached := _measured().get(_versions()):
         return cached
     try:
-        child = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=180, check=True)
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=180, check=True, cwd=_PACKAGE_PARENT
+        )
         measured = int(child.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("the runtime's RAM could not be measured: %s", error)

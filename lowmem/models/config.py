@@ -24,12 +24,14 @@ SUPPORTED = (
 
 For these a repository's own code (`auto_map`) is never needed, and never run."""
 
-_ENCODERS = frozenset(
-    {"albert", "bert", "camembert", "clip", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "longformer", "mobilebert", "modernbert", "mpnet", "nomic_bert", "roberta", "siglip", "squeezebert", "vit", "wav2vec2", "xlm-roberta"}
-)
-_ENCODER_DECODERS = frozenset(
-    {"bart", "blenderbot", "longt5", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5", "whisper"}
-)
+_ENCODERS = frozenset({
+    "albert", "bert", "camembert", "clip", "convbert", "deberta", "deberta-v2", "distilbert", "electra",
+    "ernie", "longformer", "mobilebert", "modernbert", "mpnet", "nomic_bert", "roberta", "siglip",
+    "squeezebert", "vit", "wav2vec2", "xlm-roberta",
+})  # fmt: skip
+_ENCODER_DECODERS = frozenset({
+    "bart", "blenderbot", "longt5", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5", "whisper",
+})  # fmt: skip
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -61,9 +63,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"multi_query": True},
     "starcoder2": {"num_key_value_heads": 2},
 }
-_TIED_BY_DEFAULT = frozenset(
-    {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "cohere", "cohere2", "starcoder2", "xglm", "biogpt", "ernie4_5"}
-)
+_TIED_BY_DEFAULT = frozenset({
+    "gpt2", "gpt_neo", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "smollm3", "cohere", "cohere2", "starcoder2", "xglm", "biogpt", "ernie4_5",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Works alike on a folder and on a hub repository, and reads configuration and hea
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -90,6 +91,9 @@ def weight_files(files: Files) -> tuple[str, ...]:
     """
     if INDEX in files.names:
         shards = sorted(set(map(str, _weight_map(files).values())))
+        # These names become paths when the shards are fetched or opened.
+        if strange := [shard for shard in shards if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", shard)]:
+            raise CorruptModel(f"{INDEX} of {files.owner} names the file {strange[0][:80]!r}.", "Choose another model.")
         if missing := [shard for shard in shards if shard not in files.names]:
             few = f"{len(missing)} of {len(shards)} weight files, first {missing[0][:80]!r}"
             raise CorruptModel(f"{files.owner} lacks {few}.", "Fetch the model again.")

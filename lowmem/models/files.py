@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from lowmem.errors import CorruptModel, ModelNotFound
 
-
 MAX_TEXT = 64 * 2**20
 """Bytes of the largest file that is read whole into memory (an index or a tokenizer)."""
 

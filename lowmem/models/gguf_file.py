@@ -75,7 +75,7 @@ class Gguf:
     def config(self) -> dict[str, Any]:
         """The metadata as the fields of a config.json."""
         arch = self.metadata.get("general.architecture")
-        config = {"model_type": MODEL_TYPES.get(str(arch), str(arch))}
+        config: dict[str, Any] = {"model_type": MODEL_TYPES.get(str(arch), str(arch))}
         for theirs, ours in _CONFIG_KEYS.items():
             if (value := self.metadata.get(f"{arch}.{theirs}")) is not None:
                 config[ours] = value

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
+from lowmem.errors import BadInput, CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
 from lowmem.models import catalog, hub
 from lowmem.models.describe import CONFIG, describe, describe_gguf
 from lowmem.models.files import LocalFile, LocalFolder
@@ -50,7 +50,7 @@ def read_spec(ref: str, allow_paths: bool = True) -> ModelSpec:
         BadInput, ModelNotFound, GatedModel, UnsafeModel, CorruptModel, Unsupported, Offline.
     """
     reference = parse_ref(ref, allow_paths)
-    if folder := _folder_of(reference):
+    if folder := find_folder(reference):
         return _read_folder(folder, reference)
     if reference.kind == "gguf":
         return describe_gguf(LocalFile(reference.path), reference.text, reference.name)
@@ -70,13 +70,13 @@ def read_spec(ref: str, allow_paths: bool = True) -> ModelSpec:
 
 def local_folder(ref: str) -> Path | None:
     """The folder with config.json, safetensors and tokenizer, or None when `ref` must be fetched first."""
-    return _folder_of(parse_ref(ref))
+    return find_folder(parse_ref(ref))
 
 
 def is_local(ref: str) -> bool:
     """Can `ref` be loaded without network?"""
     reference = parse_ref(ref)
-    return reference.kind == "gguf" and reference.path.is_file() or _folder_of(reference) is not None
+    return (reference.kind == "gguf" and reference.path.is_file()) or find_folder(reference) is not None
 
 
 def local_models() -> list[LocalModel]:
@@ -113,7 +113,16 @@ def folder_name(reference: Reference, commit: str = "") -> str:
     return f"{'--'.join(parts).replace('/', '--')}@{commit}"
 
 
-def _folder_of(reference: Reference) -> Path | None:
+def gguf_in(repository: hub.Repository, reference: Reference) -> str:
+    """The GGUF file that `reference` names; `ModelNotFound` with those that are there."""
+    if reference.file not in repository.files:
+        known = ", ".join(sorted(name for name in repository.names if name.endswith(".gguf"))[:6]) or "none"
+        raise ModelNotFound(f"{reference.repo} has no file {reference.file}.", f"Its GGUF files: {known}.")
+    return reference.file
+
+
+def find_folder(reference: Reference) -> Path | None:
+    """The finished folder of a reference, None when there is none on this machine."""
     models = settings().models
     if reference.kind == "folder":
         return reference.path if (reference.path / CONFIG).is_file() else None
@@ -143,9 +152,18 @@ def _models_in(root: Path) -> Iterator[Path]:
 
 def _local_model(folder: Path) -> LocalModel:
     source = record(folder)
-    ref = str(source.get("ref") or folder)
+    asked_for = str(source.get("ref") or "")
+    ref = asked_for if _leads_to(asked_for, folder) else str(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return LocalModel(ref, str(source.get("name") or parse_ref(str(folder)).name), folder, size)
+
+
+def _leads_to(ref: str, folder: Path) -> bool:
+    """Not when a newer commit was fetched since, or the GGUF file that was converted is gone."""
+    try:
+        return find_folder(parse_ref(ref)) == folder
+    except BadInput:
+        return False
 
 
 def _read_folder(folder: Path, reference: Reference) -> ModelSpec:
@@ -159,10 +177,7 @@ def _read_hub(reference: Reference) -> ModelSpec:
     about = (reference.text, reference.name, repository.licence, repository.gated)
     if reference.kind == "hub":
         return describe(repository, *about)
-    if reference.file not in repository.files:
-        known = ", ".join(sorted(name for name in repository.names if name.endswith(".gguf"))[:6]) or "none"
-        raise ModelNotFound(f"{reference.repo} has no file {reference.file}.", f"Its GGUF files: {known}.")
-    return describe_gguf(repository.ranged(reference.file), *about)
+    return describe_gguf(repository.ranged(gguf_in(repository, reference)), *about)
 
 
 def _no_model(path: Path) -> LowMemError:

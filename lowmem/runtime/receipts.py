@@ -60,7 +60,6 @@ def generate_receipt(plan: Plan, seconds: float, last: Sequence[Chunk], peak: di
         prefill_tps=first.prefill_tps,
         decode_tps=sum(chunk.decode_tps for chunk in last),
         notes=tuple(notes),
-        snippet=_load_snippet(plan),
         details={"context": plan.context, "kv": plan.kv, "finish": [chunk.finish for chunk in last]},
     )
 
@@ -83,8 +82,8 @@ def batch_receipt(plan: Plan, seconds: float, done: Sequence[Completion], peak: 
     )
 
 
-def with_prompt(receipt: Receipt, prompt: object, options: GenerateOptions, raw: bool) -> Receipt:
-    """The snippet completed with the call that was made."""
+def with_prompt(receipt: Receipt, plan: Plan, prompt: object, options: GenerateOptions, raw: bool) -> Receipt:
+    """The receipt with the call that was made; `plan` is the resident one."""
     changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
     arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     call = (
@@ -93,7 +92,7 @@ def with_prompt(receipt: Receipt, prompt: object, options: GenerateOptions, raw:
         "    if isinstance(event, lowmem.Chunk):\n"
         '        print(event.text, end="", flush=True)\n'
     )
-    return replace(receipt, snippet=receipt.snippet + call)
+    return replace(receipt, snippet=_load_snippet(plan) + call)
 
 
 def _load_snippet(plan: Plan) -> str:

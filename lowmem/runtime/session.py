@@ -152,7 +152,7 @@ class Session:
                 _refuse_if_over(action, "Ask for fewer new tokens, store the KV cache in int8, or load fewer bits.")
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
-            self._last_receipt = receipts.with_prompt(receipt, prompt, options, raw)
+            self._last_receipt = receipts.with_prompt(receipt, plan, prompt, options, raw)
             yield self._last_receipt
         finally:
             self._done()

@@ -1,7 +1,7 @@
 """Named endpoints: every action for scripts, with plain typed signatures.
 
-    from gradio_client import Client
-    Client("http://127.0.0.1:7860").predict("The sky is", api_name="/generate")
+from gradio_client import Client
+Client("http://127.0.0.1:7860").predict("The sky is", api_name="/generate")
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
@@ -28,25 +29,36 @@ Json = dict[str, Any]
 def as_json(plan: Plan) -> Json:
     """A plan as plain data: bytes as numbers, one entry per memory."""
     budgets = {
-        one.memory: {"peak": one.peak, "limit": one.limit, "verdict": one.verdict, "lines": [asdict(line) for line in one.lines]}
+        one.memory: {
+            "peak": one.peak,
+            "limit": one.limit,
+            "verdict": one.verdict,
+            "lines": [asdict(line) for line in one.lines],
+        }
         for one in plan.budgets
     }
     return {
-        "model": plan.spec.ref, "precision": plan.precision, "device": plan.device, "context": plan.context, "kv": plan.kv,
-        "verdict": plan.verdict, "sentence": plan.sentence(), "reason": plan.reason, "budgets": budgets,
+        "model": plan.spec.ref,
+        "precision": plan.precision,
+        "device": plan.device,
+        "context": plan.context,
+        "kv": plan.kv,
+        "verdict": plan.verdict,
+        "sentence": plan.sentence(),
+        "reason": plan.reason,
+        "budgets": budgets,
         "declined": [asdict(item) for item in plan.declined],
-    }  # fmt: skip
+    }
 
 
 def add_endpoints(engine: Engine) -> None:
     """Add every endpoint to the Blocks that is being built."""
-    quick = (_plan(engine), _machine(engine), _receipt(engine))
-    for action in quick:
-        gr.api(_told(action), api_name=action.__name__, concurrency_limit=None)
-    for action in (_load(engine), _generate(engine), _chat(engine), _batch(engine)):
-        gr.api(_told_stream(action), api_name=action.__name__, **ENGINE)
+    for quick in (_plan(engine), _machine(engine), _receipt(engine)):
+        gr.api(_told(quick), api_name=quick.__name__, concurrency_limit=None)
+    for stream in (_load(engine), _generate(engine), _chat(engine), _batch(engine)):
+        gr.api(_told_stream(stream), api_name=stream.__name__, **ENGINE)
     unload = _unload(engine)
-    gr.api(_told(unload), api_name="unload", **ENGINE)
+    gr.api(_told(unload), api_name=unload.__name__, **ENGINE)
 
 
 def _told(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,15 +91,21 @@ def _failure(error: Exception) -> gr.Error:
 
 def _plan(engine: Engine) -> Callable[..., Json]:
     def plan(
-        model: str = AUTO, precision: str = AUTO, context: int = 2048, device: str = AUTO, kv: str = "same", ram: str = "", vram: str = ""
+        model: str = AUTO,
+        precision: str = AUTO,
+        context: int = 2048,
+        device: str = AUTO,
+        kv: str = "same",
+        ram: str = "",
+        vram: str = "",
     ) -> dict:
         """The plan for a model and a budget ("4G"; empty is all that is free), without loading anything."""
-        return as_json(engine.plan(build(Choice, locals_of(model, precision, context, device, kv, ram, vram))))
+        return as_json(engine.plan(build(Choice, _named(model, precision, context, device, kv, ram, vram))))
 
     return plan
 
 
-def locals_of(*values: Any) -> Json:
+def _named(*values: Any) -> Json:
     """Positional values of a set-up by the names of `Choice`."""
     return dict(zip(Choice.__slots__, values, strict=True))
 
@@ -97,9 +115,12 @@ def _machine(engine: Engine) -> Callable[..., Json]:
         """The machine: hardware, what is in use now, the resident model."""
         resident = engine.resident
         return {
-            "line": engine.hardware().line(), "hardware": asdict(engine.hardware()), "now": asdict(engine.snapshot()),
-            "resident": as_json(resident) if resident else None, "busy": engine.busy,
-        }  # fmt: skip
+            "line": engine.hardware().line(),
+            "hardware": asdict(engine.hardware()),
+            "now": asdict(engine.snapshot()),
+            "resident": as_json(resident) if resident else None,
+            "busy": engine.busy,
+        }
 
     return machine
 
@@ -135,7 +156,7 @@ def _load(engine: Engine) -> Callable[..., Iterator[Json]]:
     ) -> Iterator[dict]:
         """Load a model; yields progress, last of all {"receipt": ...}. `force` goes over the budget."""
         token = CancelToken()
-        plan = engine.plan(build(Choice, locals_of(model, precision, context, device, kv, ram, vram)))
+        plan = engine.plan(build(Choice, _named(model, precision, context, device, kv, ram, vram)))
         for events in pump(engine.load(plan, token, force=force), token):
             for event in events:
                 yield {"receipt": event.as_dict()} if isinstance(event, Receipt) else asdict(event)
@@ -145,7 +166,7 @@ def _load(engine: Engine) -> Callable[..., Iterator[Json]]:
 
 def _generate(engine: Engine) -> Callable[..., Iterator[Json]]:
     def generate(prompt: str, options: dict | None = None, raw: bool = True) -> Iterator[dict]:
-        """Continue a text, or answer it as one message with raw=False; yields the text so far, last of all with the receipt."""
+        """Continue a text, or answer it with raw=False; yields the text so far, last of all with the receipt."""
         bounded(prompt)
         token = CancelToken()
         chosen = build(GenerateOptions, options or {})
@@ -155,7 +176,9 @@ def _generate(engine: Engine) -> Callable[..., Iterator[Json]]:
 
 
 def _chat(engine: Engine) -> Callable[..., Iterator[Json]]:
-    def chat(message: str, history: list | None = None, system: str = "", options: dict | None = None) -> Iterator[dict]:
+    def chat(
+        message: str, history: list | None = None, system: str = "", options: dict | None = None
+    ) -> Iterator[dict]:
         """Answer in a conversation; `history` is a list of {"role", "content"}."""
         opening = [{"role": "system", "content": system}] if system else []
         messages = [*opening, *map(_message, history or []), {"role": "user", "content": message}]
@@ -168,11 +191,15 @@ def _chat(engine: Engine) -> Callable[..., Iterator[Json]]:
 
 
 def _message(value: Any) -> dict[str, str]:
-    from lowmem.errors import BadInput
-
-    if isinstance(value, dict) and value.get("role") in ("system", "user", "assistant") and isinstance(value.get("content"), str):
+    if (
+        isinstance(value, dict)
+        and value.get("role") in ("system", "user", "assistant")
+        and isinstance(value.get("content"), str)
+    ):
         return {"role": value["role"], "content": value["content"]}
-    raise BadInput("A message of the history is not one.", 'Write each as {"role": "user" or "assistant", "content": "..."}.')
+    raise BadInput(
+        "A message of the history is not one.", 'Write each as {"role": "user" or "assistant", "content": "..."}.'
+    )
 
 
 def _streamed(frames: Iterator[list[Any]]) -> Iterator[Json]:
@@ -182,8 +209,13 @@ def _streamed(frames: Iterator[list[Any]]) -> Iterator[Json]:
         for event in events:
             if isinstance(event, Chunk):
                 answers[event.index] = answers.get(event.index, "") + event.text
-                last = {"text": joined(answers), "answers": [answers[key] for key in sorted(answers)], "new_tokens": event.new_tokens,
-                        "decode_tps": event.decode_tps, "finish": event.finish}  # fmt: skip
+                last = {
+                    "text": joined(answers),
+                    "answers": [answers[key] for key in sorted(answers)],
+                    "new_tokens": event.new_tokens,
+                    "decode_tps": event.decode_tps,
+                    "finish": event.finish,
+                }
             elif isinstance(event, Receipt):
                 last = last | {"receipt": event.as_dict()}
         if last:
@@ -201,6 +233,8 @@ def _batch(engine: Engine) -> Callable[..., Iterator[Json]]:
             rows += [asdict(event) for event in gathered if isinstance(event, Completion)]
             receipts = [event.as_dict() for event in gathered if isinstance(event, Receipt)]
             if not all(isinstance(event, Step) for event in gathered):
-                yield {"done": len(rows), "total": len(asked), "results": rows} | ({"receipt": receipts[-1]} if receipts else {})
+                yield {"done": len(rows), "total": len(asked), "results": rows} | (
+                    {"receipt": receipts[-1]} if receipts else {}
+                )
 
     return batch

@@ -23,11 +23,19 @@ class Batch:
 
     def __init__(self, engine: Engine, jobs: Jobs) -> None:
         self.engine, self.jobs = engine, jobs
-        self.lines = gr.Textbox(label=say("prompts"), placeholder=say("prompts_hint"), lines=5, max_lines=12, max_length=TEXT_LIMIT,
-                                elem_id="prompts")  # fmt: skip
-        self.file = gr.File(label=say("file"), file_types=[".txt", ".csv", ".jsonl"], height=110, elem_id="prompt-file")
-        with gr.Row():
-            self.size = gr.Slider(0, 64, value=0, step=1, label=say("batch_size"), info=say("batch_size_help"), min_width=220)
+        self.lines = gr.Textbox(
+            label=say("prompts"),
+            placeholder=say("prompts_hint"),
+            lines=5,
+            max_lines=12,
+            max_length=TEXT_LIMIT,
+            elem_id="prompts",
+        )
+        self.file = gr.File(label=say("file"), file_types=[".txt", ".csv", ".jsonl"], height=124, elem_id="prompt-file")
+        with gr.Row(elem_id="batch-controls"):
+            self.size = gr.Slider(
+                0, 64, value=0, step=1, label=say("batch_size"), info=say("batch_size_help"), min_width=220, buttons=[]
+            )
             self.template = gr.Checkbox(True, label=say("template"), info=say("template_help"), min_width=220)
         with gr.Row(elem_classes="lm-actions"):
             self.run = gr.Button(say("run_batch"), variant="primary", scale=0, min_width=180, elem_id="run-batch")
@@ -50,7 +58,14 @@ class Batch:
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, KIND)
         note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("reading")
-        return [gr.Button(interactive=False), gr.Button(visible=True), render.progress(Step(0, 0, note)), "", "", gr.Row(visible=False)]
+        return [
+            gr.Button(interactive=False),
+            gr.Button(visible=True),
+            render.progress(Step(0, 0, note)),
+            "",
+            "",
+            gr.Row(visible=False),
+        ]
 
     def _stop(self, request: gr.Request) -> str:
         self.jobs.stop(request, KIND)
@@ -72,7 +87,14 @@ class Batch:
                     yield [gr.skip(), gr.skip(), progress, render.table(rows) if fresh else gr.skip(), *[gr.skip()] * 4]
         except Exception as error:
             trouble = notice(error)
-        yield [gr.Button(interactive=True), gr.Button(visible=False), "", render.table(rows), trouble, *_downloads(rows)]
+        yield [
+            gr.Button(interactive=True),
+            gr.Button(visible=False),
+            "",
+            render.table(rows),
+            trouble,
+            *_downloads(rows),
+        ]
 
 
 def _progress(events: list[Any], done: int, total: int) -> str:

@@ -146,7 +146,7 @@ def notice(error: Exception, *, toast: bool = True) -> str:
     if isinstance(error, Cancelled):
         return f'<p class="lm-notice" data-kind="quiet" role="status">{message}</p>'
     if toast:
-        gr.Warning(f"{message} {hint}".strip(), title="")
+        gr.Warning(f"{message} {hint}".strip(), title=say("trouble"))
     return f'<div class="lm-notice" data-kind="error" role="alert"><strong>{message}</strong> {hint}</div>'
 
 

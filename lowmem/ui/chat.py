@@ -24,15 +24,33 @@ class Chat:
 
     def __init__(self, engine: Engine, jobs: Jobs) -> None:
         self.engine, self.jobs = engine, jobs
-        self.history = gr.Chatbot(show_label=False, label=say("chat"), height="100%", buttons=["copy"], layout="bubble",
-                                  elem_id="chat", placeholder=f'<p class="lm-muted">{say("chat_empty")}</p>',
-                                  reasoning_tags=[("<think>", "</think>")], allow_tags=False)  # fmt: skip
+        self.history = gr.Chatbot(
+            show_label=False,
+            label=say("chat"),
+            height="100%",
+            buttons=["copy"],
+            layout="bubble",
+            elem_id="chat",
+            placeholder=f'<p class="lm-muted">{say("chat_empty")}</p>',
+            reasoning_tags=[("<think>", "</think>")],
+            allow_tags=False,
+        )
         self.live = gr.HTML(elem_id="chat-live")
         self.notice = gr.HTML(elem_id="chat-notice")
-        self.message = gr.Textbox(placeholder=say("message_hint"), label=say("message"), show_label=False, submit_btn=say("send"), lines=1,
-                                  max_lines=8, elem_id="message", html_attributes=gr.InputHTMLAttributes(autocomplete="off"))  # fmt: skip
+        self.message = gr.Textbox(
+            placeholder=say("message_hint"),
+            label=say("message"),
+            show_label=False,
+            submit_btn=say("send"),
+            lines=1,
+            max_lines=8,
+            elem_id="message",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+        )
 
-    def wire(self, sidebar: Sidebar, system: gr.Textbox, options: list[Any], read: Callable[..., GenerateOptions]) -> None:
+    def wire(
+        self, sidebar: Sidebar, system: gr.Textbox, options: list[Any], read: Callable[..., GenerateOptions]
+    ) -> None:
         """`read` turns the values of `options` into GenerateOptions."""
         self._read = read
         begun = [self.message, self.history, self.live, self.notice]

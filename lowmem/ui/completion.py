@@ -24,14 +24,27 @@ class Completion:
 
     def __init__(self, engine: Engine, jobs: Jobs) -> None:
         self.engine, self.jobs = engine, jobs
-        self.prompt = gr.Textbox(label=say("prompt"), placeholder=say("prompt_hint"), lines=5, max_lines=12, max_length=TEXT_LIMIT,
-                                 elem_id="prompt")  # fmt: skip
+        self.prompt = gr.Textbox(
+            label=say("prompt"),
+            placeholder=say("prompt_hint"),
+            lines=5,
+            max_lines=12,
+            max_length=TEXT_LIMIT,
+            elem_id="prompt",
+        )
         with gr.Row(elem_classes="lm-actions"):
             self.run = gr.Button(say("continue"), variant="primary", scale=0, min_width=180, elem_id="continue")
             self.stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id="stop-completion")
         self.live = gr.HTML()
         self.notice = gr.HTML(elem_id="completion-notice")
-        self.text = gr.Textbox(label=say("continuation"), lines=8, max_lines=24, interactive=False, buttons=["copy"], elem_id="continuation")
+        self.text = gr.Textbox(
+            label=say("continuation"),
+            lines=8,
+            max_lines=24,
+            interactive=False,
+            buttons=["copy"],
+            elem_id="continuation",
+        )
 
     def wire(self, sidebar: Sidebar, options: list[Any], read: Callable[..., GenerateOptions]) -> None:
         self._read = read

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lowmem.errors import BadInput, LowMemError
+from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
@@ -16,6 +16,7 @@ from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.goal import Goal, Limits, limits_from
 from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
+from lowmem.settings import settings
 from lowmem.ui.strings import say
 from lowmem.units import parse_bytes
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lowmem.runtime.session import Session
 
 AUTO = "auto"
+HUB_SECONDS = 2.0
 HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not change between them
 
 
@@ -44,10 +46,13 @@ class Engine:
     """One machine, one resident model, as the page sees them.
 
     Args:
-        session: makes the session on first use, so that torch is imported no sooner.
+        session: makes the session on first use.
+        public: strangers use the page; only models below lowmem's own folders may be named by path.
     """
 
-    def __init__(self, session: Callable[[], Session] | None = None) -> None:
+    def __init__(self, session: Callable[[], Session] | None = None, *, public: bool = False) -> None:
+        self.public = public
+        self._hub_found: bool | None = None
         self._make_session = session or _real_session
         self._session: Session | None = None
         self._lock = threading.Lock()
@@ -71,10 +76,13 @@ class Engine:
     # --- planning
 
     def catalog(self) -> list[tuple[str, str]]:
-        """(label, reference) of the models that lowmem knows, for a dropdown."""
+        """(label, reference) of the models that lowmem knows and of those on this machine, for a dropdown."""
         from lowmem.models.catalog import CATALOG
+        from lowmem.models.source import local_models
 
-        return [(entry.label, entry.ref) for entry in CATALOG]
+        known = [(entry.label, entry.ref) for entry in CATALOG]
+        refs = {ref for _, ref in known}
+        return known + [(model.name, model.ref) for model in local_models() if model.ref not in refs]
 
     def spec(self, ref: str) -> ModelSpec:
         """The model behind a reference; each is read once."""
@@ -85,7 +93,23 @@ class Engine:
     def _read_spec(self, ref: str) -> ModelSpec:
         from lowmem.models.source import read_spec
 
-        return read_spec(ref)
+        return read_spec(ref, allow_paths=not self.public)
+
+    def _choices(self) -> list[ModelSpec] | None:
+        """What a recommendation may choose from: without the hub only what is here already, or the demo; else None."""
+        if self._hub():
+            return None
+        from lowmem.models.catalog import CATALOG
+        from lowmem.models.source import is_local
+
+        best_first = sorted((entry for entry in CATALOG if entry.chat), key=lambda entry: -entry.quality)
+        return [entry.spec() for entry in best_first if entry.ref == "demo" or is_local(entry.ref)]
+
+    def _hub(self) -> bool:
+        """Can the hub be reached? Asked once."""
+        if self._hub_found is None:
+            self._hub_found = _reachable()
+        return self._hub_found
 
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:
         """Every precision with None, or with the reason why it does not run here."""
@@ -111,16 +135,13 @@ class Engine:
     def _plan(self, spec: ModelSpec | None, limits: Limits, goal: Goal) -> Plan:
         from lowmem.planning.planner import plan
 
-        return plan(spec, self.hardware(), limits, goal)
+        return plan(spec, self.hardware(), limits, goal, None if spec else self._choices())
 
-    def download_bytes(self, ref: str) -> int | None:
-        """Bytes that would be fetched; 0 when the model is here, None when nobody knows."""
-        from lowmem.models.fetch import download_size
+    def download_bytes(self, spec: ModelSpec) -> int:
+        """Bytes that loading would fetch, 0 when the model is here. Asks no network: controls move fast."""
+        from lowmem.models.source import is_local
 
-        try:
-            return download_size(ref)
-        except (LowMemError, OSError):
-            return None
+        return 0 if is_local(spec.ref) else spec.size_on_disk
 
     # --- the session
 
@@ -184,6 +205,18 @@ class Engine:
 
 def precision_label(key: str) -> str:
     return say("automatic") if key == AUTO else PRECISION_LABELS.get(key, key)
+
+
+def _reachable() -> bool:
+    if settings().hub_offline:
+        return False
+    import httpx
+
+    try:
+        httpx.head(settings().hub_endpoint, timeout=HUB_SECONDS)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
 
 
 def _real_session() -> Session:

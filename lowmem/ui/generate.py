@@ -46,7 +46,9 @@ class GenerateTab:
 
     def _build_options(self) -> None:
         gr.HTML(f"<h2>{say('options')}</h2>")
-        self.system = gr.Textbox(label=say("system"), placeholder=say("system_hint"), lines=2, max_lines=6, elem_id="system")
+        self.system = gr.Textbox(
+            label=say("system"), placeholder=say("system_hint"), lines=2, max_lines=6, elem_id="system"
+        )
         controls = widgets(GenerateOptions, MAIN)
         with gr.Accordion(say("more_options"), open=False, elem_id="more-options"):
             controls |= widgets(GenerateOptions, REST)
@@ -65,7 +67,11 @@ class GenerateTab:
         self.shown(self.sidebar.seen.change(lambda: None, None, None, **QUICK))
         for name in PRICED:
             self.controls[name].change(
-                self._price, [self.setup.choosing, *self.options], self.sidebar.budget, trigger_mode="always_last", **QUICK
+                self._price,
+                [self.setup.choosing, *self.options],
+                self.sidebar.budget,
+                trigger_mode="always_last",
+                **QUICK,
             )
 
     def shown(self, event: Any) -> Any:

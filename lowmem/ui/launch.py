@@ -10,9 +10,9 @@ import gradio as gr
 
 from lowmem.errors import BadInput
 from lowmem.settings import settings
-from lowmem.ui.engine import AUTO
+from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.page import build_ui
-from lowmem.ui.theme import CSS, theme
+from lowmem.ui.theme import CSS, HEAD, theme
 from lowmem.units import parse_bytes
 
 log = logging.getLogger("lowmem.ui")
@@ -24,9 +24,16 @@ def launch_options() -> dict[str, Any]:
     """What every launch of the page passes to gradio."""
     outputs = settings().outputs
     return {
-        "theme": theme(), "css_paths": CSS, "ssr_mode": False, "run_history": False, "enable_monitoring": False,
-        "max_file_size": UPLOAD_LIMIT, "allowed_paths": [str(outputs)], "footer_links": ["api", "settings"],
-    }  # fmt: skip
+        "theme": theme(),
+        "css_paths": CSS,
+        "head": HEAD,
+        "ssr_mode": False,
+        "run_history": False,
+        "enable_monitoring": False,
+        "max_file_size": UPLOAD_LIMIT,
+        "allowed_paths": [str(outputs)],
+        "footer_links": ["api", "settings"],
+    }
 
 
 def serve(
@@ -56,8 +63,11 @@ def serve(
     if share and credentials is None:
         credentials = ("lowmem", secrets.token_urlsafe(9))
         print(f"Sign in as {credentials[0]} with the password {credentials[1]}", flush=True)
-    if demo is None or budget or model:
-        demo = build_ui(budget_bytes=parse_bytes(budget) if budget else None, model=model or AUTO)
+    public = share or settings().host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
+    if demo is None or budget or model or public:
+        demo = build_ui(
+            Engine(public=public), budget_bytes=parse_bytes(budget) if budget else None, model=model or AUTO
+        )
     demo.launch(share=share, auth=credentials, server_name=host, server_port=port, **launch_options())
 
 

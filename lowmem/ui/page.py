@@ -12,6 +12,13 @@ from lowmem.ui.generate import GenerateTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
 
+# Gradio opens the sidebar over the whole of a phone's screen.
+SETTLE = """() => {
+    const toggle = document.querySelector('#sidebar.open .toggle-button');
+    if (window.innerWidth <= 768 && toggle) toggle.click();
+    setTimeout(() => document.body.classList.add('lm-settled'), 350);
+}"""
+
 
 def build_ui(engine: Engine | None = None, *, budget_bytes: int | None = None, model: str = AUTO) -> gr.Blocks:
     """The page over an engine.
@@ -29,7 +36,10 @@ def build_ui(engine: Engine | None = None, *, budget_bytes: int | None = None, m
         with gr.Tabs(elem_id="tabs"), gr.Tab(say("generate"), id="generate"):
             generate = GenerateTab(engine, jobs, sidebar, model)
         add_endpoints(engine)
-        opened = sidebar.after(demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK))
+        opened = sidebar.after(
+            demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
+        )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
+        demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)

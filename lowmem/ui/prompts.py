@@ -7,7 +7,7 @@ import io
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,12 +47,14 @@ def read_file(path: Path) -> list[str]:
     """Prompts of a .txt (one per line), .csv (column "prompt", else the first) or .jsonl file."""
     size = path.stat().st_size
     if size > FILE_LIMIT:
-        raise BadInput(f"{path.name} has {format_bytes(size)}, more than {format_bytes(FILE_LIMIT)}.", "Split the file.")
+        raise BadInput(
+            f"{path.name} has {format_bytes(size)}, more than {format_bytes(FILE_LIMIT)}.", "Split the file."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise BadInput(f"{path.name} is not UTF-8 text.", "Save it as UTF-8.") from None
-    readers = {".txt": str.splitlines, ".csv": _from_csv, ".jsonl": _from_jsonl}
+    readers: dict[str, Callable[[str], list[str]]] = {".txt": str.splitlines, ".csv": _from_csv, ".jsonl": _from_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise BadInput(f"{path.name} is not a .txt, .csv or .jsonl file.", "Save the prompts as one of these.")

@@ -6,59 +6,86 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from lowmem.events import Chunk, Completion, Receipt, Step
-from lowmem.planning.plan import PRECISION_LABELS, Budget, Plan
+from lowmem.machine.monitor import Snapshot
+from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
 from lowmem.ui.strings import name, say
 from lowmem.units import format_bytes, format_seconds
 
 ROWS_SHOWN = 200
 
 LOGO = (
-    '<svg viewBox="0 0 32 20" width="40" height="25" aria-hidden="true"><rect class="a" x="0" y="0" width="15" height="20"'
-    ' rx="3"/><rect class="b" x="17" y="0" width="6" height="20" rx="2"/><rect class="c" x="25" y="0" width="7" height="20"'
-    ' rx="2"/></svg>'
+    '<svg viewBox="0 0 32 20" width="40" height="25" aria-hidden="true">'
+    '<rect class="a" width="15" height="20" rx="3"/><rect class="b" x="17" width="6" height="20" rx="2"/>'
+    '<rect class="c" x="25" y="0.5" width="6.5" height="19" rx="2"/></svg>'
 )
 
 
 def header() -> str:
-    return (
-        f'<header class="lm-header">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
-    )
+    return f'<header class="lm-header">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
 
 
 # --- budgets
 
 
 def budget(plan: Plan, caption: str = "") -> str:
-    """Every budget of a plan as a stacked bar with legend, verdict and sentence."""
-    bars = "".join(_budget_bar(one, many=len(plan.budgets) > 1) for one in plan.budgets)
+    """Every budget of a plan as a stacked bar, the computing device's first and with its legend open; the verdict."""
+    others = [one for one in plan.budgets if one is not plan.main]
+    bars = "".join(_budget_bar(one, opened=one is plan.main) for one in (plan.main, *others))
     pill = f'<span class="lm-pill" data-verdict="{plan.verdict}">{escape(name("verdicts", plan.verdict))}</span>'
     note = f'<p class="lm-muted lm-small">{escape(caption)}</p>' if caption else ""
     return (
-        f'<section class="lm-budget" data-verdict="{plan.verdict}"><div class="lm-head"><h2>{escape(say("budget"))}</h2>{pill}</div>'
+        f'<section class="lm-budget" data-verdict="{plan.verdict}">'
+        f'<div class="lm-head"><h2>{escape(say("budget"))}</h2>{pill}</div>'
         f'{note}{bars}<p class="lm-sentence" role="status">{escape(plan.sentence())}</p></section>'
     )
 
 
-def _budget_bar(one: Budget, *, many: bool) -> str:
-    memory = name("memory", one.memory)
+def _budget_bar(one: Budget, *, opened: bool) -> str:
+    memory, lines = name("memory", one.memory), _merged(one)
     scale = max(one.peak, one.limit, 1)
     segments = "".join(
         f'<span class="lm-seg" data-share="{escape(line.key)}" style="width:{_percent(line.count, scale)}"></span>'
-        for line in one.lines
-        if line.count > 0
+        for line in lines
     )
-    spoken = ", ".join(f"{name('shares', line.key)} {format_bytes(line.count)}" for line in one.lines)
+    spoken = ", ".join(f"{name('shares', line.key)} {format_bytes(line.count)}" for line in lines)
     label = f"{format_bytes(one.peak)} of {format_bytes(one.limit)} {memory}: {spoken}"
     limit = f'<i class="lm-limit" style="left:{_percent(one.limit, scale)}"></i>' if one.peak > one.limit else ""
-    title = (
-        f'<div class="lm-bar-title"><span>{escape(memory)}</span><span class="lm-num">{format_bytes(one.peak)}'
-        f' <span class="lm-muted">of {format_bytes(one.limit)}</span></span></div>'
-    )
-    rows = "".join(_legend_row(line.key, line.count, line.why) for line in one.lines if line.count > 0)
+    rows = "".join(_legend_row(line.key, line.count, line.why) for line in lines)
     rows += _legend_row("free", max(0, one.limit - one.peak), "")
     return (
-        f'<div class="lm-one-budget" data-many="{str(many).lower()}">{title}'
-        f'<div class="lm-bar" role="img" aria-label="{escape(label)}">{segments}{limit}</div><ul class="lm-legend">{rows}</ul></div>'
+        f'<details class="lm-one-budget"{" open" if opened else ""}><summary>{_of(memory, one.peak, one.limit)}'
+        f'<div class="lm-bar" role="img" aria-label="{escape(label)}">{segments}{limit}</div></summary>'
+        f'<ul class="lm-legend">{rows}</ul></details>'
+    )
+
+
+def _merged(one: Budget) -> list[Line]:
+    """One line per share, in the order of their first appearance."""
+    merged: dict[str, Line] = {}
+    for line in one.lines:
+        if line.count > 0:
+            before = merged.get(line.key, Line(line.key, 0, ""))
+            merged[line.key] = Line(line.key, before.count + line.count, f"{before.why} {line.why}".strip())
+    return list(merged.values())
+
+
+def _title(label: str, right: str) -> str:
+    """A line above a bar; `right` is HTML."""
+    return f'<div class="lm-bar-title"><span>{escape(label)}</span>{right}</div>'
+
+
+def _of(label: str, part: int, whole: int) -> str:
+    numbers = f'{format_bytes(part)} <span class="lm-muted">of {format_bytes(whole)}</span>'
+    return _title(label, f'<span class="lm-num">{numbers}</span>')
+
+
+def _track(spoken: str, *parts: tuple[str, str]) -> str:
+    """A thin bar of (class, width); silent for screen readers when there is nothing to say."""
+    role = f' role="img" aria-label="{escape(spoken)}"' if spoken else ""
+    return (
+        f'<div class="lm-track"{role}>'
+        + "".join(f'<span class="{c}" style="width:{w}"></span>' for c, w in parts)
+        + "</div>"
     )
 
 
@@ -77,7 +104,7 @@ def _percent(part: float, whole: float) -> str:
 # --- the set-up
 
 
-def setup_card(plan: Plan, *, recommended: bool, download: int | None, disk_free: int) -> str:
+def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) -> str:
     """The set-up that would be loaded, with its reason and what has to be fetched."""
     eyebrow = say("recommended") if recommended else say("chosen")
     facts = [
@@ -86,7 +113,7 @@ def setup_card(plan: Plan, *, recommended: bool, download: int | None, disk_free
         (say("device"), plan.place.name),
         (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),
     ]
-    cells = "".join(f'<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>' for key, value in facts)
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
     if download == 0:
         fetch = say("on_disk")
     elif download:
@@ -99,6 +126,14 @@ def setup_card(plan: Plan, *, recommended: bool, download: int | None, disk_free
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
         f'<h2 class="lm-model">{escape(plan.spec.name)}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
         f'<dl class="lm-facts">{cells}</dl>{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
+    )
+
+
+def unknown_card(ref: str) -> str:
+    """The place of a set-up that could not be planned."""
+    return (
+        f'<section class="lm-card"><p class="lm-eyebrow">{escape(say("chosen"))}</p>'
+        f'<h2 class="lm-model">{escape(ref[:80])}</h2></section>'
     )
 
 
@@ -135,11 +170,8 @@ def progress(step: Step) -> str:
         counted = f"{done} of {total}" + (f" {step.unit}" if step.unit not in ("", "B") else "")
     width = _percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
     known = "true" if step.total > 0 else "false"
-    return (
-        f'<div class="lm-progress" data-known="{known}" role="status"><div class="lm-bar-title"><span>{escape(step.note)}</span>'
-        f'<span class="lm-num lm-muted">{escape(counted)}</span></div>'
-        f'<div class="lm-track"><span style="width:{width}"></span></div></div>'
-    )
+    title = _title(step.note, f'<span class="lm-num lm-muted">{escape(counted)}</span>')
+    return f'<div class="lm-progress" data-known="{known}" role="status">{title}{_track("", ("", width))}</div>'
 
 
 # --- the machine
@@ -149,38 +181,32 @@ def machine(line: str) -> str:
     return f'<p class="lm-machine">{escape(line)}</p>'
 
 
-def meters(snapshot: object) -> str:
-    """RAM, GPU memory and disk as they are now (`snapshot` as lowmem.machine.monitor gives it)."""
-    ram_used, ram_total = snapshot.ram_used, snapshot.ram_total  # type: ignore[attr-defined]
-    own = snapshot.process_bytes  # type: ignore[attr-defined]
-    rows = [_meter(name("memory", "ram"), ram_used, ram_total, own)]
-    rows += [_meter(label, used, total) for label, used, total in snapshot.vram]  # type: ignore[attr-defined]
-    free = say("disk_free", size=format_bytes(snapshot.disk_free))  # type: ignore[attr-defined]
+def meters(now: Snapshot) -> str:
+    """RAM, GPU memory and disk as they are now."""
+    rows = [_meter(name("memory", "ram"), now.ram_used, now.ram_total, now.process_bytes)]
+    rows += [_meter(label, used, total) for label, used, total in now.vram]
+    free = say("disk_free", size=format_bytes(now.disk_free))
     rows.append(f'<p class="lm-muted lm-small">{escape(free)}</p>')
     return f'<section class="lm-meters"><h2>{escape(say("live"))}</h2>{"".join(rows)}</section>'
 
 
 def _meter(label: str, used: int, total: int, own: int = 0) -> str:
     mine = f"{format_bytes(own)} by lowmem" if own else ""
-    others = max(0, used - own)
     spoken = f"{label}: {format_bytes(used)} of {format_bytes(total)} in use{', ' + mine if mine else ''}"
-    return (
-        f'<div class="lm-meter"><div class="lm-bar-title"><span>{escape(label)}</span><span class="lm-num">{format_bytes(used)}'
-        f' <span class="lm-muted">of {format_bytes(total)}</span></span></div>'
-        f'<div class="lm-track" role="img" aria-label="{escape(spoken)}"><span class="lm-own" style="width:{_percent(own, total)}"></span>'
-        f'<span style="width:{_percent(others, total)}"></span></div>'
-        + (f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else "")
-        + "</div>"
-    )
+    bar = _track(spoken, ("lm-own", _percent(own, total)), ("", _percent(max(0, used - own), total)))
+    note = f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else ""
+    return f'<div class="lm-meter">{_of(label, used, total)}{bar}{note}</div>'
 
 
 def resident(plan: Plan | None, busy: str) -> str:
-    body = (
-        f'<p class="lm-muted lm-small">{escape(say("nothing_resident"))}</p>'
-        if plan is None
-        else f'<p><strong>{escape(plan.spec.name)}</strong></p><p class="lm-muted lm-small lm-num">{escape(plan.precision)} · '
-        f"{escape(device_label(plan.device))} · {plan.context:,} tokens</p>"
-    )
+    """The resident model, and what is going on."""
+    if plan is None:
+        body = f'<p class="lm-muted lm-small">{escape(say("nothing_resident"))}</p>'
+    else:
+        facts = f"{plan.precision} · {device_label(plan.device)} · {plan.context:,} tokens"
+        body = (
+            f'<p><strong>{escape(plan.spec.name)}</strong></p><p class="lm-muted lm-small lm-num">{escape(facts)}</p>'
+        )
     now = f'<p class="lm-busy lm-small">{escape(busy)}</p>' if busy else ""
     return f'<section class="lm-resident"><h2>{escape(say("resident"))}</h2>{body}{now}</section>'
 
@@ -192,9 +218,13 @@ def receipt(one: Receipt | None) -> str:
     """Predicted against measured, then the other numbers and the notes."""
     title = f"<h2>{escape(say('receipt'))}</h2>"
     if one is None:
-        return f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(say("no_receipt"))}</p></section>'
+        return (
+            f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(say("no_receipt"))}</p></section>'
+        )
     bars = "".join(_against(one, memory) for memory in one.measured if one.predicted.get(memory))
-    facts = "".join(f'<div><dt>{escape(key)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for key, value in _facts(one))
+    facts = "".join(
+        f'<div><dt>{escape(key)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for key, value in _facts(one)
+    )
     notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
     notes = f'<ul class="lm-notes">{notes}</ul>' if notes else ""
     what = f'<p class="lm-muted lm-small">{escape(one.action)} · {escape(one.model)} · {escape(one.precision)}</p>'
@@ -207,14 +237,15 @@ def _against(one: Receipt, memory: str) -> str:
     error = one.error(memory) or 0.0
     near = "true" if abs(error) <= 0.1 else "false"
     spoken = f"{name('memory', memory)}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
-    return (
-        f'<div class="lm-against" role="img" aria-label="{escape(spoken)}"><div class="lm-bar-title"><span>{escape(name("memory", memory))}'
-        f' peak</span><span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span></div>'
-        f'<div class="lm-pair"><span>predicted</span><div class="lm-track"><span class="lm-predicted" style="width:{_percent(predicted, scale)}"></span></div>'
-        f'<b class="lm-num">{format_bytes(predicted)}</b></div>'
-        f'<div class="lm-pair"><span>measured</span><div class="lm-track"><span style="width:{_percent(measured, scale)}"></span></div>'
-        f'<b class="lm-num">{format_bytes(measured)}</b></div></div>'
+    title = _title(
+        f"{name('memory', memory)} peak", f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>'
     )
+    rows = "".join(
+        f'<div class="lm-pair"><span>{word}</span>{_track("", (kind, _percent(count, scale)))}'
+        f'<b class="lm-num">{format_bytes(count)}</b></div>'
+        for word, kind, count in (("predicted", "lm-predicted", predicted), ("measured", "", measured))
+    )
+    return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'
 
 
 def _facts(one: Receipt) -> list[tuple[str, str]]:
@@ -242,15 +273,13 @@ def live(chunk: Chunk | None) -> str:
     used, limit = chunk.context_tokens, max(chunk.context_limit, 1)
     numbers = [(f"{chunk.decode_tps:.1f}", "tok/s")] if chunk.decode_tps else []
     if chunk.prefill_tps:
-        numbers.append((f"{chunk.prefill_tps:.0f}", "tok/s prefill"))
+        numbers.append((f"{chunk.prefill_tps:.0f}", "prefill"))
     if chunk.seconds_to_first:
-        numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first token"))
+        numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
     parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
-    label = f"Context: {used:,} of {limit:,} tokens"
-    return (
-        f'<div class="lm-live lm-num">{parts}<span class="lm-context"><span class="lm-track" role="img" aria-label="{label}">'
-        f'<span style="width:{_percent(min(used, limit), limit)}"></span></span><b>{used:,}</b> of {limit:,} tokens</span></div>'
-    )
+    bar = _track(f"Context: {used:,} of {limit:,} tokens", ("", _percent(min(used, limit), limit)))
+    context = f'<div class="lm-context">{bar}<span><b>{used:,}</b> of {limit:,} context</span></div>'
+    return f'<div class="lm-live lm-num">{parts}{context}</div>'
 
 
 def table(rows: Sequence[Completion]) -> str:
@@ -263,8 +292,10 @@ def table(rows: Sequence[Completion]) -> str:
         f'<td class="lm-num">{row.new_tokens:,}</td></tr>'
         for row in shown
     )
-    more = f'<p class="lm-muted lm-small">{escape(say("rows_more", count=len(rows) - ROWS_SHOWN))}</p>' if len(rows) > ROWS_SHOWN else ""
+    hidden = len(rows) - ROWS_SHOWN
+    more = f'<p class="lm-muted lm-small">{escape(say("rows_more", count=hidden))}</p>' if hidden > 0 else ""
+    head = "".join(f"<th>{word}</th>" for word in ("#", "Prompt", "Answer", "Tokens"))
     return (
-        '<div class="lm-table" tabindex="0"><table><thead><tr><th>#</th><th>Prompt</th><th>Answer</th><th>Tokens</th></tr></thead>'
+        f'<div class="lm-table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{more}"
     )

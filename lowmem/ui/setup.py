@@ -14,7 +14,7 @@ from lowmem.ui import render
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
 from lowmem.ui.engine import AUTO, Choice, Engine, precision_label
 from lowmem.ui.sidebar import Sidebar
-from lowmem.ui.strings import say
+from lowmem.ui.strings import name, say
 
 LOAD = "load"
 FOCUS = "() => { setTimeout(() => document.querySelector('#message textarea')?.focus(), 150); }"
@@ -33,18 +33,27 @@ class Setup:
         self.choosing = gr.State(False)
         with gr.Row(visible=False, elem_id="resident-bar") as self.bar:
             self.slim = gr.HTML(elem_id="slim")
-            self.change = gr.Button(say("change"), size="sm", min_width=80, scale=0, elem_id="change-model")
-            self.unload = gr.Button(say("unload"), size="sm", min_width=70, scale=0, elem_id="unload-bar")
+            self.change = gr.Button(say("change"), size="sm", min_width=120, scale=0, elem_id="change-model")
+            self.unload = gr.Button(say("unload"), size="sm", min_width=84, scale=0, elem_id="unload-bar")
         with gr.Column(elem_id="setup") as self.panel:
-            self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
-            with gr.Row(elem_id="load-row"):
-                self.load = gr.Button(say("load", model="", precision=""), variant="primary", size="lg", elem_id="load", interactive=False)
-                self.anyway = gr.Button(say("anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway")
-            with gr.Row(elem_id="load-progress", visible=False) as self.progress_row:
-                self.progress = gr.HTML()
-                self.stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
-            self.problem = gr.HTML(elem_id="setup-problem")  # of the choice; goes when it changes
-            self.notice = gr.HTML(elem_id="setup-notice")  # of the last loading
+            with gr.Column(elem_id="offer"):
+                self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
+                with gr.Row(elem_id="load-row"):
+                    self.load = gr.Button(
+                        say("load", model="", precision=""),
+                        variant="primary",
+                        size="lg",
+                        interactive=False,
+                        elem_id="load",
+                    )
+                    self.anyway = gr.Button(
+                        say("anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway"
+                    )
+                with gr.Row(elem_id="load-progress", visible=False) as self.progress_row:
+                    self.progress = gr.HTML()
+                    self.stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
+                self.problem = gr.HTML(elem_id="setup-problem")  # of the choice; goes when it changes
+                self.notice = gr.HTML(elem_id="setup-notice")  # of the last loading
             self.back = gr.Button(say("back"), size="sm", visible=False, elem_id="back")
             self._build_controls(model)
             with gr.Accordion(say("declined", count=0), open=False, elem_id="declined") as self.declined_box:
@@ -58,18 +67,56 @@ class Setup:
         devices = [(say("automatic"), AUTO), *((device.name, device.key) for device in (*hardware.gpus, hardware.cpu))]
         with gr.Accordion(say("choose"), open=model != AUTO, elem_id="choose"):
             with gr.Row():
-                self.model = gr.Dropdown(models, value=model, allow_custom_value=True, label=say("model"), info=say("model_help"),
-                                         elem_id="model", min_width=260)  # fmt: skip
-                self.precision = gr.Dropdown(self._precisions(AUTO), value=AUTO, filterable=False, label=say("precision"),
-                                             info=say("precision_help"), elem_id="precision", min_width=260)  # fmt: skip
-            self.context = gr.Slider(256, 8192, value=2048, step=256, label=say("context"), info=say("context_help"), elem_id="context")
+                self.model = gr.Dropdown(
+                    models,
+                    value=model,
+                    allow_custom_value=True,
+                    label=say("model"),
+                    info=say("model_help"),
+                    elem_id="model",
+                    min_width=260,
+                )
+                self.precision = gr.Dropdown(
+                    self._precisions(AUTO),
+                    value=AUTO,
+                    filterable=False,
+                    label=say("precision"),
+                    info=say("precision_help"),
+                    elem_id="precision",
+                    min_width=260,
+                )
+            self.context = gr.Slider(
+                256, 8192, value=2048, step=256, label=say("context"), info=say("context_help"), elem_id="context"
+            )
             with gr.Row():
-                self.device = gr.Dropdown(devices, value=AUTO, filterable=False, label=say("device"), info=say("device_help"),
-                                          elem_id="device", visible=bool(hardware.gpus), min_width=260)  # fmt: skip
-                self.kv = gr.Dropdown([(say("kv_same"), "same"), (say("kv_int8"), "int8")], value="same", filterable=False,
-                                      label=say("kv"), info=say("kv_help"), elem_id="kv", min_width=260)  # fmt: skip
+                self.device = gr.Dropdown(
+                    devices,
+                    value=AUTO,
+                    filterable=False,
+                    label=say("device"),
+                    info=say("device_help"),
+                    elem_id="device",
+                    visible=bool(hardware.gpus),
+                    min_width=260,
+                )
+                self.kv = gr.Dropdown(
+                    [(name("choices", key), key) for key in ("same", "int8")],
+                    value="same",
+                    filterable=False,
+                    label=say("kv"),
+                    info=say("kv_help"),
+                    elem_id="kv",
+                    min_width=260,
+                )
             self.unavailable = gr.HTML(elem_id="unavailable")
-        self.controls = [self.model, self.precision, self.context, self.device, self.kv, *self.sidebar.limits]
+        self.controls: list[Any] = [
+            self.model,
+            self.precision,
+            self.context,
+            self.device,
+            self.kv,
+            *self.sidebar.limits,
+        ]
 
     def _precisions(self, device: str) -> list[tuple[str, str]]:
         refused = self.engine.precisions(device)
@@ -79,22 +126,42 @@ class Setup:
 
     def wire(self, page_shown: Any) -> None:
         """Connect the controls. `page_shown` is called to redraw after the resident model changed."""
-        self.price_outputs = outputs = [self.card, self.load, self.anyway, self.declined_box, self.declined, self.sidebar.budget, self.problem]
+        self.price_outputs = outputs = [
+            self.card,
+            self.load,
+            self.anyway,
+            self.declined_box,
+            self.declined,
+            self.sidebar.budget,
+            self.problem,
+        ]
         for control in self.controls:
             control.change(self.price, self.controls, outputs, trigger_mode="always_last", **QUICK)
         self.model.change(self._fit_context, [self.model, self.context], self.context, **QUICK)
-        self.device.change(self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK)
+        self.device.change(
+            self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
+        )
         started = [self.load, self.anyway, self.progress_row, self.progress, self.notice]
         for button, run in ((self.load, self._load), (self.anyway, self._load_anyway)):
-            ran = button.click(self._begin, None, started, **QUICK).then(run, self.controls, [self.progress, self.notice], **HEAVY)
-            page_shown(self.sidebar.after(ran).then(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
+            ran = button.click(self._begin, None, started, **QUICK).then(
+                run, self.controls, [self.progress, self.notice], **HEAVY
+            )
+            page_shown(self.sidebar.after(ran).then(lambda: False, None, self.choosing, **QUICK)).then(
+                None, js=FOCUS, **QUICK
+            )
         self.stop.click(self._stop, None, self.progress, **QUICK)
         page_shown(self.change.click(lambda: True, None, self.choosing, **QUICK))
         page_shown(self.back.click(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
 
     def choice(self, values: tuple[Any, ...]) -> Choice:
         model, precision, context, device, kv, *limits = values
-        asked = {"model": (model or AUTO).strip(), "precision": precision, "context": context, "device": device, "kv": kv}
+        asked = {
+            "model": (model or AUTO).strip(),
+            "precision": precision,
+            "context": context,
+            "device": device,
+            "kv": kv,
+        }
         return build(Choice, asked | self.sidebar.budgets(tuple(limits)))
 
     def price(self, *values: Any) -> list[Any]:
@@ -103,17 +170,23 @@ class Setup:
             choice = self.choice(values)
             return [*self._priced(self.engine.plan(choice), recommended=choice.model == AUTO == choice.precision), ""]
         except Exception as error:
-            blocked = gr.Button(interactive=False)
-            return [gr.skip(), blocked, gr.Button(visible=False), gr.skip(), gr.skip(), gr.skip(), notice(error, toast=False)]
+            blocked = [
+                gr.Button(say("cannot_load"), interactive=False),
+                gr.Button(visible=False),
+                gr.Accordion(visible=False),
+            ]
+            return [render.unknown_card(str(values[0])), *blocked, "", "", notice(error, toast=False)]
 
     def _priced(self, plan: Plan, *, recommended: bool) -> list[Any]:
         hardware = self.engine.hardware()
         over = plan.verdict == "over"
         label = say("over") if over else say("load", model=plan.spec.name, precision=plan.precision)
         card = render.setup_card(
-            plan, recommended=recommended,
-            download=self.engine.download_bytes(plan.spec.ref), disk_free=hardware.disk_free_bytes,
-        )  # fmt: skip
+            plan,
+            recommended=recommended,
+            download=self.engine.download_bytes(plan.spec),
+            disk_free=hardware.disk_free_bytes,
+        )
         declined = [(item.choice, item.reason) for item in plan.declined]
         return [
             card,
@@ -147,7 +220,13 @@ class Setup:
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, LOAD)
         note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("starting")
-        return [gr.Button(interactive=False), gr.Button(interactive=False), gr.Row(visible=True), render.progress(Step(0, 0, note)), ""]
+        return [
+            gr.Button(interactive=False),
+            gr.Button(interactive=False),
+            gr.Row(visible=True),
+            render.progress(Step(0, 0, note)),
+            "",
+        ]
 
     def _stop(self, request: gr.Request) -> str:
         self.jobs.stop(request, LOAD)

@@ -44,10 +44,24 @@ class Sidebar:
             self.unload = gr.Button(say("unload"), size="sm", visible=False, elem_id="unload")
             self.receipt = gr.HTML(render.receipt(None), elem_id="receipt")
             with gr.Accordion(say("snippet"), open=False, visible=False, elem_id="snippet") as self.snippet_box:
-                self.snippet = gr.Code(language="python", show_label=False, interactive=False, show_line_numbers=False,
-                                       wrap_lines=True, buttons=["copy"])  # fmt: skip
+                self.snippet = gr.Code(
+                    language="python",
+                    show_label=False,
+                    interactive=False,
+                    show_line_numbers=False,
+                    wrap_lines=True,
+                    buttons=["copy"],
+                )
         self.seen = gr.State(("", ""))
-        self.outputs = [self.meters, self.resident, self.unload, self.receipt, self.snippet_box, self.snippet, self.seen]
+        self.outputs = [
+            self.meters,
+            self.resident,
+            self.unload,
+            self.receipt,
+            self.snippet_box,
+            self.snippet,
+            self.seen,
+        ]
         gr.Timer(TICK_SECONDS).tick(self.refresh, self.seen, self.outputs, **QUICK)
 
     def _build_sliders(self, hardware: Hardware, cap_bytes: int | None) -> None:
@@ -59,13 +73,17 @@ class Sidebar:
         presets = [size for size in PRESETS_GB if size < most[main]]
         pretend = gr.Radio(
             [(f"{size} GB", size) for size in presets] + [(say("pretend_all"), 0)],
-            value=0 if cap_bytes is None else None, label=say("pretend"), elem_id="pretend",
-        )  # fmt: skip
+            value=0 if cap_bytes is None else None,
+            label=say("pretend"),
+            elem_id="pretend",
+        )
         sliders = {}
         for memory, gigabytes in most.items():
             top = max(0.2, int(gigabytes * 10) / 10)
             value = min(top, cap_bytes / GB) if cap_bytes and memory == main else top
-            sliders[memory] = gr.Slider(0.1, top, value=value, step=0.1, label=say(f"{memory}_slider"), elem_id=f"{memory}-budget")
+            sliders[memory] = gr.Slider(
+                0.1, top, value=value, step=0.1, label=say(f"{memory}_slider"), elem_id=f"{memory}-budget", buttons=[]
+            )
         self._top = {memory: slider.maximum for memory, slider in sliders.items()}
         self.limits = list(sliders.values())
         top = self._top[main]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-ENGLISH = {
+from typing import Any
+
+ENGLISH: dict[str, Any] = {
     "title": "lowmem",
     "tagline": "Language models inside a memory budget",
     "shares": {
@@ -15,12 +17,15 @@ ENGLISH = {
     },
     "memory": {"ram": "RAM", "vram": "GPU memory"},
     "verdicts": {"fits": "Fits", "tight": "Tight", "over": "Over budget"},
+    "choices": {"same": "Same as the computation", "int8": "int8"},
     # the set-up card
     "recommended": "Recommended for this machine",
     "chosen": "Your choice",
     "automatic": "Automatic",
     "load": "Load {model} in {precision} and chat",
     "over": "Over budget",
+    "cannot_load": "Nothing to load",
+    "trouble": "That did not work",
     "anyway": "Try anyway",
     "stop": "Stop",
     "back": "Back to the resident model",
@@ -37,8 +42,6 @@ ENGLISH = {
     "device_help": "Where the model computes.",
     "kv": "KV cache storage",
     "kv_help": "int8 halves or quarters the cache, a little less exactly.",
-    "kv_same": "Same as the computation",
-    "kv_int8": "int8",
     "download": "Download {size}",
     "on_disk": "Already on this machine",
     "disk_free": "{size} free on disk",
@@ -110,10 +113,11 @@ ENGLISH = {
 
 def say(key: str, **values: object) -> str:
     """The sentence behind `key`, filled in."""
-    text = ENGLISH[key]
-    return text.format(**values) if values else text  # type: ignore[union-attr,return-value]
+    text: str = ENGLISH[key]
+    return text.format(**values) if values else text
 
 
 def name(group: str, key: str) -> str:
     """A name out of a group ("shares", "memory", "verdicts"); an unknown key names itself."""
-    return ENGLISH[group].get(key, key)  # type: ignore[union-attr]
+    names: dict[str, str] = ENGLISH[group]
+    return names.get(key, key)

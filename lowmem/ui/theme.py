@@ -7,6 +7,8 @@ from pathlib import Path
 import gradio as gr
 
 CSS = Path(__file__).parent / "assets" / "style.css"
+# Until the page has settled: gradio mounts the sidebar open, which on a phone hides everything else.
+HEAD = "<style>@media (max-width: 768px) { body:not(.lm-settled) .sidebar { visibility: hidden; } }</style>"
 
 PETROL = gr.themes.Color(
     c50="#eefafa", c100="#d3f0f0", c200="#a9e0e1", c300="#74c9cc", c400="#3fabb0", c500="#1d8d94", c600="#0d6f78",
@@ -25,7 +27,7 @@ def theme() -> gr.themes.Base:
         secondary_hue=PETROL,
         neutral_hue=SLATE,
         radius_size=gr.themes.sizes.radius_md,
-        font=[gr.themes.LocalFont("IBM Plex Sans"), "system-ui", "sans-serif"],
+        font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
         font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400,)), "ui-monospace", "monospace"],
     ).set(
         body_background_fill="*neutral_50",
@@ -54,9 +56,9 @@ def theme() -> gr.themes.Base:
         block_label_text_weight="600",
         block_title_text_color="*body_text_color",
         block_title_text_weight="600",
-        block_title_text_size="*text_sm",
+        block_title_text_size="14px",
         block_info_text_color="*body_text_color_subdued",
-        block_info_text_size="*text_xs",
+        block_info_text_size="12.5px",
         panel_border_width="0px",
         input_background_fill="#ffffff",
         input_background_fill_dark="*neutral_950",

@@ -1,0 +1,178 @@
+"""The weights of a folder, read tensor by tensor into memory that is counted.
+
+Knows safetensors files and dtypes; knows nothing of modules or devices beyond copying into a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from lowmem.errors import CorruptModel
+from lowmem.models.describe import weight_files
+from lowmem.models.files import LocalFile, LocalFolder
+from lowmem.models.safetensors_header import read_header
+from lowmem.units import MB
+
+SLAB_BYTES = 64 * MB
+"""Stored bytes that are converted at a time: what a conversion takes beside its result."""
+
+TORCH_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint64": torch.uint64,
+    "uint32": torch.uint32,
+    "uint16": torch.uint16,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype, numpy's or not, shared."""
+    flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor is stored: `offset` and `nbytes` within `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """The safetensors files of a folder, opened once each. Safe to read from several threads.
+
+    Bytes are read, never mapped: a mapped page counts as the process' memory for as long as the kernel
+    likes, and no budget could be kept to the byte.
+
+    Raises:
+        ModelNotFound, UnsafeModel, CorruptModel, Unsupported: on opening, see `weight_files` and `read_header`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, Entry] = {}
+        self._files: dict[Path, _OpenFile] = {}
+        try:
+            for name in weight_files(LocalFolder(folder)):
+                self._open(folder / name)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> None:
+        self._files[path] = _OpenFile(path)
+        header = read_header(LocalFile(path))
+        for tensor in header.tensors:
+            offset = header.offsets[tensor.name]
+            self.tensors[tensor.name] = Entry(path, tensor.dtype, tensor.shape, offset, tensor.nbytes)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor, on the CPU, in its stored dtype or converted to `dtype`.
+
+        Raises:
+            KeyError: no such tensor.
+            CorruptModel: the file was truncated or changed since it was opened.
+        """
+        entry = self.tensors[name]
+        return self.read_into(name, torch.empty(entry.shape, dtype=dtype or TORCH_DTYPES[entry.dtype]))
+
+    def read_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
+        """Fill `out` (same shape; any dtype, device or strides) and return it.
+
+        Straight from the file where layouts agree, else through a slab of at most `SLAB_BYTES`, or one row.
+        """
+        entry = self.tensors[name]
+        if tuple(out.shape) != entry.shape:
+            raise ValueError(f"{name} is {entry.shape}, the destination {tuple(out.shape)}")
+        stored = TORCH_DTYPES[entry.dtype]
+        if out.dtype == stored and out.is_contiguous() and out.device.type == "cpu":
+            self._fill(entry, 0, out)
+            return out
+        rows = out if out.dim() else out.view(1)
+        row_bytes = max(1, entry.nbytes // max(1, rows.shape[0]))
+        step = max(1, SLAB_BYTES // row_bytes)
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step]
+            slab = torch.empty(part.shape, dtype=stored)
+            self._fill(entry, start * row_bytes, slab)
+            part.copy_(slab)
+        return out
+
+    def _fill(self, entry: Entry, skip: int, tensor: torch.Tensor) -> None:
+        """Read a contiguous CPU tensor's bytes from `skip` bytes into the entry."""
+        if tensor.numel():
+            self._files[entry.file].read_into(entry.offset + skip, as_bytes(tensor))
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _OpenFile:
+    """A file whose size and time of change are remembered from its opening."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        self._state = self._stat()
+        self._seek = threading.Lock()
+
+    def _stat(self) -> tuple[int, int]:
+        stat = os.fstat(self._file.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+    def read_into(self, offset: int, memory: memoryview) -> None:
+        if self._stat() != self._state:
+            raise self._changed()
+        done = 0
+        while done < len(memory):
+            count = self._read_some(offset + done, memory[done : done + SLAB_BYTES])
+            if not count:
+                raise self._changed()
+            done += count
+
+    def _read_some(self, offset: int, memory: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [memory], offset)
+        with self._seek:  # Windows has no positioned read
+            self._file.seek(offset)
+            return self._file.readinto(memory) or 0
+
+    def _changed(self) -> CorruptModel:
+        size = os.fstat(self._file.fileno()).st_size
+        return CorruptModel(
+            f"{self._path.name} changed while it was read: it had {self._state[0]:,} bytes and has {size:,} now.",
+            "Fetch the model again.",
+        )
+
+    def close(self) -> None:
+        self._file.close()

