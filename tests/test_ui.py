@@ -328,7 +328,7 @@ def test_share_without_a_sign_in_makes_up_a_password(
     launched: dict[str, object] = {}
     monkeypatch.setattr("gradio.Blocks.launch", lambda self, **kwargs: launched.update(kwargs))  # noqa: ARG005
     serve(share=True)
-    user, password = launched["auth"]  # type: ignore[misc]
+    _, password = launched["auth"]  # type: ignore[misc]
     assert len(password) >= 12
     assert password in capsys.readouterr().out
     serve(auth="ada:secret")

@@ -16,8 +16,11 @@ from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB, format_bytes
 
-LOAD_SLAB_BYTES = 64 * MB
-"""The loader reads and converts weights in slabs of this size (`models.checkpoint`)."""
+SLAB_BYTES = 64 * MB
+"""The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
+
+QUANTIZED_ROWS = 4096
+"""Rows that `quant.int8_dynamic` quantizes at a time, in fp32, twice."""
 
 CUDA_WORKSPACE_BYTES = 96 * MB
 """cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
@@ -122,8 +125,12 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> 
 def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
     if context <= tokens and spec.model_type not in EAGER_ATTENTION:
         return 0
-    mask = tokens * context * (1 + size)
-    repeated = 2 * spec.heads * spec.head_dim * context * size if spec.heads != spec.kv_heads else 0
+    # The boolean mask, its two factors while it is made, and its copy in the compute dtype.
+    mask = tokens * context * (3 + size)
+    history = 2 * spec.heads * spec.head_dim * context * size
+    repeated = history if spec.heads != spec.kv_heads else 0
+    if size == 2:
+        repeated += history  # half precision is packed for the matrix kernels
     scores = 2 * spec.heads * tokens * context * 4 if spec.model_type in EAGER_ATTENTION else 0
     return mask + repeated + scores
 
@@ -144,7 +151,7 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
     vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
     driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
-    slab = Line("scratch", 2 * LOAD_SLAB_BYTES, "Weights on their way from disk to the GPU.")
+    slab = Line("scratch", 2 * SLAB_BYTES, "Weights on their way from disk to the GPU.")
     return (Budget("ram", (runtime, driver, slab), plan.limits.ram), vram)
 
 
@@ -156,7 +163,7 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     activations = activation_bytes(spec, chunk * batch, plan.context, dtype) + logits_bytes(spec, batch, dtype)
     # One layer's whole history, dequantized for attention; shared by all layers.
     dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
-    loading = _loading_bytes(spec, plan.precision)
+    loading = loading_peak(spec, plan.precision, dtype) - weights
     scratch = max(dequantized, loading - kv - activations)
     per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
     return (
@@ -167,13 +174,32 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     )
 
 
-def _loading_bytes(spec: ModelSpec, precision: str) -> int:
-    """What loading holds beside the finished weights: a slab, or the one tensor being quantized in fp32."""
-    if precision in ("fp32", "fp16", "bf16"):
-        return 2 * LOAD_SLAB_BYTES
-    quantized = [t.elements for t in spec.tensors if is_linear(t) or (precision == "int8" and is_embedding(t))]
-    # fp32 source, and the int8 copy before it is packed.
-    return 5 * max(quantized, default=0) + LOAD_SLAB_BYTES
+def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
+    """Most bytes the loader holds: what is finished, and the tensor at work with its temporaries.
+
+    Follows the loader through the file: a large embedding at the beginning costs little, since
+    nothing else is there yet.
+    """
+    finished = peak = 0
+    for tensor in spec.tensors:
+        if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
+            continue
+        final = _tensor_bytes(tensor, precision, dtype)
+        peak = max(peak, finished + final + _temporary_bytes(tensor, precision, dtype))
+        finished += final
+    if precision == "int8" and spec.tied:
+        finished += _int8_linear_bytes(spec.vocab, spec.hidden)
+    return max(peak, finished)
+
+
+def _temporary_bytes(tensor: Tensor, precision: str, dtype: str) -> int:
+    source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
+    if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
+        codes, columns = tensor.elements, tensor.shape[1]
+        return source + codes + 2 * 4 * min(tensor.shape[0], QUANTIZED_ROWS) * columns
+    if precision in ("bnb8", "nf4") and is_linear(tensor):
+        return source + tensor.elements * DTYPE_BYTES[dtype]
+    return min(source, SLAB_BYTES)
 
 
 def priced(plan: Plan, **changes: Any) -> Plan:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.machine.processor import has_vnni
+from lowmem.planning.estimate import QUANTIZED_ROWS
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = QUANTIZED_ROWS
 """Rows quantized per step, so that the fp32 temporaries stay small beside a large embedding."""
 
 

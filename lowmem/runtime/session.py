@@ -45,6 +45,7 @@ class Session:
         self._loaded: Loaded | None = None
         self._plan: Plan | None = None
         self._bytes_before_load = 0
+        self._overhead_bytes = 0
         self._load_receipt: Receipt | None = None
         self._last_receipt: Receipt | None = None
         self._busy = ""
@@ -71,7 +72,7 @@ class Session:
         """The machine now, with `runtime_bytes` as this very process will have it without a model."""
         found = probe()
         if self._loaded is not None:
-            return replace(found, runtime_bytes=self._bytes_before_load, process_bytes=self._bytes_before_load)
+            return replace(found, runtime_bytes=self._overhead_bytes)
         if "torch" in sys.modules and "transformers" in sys.modules:
             return replace(found, runtime_bytes=max(found.process_bytes, found.runtime_bytes))
         return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes - PYTHON_BYTES)
@@ -114,7 +115,7 @@ class Session:
         plan = self._resident()[1]
         return priced(
             plan,
-            hardware=replace(plan.hardware, runtime_bytes=self._bytes_before_load) if plan.device == "cpu" else plan.hardware,
+            hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
             context=min(prompt_tokens + options.max_new_tokens, plan.spec.context),
             batch=batch * options.num_sequences,
             kv=options.kv if options.use_cache else "none",
@@ -269,6 +270,7 @@ class Session:
     def _attempt(self, plan: Plan, folder: Path, cancel: CancelToken, force: bool) -> Iterator[Step]:
         # Imported here: this is where torch enters a process that may never need it.
         yield Step(0, 0, "Starting torch")
+        from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
         from lowmem.runtime import loader
 
         release_memory()
@@ -277,8 +279,15 @@ class Session:
             loading = loader.load(plan, folder, cancel)
             loaded = yield from _guarded(loading, meter.check)
             loader.warm_up(loaded)
+        release_memory()
+        self._overhead_bytes = self._overhead(plan)
         self._loaded, self._plan = loaded, plan
         return meter.peak
+
+    def _overhead(self, plan: Plan) -> int:
+        """What the process holds beside the weights, now that all code and the tokenizer are there."""
+        weights = plan.main.share("weights") if plan.device == "cpu" else 0
+        return max(self._bytes_before_load, _resident_bytes() - weights)
 
     def _generate(
         self, ids: list[int], options: GenerateOptions, action: Plan, notes: list[str], cancel: CancelToken, force: bool

@@ -35,7 +35,7 @@ class Chat:
             reasoning_tags=[("<think>", "</think>")],
             allow_tags=False,
         )
-        self.live = gr.HTML(elem_id="chat-live")
+        self.live = gr.HTML(render.live(None), elem_id="chat-live")
         self.notice = gr.HTML(elem_id="chat-notice")
         self.message = gr.Textbox(
             placeholder=say("message_hint"),
@@ -63,11 +63,11 @@ class Chat:
             sidebar.after(ran)
         self.message.stop(self._stop, None, self.live, **QUICK)
         self.history.undo(self._undo, self.history, [self.history, self.message], **QUICK)
-        self.history.clear(lambda: ["", ""], None, [self.live, self.notice], **QUICK)
+        self.history.clear(lambda: [render.live(None), ""], None, [self.live, self.notice], **QUICK)
 
     def _begin(self, message: str, history: list[Message], request: gr.Request) -> list[Any]:
         if not message.strip():
-            return [gr.skip(), gr.skip(), "", ""]
+            return [gr.skip(), gr.skip(), render.live(None), ""]
         return self._started([*history, {"role": "user", "content": message}], request)
 
     def _retry(self, history: list[Message], request: gr.Request, data: gr.RetryData) -> list[Any]:
@@ -103,8 +103,16 @@ class Chat:
                     yield [gr.skip(), [*history, _assistant(answer)] if chunks else gr.skip(), shown, gr.skip()]
         except Exception as error:
             trouble = notice(error)
-        ended = [*history, _assistant(answer)] if answer else history
-        yield [gr.Textbox(submit_btn=say("send"), stop_btn=False), ended, render.live(last), trouble]
+        ready: dict[str, Any] = {"submit_btn": say("send"), "stop_btn": False}
+        if answer:
+            yield [gr.Textbox(**ready), [*history, _assistant(answer)], render.live(last), trouble]
+        else:  # the message goes back into its box: two questions in a row are no conversation
+            yield [
+                gr.Textbox(text_of(history[-1]), **ready),
+                history[:-1],
+                render.live(None),
+                trouble or render.quiet(say("silent")),
+            ]
 
 
 def _assistant(text: str) -> Message:

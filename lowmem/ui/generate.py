@@ -28,7 +28,7 @@ class GenerateTab:
     """Layout and wiring of the tab; `view` redraws what depends on the resident model."""
 
     def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar, model: str = AUTO) -> None:
-        self.engine, self.sidebar = engine, sidebar
+        self.engine, self.jobs, self.sidebar = engine, jobs, sidebar
         self.setup = Setup(engine, jobs, sidebar, model)
         with gr.Row(visible=False, elem_id="workbench") as self.workbench:
             with gr.Column(scale=3, min_width=300, elem_id="work"):
@@ -63,7 +63,11 @@ class GenerateTab:
         self.chat.wire(self.sidebar, self.system, self.options, self._read)
         self.completion.wire(self.sidebar, self.options, self._read)
         self.batch.wire(self.sidebar, self.options, self._read)
-        self.shown(self.sidebar.on_unload([self.setup.unload]).then(lambda: False, None, self.setup.choosing, **QUICK))
+        self.shown(
+            self.sidebar.on_unload([self.setup.unload], self.jobs).then(
+                lambda: False, None, self.setup.choosing, **QUICK
+            )
+        )
         self.shown(self.sidebar.seen.change(lambda: None, None, None, **QUICK))
         for name in PRICED:
             self.controls[name].change(

@@ -257,7 +257,7 @@ def _facts(one: Receipt) -> list[tuple[str, str]]:
     if one.prefill_tps:
         facts.append(("prefill", f"{one.prefill_tps:.0f} tok/s"))
     if one.seconds_to_first:
-        facts.append(("first token", format_seconds(one.seconds_to_first)))
+        facts.append(("first token", f"{one.seconds_to_first:.2f} s"))
     if one.disk_bytes:
         facts.append(("on disk", format_bytes(one.disk_bytes)))
     return facts
@@ -269,7 +269,7 @@ def _facts(one: Receipt) -> list[tuple[str, str]]:
 def live(chunk: Chunk | None) -> str:
     """Speed and context of the answer that is being written."""
     if chunk is None:
-        return ""
+        return '<div class="lm-live"></div>'  # keeps the line's place
     used, limit = chunk.context_tokens, max(chunk.context_limit, 1)
     numbers = [(f"{chunk.decode_tps:.1f}", "tok/s")] if chunk.decode_tps else []
     if chunk.prefill_tps:

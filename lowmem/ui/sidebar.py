@@ -9,13 +9,13 @@ import gradio as gr
 from lowmem.machine.hardware import Hardware
 from lowmem.planning.goal import detected_limits
 from lowmem.ui import render
-from lowmem.ui.bind import HEAVY, PRIVATE, QUICK
+from lowmem.ui.bind import HEAVY, QUICK, Jobs
 from lowmem.ui.engine import Engine
 from lowmem.ui.strings import say
 from lowmem.units import GB
 
 TICK_SECONDS = 2.0
-PRESETS_GB = (1, 2, 4, 6, 8, 12, 16)
+PRESETS_GB = (1, 2, 4, 6, 12)
 Seen = tuple[str, str]
 
 
@@ -88,6 +88,9 @@ class Sidebar:
         self.limits = list(sliders.values())
         top = self._top[main]
         pretend.input(lambda size: size or top, pretend, sliders[main], **QUICK)
+        # The preset that the slider stands on, none in between, so that each can be clicked again.
+        preset_of = {float(size): size for size in presets} | {float(top): 0}
+        sliders[main].input(preset_of.get, sliders[main], pretend, **QUICK)
 
     def budgets(self, values: tuple[float, ...]) -> dict[str, str]:
         """The sliders as sizes; a slider at its end means all that the machine has."""
@@ -110,10 +113,11 @@ class Sidebar:
         """Show what an action cost as soon as it ends."""
         return event.then(self.refresh, self.seen, self.outputs, **QUICK)
 
-    def on_unload(self, buttons: list[gr.Button]) -> Any:
-        """Unload from any of the buttons; returns the last event, to chain on."""
+    def on_unload(self, buttons: list[gr.Button], jobs: Jobs) -> Any:
+        """Unload from any of the buttons, ending this page's work first; returns the last event, to chain on."""
         triggers = [button.click for button in (self.unload, *buttons)]
-        return self.after(gr.on(triggers, self._unload, **HEAVY | PRIVATE))
+        ended = gr.on(triggers, jobs.leave, **QUICK)
+        return self.after(ended.then(self._unload, **HEAVY))
 
     def _unload(self) -> None:
         self.engine.unload()

@@ -74,7 +74,7 @@ ENGLISH: dict[str, Any] = {
     "message": "Message",
     "message_hint": "Write a message",
     "send": "Send",
-    "chat_empty": "Ask something. Everything stays on this machine.",
+    "chat_empty": "Ask something.",
     "no_template": "{model} has no chat template: its messages are joined as plain text. Completion suits it better.",
     "system": "System prompt",
     "system_hint": "Optional: how the model should behave",
@@ -98,6 +98,7 @@ ENGLISH: dict[str, Any] = {
     "jsonl": "Download JSONL",
     "rows_more": "{count} more in the files below.",
     "answered": "{done} of {total} answered",
+    "silent": "The model ended its answer at once.",
     "reading": "Reading the prompt",
     # failures
     "bug": "Something went wrong inside lowmem.",

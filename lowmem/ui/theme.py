@@ -56,7 +56,7 @@ def theme() -> gr.themes.Base:
         block_label_text_weight="600",
         block_title_text_color="*body_text_color",
         block_title_text_weight="600",
-        block_title_text_size="14px",
+        block_title_text_size="13.5px",
         block_info_text_color="*body_text_color_subdued",
         block_info_text_size="12.5px",
         panel_border_width="0px",
