@@ -18,7 +18,7 @@ from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
-from lowmem.runtime.loader import Loaded, load
+from lowmem.runtime.loader import Loaded, _inputs, load
 
 LIMITS = Limits(ram=4_000_000_000)
 
@@ -81,8 +81,9 @@ def test_bitsandbytes_layers_compute_what_the_original_layers_do(folders, name, 
     pytest.importorskip("bitsandbytes")
     model, reference = loaded(folders[name], precision).model, toys.toy(name)
     quantized = {n: m for n, m in model.named_modules() if type(m).__module__.startswith("bitsandbytes")}
-    linear = [n for n, m in reference.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and n != "lm_head"]
-    assert sorted(quantized) == sorted(linear)
+    linear = {n: m for n, m in reference.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and n != "lm_head"}
+    whole_blocks = {n for n, m in linear.items() if precision == "bnb8" or _inputs(m) % 64 == 0}
+    assert set(quantized) == whole_blocks
     for layer_name, layer in quantized.items():
         original = reference.get_submodule(layer_name)
         x = torch.randn(64, layer.in_features)

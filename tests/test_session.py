@@ -67,7 +67,8 @@ def test_the_answer_is_that_of_transformers(session, folder):
     ids = tokenizer("Once upon", return_tensors="pt").input_ids
     expected = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
     events = list(session.generate("Once upon", GREEDY, raw=True))
-    assert text_of(events) == tokenizer.decode(expected, skip_special_tokens=True)
+    # Random bytes may end within a character, which a stream never shows.
+    assert text_of(events) == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def test_the_snippet_of_a_receipt_repeats_the_answer(session, capsys):
@@ -97,7 +98,7 @@ def test_a_prompt_beyond_the_context_names_the_numbers(session):
 def test_an_answer_beyond_the_context_is_shortened_with_a_note(session):
     *_, receipt = session.generate("x" * 500, replace(GREEDY, max_new_tokens=100), raw=True)
     assert receipt.new_tokens <= 12
-    assert "limited to 12 tokens" in receipt.notes[0]
+    assert "limited to 12" in receipt.notes[0]
 
 
 def test_a_plan_over_its_budget_is_refused_unless_forced(folder):

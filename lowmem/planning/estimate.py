@@ -22,6 +22,8 @@ SLAB_BYTES = 64 * MB
 QUANTIZED_ROWS = 4096
 """Rows that `quant.int8_dynamic` quantizes at a time, in fp32, twice."""
 
+NF4_BLOCK = 64
+
 CUDA_WORKSPACE_BYTES = 96 * MB
 """cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
 
@@ -60,20 +62,35 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
     for tensor in spec.tensors:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
-        total += _tensor_bytes(tensor, precision, dtype)
+        total += _tensor_bytes(spec, tensor, precision, dtype)
     if precision == "int8" and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
         total += _int8_linear_bytes(spec.vocab, spec.hidden)
     return total
 
 
-def _tensor_bytes(tensor: Tensor, precision: str, dtype: str) -> int:
-    if is_linear(tensor) and precision in ("int8", "bnb8", "nf4"):
-        return _LINEAR_BYTES[precision](*tensor.shape)
+def _tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
+        return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
     if precision == "int8" and is_embedding(tensor):
         rows, columns = tensor.shape
         return _int8_linear_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
     return tensor.elements * DTYPE_BYTES[dtype]
+
+
+def linear_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer; GPT-2 stores its own the other way round."""
+    first, second = tensor.shape
+    return (second, first) if spec.model_type == "gpt2" else (first, second)
+
+
+def is_quantized(precision: str, columns: int) -> bool:
+    """Does `precision` quantize linear layers of so many inputs?
+
+    NF4 keeps a layer whose inputs are no multiple of its block: bitsandbytes 0.50 decodes blocks
+    that run over the end of a row wrongly on CPUs.
+    """
+    return precision in ("int8", "bnb8") or (precision == "nf4" and columns % NF4_BLOCK == 0)
 
 
 def _int8_linear_bytes(rows: int, columns: int) -> int:
@@ -87,7 +104,7 @@ def _bnb8_bytes(rows: int, columns: int) -> int:
 
 def _nf4_bytes(rows: int, columns: int) -> int:
     """Two weights a byte; per block of 64 one absmax byte, itself scaled per 256 (double quantization)."""
-    blocks = math.ceil(rows * columns / 64)
+    blocks = math.ceil(rows * columns / NF4_BLOCK)
     return math.ceil(rows * columns / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (256 + 16)
 
 
@@ -184,7 +201,7 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
     for tensor in spec.tensors:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
-        final = _tensor_bytes(tensor, precision, dtype)
+        final = _tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(tensor, precision, dtype))
         finished += final
     if precision == "int8" and spec.tied:

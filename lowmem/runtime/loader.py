@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Step
 from lowmem.models.checkpoint import Checkpoint
-from lowmem.planning.estimate import compute_dtype
+from lowmem.planning.estimate import compute_dtype, is_quantized
 from lowmem.planning.plan import Plan
 from lowmem.quant import bnb
 from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
@@ -175,8 +175,8 @@ class _Placer:
         in_block = any(part.isdigit() for part in next(iter(members.values())).split("."))
         if self.precision == "int8" and isinstance(module, nn.Embedding):
             return self._int8_embedding(module, checkpoint, members)
-        quantizable = isinstance(module, (nn.Linear, Conv1D)) and (in_block or self.precision == "int8")
-        if quantizable and self.precision in ("int8", "bnb8", "nf4"):
+        linear = isinstance(module, (nn.Linear, Conv1D)) and (in_block or self.precision == "int8")
+        if linear and is_quantized(self.precision, _inputs(module)):
             return self._quantized(module, checkpoint, members)
         for member, name in members.items():
             self._assign(module, member, self._read(module, member, checkpoint, name))
@@ -220,6 +220,10 @@ class _Placer:
             module._buffers[member] = tensor
         else:
             module._parameters[member] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _inputs(module: nn.Module) -> int:
+    return module.nx if isinstance(module, Conv1D) else module.in_features
 
 
 def _settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
