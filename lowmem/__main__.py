@@ -87,14 +87,21 @@ def _serve_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
-    parser.add_argument("--vram", metavar="SIZE", type=parse_bytes, help="GPU memory budget, e.g. 6G")
-    parser.add_argument("--ram", metavar="SIZE", type=parse_bytes, help="RAM budget, e.g. 12G")
+    parser.add_argument("--vram", metavar="SIZE", type=_size, help="GPU memory budget, e.g. 6G")
+    parser.add_argument("--ram", metavar="SIZE", type=_size, help="RAM budget, e.g. 12G")
     parser.add_argument("--context", type=int, default=DEFAULT_GOAL.context, metavar="N", help="tokens of prompt and answer to plan for")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once to plan for")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
     if kv:
         parser.add_argument("--kv", choices=("same", "int8"), default="same", help="storage of the KV cache")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _option_flags(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -116,14 +123,16 @@ def _options(args: argparse.Namespace, kind: type) -> Any:
 
 
 def _make_plan(args: argparse.Namespace, session: Session, kv: str) -> Plan:
+    from lowmem.models.choices import choices
     from lowmem.models.source import read_spec
 
     measure_runtime_bytes()
     hardware = session.hardware()
     limits = limits_from(hardware, args.ram, args.vram)
     goal = Goal(context=args.context, batch=args.batch, precision=args.precision, device=args.device, kv=kv)
-    spec = read_spec(args.model) if args.model else None
-    return make_plan(spec, hardware, limits, goal)
+    if args.model:
+        return make_plan(read_spec(args.model), hardware, limits, goal)
+    return make_plan(None, hardware, limits, goal, choices())
 
 
 def _run_plan(args: argparse.Namespace) -> int:

@@ -45,6 +45,9 @@ class Loaded:
 def load(plan: Plan, folder: Path, cancel: CancelToken) -> Iterator[Step]:
     """Load `folder` as `plan` says; the generator's return value is a `Loaded`.
 
+    After the first step the family's code is imported and the empty model stands: all memory
+    taken from then on is the model's, and comes back with it.
+
     Raises:
         CorruptModel, Unsupported, BadInput: the folder does not hold what the plan expects.
         Cancelled: between two tensors.
@@ -56,8 +59,9 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Iterator[Step]:
         )
     device = torch.device(plan.device)
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
-    tokenizer = _tokenizer(folder)
     model = _skeleton(folder, dtype)
+    yield Step(0, 0, "Building the empty model")
+    tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
         yield from _fill(model, checkpoint, _Placer(plan.precision, device, dtype), cancel)
     _settle(model, device, dtype)

@@ -273,10 +273,11 @@ class Session:
         from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
         from lowmem.runtime import loader
 
-        release_memory()
-        self._bytes_before_load = _resident_bytes()
         with self._meter(plan, force) as meter:
             loading = loader.load(plan, folder, cancel)
+            yield next(loading)
+            release_memory()
+            self._bytes_before_load = _resident_bytes()
             loaded = yield from _guarded(loading, meter.check)
             loader.warm_up(loaded)
         release_memory()

@@ -16,7 +16,6 @@ from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.goal import Goal, Limits, limits_from
 from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
-from lowmem.settings import settings
 from lowmem.ui.strings import say
 from lowmem.units import parse_bytes
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lowmem.runtime.session import Session
 
 AUTO = "auto"
-HUB_SECONDS = 2.0
 HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not change between them
 
 
@@ -52,7 +50,6 @@ class Engine:
 
     def __init__(self, session: Callable[[], Session] | None = None, *, public: bool = False) -> None:
         self.public = public
-        self._hub_found: bool | None = None
         self._make_session = session or _real_session
         self._session: Session | None = None
         self._lock = threading.Lock()
@@ -95,22 +92,6 @@ class Engine:
 
         return read_spec(ref, allow_paths=not self.public)
 
-    def _choices(self) -> list[ModelSpec] | None:
-        """What a recommendation may choose from: without the hub only what is here already, or the demo; else None."""
-        if self._hub():
-            return None
-        from lowmem.models.catalog import CATALOG
-        from lowmem.models.source import is_local
-
-        best_first = sorted((entry for entry in CATALOG if entry.chat), key=lambda entry: -entry.quality)
-        return [entry.spec() for entry in best_first if entry.ref == "demo" or is_local(entry.ref)]
-
-    def _hub(self) -> bool:
-        """Can the hub be reached? Asked once."""
-        if self._hub_found is None:
-            self._hub_found = _reachable()
-        return self._hub_found
-
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:
         """Every precision with None, or with the reason why it does not run here."""
         from lowmem.planning.planner import available
@@ -133,9 +114,10 @@ class Engine:
         return self._plan(spec, self.limits(choice), goal)
 
     def _plan(self, spec: ModelSpec | None, limits: Limits, goal: Goal) -> Plan:
+        from lowmem.models.choices import choices
         from lowmem.planning.planner import plan
 
-        return plan(spec, self.hardware(), limits, goal, None if spec else self._choices())
+        return plan(spec, self.hardware(), limits, goal, None if spec else choices())
 
     def download_bytes(self, spec: ModelSpec) -> int:
         """Bytes that loading would fetch, 0 when the model is here. Asks no network: controls move fast."""
@@ -205,18 +187,6 @@ class Engine:
 
 def precision_label(key: str) -> str:
     return say("automatic") if key == AUTO else PRECISION_LABELS.get(key, key)
-
-
-def _reachable() -> bool:
-    if settings().hub_offline:
-        return False
-    import httpx
-
-    try:
-        httpx.head(settings().hub_endpoint, timeout=HUB_SECONDS)
-    except (httpx.HTTPError, OSError):
-        return False
-    return True
 
 
 def _real_session() -> Session:
