@@ -205,7 +205,9 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         peak = max(peak, finished + final + _temporary_bytes(tensor, precision, dtype))
         finished += final
     if precision == "int8" and spec.tied:
+        # The head is packed from the embedding's codes, of which packing takes a copy.
         finished += _int8_linear_bytes(spec.vocab, spec.hidden)
+        peak = max(peak, finished + spec.vocab * spec.hidden)
     return max(peak, finished)
 
 

@@ -21,13 +21,17 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Step
+from lowmem.machine.monitor import trim_heap
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.planning.estimate import compute_dtype, is_quantized
 from lowmem.planning.plan import Plan
 from lowmem.quant import bnb
 from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
+from lowmem.units import MB
 
 log = logging.getLogger("lowmem.loader")
+
+TRIM_BYTES = 32 * MB
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -65,6 +69,8 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Iterator[Step]:
     with Checkpoint(folder) as checkpoint:
         yield from _fill(model, checkpoint, _Placer(plan.precision, device, dtype), cancel)
     _settle(model, device, dtype)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        _spare_the_heads_copy(model)
     _check_vocabulary(tokenizer, model, plan)
     return Loaded(model, tokenizer, device, dtype)
 
@@ -103,7 +109,7 @@ def _first_line(error: Exception) -> str:
 def _fill(model: nn.Module, checkpoint: Checkpoint, place: _Placer, cancel: CancelToken) -> Iterator[Step]:
     stored = _match_names(model, checkpoint)
     total = sum(checkpoint.tensors[name].nbytes for name in stored.values())
-    done = 0
+    done = trimmed = 0
     for owner, members in _by_module(stored).items():
         cancel.check()
         module = model.get_submodule(owner)
@@ -112,6 +118,10 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, place: _Placer, cancel: Canc
         if replacement is not module:
             model.set_submodule(owner, replacement)
         done += sum(entry.nbytes for entry in tensors.values())
+        if done - trimmed >= TRIM_BYTES:
+            # Temporaries of many sizes between weights that stay leave holes as large as the weights.
+            trim_heap()
+            trimmed = done
         yield Step(done, total, "Loading weights", "B")
 
 
@@ -241,6 +251,17 @@ def _settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise CorruptModel(f"{len(empty)} weights are missing from the files, {empty[0]} first.", "Fetch the model again.")
+
+
+def _spare_the_heads_copy(model: nn.Module) -> None:
+    """Hand the output head a freshly laid out input.
+
+    transformers passes it the last position as a slice, whose odd strides make torch's bf16
+    kernel copy the whole weight first (57 MB for the demo model) at every prefill.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].new_empty(inputs[0].shape).copy_(inputs[0]), *inputs[1:]))
 
 
 def _tie(model: nn.Module, parameter: str, source: str) -> None:

@@ -30,8 +30,8 @@ def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[s
     )
 
 
-def unload_receipt(plan: Plan, seconds: float, held: int, returned: int) -> Receipt:
-    share = returned / held if held > 0 else 1.0
+def unload_receipt(plan: Plan, seconds: float, taken: int, returned: int) -> Receipt:
+    share = returned / taken if taken > 0 else 1.0
     return Receipt(
         action="unload",
         model=plan.spec.name,
@@ -39,7 +39,7 @@ def unload_receipt(plan: Plan, seconds: float, held: int, returned: int) -> Rece
         device=plan.device,
         seconds=seconds,
         notes=(f"{format_bytes(max(0, returned))} given back, {share:.0%} of what loading took.",),
-        details={"held_bytes": held, "returned_bytes": returned, "returned_share": share},
+        details={"taken_bytes": taken, "returned_bytes": returned, "returned_share": share},
     )
 
 

@@ -44,8 +44,8 @@ class Session:
         self._lock = threading.Lock()
         self._loaded: Loaded | None = None
         self._plan: Plan | None = None
-        self._bytes_before_load = 0
-        self._overhead_bytes = 0
+        self._taken_bytes = 0  # by loading
+        self._overhead_bytes = 0  # of the process beside the weights
         self._load_receipt: Receipt | None = None
         self._last_receipt: Receipt | None = None
         self._busy = ""
@@ -104,10 +104,10 @@ class Session:
             plan, started = self._plan, time.perf_counter()
             if plan is None:
                 return None
-            held = _resident_bytes() - self._bytes_before_load
+            taken, before = self._taken_bytes, _resident_bytes()
             self._drop()
-            returned = held - (_resident_bytes() - self._bytes_before_load)
-            self._last_receipt = receipts.unload_receipt(plan, time.perf_counter() - started, held, returned)
+            returned = before - _resident_bytes()
+            self._last_receipt = receipts.unload_receipt(plan, time.perf_counter() - started, taken, returned)
             return self._last_receipt
 
     def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
@@ -277,18 +277,14 @@ class Session:
             loading = loader.load(plan, folder, cancel)
             yield next(loading)
             release_memory()
-            self._bytes_before_load = _resident_bytes()
+            before = _resident_bytes()
             loaded = yield from _guarded(loading, meter.check)
             loader.warm_up(loaded)
         release_memory()
-        self._overhead_bytes = self._overhead(plan)
+        self._taken_bytes = _resident_bytes() - before
+        self._overhead_bytes = before + self._taken_bytes - (plan.main.share("weights") if plan.device == "cpu" else 0)
         self._loaded, self._plan = loaded, plan
         return meter.peak
-
-    def _overhead(self, plan: Plan) -> int:
-        """What the process holds beside the weights, now that all code and the tokenizer are there."""
-        weights = plan.main.share("weights") if plan.device == "cpu" else 0
-        return max(self._bytes_before_load, _resident_bytes() - weights)
 
     def _generate(
         self, ids: list[int], options: GenerateOptions, action: Plan, notes: list[str], cancel: CancelToken, force: bool
