@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 
-# Gradio and the hub client read these while they are imported.
+# CUDA, gradio and the hub client read these while they are imported.
 for name, value in {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which NVML counts, too
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

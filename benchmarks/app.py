@@ -19,13 +19,20 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.common import ROOT, lowmem, median, save, table
 
 CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 PROMPT = "Write a long story about a lighthouse keeper."
 NEW_TOKENS = 128
 
@@ -37,7 +44,7 @@ def main() -> None:
     starts = [start_once() for _ in range(runs)]
     engine, app = stream(runs)
     ratio = median([a / e for a, e in zip(app, engine, strict=True)])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"figure": "seconds to the first page", "value": round(median([s[0] for s in starts]), 2)},
         {"figure": "seconds to the Load button in Chromium", "value": round(median([s[1] for s in starts]), 2)},
         {"figure": "torch loaded by then", "value": any(s[2] for s in starts)},
@@ -57,7 +64,9 @@ def running_app() -> Iterator[tuple[str, subprocess.Popen[bytes], float]]:
         port = probe.getsockname()[1]
     started = time.perf_counter()
     command = [sys.executable, "app.py", "--model", "demo", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT.parent, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT.parent, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         yield f"http://127.0.0.1:{port}/", process, started
     finally:
@@ -112,7 +121,15 @@ def stream(runs: int) -> tuple[list[float], list[float]]:
         for run in range(runs + 1):
             receipt = client.predict(PROMPT, options, api_name="/generate")["receipt"]
             alone = lowmem(
-                "generate", "demo", "--prompt", PROMPT, "--greedy", "--max-new-tokens", NEW_TOKENS, "--precision", "int8"
+                "generate",
+                "demo",
+                "--prompt",
+                PROMPT,
+                "--greedy",
+                "--max-new-tokens",
+                NEW_TOKENS,
+                "--precision",
+                "int8",
             )
             if run:
                 app.append(receipt["decode_tps"])

@@ -22,7 +22,7 @@ from lowmem.units import format_bytes
 
 NEW_TOKENS = 32
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "random 0.5B": {"layers": 24, "hidden": 1024, "intermediate": 4096, "heads": 16, "kv_heads": 4},
     "random 1B": {"layers": 16, "hidden": 2048, "intermediate": 8192, "heads": 32, "kv_heads": 8},
 }

@@ -52,7 +52,9 @@ def main() -> None:
 def row(name: str, figures: list[tuple[float, float]], baseline: list[tuple[float, float]]) -> dict[str, Any]:
     prefill, decode = (median([figure[i] for figure in figures]) for i in (0, 1))
     # Ratios within a round: both saw the same machine at the same moment.
-    prefill_ratio, decode_ratio = (median([f[i] / b[i] for f, b in zip(figures, baseline, strict=True)]) for i in (0, 1))
+    prefill_ratio, decode_ratio = (
+        median([f[i] / b[i] for f, b in zip(figures, baseline, strict=True)]) for i in (0, 1)
+    )
     return {
         "engine": name,
         "prefill tok/s": round(prefill),

@@ -40,8 +40,8 @@ _HOME_OF = {
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
-    from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
     from lowmem.errors import LowMemError
+    from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
     from lowmem.generate.options import GenerateOptions
     from lowmem.machine.hardware import Hardware, probe
     from lowmem.models.source import read_spec

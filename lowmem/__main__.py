@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan_command(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="demo, a hub id, a folder or a .gguf file; the best for this machine when left out")
+    parser.add_argument(
+        "model", nargs="?", help="demo, a hub id, a folder or a .gguf file; the best for this machine when left out"
+    )
     _goal_flags(parser)
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     parser.set_defaults(run=_run_plan)
@@ -89,7 +91,9 @@ def _serve_command(parser: argparse.ArgumentParser) -> None:
 def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--vram", metavar="SIZE", type=_size, help="GPU memory budget, e.g. 6G")
     parser.add_argument("--ram", metavar="SIZE", type=_size, help="RAM budget, e.g. 12G")
-    parser.add_argument("--context", type=int, default=DEFAULT_GOAL.context, metavar="N", help="tokens of prompt and answer to plan for")
+    parser.add_argument(
+        "--context", type=int, default=DEFAULT_GOAL.context, metavar="N", help="tokens of prompt and answer to plan for"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once to plan for")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
@@ -114,7 +118,9 @@ def _option_flags(parser: argparse.ArgumentParser, kind: type) -> None:
         elif isinstance(field.default, tuple):
             parser.add_argument(flag, action="append", default=None, metavar="TEXT", help=help)
         else:
-            parser.add_argument(flag, default=None, choices=meta["choices"] or None, metavar=None if meta["choices"] else "X", help=help)
+            parser.add_argument(
+                flag, default=None, choices=meta["choices"] or None, metavar=None if meta["choices"] else "X", help=help
+            )
 
 
 def _options(args: argparse.Namespace, kind: type) -> Any:
@@ -145,7 +151,9 @@ def _run_plan(args: argparse.Namespace) -> int:
     print(f"{plan.spec.name} in {plan.precision} on {plan.device}, {plan.context:,} tokens of context")
     print(plan.reason)
     for budget in plan.budgets:
-        print(f"\n{budget.memory.upper()}  {format_bytes(budget.peak)} of {format_bytes(budget.limit)}  ({budget.verdict})")
+        print(
+            f"\n{budget.memory.upper()}  {format_bytes(budget.peak)} of {format_bytes(budget.limit)}  ({budget.verdict})"
+        )
         for line in budget.lines:
             if line.count:
                 print(f"  {format_bytes(line.count):>9}  {line.key:<12} {line.why}")
@@ -166,7 +174,10 @@ def _plan_as_dict(plan: Plan) -> dict[str, Any]:
         "verdict": plan.verdict,
         "reason": plan.reason,
         "predicted": plan.predicted,
-        "budgets": {b.memory: {"limit": b.limit, **{key: b.share(key) for key in dict.fromkeys(line.key for line in b.lines)}} for b in plan.budgets},
+        "budgets": {
+            b.memory: {"limit": b.limit, **{key: b.share(key) for key in dict.fromkeys(line.key for line in b.lines)}}
+            for b in plan.budgets
+        },
         "declined": [dataclasses.asdict(declined) for declined in plan.declined],
     }
 
@@ -193,7 +204,9 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as text: {error}.", "Give a UTF-8 file with one prompt a line.") from None
+        raise BadInput(
+            f"{path} cannot be read as text: {error}.", "Give a UTF-8 file with one prompt a line."
+        ) from None
     prompts = [line for line in lines if line.strip()]
     if not 1 <= len(prompts) <= MAXIMUM_PROMPTS:
         raise BadInput(f"{path} holds {len(prompts):,} prompts.", f"Give 1 to {MAXIMUM_PROMPTS:,} lines.")
@@ -224,7 +237,10 @@ def _drain(events: Iterator[Any], quiet: bool) -> Receipt:
 
 
 def _print_receipt(receipt: Receipt) -> None:
-    print(f"\n\n{receipt.model} in {receipt.precision}: {receipt.new_tokens:,} tokens in {format_seconds(receipt.seconds)}", file=sys.stderr)
+    print(
+        f"\n\n{receipt.model} in {receipt.precision}: {receipt.new_tokens:,} tokens in {format_seconds(receipt.seconds)}",
+        file=sys.stderr,
+    )
     if receipt.prefill_tps:
         speed = f"prefill {receipt.prefill_tps:.0f} and decode {receipt.decode_tps:.1f} tokens/s"
         print(f"first token after {format_seconds(receipt.seconds_to_first)}; {speed}", file=sys.stderr)

@@ -49,7 +49,9 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     try:
         value = _converted(wanted, value)
     except (TypeError, ValueError, OverflowError, KeyError):
-        raise BadInput(f"{label}: {_short(value)} is not {_NAMES.get(wanted, 'a value')}.", _range_hint(field)) from None
+        raise BadInput(
+            f"{label}: {_short(value)} is not {_NAMES.get(wanted, 'a value')}.", _range_hint(field)
+        ) from None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = field.metadata["low"], field.metadata["high"]
         too_low, too_high = low is not None and value < low, high is not None and value > high

@@ -27,7 +27,9 @@ def test_plan_as_json_has_the_budget_share_by_share(folder, capsys):
     answer = json.loads(capsys.readouterr().out)
     ram = answer["budgets"]["ram"]
     assert ram["limit"] == 2_000_000_000
-    assert sum(ram[key] for key in ("weights", "kv", "activations", "scratch", "overhead")) == answer["predicted"]["ram"]
+    assert (
+        sum(ram[key] for key in ("weights", "kv", "activations", "scratch", "overhead")) == answer["predicted"]["ram"]
+    )
 
 
 def test_plan_without_a_model_recommends_one_that_is_here(capsys):
@@ -95,7 +97,9 @@ def test_over_the_budget_says_the_number_and_what_to_do(folder, capsys):
     assert "try anyway" in error
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["generate", "demo"], ["plan", "--ram", "lots"], ["generate", "demo", "--prompt"]])
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["generate", "demo"], ["plan", "--ram", "lots"], ["generate", "demo", "--prompt"]]
+)
 def test_wrong_use_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

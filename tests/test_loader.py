@@ -127,7 +127,9 @@ def test_older_files_without_the_base_models_prefix_load(tmp_path):
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # a stored mask, which nobody needs
     save_file(tensors, file)
-    torch.testing.assert_close(loaded(folder, "fp32").model(IDS).logits, toys.toy("gpt2")(IDS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        loaded(folder, "fp32").model(IDS).logits, toys.toy("gpt2")(IDS).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_loading_stops_between_two_tensors(folders):

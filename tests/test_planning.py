@@ -165,7 +165,15 @@ def test_the_models_own_context_is_the_most(made_up):
 
 @pytest.mark.parametrize(
     "goal",
-    [{"context": 0}, {"context": 10**9}, {"batch": 0}, {"precision": "int3"}, {"device": "tpu"}, {"kv": "int1"}, {"prefill_chunk": -5}],
+    [
+        {"context": 0},
+        {"context": 10**9},
+        {"batch": 0},
+        {"precision": "int3"},
+        {"device": "tpu"},
+        {"kv": "int1"},
+        {"prefill_chunk": -5},
+    ],
 )
 def test_senseless_goals_are_refused_with_the_value(made_up, goal):
     with pytest.raises(BadInput) as caught:
@@ -212,7 +220,9 @@ def test_rungs_come_in_order_and_each_saves_memory(made_up):
         seen.append(lower.reason)
         assert lower.device != current.device or lower.main.peak < current.main.peak
         current = lower
-    kinds = [next(i for i, word in enumerate(("Context", "KV", "Weights", "Moved", "instead of")) if word in r) for r in seen]
+    kinds = [
+        next(i for i, word in enumerate(("Context", "KV", "Weights", "Moved", "instead of")) if word in r) for r in seen
+    ]
     assert kinds[:3] == [0, 0, 0]
     assert 1 in kinds
     assert 2 in kinds

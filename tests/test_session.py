@@ -41,7 +41,9 @@ def session(folder: Path) -> Session:
 
 def planned(session: Session, folder: Path, **goal: object) -> Plan:
     hardware = session.hardware()
-    return plan(read_spec(str(folder)), hardware, limits_from(hardware), Goal(**{"context": 256, "precision": "fp32", **goal}))
+    return plan(
+        read_spec(str(folder)), hardware, limits_from(hardware), Goal(**{"context": 256, "precision": "fp32", **goal})
+    )
 
 
 def text_of(events: list[object], index: int = 0) -> str:

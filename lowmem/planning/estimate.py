@@ -162,7 +162,9 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     on_gpu = plan.place.kind == "cuda"
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
     lines = _run_lines(plan, dtype)
-    runtime = Line("overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine.")
+    runtime = Line(
+        "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
+    )
     if not on_gpu:
         return (Budget("ram", (*lines, runtime), plan.limits.ram),)
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
@@ -185,7 +187,11 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
     return (
         Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters in {plan.precision}."),
-        Line("kv", kv, f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype})."),
+        Line(
+            "kv",
+            kv,
+            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
+        ),
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, or for a quantized cache."),
     )

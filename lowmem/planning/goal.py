@@ -52,7 +52,9 @@ def limits_from(hardware: Hardware, ram: int | None = None, vram: int | None = N
     detected = detected_limits(hardware)
     for name, value in (("RAM", ram), ("VRAM", vram)):
         if value is not None and value < 100 * MB:
-            raise BadInput(f"A {name} budget of {format_bytes(value)} is below the smallest, 100 MB.", "Write it like 4G or 512M.")
+            raise BadInput(
+                f"A {name} budget of {format_bytes(value)} is below the smallest, 100 MB.", "Write it like 4G or 512M."
+            )
     lowered = detected.ram if ram is None else min(ram, detected.ram)
     if detected.vram is None:
         return Limits(lowered)

@@ -49,7 +49,12 @@ def other_memory(plan: Plan) -> Plan | None:
     if plan.device == cpu.key:
         return None
     precision = candidates(plan.hardware, cpu)[0]
-    return priced(plan, device=cpu.key, precision=precision, reason="Moved from the GPU to the CPU, where there is more memory; slower.")
+    return priced(
+        plan,
+        device=cpu.key,
+        precision=precision,
+        reason="Moved from the GPU to the CPU, where there is more memory; slower.",
+    )
 
 
 def smaller_model(plan: Plan) -> Plan | None:
@@ -61,7 +66,9 @@ def smaller_model(plan: Plan) -> Plan | None:
     if not smaller:
         return None
     spec = max(smaller, key=lambda s: s.parameters)
-    return priced(plan, spec=spec, context=min(plan.context, spec.context), reason=f"{spec.name} instead of {plan.spec.name}.")
+    return priced(
+        plan, spec=spec, context=min(plan.context, spec.context), reason=f"{spec.name} instead of {plan.spec.name}."
+    )
 
 
 LADDER: tuple[Rung, ...] = (shorter_context, quantized_kv, fewer_bits, other_memory, smaller_model)
@@ -85,11 +92,13 @@ def lower_load(plan: Plan) -> Plan | None:
 
 def descend(plan: Plan, ladder: tuple[Rung, ...] = SAME_MODEL) -> Plan:
     """Walk down until the plan is within its budget, or the ladder ends; the reasons add up."""
-    reasons = [plan.reason] if plan.reason else []
+    steps: dict[str, str] = {}
+    first = plan.reason
     while plan.verdict == "over" and (lower := next_rung(plan, ladder)) is not None:
-        reasons.append(lower.reason)
+        # Half the context and half again reads as one step: a later sentence replaces its like.
+        steps[lower.reason.split()[0]] = lower.reason
         plan = lower
-    return replace(plan, reason=" ".join(reasons))
+    return replace(plan, reason=" ".join(filter(None, (first, *steps.values()))))
 
 
 def remedies(plan: Plan, ladder: tuple[Rung, ...] = LADDER) -> tuple[Plan, ...]:
@@ -98,8 +107,7 @@ def remedies(plan: Plan, ladder: tuple[Rung, ...] = LADDER) -> tuple[Plan, ...]:
     for rung in ladder:
         lower = descend(replace(plan, reason=""), (rung,))
         if lower.verdict != "over":
-            # Repeated steps of one rung end in the last one's sentence.
-            found.append(replace(lower, reason=lower.reason.split(". ")[-1]))
+            found.append(lower)
     return tuple(found)
 
 

@@ -43,7 +43,7 @@ class Budget:
 
     @property
     def verdict(self) -> str:
-        """"fits", "tight" (above 90 % of the limit) or "over"."""
+        """ "fits", "tight" (above 90 % of the limit) or "over"."""
         if self.peak > self.limit:
             return "over"
         return "tight" if self.peak > 0.9 * self.limit else "fits"
@@ -121,7 +121,9 @@ class Plan:
         memory = "GPU memory" if budget.memory == "vram" else "RAM"
         peak, limit = format_bytes(budget.peak), format_bytes(budget.limit)
         if budget.verdict == "over":
-            return f"Needs {peak} of {memory}, {format_bytes(budget.peak - budget.limit)} more than the budget of {limit}."
+            return (
+                f"Needs {peak} of {memory}, {format_bytes(budget.peak - budget.limit)} more than the budget of {limit}."
+            )
         if budget.verdict == "tight":
             return f"Tight: {peak} of the {limit} {memory} budget, {format_bytes(budget.limit - budget.peak)} to spare."
         return f"Fits: {peak} of the {limit} {memory} budget."

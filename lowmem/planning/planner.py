@@ -93,10 +93,11 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal)
         chosen = _draft(spec, hardware, limits, goal, goal.precision)
         return replace(chosen, reason="Precision as asked for.")
     drafts = [_draft(spec, hardware, limits, goal, p) for p in candidates(hardware, device_of(hardware, goal.device))]
-    chosen = next((d for d in drafts if d.verdict != "over"), None)
-    if chosen is None:
+    fitting = [draft for draft in drafts if draft.verdict != "over"]
+    if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
         return replace(chosen, reason="Nothing fits; this takes the least memory.", declined=_declined(drafts, chosen))
+    chosen = fitting[0]
     return replace(chosen, reason=_precision_reason(chosen), declined=_declined(drafts, chosen))
 
 

@@ -14,7 +14,9 @@ def linear8(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: to
     """LLM.int8: row-wise int8 weights; activation columns above 6.0 stay in half precision."""
     bnb = _bitsandbytes()
     rows, columns = weight.shape
-    layer = bnb.nn.Linear8bitLt(columns, rows, bias=bias is not None, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta")
+    layer = bnb.nn.Linear8bitLt(
+        columns, rows, bias=bias is not None, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+    )
     layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
     return _finished(layer, bias, device, dtype)
 
@@ -23,8 +25,18 @@ def linear4(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: to
     """NF4 in blocks of 64 with double-quantized absmax; computes in `dtype`."""
     bnb = _bitsandbytes()
     rows, columns = weight.shape
-    layer = bnb.nn.Linear4bit(columns, rows, bias=bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta")
-    layer.weight = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer)
+    layer = bnb.nn.Linear4bit(
+        columns,
+        rows,
+        bias=bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight.to(dtype), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+    )
     return _finished(layer, bias, device, dtype)
 
 

@@ -51,7 +51,9 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")
             torch.backends.quantized.engine = "fbgemm"
             # Wraps the codes in a quantized tensor without a second rounding.
-            quantized = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros_like(scales, dtype=torch.long), 0)
+            quantized = torch._make_per_channel_quantized_tensor(
+                codes, scales, torch.zeros_like(scales, dtype=torch.long), 0
+            )
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
 
@@ -72,6 +74,9 @@ class Int8Linear(nn.Module):
 
 class Int8Embedding(nn.Module):
     """Rows of an embedding in int8 with one fp32 scale a row: ids [...] -> float32 [..., hidden]."""
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

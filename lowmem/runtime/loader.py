@@ -8,7 +8,7 @@ finished weights plus one tensor, not two copies of the model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
@@ -40,13 +40,13 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 class Loaded:
     """A model ready to generate, and its tokenizer."""
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
 
 
-def load(plan: Plan, folder: Path, cancel: CancelToken) -> Iterator[Step]:
+def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None, Loaded]:
     """Load `folder` as `plan` says; the generator's return value is a `Loaded`.
 
     After the first step the family's code is imported and the empty model stands: all memory
@@ -68,14 +68,14 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Iterator[Step]:
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
         yield from _fill(model, checkpoint, _Placer(plan.precision, device, dtype), cancel)
-    _settle(model, device, dtype)
+    _settle(model, device)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _spare_the_heads_copy(model)
     _check_vocabulary(tokenizer, model, plan)
     return Loaded(model, tokenizer, device, dtype)
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
@@ -85,7 +85,8 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     except Exception as error:
         log.info("cannot build the model of %s", folder, exc_info=True)
         raise Unsupported(
-            f"transformers cannot build this model: {_first_line(error)}", "Choose a causal language model of a known family."
+            f"transformers cannot build this model: {_first_line(error)}",
+            "Choose a causal language model of a known family.",
         ) from error
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -98,7 +99,8 @@ def _tokenizer(folder: Path) -> Any:
     except Exception as error:
         log.info("cannot read the tokenizer of %s", folder, exc_info=True)
         raise CorruptModel(
-            f"The tokenizer in {folder.name} cannot be read: {_first_line(error)}", "Fetch the model again, or add its tokenizer.json."
+            f"The tokenizer in {folder.name} cannot be read: {_first_line(error)}",
+            "Fetch the model again, or add its tokenizer.json.",
         ) from error
 
 
@@ -106,7 +108,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, place: _Placer, cancel: CancelToken) -> Iterator[Step]:
+def _fill(model: PreTrainedModel, checkpoint: Checkpoint, place: _Placer, cancel: CancelToken) -> Iterator[Step]:
     stored = _match_names(model, checkpoint)
     total = sum(checkpoint.tensors[name].nbytes for name in stored.values())
     done = trimmed = 0
@@ -134,7 +136,7 @@ def _by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
     return owners
 
 
-def _match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name -> stored name; older files lack, or add, the base model's prefix.
 
     Raises:
@@ -156,7 +158,8 @@ def _match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         shape = checkpoint.tensors[name].shape
         if tuple(shape) != tuple(tensor.shape):
             raise CorruptModel(
-                f"{name} is {tuple(shape)} in the file but config.json asks for {tuple(tensor.shape)}.", "Fetch the model again."
+                f"{name} is {tuple(shape)} in the file but config.json asks for {tuple(tensor.shape)}.",
+                "Fetch the model again.",
             )
         matched[parameter] = name
     if missing:
@@ -167,12 +170,12 @@ def _match_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return matched
 
 
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
     persistent = set(model.state_dict())
     return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent and buffer.is_meta]
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _tied(model: PreTrainedModel) -> dict[str, str]:
     """{parameter: the parameter it is the same as}, for tied embeddings."""
     if not model.config.get_text_config().tie_word_embeddings:
         return {}
@@ -189,8 +192,8 @@ class _Placer:
         in_block = any(part.isdigit() for part in next(iter(members.values())).split("."))
         if self.precision == "int8" and isinstance(module, nn.Embedding):
             return self._int8_embedding(module, checkpoint, members)
-        linear = isinstance(module, (nn.Linear, Conv1D)) and (in_block or self.precision == "int8")
-        if linear and is_quantized(self.precision, _inputs(module)):
+        linear = isinstance(module, (nn.Linear, Conv1D)) and is_quantized(self.precision, _inputs(module))
+        if linear and (in_block or self.precision == "int8"):
             return self._quantized(module, checkpoint, members)
         for member, name in members.items():
             self._assign(module, member, self._read(module, member, checkpoint, name))
@@ -236,11 +239,11 @@ class _Placer:
             module._parameters[member] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _inputs(module: nn.Module) -> int:
+def _inputs(module: nn.Linear | Conv1D) -> int:
     return module.nx if isinstance(module, Conv1D) else module.in_features
 
 
-def _settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _settle(model: PreTrainedModel, device: torch.device) -> None:
     """Tie what is tied, move the small buffers, and make sure that nothing was left empty."""
     for parameter, source in _tied(model).items():
         _tie(model, parameter, source)
@@ -250,10 +253,12 @@ def _settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
                 module._buffers[name] = buffer.to(device)
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
-        raise CorruptModel(f"{len(empty)} weights are missing from the files, {empty[0]} first.", "Fetch the model again.")
+        raise CorruptModel(
+            f"{len(empty)} weights are missing from the files, {empty[0]} first.", "Fetch the model again."
+        )
 
 
-def _spare_the_heads_copy(model: nn.Module) -> None:
+def _spare_the_heads_copy(model: PreTrainedModel) -> None:
     """Hand the output head a freshly laid out input.
 
     transformers passes it the last position as a slice, whose odd strides make torch's bf16
@@ -261,21 +266,23 @@ def _spare_the_heads_copy(model: nn.Module) -> None:
     """
     head = model.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].new_empty(inputs[0].shape).copy_(inputs[0]), *inputs[1:]))
+        head.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].new_empty(inputs[0].shape).copy_(inputs[0]), *inputs[1:])
+        )
 
 
-def _tie(model: nn.Module, parameter: str, source: str) -> None:
+def _tie(model: PreTrainedModel, parameter: str, source: str) -> None:
     head_name, _, member = parameter.rpartition(".")
     embedding = model.get_submodule(source.rpartition(".")[0])
     if isinstance(embedding, Int8Embedding):
         head = model.get_submodule(head_name)
-        bias = getattr(head, "bias", None)
+        bias = head.bias if isinstance(head, nn.Linear) else None
         model.set_submodule(head_name, Int8Linear(embedding.codes, embedding.scales, bias))
     else:
         setattr(model.get_submodule(head_name), member, getattr(embedding, source.rpartition(".")[2]))
 
 
-def _check_vocabulary(tokenizer: Any, model: nn.Module, plan: Plan) -> None:
+def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> None:
     if len(tokenizer) > (size := model.config.get_text_config().vocab_size):
         raise BadInput(
             f"The tokenizer knows {len(tokenizer):,} tokens but {plan.spec.name} only {size:,}: it belongs to another model.",
@@ -286,4 +293,6 @@ def _check_vocabulary(tokenizer: Any, model: nn.Module, plan: Plan) -> None:
 def warm_up(loaded: Loaded) -> None:
     """One token through the model: kernels and thread pools start now, not in the first answer."""
     with torch.inference_mode():
-        loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False, logits_to_keep=1)
+        loaded.model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False, logits_to_keep=1
+        )

@@ -43,7 +43,9 @@ def unload_receipt(plan: Plan, seconds: float, taken: int, returned: int) -> Rec
     )
 
 
-def generate_receipt(plan: Plan, seconds: float, last: Sequence[Chunk], peak: dict[str, int], notes: list[str]) -> Receipt:
+def generate_receipt(
+    plan: Plan, seconds: float, last: Sequence[Chunk], peak: dict[str, int], notes: list[str]
+) -> Receipt:
     """`last`: the final chunk of each sequence; speeds add up over sequences decoded together."""
     first = last[0] if last else Chunk("")
     return Receipt(

@@ -10,12 +10,12 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from lowmem.errors import BadInput, DoesNotFit, LowMemError, OutOfMemory
+from lowmem.errors import BadInput, DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.hardware import Hardware, probe
@@ -24,10 +24,11 @@ from lowmem.planning.estimate import priced
 from lowmem.planning.ladder import lower_load, quantized_kv
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
-from lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from lowmem.runtime.loader import Loaded
+
+T = TypeVar("T")
 
 log = logging.getLogger("lowmem.session")
 
@@ -120,7 +121,9 @@ class Session:
             batch=batch * options.num_sequences,
             kv=options.kv if options.use_cache else "none",
             # Several answers to one prompt share one prefill, so its activations exist once.
-            prefill_chunk=max(1, options.prefill_chunk // options.num_sequences) if options.use_cache else plan.spec.context,
+            prefill_chunk=max(1, options.prefill_chunk // options.num_sequences)
+            if options.use_cache
+            else plan.spec.context,
         )
 
     def generate(
@@ -240,7 +243,7 @@ class Session:
         self._loaded = self._plan = self._load_receipt = None
         release_memory()
 
-    def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Iterator[Step]:
+    def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
         """Try `plan`, then lower rungs; the return value is the receipt."""
         from lowmem.models.fetch import fetch
         from lowmem.runtime.oom import is_out_of_memory
@@ -267,7 +270,9 @@ class Session:
             yield Step(0, 0, notes[-1])
             plan = lower
 
-    def _attempt(self, plan: Plan, folder: Path, cancel: CancelToken, force: bool) -> Iterator[Step]:
+    def _attempt(
+        self, plan: Plan, folder: Path, cancel: CancelToken, force: bool
+    ) -> Generator[Step, None, dict[str, int]]:
         # Imported here: this is where torch enters a process that may never need it.
         yield Step(0, 0, "Starting torch")
         from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
@@ -288,7 +293,7 @@ class Session:
 
     def _generate(
         self, ids: list[int], options: GenerateOptions, action: Plan, notes: list[str], cancel: CancelToken, force: bool
-    ) -> Iterator[Step | Chunk]:
+    ) -> Generator[Step | Chunk, None, Receipt]:
         """Stream; when memory runs out before any text, once more with a smaller footprint."""
         from lowmem.generate.text import stream
         from lowmem.runtime.oom import is_out_of_memory
@@ -298,7 +303,13 @@ class Session:
         with self._meter(plan, force) as meter:
             while True:
                 events = stream(
-                    loaded.model, loaded.tokenizer, ids, options, context=plan.spec.context, cancel=cancel, check=meter.check
+                    loaded.model,
+                    loaded.tokenizer,
+                    ids,
+                    options,
+                    context=plan.spec.context,
+                    cancel=cancel,
+                    check=meter.check,
                 )
                 try:
                     for event in events:
@@ -312,7 +323,8 @@ class Session:
                     lower = quantized_kv(action) if options.use_cache else None
                     if not last and lower is None:
                         raise OutOfMemory(
-                            f"Memory ran out while reading {len(ids):,} prompt tokens.", "Shorten the prompt, or load fewer bits."
+                            f"Memory ran out while reading {len(ids):,} prompt tokens.",
+                            "Shorten the prompt, or load fewer bits.",
                         ) from error
                 # Only here, after the handler, is the failed attempt's cache garbage.
                 release_memory()
@@ -333,7 +345,7 @@ def _refuse_if_over(plan: Plan, hint: str) -> None:
         raise DoesNotFit(plan.sentence(), hint)
 
 
-def _guarded(events: Iterator[Step], check: Callable[[], None]) -> Iterator[Step]:
+def _guarded(events: Generator[Step, None, T], check: Callable[[], None]) -> Generator[Step, None, T]:
     """Pass events and the return value on, checking between them."""
     while True:
         check()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from typing import Any
 
 import gradio as gr
 
 from lowmem.errors import BadInput
+from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.page import build_ui
@@ -18,6 +20,7 @@ from lowmem.units import parse_bytes
 log = logging.getLogger("lowmem.ui")
 
 UPLOAD_LIMIT = "2mb"
+MEASURE_AFTER_SECONDS = 6.0
 
 
 def launch_options() -> dict[str, Any]:
@@ -68,6 +71,10 @@ def serve(
         demo = build_ui(
             Engine(public=public), budget_bytes=parse_bytes(budget) if budget else None, model=model or AUTO
         )
+    # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
+    measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)
+    measuring.daemon = True
+    measuring.start()
     demo.launch(share=share, auth=credentials, server_name=host, server_port=port, **launch_options())
 
 

@@ -7,6 +7,7 @@ from html import escape
 
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.machine.monitor import Snapshot
+from lowmem.planning.ladder import remedies
 from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
 from lowmem.ui.strings import name, say
 from lowmem.units import format_bytes, format_seconds
@@ -121,12 +122,20 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
     else:
         fetch = say("disk_free", size=format_bytes(disk_free))
     licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
-    over = f'<p class="lm-why">{escape(plan.sentence())}</p>' if plan.verdict == "over" else ""
+    over = _why(plan) if plan.verdict == "over" else ""
     return (
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
         f'<h2 class="lm-model">{escape(plan.spec.name)}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
         f'<dl class="lm-facts">{cells}</dl>{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
     )
+
+
+def _why(plan: Plan) -> str:
+    """Why a plan is over its budget, and which single change would bring it within."""
+    fixes = [f"{lower.reason} {format_bytes(lower.main.peak)}." for lower in remedies(plan)]
+    listed = "".join(f"<li>{escape(fix)}</li>" for fix in fixes)
+    instead = f'<div class="lm-fixes"><p>{escape(say("remedies"))}</p><ul>{listed}</ul></div>' if fixes else ""
+    return f'<p class="lm-why">{escape(plan.sentence())}</p>{instead}'
 
 
 def unknown_card(ref: str) -> str:

@@ -27,6 +27,7 @@ ENGLISH: dict[str, Any] = {
     "cannot_load": "Nothing to load",
     "trouble": "That did not work",
     "anyway": "Try anyway",
+    "remedies": "Any one of these would fit:",
     "stop": "Stop",
     "back": "Back to the resident model",
     "choose": "Choose something else",
