@@ -119,7 +119,7 @@ def _title(plan: Plan) -> str:
 
 def _precision_reason(plan: Plan) -> str:
     if plan.place.kind == "cpu" and plan.precision == "int8":
-        return "int8 is the fastest on a CPU and nearly exact."
+        return "int8 is the fastest on a CPU, at a small loss of precision."
     if plan.precision in ("fp16", "bf16", "fp32"):
         return f"{plan.precision} is the most exact that {plan.place.name} runs well, and it fits."
     return f"{PRECISION_LABELS[plan.precision]} keeps as many bits as fit."

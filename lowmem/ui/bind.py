@@ -27,7 +27,7 @@ QUICK: dict[str, Any] = PRIVATE | {"queue": False}
 ENGINE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "engine"}
 HEAVY: dict[str, Any] = PRIVATE | ENGINE
 
-FRAME_SECONDS = 1 / 8
+FRAME_SECONDS = 1 / 4  # every frame costs server and browser some milliseconds, often on the same cores
 TEXT_LIMIT = 200_000
 
 
@@ -86,7 +86,7 @@ _END = object()
 
 
 def pump(events: Iterable[E], token: CancelToken) -> Iterator[list[E]]:
-    """Run a generator of the engine in its own thread; yield what gathered, at most 8 times a second.
+    """Run a generator of the engine in its own thread; yield what gathered, at most 4 times a second.
 
     The engine never waits for the page. An empty list is a heartbeat: nothing happened for
     a second. Abandoning the iteration sets the token. An exception of the engine is raised here.
