@@ -1,6 +1,6 @@
 """Put the figures of `results/` into the README, between its two markers.
 
-    python -m benchmarks.readme
+python -m benchmarks.readme
 """
 
 from __future__ import annotations

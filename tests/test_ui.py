@@ -326,7 +326,7 @@ def test_share_without_a_sign_in_makes_up_a_password(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched: dict[str, object] = {}
-    monkeypatch.setattr("gradio.Blocks.launch", lambda self, **kwargs: launched.update(kwargs))  # noqa: ARG005
+    monkeypatch.setattr("gradio.Blocks.launch", lambda self, **kwargs: launched.update(kwargs))
     serve(share=True)
     _, password = launched["auth"]  # type: ignore[misc]
     assert len(password) >= 12

@@ -5,7 +5,6 @@ python tests/ui_stub.py 7861    # look at the page without a model
 
 from __future__ import annotations
 
-# ruff: noqa: ARG002 -- the signatures are the session's
 import itertools
 import sys
 import time

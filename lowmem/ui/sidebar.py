@@ -98,15 +98,15 @@ class Sidebar:
         return {memory: "" if value >= top else f"{value:.2f}G" for memory, value, top in pairs}
 
     def refresh(self, seen: Seen) -> list[Any]:
-        """Meters always; resident model and receipt only when they changed."""
+        """Meters always; resident model and receipt only when they changed: each tick costs the browser."""
         engine = self.engine
-        plan, receipt = engine.resident, engine.last_receipt
-        now = (resident_key(engine), f"{receipt.action} {receipt.seconds}" if receipt else "")
+        plan, receipt, busy = engine.resident, engine.last_receipt, engine.busy
+        now = (f"{resident_key(engine)} {busy}", f"{receipt.action} {receipt.seconds}" if receipt else "")
         meters = render.meters(engine.snapshot())
-        resident = [render.resident(plan, engine.busy), gr.Button(visible=plan is not None)]
         if now == tuple(seen):
-            return [meters, *resident, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+            return [meters, *[gr.skip()] * 6]
         snippet = receipt.snippet if receipt else ""
+        resident = [render.resident(plan, busy), gr.Button(visible=plan is not None)]
         return [meters, *resident, render.receipt(receipt), gr.Accordion(visible=bool(snippet)), snippet, now]
 
     def after(self, event: Any) -> Any:

@@ -1,0 +1,49 @@
+"""What may be recommended: only what can be had from here; and what a stranger may name."""
+
+from __future__ import annotations
+
+import pytest
+import toys
+
+from lowmem.errors import LowMemError
+from lowmem.models import choices
+from lowmem.models.catalog import CATALOG
+from lowmem.settings import settings
+from lowmem.ui.engine import Choice, Engine
+
+
+def refs() -> list[str]:
+    return [spec.ref for spec in choices.choices()]
+
+
+def test_without_the_hub_only_the_demo_can_be_had():
+    assert not choices.hub_reachable()
+    assert refs() == ["demo"]
+
+
+def test_with_the_hub_the_best_comes_first_and_no_licence_is_in_the_way(monkeypatch):
+    monkeypatch.setattr(choices, "hub_reachable", lambda: True)
+    quality = {entry.ref: entry.quality for entry in CATALOG}
+    gated = {entry.ref for entry in CATALOG if entry.gated}
+    assert len(refs()) > 10
+    assert [quality[ref] for ref in refs()] == sorted((quality[ref] for ref in refs()), reverse=True)
+    assert not gated & set(refs())
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_refuses_the_connection_is_not_reachable(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert not choices.hub_reachable()
+
+
+def test_a_stranger_cannot_name_a_folder_of_the_machine(tmp_path):
+    folder = toys.save_toy("llama", tmp_path / "private")
+    assert Engine(public=False).plan(Choice(model=str(folder))).spec.layers == 2
+    for ref in (str(folder), f"{folder}/../private", "/etc", "../../etc/passwd", "~/models"):
+        with pytest.raises(LowMemError):
+            Engine(public=True).plan(Choice(model=ref))
+
+
+def test_a_stranger_may_use_what_lowmem_wrote_itself():
+    folder = toys.save_toy("llama", settings().outputs / "mine")
+    assert Engine(public=True).plan(Choice(model=str(folder))).spec.layers == 2
