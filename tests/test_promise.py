@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lowmem.models.fetch import fetch
@@ -34,14 +37,23 @@ def run(code: str) -> dict[str, float]:
 
 
 def generate(*arguments: object) -> tuple[dict, int]:
-    """The receipt of `python -m lowmem generate demo`, and the peak that the kernel saw."""
+    """The receipt of `python -m lowmem generate demo`, and the largest RSS seen from outside, every 5 ms.
+
+    The kernel's own figure, ru_maxrss, would not do: a child inherits its parent's, and pytest is large.
+    """
     command = [sys.executable, "-m", "lowmem", "generate", "demo", "--json", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        out, err = process.stdout.read(), process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1]), usage.ru_maxrss * 1024
+    seen = 0
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT)
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                seen = max(seen, watched.memory_info().rss)
+            time.sleep(0.005)
+        out.seek(0)
+        err.seek(0)
+        assert process.returncode == 0, err.read()
+        return json.loads(out.read().splitlines()[-1]), seen
 
 
 PROMPT = "The lighthouse keeper wrote in his diary every night. " * 80
@@ -49,14 +61,13 @@ PROMPT = "The lighthouse keeper wrote in his diary every night. " * 80
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_the_peak_is_predicted_within_a_tenth(demo, precision):
-    receipt, kernel_peak = generate(
+    receipt, seen = generate(
         "--prompt", PROMPT, "--raw", "--greedy", "--max-new-tokens", 16, "--context", 1024, "--precision", precision
     )
     predicted, measured = receipt["predicted"]["ram"], receipt["measured"]["ram"]
     assert receipt["prompt_tokens"] > 700
     assert predicted == pytest.approx(measured, rel=0.10)
-    # What the receipt calls measured is what the kernel saw, but for the end of the process.
-    assert measured == pytest.approx(kernel_peak, rel=0.05)
+    assert measured == pytest.approx(seen, rel=0.05)
 
 
 def test_int8_is_predicted_to_take_less_and_does(demo):
