@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | serve`.
+"""The command line: `python -m lowmem plan | generate | compare | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -20,6 +20,7 @@ from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.measure.command import add_command as add_compare
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _plan_command(commands.add_parser("plan", help="how a model would run here, without loading it"))
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
+    add_compare(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser
 

@@ -85,7 +85,6 @@ class Shape:
     layer_types: tuple[str, ...]
     sliding_window: int
     tied: bool
-    quantization: str
 
 
 def check_supported(config: Config, name: str) -> None:
@@ -142,7 +141,6 @@ def read_shape(config: Config, name: str = "the model") -> Shape:
         layer_types=layer_types,
         sliding_window=window,
         tied=_tied(config, merged, model_type),
-        quantization=_quantization(config),
     )
 
 
@@ -203,8 +201,3 @@ def _tied(config: Config, merged: Config, model_type: str) -> bool:
     # The outer value wins: it is the one that the model class which is loaded looks at.
     given = (source.get("tie_word_embeddings") for source in (config, merged))
     return bool(next((value for value in given if value is not None), model_type in _TIED_BY_DEFAULT))
-
-
-def _quantization(config: Config) -> str:
-    method = config.get("quantization_config")
-    return str(method.get("quant_method") or "unknown") if isinstance(method, Mapping) else ""

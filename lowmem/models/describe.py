@@ -14,6 +14,7 @@ from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, Unsupported
 from lowmem.models.config import check_supported, read_shape
 from lowmem.models.files import Files, Ranged, read_object
 from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
+from lowmem.models.quantization import SIDE_FILES, read_quantization
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.spec import ModelSpec, Tensor
 
@@ -22,10 +23,11 @@ INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     CONFIG, "generation_config.json", "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", *SIDE_FILES,
 )  # fmt: skip
 """What a model needs beside its weights, as far as it is there."""
 
+_PACKED_HEADS = ("lm_head", "embed_out")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -46,12 +48,15 @@ def describe(files: Files, ref: str, name: str, licence: str = "", gated: bool =
     weights = [files.ranged(file) for file in weight_files(files)]
     tensors = tuple(tensor for file in weights for tensor in read_header(file).tensors)
     _check_inventory(files, tensors)
-    tied = shape.tied or not any(tensor.is_output_embedding for tensor in tensors)
+    stored = read_quantization(files, config)
+    tied = shape.tied or not any(t.is_output_embedding or t.packed_layer in _PACKED_HEADS for t in tensors)
     return ModelSpec(
         ref=ref,
         name=name,
         tensors=tensors,
         **dataclasses.asdict(dataclasses.replace(shape, tied=tied)),
+        quantization=stored.method if stored else "",
+        stored=stored,
         size_on_disk=sum(file.size for file in weights),
         licence=licence,
         gated=gated,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.models.quantization import Quantization, Shape
+
 DTYPE_BYTES = {
     "fp64": 8,
     "fp32": 4,
@@ -27,6 +29,9 @@ DTYPE_BYTES = {
 """Bytes per element of unpacked dtypes. GGUF tensors keep their type's name ("q4_1"); ask their `nbytes`."""
 
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+PACKED_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+"""What the layouts of GPTQ and AWQ store in place of a weight."""
+
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
 
@@ -52,6 +57,11 @@ class Tensor:
         return self.name.endswith(_BUFFERS)
 
     @property
+    def packed_layer(self) -> str:
+        """The layer whose packed weight, zero points, scales or order this may be, or ""."""
+        return self.name.rpartition(".")[0] if self.name.endswith(PACKED_PARTS) else ""
+
+    @property
     def is_output_embedding(self) -> bool:
         return self.name.endswith(_OUTPUT_EMBEDDINGS)
 
@@ -71,6 +81,7 @@ class ModelSpec:
         sliding_window: tokens a sliding layer remembers (0 without such layers).
         tied: input and output embedding are one tensor.
         quantization: the checkpoint's own quantization method ("gptq", "awq", ...), or "".
+        stored: the details of that quantization, None without one.
         size_on_disk: bytes of the weight files.
         licence, gated: from the catalog or the hub, "" and False when unknown.
         has_chat_template: the tokenizer knows how to format a conversation.
@@ -92,6 +103,7 @@ class ModelSpec:
     sliding_window: int = 0
     tied: bool = False
     quantization: str = ""
+    stored: Quantization | None = None
     size_on_disk: int = 0
     licence: str = ""
     gated: bool = False
@@ -100,8 +112,18 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         """Parameters, without stored buffers; a tied embedding counts once even where the file holds it twice."""
+        packed = self.packed_layers
         counted = (t for t in self.tensors if not (t.is_buffer or (self.tied and t.is_output_embedding)))
-        return sum(tensor.elements for tensor in counted)
+        plain = (t for t in counted if t.packed_layer not in packed)
+        return sum(tensor.elements for tensor in plain) + sum(rows * columns for rows, columns in packed.values())
+
+    @property
+    def packed_layers(self) -> dict[str, Shape]:
+        """Name -> (outputs, inputs) of the linear layers that the files hold quantized."""
+        if self.stored is None or self.stored.refusal():
+            return {}
+        weights = (t for t in self.tensors if t.name.endswith(".qweight") and len(t.shape) == 2)
+        return {t.packed_layer: self.stored.linear_shape((t.shape[0], t.shape[1])) for t in weights}
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """KV cache bytes that one more token costs while every layer still grows."""

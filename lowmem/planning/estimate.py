@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.planning import packed
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB, format_bytes
 
@@ -63,19 +64,36 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
         total += _tensor_bytes(spec, tensor, precision, dtype)
-    if precision == "int8" and spec.tied:
+    if _rest(precision, dtype) == "int8" and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
-        total += _int8_linear_bytes(spec.vocab, spec.hidden)
+        total += packed.int8_bytes(spec.vocab, spec.hidden)
     return total
 
 
+def _rest(precision: str, dtype: str) -> str:
+    """The precision of all that is not stored quantized."""
+    return packed.rest_precision(dtype) if precision == "stored" else precision
+
+
 def _tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if precision == "stored" and spec.stored and tensor.packed_layer:
+        # A layer's parts are counted together, where its weight lies.
+        layer = _packed_shape(spec, tensor)
+        return packed.packed_bytes(spec.stored, *layer, dtype) if layer else 0
+    precision = _rest(precision, dtype)
     if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
         return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
     if precision == "int8" and is_embedding(tensor):
         rows, columns = tensor.shape
-        return _int8_linear_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
+        return packed.int8_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
     return tensor.elements * DTYPE_BYTES[dtype]
+
+
+def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
+    """(outputs, inputs) where `tensor` is a packed weight, None for the other parts of a packed layer."""
+    if not spec.stored or not tensor.name.endswith(".qweight"):
+        return None
+    return spec.stored.linear_shape((tensor.shape[0], tensor.shape[1]))
 
 
 def linear_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int]:
@@ -93,11 +111,6 @@ def is_quantized(precision: str, columns: int) -> bool:
     return precision in ("int8", "bnb8") or (precision == "nf4" and columns % NF4_BLOCK == 0)
 
 
-def _int8_linear_bytes(rows: int, columns: int) -> int:
-    """FBGEMM packs columns in blocks of 512 and keeps per row a scale, a zero point and an offset."""
-    return rows * (math.ceil(columns / 512) * 512 + 12)
-
-
 def _bnb8_bytes(rows: int, columns: int) -> int:
     return rows * columns + 4 * rows
 
@@ -108,7 +121,7 @@ def _nf4_bytes(rows: int, columns: int) -> int:
     return math.ceil(rows * columns / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (256 + 16)
 
 
-_LINEAR_BYTES = {"int8": _int8_linear_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
+_LINEAR_BYTES = {"int8": packed.int8_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
 
 
 def kv_bytes(spec: ModelSpec, context: int, batch: int, dtype: str, kv: str) -> int:
@@ -183,18 +196,28 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     # One layer's whole history, dequantized for attention; shared by all layers.
     dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
     loading = loading_peak(spec, plan.precision, dtype) - weights
-    scratch = max(dequantized, loading - kv - activations)
+    dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
+    scratch = max(dequantized, dense, loading - kv - activations)
     per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
     return (
-        Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters in {plan.precision}."),
+        Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
         Line(
             "kv",
             kv,
             f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
         ),
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
-        Line("scratch", max(0, scratch), "Buffers while loading, or for a quantized cache."),
+        Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
+        *_kernel_lines(plan),
     )
+
+
+def _kernel_lines(plan: Plan) -> tuple[Line, ...]:
+    # Counted as weights: they come and stay with a model that is stored quantized.
+    stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
+    if stored is None or packed.cpu_kernel(stored) != "nbits":
+        return ()
+    return (Line("weights", packed.KERNELS_BYTES, "ONNX Runtime, whose kernels multiply packed weights."),)
 
 
 def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
@@ -208,16 +231,19 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
         final = _tensor_bytes(spec, tensor, precision, dtype)
-        peak = max(peak, finished + final + _temporary_bytes(tensor, precision, dtype))
+        peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
-    if precision == "int8" and spec.tied:
+    if _rest(precision, dtype) == "int8" and spec.tied:
         # The head is packed from the embedding's codes, of which packing takes a copy.
-        finished += _int8_linear_bytes(spec.vocab, spec.hidden)
+        finished += packed.int8_bytes(spec.vocab, spec.hidden)
         peak = max(peak, finished + spec.vocab * spec.hidden)
     return max(peak, finished)
 
 
-def _temporary_bytes(tensor: Tensor, precision: str, dtype: str) -> int:
+def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if precision == "stored" and (layer := _packed_shape(spec, tensor)):
+        return packed.repacking_bytes(*layer)
+    precision = _rest(precision, dtype)
     source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
     if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
         codes, columns = tensor.elements, tensor.shape[1]

@@ -36,7 +36,7 @@ def quantized_kv(plan: Plan) -> Plan | None:
 def fewer_bits(plan: Plan) -> Plan | None:
     """The next precision of the same device that takes less memory for weights."""
     device = plan.place
-    for precision in candidates(plan.hardware, device):
+    for precision in candidates(plan.hardware, device, plan.spec):
         smaller = priced(plan, precision=precision, reason=f"Weights in {precision} instead of {plan.precision}.")
         if smaller.main.share("weights") < 0.9 * plan.main.share("weights"):
             return smaller
@@ -48,7 +48,7 @@ def other_memory(plan: Plan) -> Plan | None:
     cpu = plan.hardware.cpu
     if plan.device == cpu.key:
         return None
-    precision = candidates(plan.hardware, cpu)[0]
+    precision = candidates(plan.hardware, cpu, plan.spec)[0]
     return priced(
         plan,
         device=cpu.key,
@@ -67,7 +67,12 @@ def smaller_model(plan: Plan) -> Plan | None:
         return None
     spec = max(smaller, key=lambda s: s.parameters)
     return priced(
-        plan, spec=spec, context=min(plan.context, spec.context), reason=f"{spec.name} instead of {plan.spec.name}."
+        plan,
+        spec=spec,
+        # What a quantized checkpoint runs in, others do not.
+        precision=candidates(plan.hardware, plan.place, spec)[0] if plan.precision == "stored" else plan.precision,
+        context=min(plan.context, spec.context),
+        reason=f"{spec.name} instead of {plan.spec.name}.",
     )
 
 

@@ -9,7 +9,7 @@ from lowmem.models.spec import ModelSpec
 from lowmem.planning.goal import Limits
 from lowmem.units import format_bytes
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4", "stored")
 PRECISION_LABELS = {
     "fp32": "fp32 (full precision)",
     "fp16": "fp16 (half precision)",
@@ -17,6 +17,7 @@ PRECISION_LABELS = {
     "int8": "int8 (dynamic, for CPU)",
     "bnb8": "8-bit (bitsandbytes LLM.int8)",
     "nf4": "4-bit (bitsandbytes NF4)",
+    "stored": "as stored (already quantized)",
 }
 
 
@@ -114,6 +115,12 @@ class Plan:
     @property
     def predicted(self) -> dict[str, int]:
         return {budget.memory: budget.peak for budget in self.budgets}
+
+    @property
+    def precision_label(self) -> str:
+        """The precision for a person; of a quantized checkpoint, what it holds."""
+        stored = self.spec.stored if self.precision == "stored" else None
+        return stored.label if stored else PRECISION_LABELS[self.precision]
 
     def sentence(self) -> str:
         """The verdict for a person, naming the number."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.estimate import priced, weight_bytes
 from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.ladder import descend
-from lowmem.planning.plan import PRECISION_LABELS, Declined, Plan
-from lowmem.planning.precision import available, candidates, device_of
+from lowmem.planning.plan import Declined, Plan
+from lowmem.planning.precision import available, candidates, device_of, storage_refusal
 from lowmem.units import GB, format_bytes
 
 COMFORTABLE_CONTEXT = 8192
@@ -41,14 +41,15 @@ def plan(
 
     Raises:
         BadInput: a goal outside any sense (context of zero, unknown precision or device).
+        Unsupported: a quantized checkpoint that cannot be run, or not in the precision asked for.
     """
-    _check(goal, hardware)
+    _check(goal, hardware, spec)
     if spec is not None:
         return _plan_model(spec, hardware, limits, goal)
     return _recommend(_catalog() if choices is None else choices, hardware, limits, goal)
 
 
-def _check(goal: Goal, hardware: Hardware) -> None:
+def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
     if not 1 <= goal.context <= 10_000_000:
         raise BadInput(f"A context of {goal.context:,} tokens is not possible.", "Use a value from 1 to 10,000,000.")
     if not 1 <= goal.batch <= 4096:
@@ -60,8 +61,11 @@ def _check(goal: Goal, hardware: Hardware) -> None:
     keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
     if goal.device not in keys:
         raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")
-    if goal.precision != "auto" and (refusal := available(goal.precision, hardware, goal.device)):
-        raise BadInput(refusal, "Choose another precision, or auto.")
+    if spec is not None and (unknown := storage_refusal(spec)):
+        raise Unsupported(unknown, "Choose the original model; lowmem quantizes while loading.")
+    if goal.precision != "auto" and (refusal := available(goal.precision, hardware, goal.device, spec)):
+        kind = Unsupported if spec is not None and spec.quantization else BadInput
+        raise kind(refusal, "Choose another precision, or auto.")
 
 
 def _catalog() -> list[ModelSpec]:
@@ -92,7 +96,8 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal)
     if goal.precision != "auto":
         chosen = _draft(spec, hardware, limits, goal, goal.precision)
         return replace(chosen, reason="Precision as asked for.")
-    drafts = [_draft(spec, hardware, limits, goal, p) for p in candidates(hardware, device_of(hardware, goal.device))]
+    precisions = candidates(hardware, device_of(hardware, goal.device), spec)
+    drafts = [_draft(spec, hardware, limits, goal, precision) for precision in precisions]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
@@ -114,7 +119,7 @@ def _why_not(draft: Plan, chosen: Plan) -> str:
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.spec.name}, {PRECISION_LABELS[plan.precision]}"
+    return f"{plan.spec.name}, {plan.precision_label}"
 
 
 def _precision_reason(plan: Plan) -> str:
@@ -122,7 +127,9 @@ def _precision_reason(plan: Plan) -> str:
         return "int8 is the fastest on a CPU, at a small loss of precision."
     if plan.precision in ("fp16", "bf16", "fp32"):
         return f"{plan.precision} is the most exact that {plan.place.name} runs well, and it fits."
-    return f"{PRECISION_LABELS[plan.precision]} keeps as many bits as fit."
+    if plan.precision == "stored":
+        return f"The checkpoint is quantized ({plan.precision_label}) and runs as it is stored."
+    return f"{plan.precision_label} keeps as many bits as fit."
 
 
 def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, limits: Limits, goal: Goal) -> Plan:

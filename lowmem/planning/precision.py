@@ -6,14 +6,20 @@ import importlib.util
 import platform
 
 from lowmem.machine.hardware import Device, Hardware
+from lowmem.models.spec import ModelSpec
 from lowmem.planning.plan import PRECISIONS
 
 
-def available(precision: str, hardware: Hardware, device: str = "auto") -> str | None:
-    """None when `precision` runs on the device, else the reason it does not."""
+def available(precision: str, hardware: Hardware, device: str = "auto", spec: ModelSpec | None = None) -> str | None:
+    """None when `precision` runs on the device, else the reason it does not.
+
+    A quantized checkpoint (`spec`) runs as it is stored and in no other way; nothing else runs "stored".
+    """
     place = device_of(hardware, device)
     if precision not in PRECISIONS:
         return f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}."
+    if (precision == "stored") != bool(spec and spec.quantization):
+        return _stored_refusal(precision, spec)
     if precision in ("fp16", "bf16"):
         return _half_refusal(precision, place)
     if precision == "int8":
@@ -42,12 +48,27 @@ def caution(precision: str, hardware: Hardware, device: str = "auto") -> str:
     return ""
 
 
-def candidates(hardware: Hardware, device: Device) -> tuple[str, ...]:
-    """Precisions worth choosing automatically, best first.
+def storage_refusal(spec: ModelSpec) -> str:
+    """Why a quantized checkpoint cannot be run at all, or ""."""
+    if not spec.quantization:
+        return ""
+    if spec.stored is None:
+        return f"{spec.name} is quantized with {spec.quantization}, of which nothing more is known."
+    if refusal := spec.stored.refusal():
+        return f"{spec.name} cannot be run: {refusal[0].lower()}{refusal[1:]}"
+    if not spec.packed_layers:
+        return f"{spec.name} is quantized with {spec.quantization}, says its config.json, but none of its layers is."
+    return ""
+
+
+def candidates(hardware: Hardware, device: Device, spec: ModelSpec | None = None) -> tuple[str, ...]:
+    """Precisions worth choosing automatically, best first; a quantized checkpoint has one.
 
     A GPU loses quality step by step: half precision, 8 bits, 4 bits. On a CPU dynamic int8 is
     both the fastest and nearly exact, so it comes before the wider ones.
     """
+    if spec is not None and spec.quantization:
+        return ("stored",)
     if device.kind == "cpu":
         order: tuple[str, ...] = ("int8", "bf16", "fp32", "nf4")
     elif device.kind == "cuda":
@@ -55,6 +76,13 @@ def candidates(hardware: Hardware, device: Device) -> tuple[str, ...]:
     else:
         order = (device.dtypes[0],)
     return tuple(p for p in order if available(p, hardware, device.key) is None)
+
+
+def _stored_refusal(precision: str, spec: ModelSpec | None) -> str:
+    if precision == "stored":
+        return "Only a model that is already quantized runs as stored."
+    name, method = (spec.name, spec.quantization) if spec else ("The model", "")
+    return f"{name} is already quantized with {method}: it runs as stored, not in {precision}."
 
 
 def _half_refusal(precision: str, place: Device) -> str | None:

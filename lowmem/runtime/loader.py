@@ -24,9 +24,13 @@ from lowmem.events import CancelToken, Step
 from lowmem.machine.monitor import trim_heap
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.planning.estimate import compute_dtype, is_quantized
+from lowmem.planning.packed import rest_precision
 from lowmem.planning.plan import Plan
-from lowmem.quant import bnb
+from lowmem.planning.precision import available, storage_refusal
+from lowmem.quant import bnb, packed_linear
 from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
+from lowmem.quant.int8_fine import FineInt8Linear
+from lowmem.runtime.matching import by_module, match_names, tied_parameters
 from lowmem.units import MB
 
 log = logging.getLogger("lowmem.loader")
@@ -56,19 +60,17 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
         CorruptModel, Unsupported, BadInput: the folder does not hold what the plan expects.
         Cancelled: between two tensors.
     """
-    if plan.spec.quantization:
-        raise Unsupported(
-            f"{plan.spec.name} is already quantized with {plan.spec.quantization}, which this version cannot run.",
-            "Choose the original model; lowmem quantizes while loading.",
-        )
+    if refusal := storage_refusal(plan.spec) or available(plan.precision, plan.hardware, plan.device, plan.spec):
+        raise Unsupported(refusal, "Let the planner choose the precision, or choose the original model.")
     device = torch.device(plan.device)
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
     model = _skeleton(folder, dtype)
     yield Step(0, 0, "Building the empty model")
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
-        yield from _fill(model, checkpoint, _Placer(plan.precision, device, dtype), cancel)
-    _settle(model, device)
+        place = _Placer(plan, device, dtype)
+        yield from _fill(model, checkpoint, place, cancel)
+    _settle(model, device, place.int8)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _spare_the_heads_copy(model)
     _check_vocabulary(tokenizer, model, plan)
@@ -109,10 +111,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _fill(model: PreTrainedModel, checkpoint: Checkpoint, place: _Placer, cancel: CancelToken) -> Iterator[Step]:
-    stored = _match_names(model, checkpoint)
+    stored = match_names(model, checkpoint)
     total = sum(checkpoint.tensors[name].nbytes for name in stored.values())
     done = trimmed = 0
-    for owner, members in _by_module(stored).items():
+    for owner, members in by_module(stored).items():
         cancel.check()
         module = model.get_submodule(owner)
         tensors = {member: checkpoint.tensors[name] for member, name in members.items()}
@@ -127,68 +129,19 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, place: _Placer, cancel
         yield Step(done, total, "Loading weights", "B")
 
 
-def _by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
-    """{"layer.weight": name} -> {"layer": {"weight": name}}: a layer's weight and bias together."""
-    owners: dict[str, dict[str, str]] = {}
-    for parameter, name in stored.items():
-        owner, _, member = parameter.rpartition(".")
-        owners.setdefault(owner, {})[member] = name
-    return owners
-
-
-def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name -> stored name; older files lack, or add, the base model's prefix.
-
-    Raises:
-        CorruptModel: a weight is missing or has another shape.
-        Unsupported: the family stores its weights in a layout that needs rearranging.
-    """
-    prefix = f"{model.base_model_prefix}."
-    tied = set(_tied(model))
-    matched, missing = {}, []
-    for parameter, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
-        options = (parameter, parameter.removeprefix(prefix), prefix + parameter)
-        name = next((n for n in options if n in checkpoint.tensors), None)
-        if name is None:
-            if parameter not in tied:
-                missing.append(parameter)
-            continue
-        if parameter in tied:
-            continue
-        shape = checkpoint.tensors[name].shape
-        if tuple(shape) != tuple(tensor.shape):
-            raise CorruptModel(
-                f"{name} is {tuple(shape)} in the file but config.json asks for {tuple(tensor.shape)}.",
-                "Fetch the model again.",
-            )
-        matched[parameter] = name
-    if missing:
-        raise CorruptModel(
-            f"{len(missing)} weights that the model needs are not in its files, {missing[0]} first.",
-            "Fetch the model again; if it stays, this family is not supported yet.",
-        )
-    return matched
-
-
-def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    persistent = set(model.state_dict())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent and buffer.is_meta]
-
-
-def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """{parameter: the parameter it is the same as}, for tied embeddings."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return {}
-    return dict(getattr(model, "_tied_weights_keys", None) or {})
-
-
 class _Placer:
     """Fills one module from the checkpoint, or makes its quantized replacement."""
 
-    def __init__(self, precision: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.precision, self.device, self.dtype = precision, device, dtype
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+        self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
+        rest = rest_precision(compute_dtype(plan.precision, plan.place.dtypes))
+        self.precision = rest if plan.precision == "stored" else plan.precision
+        # Beside exact packed layers the head would be what loses most.
+        self.int8 = FineInt8Linear if plan.precision == "stored" else Int8Linear
 
     def __call__(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
+        if "qweight" in members:
+            return self._packed(module, checkpoint, members)
         in_block = any(part.isdigit() for part in next(iter(members.values())).split("."))
         if self.precision == "int8" and isinstance(module, nn.Embedding):
             return self._int8_embedding(module, checkpoint, members)
@@ -205,9 +158,18 @@ class _Placer:
             weight = weight.t()
         bias = checkpoint.read(members["bias"]) if "bias" in members else None
         if self.precision == "int8":
-            return Int8Linear.from_weight(weight, bias)
+            return self.int8.from_weight(weight, bias)
         make = bnb.linear8 if self.precision == "bnb8" else bnb.linear4
         return make(weight.contiguous(), bias, self.device, self.dtype)
+
+    def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
+        layer = members["qweight"].removesuffix(".qweight")
+        if self.stored is None or not isinstance(module, (nn.Linear, Conv1D)):
+            raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+        shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
+        packed_linear.check_shapes(self.stored, layer, _outputs(module), _inputs(module), shapes)
+        parts = {part: checkpoint.read(name) for part, name in members.items()}
+        return packed_linear.packed_linear(self.stored, layer, parts, self.device, self.dtype)
 
     def _int8_embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         replacement = Int8Embedding(checkpoint.read(members["weight"]))
@@ -243,10 +205,14 @@ def _inputs(module: nn.Linear | Conv1D) -> int:
     return module.nx if isinstance(module, Conv1D) else module.in_features
 
 
-def _settle(model: PreTrainedModel, device: torch.device) -> None:
+def _outputs(module: nn.Linear | Conv1D) -> int:
+    return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def _settle(model: PreTrainedModel, device: torch.device, int8: type[Int8Linear]) -> None:
     """Tie what is tied, move the small buffers, and make sure that nothing was left empty."""
-    for parameter, source in _tied(model).items():
-        _tie(model, parameter, source)
+    for parameter, source in tied_parameters(model).items():
+        _tie(model, parameter, source, int8)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta and buffer.device != device:
@@ -271,13 +237,13 @@ def _spare_the_heads_copy(model: PreTrainedModel) -> None:
         )
 
 
-def _tie(model: PreTrainedModel, parameter: str, source: str) -> None:
+def _tie(model: PreTrainedModel, parameter: str, source: str, int8: type[Int8Linear]) -> None:
     head_name, _, member = parameter.rpartition(".")
     embedding = model.get_submodule(source.rpartition(".")[0])
     if isinstance(embedding, Int8Embedding):
         head = model.get_submodule(head_name)
         bias = head.bias if isinstance(head, nn.Linear) else None
-        model.set_submodule(head_name, Int8Linear(embedding.codes, embedding.scales, bias))
+        model.set_submodule(head_name, int8(embedding.codes, embedding.scales, bias))
     else:
         setattr(model.get_submodule(head_name), member, getattr(embedding, source.rpartition(".")[2]))
 

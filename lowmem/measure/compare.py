@@ -1,0 +1,247 @@
+"""Variants of one model side by side: quality, size, speed and memory, each in a process of its own.
+
+The reference runs first and leaves its predictions in a file; every other variant is compared with that
+file. A variant that fails is a row with the reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import Cancelled, LowMemError
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.measure.options import MeasureOptions
+from lowmem.measure.rows import Row
+from lowmem.measure.texts import MANUAL, Text, head, tail
+from lowmem.measure.variants import Variant, parse_variant
+from lowmem.models import demo
+from lowmem.models.source import read_spec
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.goal import Limits
+from lowmem.quant import get
+from lowmem.quant.calibration import overlap_warning
+from lowmem.runtime.isolated import Finished, run_isolated
+from lowmem.settings import settings
+
+log = logging.getLogger("lowmem.compare")
+
+DEFAULT_OPTIONS = MeasureOptions()
+
+_QUANTIZED = 50
+"""Per cent of a quantized variant's work that are done when its checkpoint is there."""
+
+
+def compare(
+    ref: str,
+    variants: Sequence[Variant],
+    text: str | Path = MANUAL,
+    *,
+    reference: str = "fp32",
+    options: MeasureOptions = DEFAULT_OPTIONS,
+    limits: Limits | None = None,
+    cancel: CancelToken | None = None,
+) -> Iterator[Step | Row | Receipt]:
+    """Measure every variant of `ref`; rows come as they finish, a receipt with all of them comes last.
+
+    Args:
+        text: "manual", "wikitext2" or a file, see `measure.texts.tail`.
+        reference: the variant that the others are held against; it is measured first in any case.
+        limits: memory budgets for each process; what the machine has free when None.
+
+    Raises:
+        BadInput, ModelNotFound, Offline: model or text cannot be had.
+        Cancelled: within a second; the rows so far have been yielded, nothing else is left.
+    """
+    cancel, started = cancel or CancelToken(), time.perf_counter()
+    spec, chosen = read_spec(ref), tail(text, cancel)
+    first = parse_variant(reference)
+    ordered = list(dict.fromkeys([first, *variants]))
+    rows: list[Row] = []
+    with _workspace() as work:
+        setting = _Setting(spec, work, options, limits, cancel)
+        setting.text.write_text(chosen.text, encoding="utf-8")
+        for index, variant in enumerate(ordered):
+            part = setting.measured(variant, is_reference=index == 0)
+            row = yield from _within(part, variant.name, index, len(ordered))
+            rows.append(_against(row, rows[0] if rows else row))
+            yield rows[-1]
+    notes = (*_notes(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
+    yield _receipt(setting, chosen, rows, notes, time.perf_counter() - started)
+
+
+@dataclass
+class _Setting:
+    """What all variants of one comparison share."""
+
+    spec: ModelSpec
+    work: Path
+    options: MeasureOptions
+    limits: Limits | None
+    cancel: CancelToken
+    device: str = ""
+
+    @property
+    def text(self) -> Path:
+        return self.work / "text.txt"
+
+    def measured(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
+        """The row of one variant, of a failed one too."""
+        started = time.perf_counter()
+        try:
+            return (yield from self._row(variant, is_reference))
+        except Cancelled:
+            raise
+        except LowMemError as error:
+            reason = str(error)
+        except RuntimeError as error:
+            log.exception("measuring %s failed", variant.name)
+            reason = f"An error that was not foreseen: {(str(error).strip().splitlines() or [''])[-1][:300]}"
+        return Row(variant.name, error=reason, seconds=time.perf_counter() - started)
+
+    def _row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
+        if variant.precision:
+            done = yield from self._measure(self.spec.ref, variant.precision, is_reference)
+            return self._finished(variant, done)
+        folder = self.work / variant.name.replace(":", "-")
+        try:
+            made = yield from _scaled(self._quantize(variant, folder), 0, _QUANTIZED)
+            done = yield from _scaled(self._measure(str(folder), "stored", is_reference), _QUANTIZED, 100)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        row = self._finished(variant, done)
+        return replace(
+            row,
+            seconds=made.seconds + done.seconds,
+            quantize_seconds=made.seconds,
+            quantize_ram_bytes=made.peak_bytes.get("ram"),
+        )
+
+    def _finished(self, variant: Variant, done: Finished) -> Row:
+        figures = dict(done.value)
+        self.device = figures.pop("device")
+        for name in ("tokens", "window", "stride"):
+            figures.pop(name)
+        return Row(
+            variant=variant.name,
+            bits_per_weight=8 * figures["weight_bytes"] / self.spec.parameters,
+            ram_bytes=done.peak_bytes.get("ram"),
+            vram_bytes=done.peak_bytes.get("vram") if figures["predicted_vram_bytes"] else None,
+            seconds=done.seconds,
+            **figures,
+        )
+
+    def _measure(self, ref: str, precision: str, is_reference: bool) -> Generator[Step, None, Finished]:
+        arguments = {
+            "ref": ref,
+            "precision": precision,
+            "text": str(self.text),
+            "reference": str(self.work / "reference.bin"),
+            "is_reference": is_reference,
+            "options": asdict(self.options),
+            "ram": self.limits and self.limits.ram,
+            "vram": self.limits and self.limits.vram,
+        }
+        return (yield from self._isolated("measure", arguments))
+
+    def _quantize(self, variant: Variant, folder: Path) -> Generator[Step, None, Finished]:
+        arguments = {
+            "ref": self.spec.ref,
+            "out": str(folder),
+            "method": variant.method,
+            "bits": variant.bits,
+            "group": variant.group,
+            "ram": self.limits and self.limits.ram,
+        }
+        return (yield from self._isolated("quantize", arguments))
+
+    def _isolated(self, job: str, arguments: dict[str, Any]) -> Generator[Step, None, Finished]:
+        for event in run_isolated(f"lowmem.measure.job:{job}", arguments, self.cancel, self.limits):
+            if isinstance(event, Finished):
+                return event
+            yield event
+        raise RuntimeError("a job ended without a result")
+
+
+def _scaled(steps: Generator[Step, None, Finished], low: int, high: int) -> Generator[Step, None, Finished]:
+    """Steps in per cent of a part as per cent of the whole."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield replace(step, done=low + step.done * (high - low) // 100)
+
+
+def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int) -> Generator[Step, None, Row]:
+    """Steps of one variant as steps of the comparison."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield Step(100 * index + step.done, 100 * count, f"{name} ({index + 1} of {count}): {step.note}", "%")
+
+
+def _against(row: Row, reference: Row) -> Row:
+    if row.perplexity is None or not reference.perplexity:
+        return row
+    return replace(row, perplexity_change=row.perplexity / reference.perplexity - 1)
+
+
+def _notes(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator[str]:
+    methods = {variant.method for variant in variants if variant.method}
+    if any(get(method).calibrated for method in methods) and (warning := overlap_warning(head().text, text.text)):
+        yield warning
+    if methods and spec.name == demo.PACKAGED_NAME:
+        yield "These weights were once rounded to 4 bits in groups of 32: groups of 32 restore them, judge 64 or 128."
+
+
+def _receipt(setting: _Setting, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float) -> Receipt:
+    worst = max(rows, key=lambda row: row.peak_bytes or 0)
+    memory = "ram" if worst.predicted_vram_bytes is None else "vram"
+    names = ",".join(row.variant for row in rows)
+    return Receipt(
+        action="compare",
+        model=setting.spec.name,
+        precision=", ".join(row.variant for row in rows),
+        device=setting.device,
+        seconds=seconds,
+        predicted={memory: worst.predicted_bytes} if worst.predicted_bytes else {},
+        measured={memory: worst.peak_bytes} if worst.peak_bytes else {},
+        notes=notes,
+        snippet=(
+            "from lowmem.measure.compare import compare\n"
+            "from lowmem.measure.variants import parse_variants\n\n"
+            f"for event in compare({setting.spec.ref!r}, parse_variants({names!r})):\n"
+            "    print(event)\n"
+        ),
+        details={"text": text.name, **asdict(setting.options), "rows": [asdict(row) for row in rows]},
+    )
+
+
+@contextlib.contextmanager
+def _workspace() -> Iterator[Path]:
+    """A folder for the reference's predictions and for checkpoints.
+
+    It is beside the models, since a system's folder for temporary files may lie in memory. What
+    processes that are no more have left there is removed.
+    """
+    import psutil
+
+    root = settings().home / "work"
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob("compare-*-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"compare-{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

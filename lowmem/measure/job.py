@@ -1,0 +1,198 @@
+"""The two jobs of a comparison, each run in a process of its own: make a checkpoint, measure a model.
+
+Both are generators of `Step`s in per cent of the job, as `runtime.isolated` wants them; torch comes with
+the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lowmem.errors import DoesNotFit, OutOfMemory, Unsupported
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.fields import build
+from lowmem.machine.hardware import probe
+from lowmem.measure.options import MeasureOptions, predicted_bytes
+from lowmem.models.fetch import fetch
+from lowmem.models.source import read_spec
+from lowmem.planning.estimate import compute_dtype, weight_bytes
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.plan import Plan
+from lowmem.planning.planner import plan as make_plan
+from lowmem.quant import get
+from lowmem.quant.calibration import Calibration
+from lowmem.runtime.session import Session
+from lowmem.units import format_bytes
+
+T = TypeVar("T")
+
+LOADED, SCORED = 25, 85
+"""Per cent of the job that are done when the model is loaded, and when the text is scored."""
+
+
+def measure(
+    ref: str,
+    precision: str,
+    text: str,
+    reference: str,
+    is_reference: bool,
+    options: Mapping[str, Any],
+    ram: int | None = None,
+    vram: int | None = None,
+) -> Generator[Step, None, dict[str, Any]]:
+    """Load a model and measure quality, speed and memory.
+
+    Args:
+        ref: the model, see `read_spec`.
+        precision: one of `PRECISIONS`, "stored" for a quantized checkpoint.
+        text: file with the evaluation text.
+        reference: file of the original's predictions, to write when `is_reference`, else to compare with
+            when it is there.
+        options: fields of `MeasureOptions`.
+        ram, vram: budgets in bytes.
+
+    Returns:
+        Fields of `Row`, and "device", "tokens", "window", "stride".
+
+    Raises:
+        LowMemError: of planning, loading and measuring.
+    """
+    chosen = build(MeasureOptions, options)
+    session, cancel = Session(), CancelToken()
+    plan = _plan(session, ref, precision, chosen, ram, vram)
+    predicted = predicted_bytes(plan, chosen)
+    _refuse_if_over(plan, predicted)
+    yield from _share(session.load(plan, cancel), 0, LOADED)
+    _check_loaded(session, plan)
+    figures = yield from _share(_quality(session, Path(text), Path(reference), is_reference, chosen), LOADED, SCORED)
+    speed = yield from _share(_speed(session, Path(text), chosen), SCORED, 100)
+    return {
+        **figures,
+        **speed,
+        "device": plan.device,
+        "weight_bytes": weight_bytes(plan.spec, plan.precision, compute_dtype(plan.precision, plan.place.dtypes)),
+        "disk_bytes": plan.spec.size_on_disk,
+        "predicted_ram_bytes": predicted["ram"],
+        "predicted_vram_bytes": predicted.get("vram"),
+    }
+
+
+def _plan(
+    session: Session, ref: str, precision: str, options: MeasureOptions, ram: int | None, vram: int | None
+) -> Plan:
+    hardware = session.hardware()
+    context = options.prompt_tokens + options.new_tokens
+    return make_plan(
+        read_spec(ref), hardware, limits_from(hardware, ram, vram), Goal(context=context, precision=precision)
+    )
+
+
+def _refuse_if_over(plan: Plan, predicted: dict[str, int]) -> None:
+    for budget in plan.budgets:
+        if (peak := predicted[budget.memory]) > budget.limit:
+            over = format_bytes(peak - budget.limit)
+            raise DoesNotFit(
+                f"Measuring {plan.spec.name} in {plan.precision} needs {format_bytes(peak)} of {budget.memory.upper()}, "
+                f"{over} more than the budget of {format_bytes(budget.limit)}.",
+                "Choose fewer bits, a shorter window or a smaller model.",
+            )
+
+
+def _check_loaded(session: Session, wanted: Plan) -> None:
+    """When memory runs out the session goes down its ladder, to another precision or model: not what was asked for."""
+    plan = session.plan
+    if plan is None or (plan.spec.ref, plan.precision) != (wanted.spec.ref, wanted.precision):
+        raise OutOfMemory(
+            f"Memory ran out while loading {wanted.spec.name} in {wanted.precision}.",
+            "Close other programs, or choose fewer bits.",
+        )
+
+
+def _quality(
+    session: Session, text: Path, reference: Path, is_reference: bool, options: MeasureOptions
+) -> Generator[Step, None, dict[str, Any]]:
+    from lowmem.measure.divergence import divergence, write_reference
+    from lowmem.measure.perplexity import perplexity
+    from lowmem.measure.windows import passage
+
+    loaded, plan = session._resident()
+    window = min(options.window, plan.spec.context)
+    read = passage(
+        loaded.tokenizer,
+        text.read_text(encoding="utf-8"),
+        tokens=options.tokens,
+        window=window,
+        stride=min(options.stride, max(1, window // 2)) if window < options.window else options.stride,
+    )
+    figures: dict[str, Any] = {"tokens": read.scored, "window": read.window, "stride": read.stride}
+    cancel = CancelToken()  # nobody sets it: the parent kills the process
+    if is_reference:
+        score = yield from write_reference(loaded.model, read, reference, cancel=cancel)
+        figures |= {"kl": 0.0, "agreement": 1.0}
+    elif reference.is_file():
+        score, compared = yield from divergence(loaded.model, read, reference, cancel=cancel)
+        figures |= {"kl": compared.mean, "agreement": compared.agreement}
+    else:
+        score = yield from perplexity(loaded.model, read, cancel=cancel)
+    return {**figures, "perplexity": score.value}
+
+
+def _speed(session: Session, text: Path, options: MeasureOptions) -> Generator[Step, None, dict[str, Any]]:
+    from lowmem.measure.speed import measure_speed
+
+    loaded, plan = session._resident()
+    length = max(1, min(options.prompt_tokens, plan.spec.context - options.new_tokens))
+    ids = loaded.tokenizer(text.read_text(encoding="utf-8")[: 16 * length], add_special_tokens=False)["input_ids"]
+    prompt = loaded.tokenizer.decode(ids[:length], skip_special_tokens=False)
+    speed = yield from measure_speed(session, prompt, new_tokens=options.new_tokens, runs=options.runs)
+    return {"prefill_tps": speed.prefill_tps, "decode_tps": speed.decode_tps or None}
+
+
+def _share(events: Iterator[Any], low: int, high: int) -> Generator[Step, None, Any]:
+    """Pass on what is new in the steps as per cent from `low` to `high`, and the return value."""
+    last = Step(low, 100, "", "%")
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        if isinstance(event, Step):
+            reached = low + (high - low) * event.done // event.total if event.total else low
+            step = Step(max(reached, last.done), 100, event.note, "%")
+            if step != last:
+                yield step
+            last = step
+
+
+def quantize(
+    ref: str, out: str, method: str, bits: int, group: int, ram: int | None = None
+) -> Generator[Step, None, dict[str, Any]]:
+    """Quantize `ref` into the new folder `out`, calibrated on the manual's head where the method is.
+
+    Returns:
+        The receipt as a dict.
+
+    Raises:
+        LowMemError: whatever the method refuses or fails with.
+    """
+    chosen, hardware = get(method), probe()
+    if refusal := chosen.available(hardware):
+        raise Unsupported(refusal, "Compare another variant.")
+    options = build(chosen.Options, {"bits": bits, "group_size": group})
+    folder = yield from fetch(ref)
+    from lowmem.quant.pipeline import quantize_model
+
+    device = hardware.device.key if hardware.device.kind == "cuda" else "cpu"
+    events = quantize_model(folder, Path(out), chosen, options, Calibration(), device=device, ram_limit=ram)
+    receipt: Receipt = yield from _share(_until_receipt(events), 0, 100)
+    return receipt.as_dict()
+
+
+def _until_receipt(events: Iterator[Step | Receipt]) -> Generator[Step, None, Receipt]:
+    for event in events:
+        if isinstance(event, Receipt):
+            return event
+        yield event
+    raise RuntimeError("an action ended without a receipt")

@@ -1,0 +1,57 @@
+"""Perplexity: how surprised a model is, per token, by a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowmem.errors import CorruptModel
+from lowmem.events import CancelToken, Step
+from lowmem.generate.decoding import nothing
+from lowmem.measure.scoring import Slab, score
+from lowmem.measure.windows import Passage
+
+
+@dataclass(slots=True)
+class Perplexity:
+    """A running perplexity: `nll` is the sum of -log p in nats over `tokens` scored tokens."""
+
+    nll: float = 0.0
+    tokens: int = 0
+
+    def add(self, slab: Slab) -> None:
+        """
+        Raises:
+            CorruptModel: a probability is not a number.
+        """
+        chosen = slab.log_probs.gather(1, slab.targets[:, None])
+        self.nll -= chosen.sum(dtype=torch.float64).item()
+        self.tokens += len(slab.targets)
+        if math.isnan(self.nll):
+            raise CorruptModel(
+                f"The model produced numbers that are not numbers within the first {self.tokens:,} tokens of the text.",
+                "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+            )
+
+    @property
+    def value(self) -> float:
+        """exp of the mean -log p."""
+        mean = self.nll / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexity(
+    model: nn.Module, passage: Passage, *, cancel: CancelToken, check: Callable[[], None] = nothing
+) -> Generator[Step, None, Perplexity]:
+    """Measure `model` on `passage`; the generator's return value is the `Perplexity`.
+
+    Raises:
+        CorruptModel, Cancelled.
+    """
+    total = Perplexity()
+    yield from score(model, passage, [total], cancel=cancel, check=check)
+    return total

@@ -1,0 +1,109 @@
+"""What a checkpoint says of its own quantization: method, bits, groups, layout; and which layers are packed.
+
+Knows the `quantization_config` of config.json and the files that older tools wrote beside it. Knows the shapes of
+packed tensors, nothing of their bits; reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.models.files import Files, read_object
+
+SIDE_FILES = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ described their checkpoints before config.json did."""
+
+LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+"""Layouts that can be run, by method; "gptq" stores zero points less one."""
+
+WIDTHS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a checkpoint stores its linear layers.
+
+    Args:
+        method: "gptq", "awq", or whatever else config.json names.
+        bits: width of a code.
+        group_size: inputs that share a scale and a zero point; -1 when a whole row does.
+        layout: one of `LAYOUTS`, or the unknown name.
+        desc_act: groups are made of scattered inputs (act-order), as `g_idx` says.
+    """
+
+    method: str
+    bits: int = 0
+    group_size: int = -1
+    layout: str = ""
+    desc_act: bool = False
+
+    @property
+    def label(self) -> str:
+        groups = "one group a row" if self.group_size < 0 else f"groups of {self.group_size}"
+        return f"{self.method.upper()}, {self.bits} bits, {groups}"
+
+    def groups(self, inputs: int) -> int:
+        """Scales that a row of so many inputs has."""
+        return 1 if self.group_size < 0 else -(-inputs // self.group_size)
+
+    def refusal(self) -> str:
+        """Why such a checkpoint cannot be run, or ""."""
+        if self.method not in LAYOUTS:
+            return f"It is quantized with {self.method}, of which lowmem knows no layout."
+        if self.layout not in LAYOUTS[self.method]:
+            return f"It is quantized with {self.method} in the layout {self.layout!r}, which lowmem cannot read."
+        if self.bits not in WIDTHS[self.method]:
+            widths = ", ".join(map(str, WIDTHS[self.method]))
+            return f"It is quantized with {self.method} to {self.bits} bits; lowmem runs {widths}."
+        if self.group_size == 0 or self.group_size < -1:
+            return f"It is quantized with {self.method} in groups of {self.group_size}, which makes no sense."
+        return ""
+
+    def qweight_shape(self, outputs: int, inputs: int) -> Shape:
+        if self.method == "awq":
+            return inputs, outputs * self.bits // 32
+        return -(-inputs * self.bits // 32), outputs
+
+    def linear_shape(self, qweight: Shape) -> Shape:
+        """(outputs, inputs) of the layer whose `qweight` has this shape."""
+        rows, columns = qweight
+        return (columns * 32 // self.bits, rows) if self.method == "awq" else (columns, rows * 32 // self.bits)
+
+
+def read_quantization(files: Files, config: Mapping[str, Any]) -> Quantization | None:
+    """The quantization that config.json, or a file of older tools beside it, describes; None without one."""
+    described = config.get("quantization_config")
+    if not isinstance(described, Mapping):
+        side = next((name for name in SIDE_FILES if name in files.names), None)
+        if side is None:
+            return None
+        described = {"quant_method": "awq" if side == "quant_config.json" else "gptq"} | read_object(files, side)
+    return _parse(described)
+
+
+def _parse(described: Mapping[str, Any]) -> Quantization:
+    method = str(described.get("quant_method") or "unknown").lower()
+    keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
+    default = "gemm" if method == "awq" else "gptq"
+    layout = (
+        "marlin"
+        if described.get("is_marlin_format")
+        else next((described[k] for k in keys if described.get(k)), default)
+    )
+    return Quantization(
+        method=method,
+        bits=_integer(described, ("bits", "w_bit")),
+        group_size=_integer(described, ("group_size", "q_group_size"), 128),
+        layout=str(layout).lower(),
+        desc_act=bool(described.get("desc_act")),
+    )
+
+
+def _integer(described: Mapping[str, Any], keys: tuple[str, ...], default: int = 0) -> int:
+    """The first of `keys`; 0, which `refusal` names, when it is no number."""
+    found = next((described[key] for key in keys if key in described), default)
+    return found if isinstance(found, int) and not isinstance(found, bool) else 0

@@ -1,0 +1,73 @@
+"""Activations of a calibration text in a file, one sample at a time in memory.
+
+The kernel keeps the file's pages in RAM while there is room and drops them when there is not, so one way of
+storing serves every budget; and what is in a file survives the process.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import CorruptModel
+from lowmem.models.checkpoint import as_bytes
+
+
+class Activations:
+    """fp32 [samples, tokens, width] in the file `path`; `checksum` is that of samples written in order so far."""
+
+    def __init__(self, path: Path, samples: int, tokens: int, width: int) -> None:
+        """Open `path`, made or extended to its size with zeros where need be."""
+        self.path, self.samples, self.tokens, self.width = path, samples, tokens, width
+        self.checksum = 0
+        self._sample_bytes = 4 * tokens * width
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)), "r+b", buffering=0)
+        self._file.truncate(samples * self._sample_bytes)
+
+    def write(self, index: int, values: Tensor) -> None:
+        """Store `values` [1, tokens, width] or [tokens, width] as sample `index`."""
+        memory = as_bytes(values.detach().to("cpu", torch.float32).contiguous())
+        self.checksum = zlib.crc32(memory, self.checksum)
+        self._file.seek(index * self._sample_bytes)
+        done = 0
+        while done < len(memory):
+            done += self._file.write(memory[done:]) or 0
+
+    def read(self, index: int, device: torch.device | None = None) -> Tensor:
+        """Sample `index`, [1, tokens, width]."""
+        values = torch.empty(1, self.tokens, self.width)
+        memory, done = as_bytes(values), 0
+        self._file.seek(index * self._sample_bytes)
+        while done < len(memory):
+            count = self._file.readinto(memory[done:])
+            if not count:
+                raise CorruptModel(f"{self.path.name} ends before sample {index + 1}.", "Start again in a new folder.")
+            done += count
+        return values if device is None else values.to(device)
+
+    def read_checksum(self) -> int:
+        """Of what the file holds now."""
+        checksum = 0
+        for index in range(self.samples):
+            checksum = zlib.crc32(as_bytes(self.read(index)), checksum)
+        return checksum
+
+    def close(self, *, delete: bool = False) -> None:
+        """Idempotent."""
+        self._file.close()
+        if delete:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,83 @@
+"""The text that calibrated methods see: which one, how many samples of how many tokens.
+
+Where texts come from is `measure.texts`; here they become token ids. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken
+from lowmem.fields import option
+from lowmem.measure import texts
+from lowmem.measure.windows import CHARACTERS_PER_TOKEN
+
+OVERLAP_WORTH_SAYING = 0.01
+
+Samples = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A text cut into samples of equal length."""
+
+    text: str = option(
+        texts.MANUAL,
+        "Calibration text",
+        f"{texts.MANUAL} (packaged), {texts.WIKITEXT} (from the hub) or the path of a text file.",
+    )
+    samples: int = option(64, "Samples", "More see more of the language, and take longer.", low=1, high=4096, step=1)
+    length: int = option(
+        512, "Tokens per sample", "Longer samples show attention further back.", low=16, high=8192, step=16
+    )
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+
+def token_samples(tokenizer: Any, calibration: Calibration, context: int, cancel: CancelToken | None = None) -> Samples:
+    """`samples` runs of `length` ids, spread evenly over the text; each begins as the tokenizer begins texts.
+
+    Raises:
+        BadInput: the text is too short, or a sample longer than the model's `context`.
+        Offline: a text of the hub, and no hub.
+    """
+    if calibration.length > context:
+        raise BadInput(
+            f"Samples of {calibration.length:,} tokens do not fit the model's context of {context:,}.",
+            f"Use {context:,} or fewer.",
+        )
+    text = texts.head(_source(calibration.text), cancel)
+    start = _start(tokenizer)
+    fresh = calibration.length - len(start)
+    needed = calibration.samples * fresh
+    ids = tokenizer(text.text[: CHARACTERS_PER_TOKEN * needed], add_special_tokens=False)["input_ids"]
+    if len(ids) < needed:
+        raise BadInput(
+            f"The calibration text {text.name} has {len(ids):,} tokens; {calibration.samples} samples of "
+            f"{calibration.length} need {needed:,}.",
+            f"Give a longer text, or take {len(ids) // fresh} samples." if len(ids) >= fresh else "Give a longer text.",
+        )
+    stride = len(ids) // calibration.samples
+    return tuple((*start, *ids[i * stride : i * stride + fresh]) for i in range(calibration.samples))
+
+
+def _source(text: str) -> str | Path:
+    return text if text in texts.NAMES else Path(text).expanduser()
+
+
+def _start(tokenizer: Any) -> tuple[int, ...]:
+    first = tokenizer("a")["input_ids"][:1]
+    return tuple(first) if first and first[0] == tokenizer.bos_token_id else ()
+
+
+def overlap_warning(calibration: str, evaluation: str) -> str:
+    """A sentence when the calibration text contains part of the text that quality is measured on, else ""."""
+    share = texts.overlap(evaluation, calibration)
+    if share < OVERLAP_WORTH_SAYING:
+        return ""
+    return f"{share:.0%} of the evaluation text is in the calibration text: the figures flatter the model."

@@ -1,0 +1,107 @@
+"""What quantizing will cost, counted from the tensors' shapes before anything is read. Pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.planning.estimate import activation_bytes, is_linear, linear_shape
+from lowmem.quant.base import Options, Quantizer
+from lowmem.quant.calibration import Calibration
+from lowmem.units import MiB
+
+HEADER_BYTES = 8 + MiB
+"""Room for the header of a file, see `models.checkpoint_writer`."""
+
+SHARD_BYTES = 2_000_000_000
+SLAB_BYTES = 64_000_000  # of `models.checkpoint`
+ROWS_BYTES = 64_000_000
+"""Weights that the GPTQ solver works on at a time, fp32; see `gptq_solver`."""
+
+_SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
+_CHUNK_BYTES = 16_000_000
+_CHUNK_COPIES = 8  # of the rows that data-free methods and clipping work on
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Predicted bytes of one quantization.
+
+    Args:
+        output_bytes: weight files of the result.
+        quantized_weights: weights that get codes.
+        quantized_bytes: what is stored for them.
+        ram_bytes: peak of the process's memory, with `runtime_bytes` of torch and Python themselves.
+        disk_bytes: the result and everything kept beside it while it is made.
+    """
+
+    output_bytes: int
+    quantized_weights: int
+    quantized_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.quantized_bytes / max(1, self.quantized_weights)
+
+
+def estimate(
+    spec: ModelSpec, method: Quantizer, options: Options, calibration: Calibration, runtime_bytes: int = 0
+) -> Estimate:
+    """Cost of quantizing `spec` on the CPU."""
+    tensors = [t for t in spec.tensors if not (t.is_buffer or (spec.tied and t.is_output_embedding))]
+    linears = [(tensor, *linear_shape(spec, tensor)) for tensor in tensors if is_linear(tensor)]
+    quantized = sum(layer_bytes(rows, columns, options) for _, rows, columns in linears)
+    others = sum(_kept_bytes(tensor) for tensor in tensors if not is_linear(tensor))
+    shards = math.ceil((quantized + others) / SHARD_BYTES)
+    output = quantized + others + shards * HEADER_BYTES
+    outside = [tensor for tensor in tensors if not is_linear(tensor)]
+    copying = max((min(t.nbytes, SLAB_BYTES) + _kept_bytes(t) for t in outside), default=0)
+    block = sum(rows * columns for _, rows, columns in linears) // max(1, spec.layers)
+    largest = max((rows * columns for _, rows, columns in linears), default=0)
+    packing = 6 * largest  # codes in 32 bits, and the words
+    if method.calibrated:
+        widest = max((columns for _, _, columns in linears), default=0)
+        working = 5 * block + max(_solving_bytes(widest, largest, options), packing)
+        working = max(working, 5 * block + _forward_bytes(spec, calibration)) + SLAB_BYTES
+        spilled = _spilled_bytes(spec, calibration)
+    else:
+        stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)
+        working, spilled = block + stored + packing + _CHUNK_COPIES * _CHUNK_BYTES, 0
+    return Estimate(
+        output_bytes=output,
+        quantized_weights=sum(rows * columns for _, rows, columns in linears),
+        quantized_bytes=quantized,
+        ram_bytes=runtime_bytes + max(copying, working),
+        disk_bytes=output + spilled,
+    )
+
+
+def layer_bytes(rows: int, columns: int, options: Options) -> int:
+    """Stored bytes of one layer of `rows` outputs and `columns` inputs."""
+    groups = 1 if options.group_size == -1 else columns // options.group_size
+    words = math.ceil(columns * options.bits / 32) * rows + math.ceil(rows * options.bits / 32) * groups
+    order = 0 if options.layout == "awq" else 4 * columns
+    return 4 * words + 2 * groups * rows + order
+
+
+def _kept_bytes(tensor: Tensor) -> int:
+    return tensor.elements * min(2, DTYPE_BYTES.get(tensor.dtype, 2))
+
+
+def _solving_bytes(columns: int, largest: int, options: Options) -> int:
+    """Second moments, their factor and one matrix on the way; and the rows that are solved for."""
+    del options
+    return 3 * 4 * columns * columns + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
+
+
+def _forward_bytes(spec: ModelSpec, calibration: Calibration) -> int:
+    return activation_bytes(spec, calibration.length, calibration.length, "fp32")
+
+
+def _spilled_bytes(spec: ModelSpec, calibration: Calibration) -> int:
+    """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP."""
+    width = 2 * spec.hidden + spec.heads * spec.head_dim + spec.intermediate
+    return 4 * calibration.tokens * width

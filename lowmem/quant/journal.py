@@ -1,0 +1,127 @@
+"""What a half-finished folder says about itself: for what it was begun, and how far it is.
+
+The journal is replaced as a whole after every block. Until then the folder holds more than it says, never less.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lowmem.errors import BadInput, CorruptModel
+
+JOURNAL = "journal.json"
+_LOCK = "lock"
+
+
+@dataclass
+class Journal:
+    """Progress of one quantization.
+
+    Args:
+        settings: source, method, options and calibration; a journal of other settings is of no use.
+        blocks: decoder blocks that are finished.
+        shards: `Shards.state` after them.
+        activations: file with the next block's inputs, and its checksum; "" without calibration.
+        losses: loss of every quantized layer by name.
+        seconds: time spent so far.
+    """
+
+    settings: dict[str, Any]
+    blocks: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    activations: str = ""
+    checksum: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def begun(self) -> bool:
+        """Is everything outside the blocks written?"""
+        return bool(self.shards)
+
+    def write(self, folder: Path) -> None:
+        draft = folder / f"{JOURNAL}.new"
+        draft.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        draft.replace(folder / JOURNAL)
+
+
+def part_of(out: Path) -> Path:
+    """The folder in which `out` is under way."""
+    return out.with_name(f"{out.name}.part")
+
+
+def check_output(out: Path) -> None:
+    """Raise `BadInput` unless `out` is free to be made."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        kind = "folder" if out.is_dir() else "file"
+        raise BadInput(f"The {kind} {out} is there already.", "Choose another name; nothing is overwritten.")
+
+
+@contextmanager
+def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
+    """The folder under way and its journal, held against other processes within the block.
+
+    An unfinished folder of the same settings is continued, one of other settings is begun anew.
+
+    Raises:
+        BadInput: somebody else is writing it.
+        CorruptModel: the folder is not one of these, or damaged.
+    """
+    part = part_of(out)
+    if part.exists() and not (part / JOURNAL).is_file() and any(part.iterdir()):
+        raise CorruptModel(
+            f"{part} is in the way: it is no unfinished quantization, for it has no {JOURNAL}.",
+            "Delete or rename it, or choose another output folder.",
+        )
+    part.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(part / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"{out} is being written by another process.", "Wait for it, or choose another name.") from None
+    try:
+        yield part, _continued(part, dict(settings))
+    finally:
+        lock.release()
+
+
+def _continued(part: Path, settings: dict[str, Any]) -> Journal:
+    found = _read(part) if (part / JOURNAL).is_file() else None
+    # Through JSON, as the stored settings were.
+    settings = json.loads(json.dumps(settings))
+    if found is not None and found.settings == settings:
+        return found
+    for path in part.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    journal = Journal(settings)
+    journal.write(part)
+    return journal
+
+
+def _read(part: Path) -> Journal:
+    try:
+        return Journal(**json.loads((part / JOURNAL).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise CorruptModel(
+            f"The journal of the unfinished {part} cannot be read.", f"Delete {part} and start again."
+        ) from None
+
+
+def publish(part: Path, out: Path) -> None:
+    """Give the finished folder its name."""
+    for name in (JOURNAL, _LOCK):
+        (part / name).unlink(missing_ok=True)
+    if out.is_dir():
+        out.rmdir()
+    part.replace(out)

@@ -1,0 +1,90 @@
+"""The files of a checkpoint under way, which a later process can go on writing where a killed one stopped.
+
+Shards grow in place and get their header and name at the end, so nothing is written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from lowmem.errors import CorruptModel
+from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer
+from lowmem.units import GB
+
+SHARD_BYTES = 2 * GB
+
+_DATA_START = 8 + HEADER_ROOM
+_METADATA = {"format": "pt"}
+
+
+class Shards:
+    """safetensors files of a model in `folder`; `state` describes them for a later `Shards` to go on."""
+
+    def __init__(self, folder: Path, state: Sequence[dict[str, Any]] = ()) -> None:
+        """With the `state` of an earlier one, everything written after it was taken is dropped.
+
+        Raises:
+            CorruptModel: a file is absent or shorter than `state` says.
+        """
+        self._folder = folder
+        self._writers: list[_Writer] = []
+        self._out: BinaryIO | None = None
+        for described in state:
+            self._open(described)
+
+    def _open(self, described: dict[str, Any] | None = None) -> None:
+        self._close()
+        path = self._folder / f"shard-{len(self._writers)}.tmp"
+        position = int(described["position"]) if described else 0
+        size = path.stat().st_size if path.is_file() else 0
+        if described and size < _DATA_START + position:
+            raise CorruptModel(
+                f"{path.name} in {self._folder.name} has {size:,} bytes, its journal says {_DATA_START + position:,}.",
+                f"Delete {self._folder} and start again.",
+            )
+        out = path.open("r+b" if described else "w+b")
+        self._out = out
+        writer = _Writer(path, out)
+        if described:
+            out.truncate(_DATA_START + position)
+            out.seek(_DATA_START + position)
+            writer.entries, writer.position = dict(described["entries"]), position
+        self._writers.append(writer)
+
+    def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Append tensors; a shard ends before the one that would bring it above `SHARD_BYTES`."""
+        for name, tensor in tensors:
+            full = self._writers and self._writers[-1].position + tensor.nbytes > SHARD_BYTES
+            if not self._writers or (full and self._writers[-1].position):
+                self._open()
+            self._writers[-1].add(name, tensor)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Plain data that describes all that was added, once it has left this process."""
+        if self._out is not None:
+            self._out.flush()
+        return [{"entries": writer.entries, "position": writer.position} for writer in self._writers]
+
+    def finish(self) -> int:
+        """Write the headers, give the files their names and write the index; returns all bytes."""
+        for writer in self._writers:
+            self._close()
+            with writer.path.open("r+b") as out:
+                header = _Writer(writer.path, out)
+                header.entries, header.position = writer.entries, writer.position
+                header.finish(_METADATA)
+        _name_shards(self._folder, self._writers)
+        return sum(writer.size for writer in self._writers)
+
+    def _close(self) -> None:
+        if self._out is not None:
+            self._out.close()
+            self._out = None
+
+    def close(self) -> None:
+        """Idempotent; what is on disk stays."""
+        self._close()

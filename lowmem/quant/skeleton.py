@@ -1,0 +1,237 @@
+"""The empty model of a folder, and its weights by the model's own names, read when they are needed.
+
+Knows transformers' models and safetensors names; knows nothing of quantization.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lowmem.errors import CorruptModel, Unsupported
+from lowmem.models.blocks import Layout
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+
+log = logging.getLogger("lowmem.quant")
+
+
+def empty_model(folder: Path) -> Any:
+    """The model without weights (on the meta device), computing in fp32.
+
+    Raises:
+        Unsupported: transformers cannot build it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        log.info("cannot build the model of %s", folder, exc_info=True)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Unsupported(f"transformers cannot build this model: {reason}", "Choose another model.") from error
+    return model.eval().requires_grad_(False)
+
+
+class Weights:
+    """The stored weights of `model` under its own parameter names; tied ones appear once.
+
+    Raises:
+        CorruptModel: one is missing or has another shape.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stored: dict[str, str] = {}
+        prefix = f"{model.base_model_prefix}."
+        tied = model._tied_weights_keys or {} if model.config.get_text_config().tie_word_embeddings else {}
+        for name, parameter in model.named_parameters():
+            if name in tied:
+                continue
+            # Files of the bare decoder lack its prefix.
+            known = (n for n in (name, name.removeprefix(prefix)) if n in checkpoint.tensors)
+            stored = next(known, None)
+            if stored is None:
+                raise CorruptModel(f"{name}, which the model needs, is not in its files.", "Fetch the model again.")
+            if (shape := checkpoint.tensors[stored].shape) != tuple(parameter.shape):
+                raise CorruptModel(
+                    f"{stored} is {shape} in the file but config.json asks for {tuple(parameter.shape)}.",
+                    "Fetch the model again.",
+                )
+            self._stored[name] = stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype.
+
+        Raises:
+            CorruptModel: it holds NaN or infinite values.
+        """
+        values = self._checkpoint.read(self._stored[name])
+        if not all_finite(values):
+            raise CorruptModel(f"{name} holds NaN or infinite values.", "Fetch the model again, or choose another.")
+        return values
+
+    def read_kept(self, name: str) -> Tensor:
+        """The tensor as a quantized checkpoint keeps it: fp32 becomes fp16 where its range allows.
+
+        Raises:
+            CorruptModel: it holds NaN or infinite values.
+        """
+        if TORCH_DTYPES[self._checkpoint.tensors[self._stored[name]].dtype] in (torch.float32, torch.float64):
+            half = self._checkpoint.read(self._stored[name], torch.float16)
+            if all_finite(half):
+                return half
+        return self.read(name)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Neither NaN nor infinite, told from the extremes, which takes no memory."""
+    return not values.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
+
+
+def below(names: Weights, owner: str) -> list[str]:
+    """Names of the parameters of the module `owner`."""
+    return [name for name in names if name.startswith(f"{owner}.")]
+
+
+def fill(
+    module: nn.Module, owner: str, weights: Weights, exact: Collection[str], device: torch.device
+) -> dict[str, torch.dtype]:
+    """Give the module called `owner` its weights in fp32: those in `exact` as they are, others as they will be kept.
+
+    Returns:
+        the dtypes in which the others are kept, by their names within the module.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for name in below(weights, owner):
+        local = name.removeprefix(f"{owner}.")
+        values = weights.read(name) if local in exact else weights.read_kept(name)
+        if local not in exact:
+            dtypes[local] = values.dtype
+        set_parameter(module, local, values.to(device, torch.float32))
+    return dtypes
+
+
+def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
+    owner, _, member = name.rpartition(".")
+    module.get_submodule(owner)._parameters[member] = nn.Parameter(values, requires_grad=False)
+
+
+def empty(module: nn.Module) -> None:
+    """Give a module's memory back."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in], sharing its memory; GPT-2's lie the other way round."""
+    weight: Any = linear.weight
+    return oriented(linear, weight.data)
+
+
+def oriented(linear: nn.Module, weight: Tensor) -> Tensor:
+    """`weight`, stored as `linear` stores it, as [out, in]."""
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the model passes to one block beside the hidden states: the same for all samples of one length."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place, notes how it is called and hands its input on."""
+
+    def __init__(self, calls: list[Call], last: bool) -> None:
+        super().__init__()
+        self._calls, self._last = calls, last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._calls.append(Call(args, kwargs))
+        if self._last:
+            raise _Reached(hidden_states)
+        return hidden_states
+
+
+class _Reached(Exception):
+    """Not an error: the end of what is wanted of a forward pass."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+class Entrance:
+    """What happens before the first block: from token ids to hidden states, with only the embeddings' rows that occur."""
+
+    def __init__(self, model: Any, layout: Layout, weights: Weights, samples: Sequence[Sequence[int]]) -> None:
+        self._decoder = model.base_model
+        self._ids, compact = torch.unique(torch.tensor(samples), return_inverse=True)
+        self._samples = compact
+        self._parent, _, self._list = layout.path.rpartition(".")
+        self._blocks = model.get_submodule(layout.path)
+        self._model = model
+        self._fill(model, layout, weights)
+
+    def _fill(self, model: Any, layout: Layout, weights: Weights) -> None:
+        tokens = model.get_input_embeddings()
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Embedding) or name.startswith(f"{layout.path}."):
+                continue
+            values = weights.read_kept(f"{name}.weight")
+            if module is tokens:
+                values = values[self._ids]
+                module.padding_idx = None
+            module.weight = nn.Parameter(values.float(), requires_grad=False)
+
+    def calls(self) -> list[Call]:
+        """How each block is called, for samples of this length."""
+        calls: list[Call] = []
+        self._run(0, calls)
+        return calls
+
+    def hidden_states(self, index: int) -> Tensor:
+        """Inputs of the first block for sample `index`: fp32 [1, tokens, hidden]."""
+        return self._run(index, [])
+
+    def _run(self, index: int, calls: list[Call]) -> Tensor:
+        count = len(self._blocks)
+        recorders = nn.ModuleList(_Recorder(calls, number == count - 1) for number in range(count))
+        parent = self._model.get_submodule(self._parent)
+        setattr(parent, self._list, recorders)
+        try:
+            with torch.no_grad():
+                self._decoder(input_ids=self._samples[index : index + 1], use_cache=False)
+        except _Reached as reached:
+            return reached.hidden_states.detach()
+        finally:
+            setattr(parent, self._list, self._blocks)
+        raise RuntimeError("the model did not call its last block")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the embeddings' memory back."""
+        for module in self._model.modules():
+            if isinstance(module, nn.Embedding):
+                empty(module)

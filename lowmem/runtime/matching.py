@@ -1,0 +1,95 @@
+"""Which stored tensor fills which parameter of an empty model.
+
+Knows the names that checkpoints use, old ones and those of quantized layers; reads no weights.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowmem.errors import CorruptModel, Unsupported
+from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.spec import PACKED_PARTS
+
+FOLDED_SCALES = ".act.scales"
+"""A layer that AutoAWQ adds to families whose activations cannot be scaled elsewhere (GPT-NeoX, Falcon, Starcoder2)."""
+
+
+def by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
+    """{"layer.weight": name} -> {"layer": {"weight": name}}: a layer's weight and bias together."""
+    owners: dict[str, dict[str, str]] = {}
+    for parameter, name in stored.items():
+        owner, _, member = parameter.rpartition(".")
+        owners.setdefault(owner, {})[member] = name
+    return owners
+
+
+def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name -> stored name; older files lack, or add, the base model's prefix.
+
+    Raises:
+        CorruptModel: a weight is missing or has another shape.
+        Unsupported: the family stores its weights in a layout that needs rearranging.
+    """
+    if folded := next((name for name in checkpoint.tensors if name.endswith(FOLDED_SCALES)), None):
+        raise Unsupported(
+            f"{folded} scales activations, for which {model.config.model_type} has no place here.",
+            "Choose a GPTQ checkpoint, or the original model.",
+        )
+    prefix = f"{model.base_model_prefix}."
+    tied = set(tied_parameters(model))
+    matched: dict[str, str] = {}
+    missing: list[str] = []
+    for parameter, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
+        options = (parameter, parameter.removeprefix(prefix), prefix + parameter)
+        if packed := _packed_parts(parameter, options, checkpoint):
+            matched |= {} if parameter in tied else packed
+            continue
+        name = next((n for n in options if n in checkpoint.tensors), None)
+        if name is None:
+            if parameter not in tied:
+                missing.append(parameter)
+            continue
+        if parameter in tied:
+            continue
+        shape = checkpoint.tensors[name].shape
+        if tuple(shape) != tuple(tensor.shape):
+            raise CorruptModel(
+                f"{name} is {tuple(shape)} in the file but config.json asks for {tuple(tensor.shape)}.",
+                "Fetch the model again.",
+            )
+        matched[parameter] = name
+    if missing:
+        raise CorruptModel(
+            f"{len(missing)} weights that the model needs are not in its files, {missing[0]} first.",
+            "Fetch the model again; if it stays, this family is not supported yet.",
+        )
+    return matched
+
+
+def _packed_parts(parameter: str, options: tuple[str, ...], checkpoint: Checkpoint) -> dict[str, str]:
+    """The parts that are stored in place of a weight, {} when the weight itself is.
+
+    AutoGPTQ stores a bias of zeros where the model has none, so a bias is looked for here, too.
+    """
+    if not parameter.endswith(".weight"):
+        return {}
+    layers = [name.removesuffix(".weight") for name in options]
+    layer = next((name for name in layers if f"{name}.qweight" in checkpoint.tensors), None)
+    if layer is None:
+        return {}
+    stored = [part for part in (*PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors]
+    return {parameter.removesuffix(".weight") + part: f"{layer}{part}" for part in stored}
+
+
+def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    persistent = set(model.state_dict())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent and buffer.is_meta]
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """{parameter: the parameter it is the same as}, for tied embeddings."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return {}
+    return dict(getattr(model, "_tied_weights_keys", None) or {})
