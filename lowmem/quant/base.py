@@ -74,6 +74,8 @@ class Quantizer(Protocol):
     label: str
     calibrated: bool
     """Does it need to see a text run through the model?"""
+    matrices: int
+    """fp32 matrices [in, in] that it holds while it works on layers with that many inputs."""
     Options: Any
     """Its subclass of `Options`."""
 

@@ -6,21 +6,25 @@ import math
 from dataclasses import dataclass
 
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning.estimate import activation_bytes, is_linear, linear_shape
+from lowmem.planning.estimate import SLAB_BYTES, activation_bytes, is_linear, linear_shape
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration
-from lowmem.units import MiB
+from lowmem.units import GB, MB, MiB
 
 HEADER_BYTES = 8 + MiB
 """Room for the header of a file, see `models.checkpoint_writer`."""
 
-SHARD_BYTES = 2_000_000_000
-SLAB_BYTES = 64_000_000  # of `models.checkpoint`
-ROWS_BYTES = 64_000_000
-"""Weights that the GPTQ solver works on at a time, fp32; see `gptq_solver`."""
+SHARD_BYTES = 2 * GB
+"""Most bytes of one weight file of the result."""
+
+ROWS_BYTES = 64 * MB
+"""fp32 bytes of the weights that the GPTQ solver works on at a time; rows are independent of each other."""
+
+LIBRARIES_BYTES = 50 * MB
+"""What running a block adds to the process: LAPACK, the family's code, what the tokenizer leaves behind (measured)."""
 
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
-_CHUNK_BYTES = 16_000_000
+_CHUNK_BYTES = 16 * MB
 _CHUNK_COPIES = 8  # of the rows that data-free methods and clipping work on
 
 
@@ -64,8 +68,8 @@ def estimate(
     packing = 6 * largest  # codes in 32 bits, and the words
     if method.calibrated:
         widest = max((columns for _, _, columns in linears), default=0)
-        working = 5 * block + max(_solving_bytes(widest, largest, options), packing)
-        working = max(working, 5 * block + _forward_bytes(spec, calibration)) + SLAB_BYTES
+        working = 5 * block + max(_solving_bytes(method, widest, largest), packing)
+        working = max(working, 5 * block + _forward_bytes(spec, calibration)) + SLAB_BYTES + LIBRARIES_BYTES
         spilled = _spilled_bytes(spec, calibration)
     else:
         stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)
@@ -91,10 +95,9 @@ def _kept_bytes(tensor: Tensor) -> int:
     return tensor.elements * min(2, DTYPE_BYTES.get(tensor.dtype, 2))
 
 
-def _solving_bytes(columns: int, largest: int, options: Options) -> int:
-    """Second moments, their factor and one matrix on the way; and the rows that are solved for."""
-    del options
-    return 3 * 4 * columns * columns + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
+def _solving_bytes(method: Quantizer, columns: int, largest: int) -> int:
+    """The matrices of the inputs, and the rows that are solved for."""
+    return method.matrices * 4 * columns * columns + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
 
 
 def _forward_bytes(spec: ModelSpec, calibration: Calibration) -> int:
