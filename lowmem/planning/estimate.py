@@ -21,7 +21,7 @@ SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
 
 QUANTIZED_ROWS = 4096
-"""Rows that `quant.int8_dynamic` quantizes at a time, in fp32, twice."""
+"""Rows that `quant.int8_linear` quantizes at a time, in fp32, twice."""
 
 NF4_BLOCK = 64
 

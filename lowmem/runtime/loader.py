@@ -27,8 +27,8 @@ from lowmem.planning.estimate import compute_dtype, is_quantized
 from lowmem.planning.packed import rest_precision
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
-from lowmem.quant import bnb, packed_linear
-from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
+from lowmem.quant import bnb_linear, packed_linear
+from lowmem.quant.int8_linear import Int8Embedding, Int8Linear
 from lowmem.quant.int8_fine import FineInt8Linear
 from lowmem.runtime.matching import by_module, match_names, tied_parameters
 from lowmem.units import MB
@@ -159,7 +159,7 @@ class _Placer:
         bias = checkpoint.read(members["bias"]) if "bias" in members else None
         if self.precision == "int8":
             return self.int8.from_weight(weight, bias)
-        make = bnb.linear8 if self.precision == "bnb8" else bnb.linear4
+        make = bnb_linear.linear8 if self.precision == "bnb8" else bnb_linear.linear4
         return make(weight.contiguous(), bias, self.device, self.dtype)
 
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
