@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.estimate import SLAB_BYTES, activation_bytes, is_linear, linear_shape
-from lowmem.quant.base import Options, Quantizer
+from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.calibration import Calibration
 from lowmem.units import GB, MB, MiB
 
@@ -23,6 +24,7 @@ ROWS_BYTES = 64 * MB
 LIBRARIES_BYTES = 50 * MB
 """What running a block adds to the process: LAPACK, the family's code, what the tokenizer leaves behind (measured)."""
 
+_BNB_STATE_BYTES = 180
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
 _CHUNK_BYTES = 16 * MB
 _CHUNK_COPIES = 8  # of the rows that data-free methods and clipping work on
@@ -85,10 +87,23 @@ def estimate(
 
 def layer_bytes(rows: int, columns: int, options: Options) -> int:
     """Stored bytes of one layer of `rows` outputs and `columns` inputs."""
+    if options.layout == INT8:
+        return rows * (columns + 4)
+    if options.layout == BNB:
+        return _bnb_bytes(rows, columns, options)
     groups = 1 if options.group_size == -1 else columns // options.group_size
     words = math.ceil(columns * options.bits / 32) * rows + math.ceil(rows * options.bits / 32) * groups
     order = 0 if options.layout == "awq" else 4 * columns
     return 4 * words + 2 * groups * rows + order
+
+
+def _bnb_bytes(rows: int, columns: int, options: Any) -> int:
+    """As bitsandbytes 0.50 serializes it; the description of 4-bit codes differs by some bytes from layer to layer."""
+    if options.bits == 8:
+        return rows * (columns + 4) + 1
+    blocks = math.ceil(rows * columns / options.group_size)
+    scales = blocks + 4 * (math.ceil(blocks / 256) + 256) if options.double else 4 * blocks
+    return math.ceil(rows * columns / 2) + scales + 4 * 16 + _BNB_STATE_BYTES
 
 
 def _kept_bytes(tensor: Tensor) -> int:
