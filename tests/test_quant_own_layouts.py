@@ -104,7 +104,7 @@ def test_transformers_itself_loads_what_bitsandbytes_method_saved(
     kinds = {type(module).__name__ for module in theirs.modules()}
     assert ("Linear8bitLt" if options.get("bits") == 8 else "Linear4bit") in kinds
     ours = loaded(tmp_path / "out")(IDS).logits
-    assert torch.nn.functional.cosine_similarity(theirs(IDS).logits.float(), ours, dim=-1).min() > 0.999
+    assert torch.nn.functional.cosine_similarity(theirs(IDS).logits.float(), ours, dim=-1).min() > 0.995
 
 
 def test_int8_runs_from_its_codes_where_there_is_no_kernel(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.errors import BadInput, Unsupported
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.estimate import SLAB_BYTES, activation_bytes, is_linear, linear_shape
 from lowmem.quant.base import BNB, INT8, Options, Quantizer
@@ -23,6 +24,9 @@ ROWS_BYTES = 64 * MB
 
 LIBRARIES_BYTES = 50 * MB
 """What running a block adds to the process: LAPACK, the family's code, what the tokenizer leaves behind (measured)."""
+
+PACKED = 32
+"""Inputs and outputs of a packed layer come in multiples of this, so that words are full for every width."""
 
 _BNB_STATE_BYTES = 180
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
@@ -123,3 +127,24 @@ def _spilled_bytes(spec: ModelSpec, calibration: Calibration) -> int:
     """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP."""
     width = 2 * spec.hidden + spec.heads * spec.head_dim + spec.intermediate
     return 4 * calibration.tokens * width
+
+
+def check_shapes(spec: ModelSpec, group_size: int) -> None:
+    """Can the layers of `spec` be packed in such groups?
+
+    Raises:
+        BadInput, Unsupported: naming the layer that cannot.
+    """
+    for tensor in filter(is_linear, spec.tensors):
+        rows, columns = linear_shape(spec, tensor)
+        if group_size != -1 and columns % group_size:
+            fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
+            raise BadInput(
+                f"Groups of {group_size} do not divide the {columns:,} inputs of {tensor.name}.",
+                f"{fitting} or -1 do." if fitting else "Use -1, one group a row.",
+            )
+        if rows % PACKED or columns % PACKED:
+            raise Unsupported(
+                f"{tensor.name} has {columns:,} inputs and {rows:,} outputs; packed layers need multiples of {PACKED}.",
+                "Choose another model.",
+            )
