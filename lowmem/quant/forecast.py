@@ -87,7 +87,7 @@ def forecast(
     cost = estimate(spec, method, options, calibration, hardware.runtime_bytes)
     rates = _rates()
     rate = rates.get(method.name) or ELSEWHERE[method.name]
-    timing = "as fast as its last run here" if method.name in rates else "as fast as on two cores of an AMD EPYC"
+    timing = "as fast as this method's last one here" if method.name in rates else "on two cores of an AMD EPYC"
     return Forecast(cost, spec.size_on_disk, work(spec, method, options, calibration) / rate, timing, limit)
 
 

@@ -16,6 +16,8 @@ BINS = 120
 BEFORE, AFTER = "#8a999b", "#1d8d94"
 WIDTH, HEIGHT, MARGIN = 900, 250, 28
 LARGEST_TENSOR_BYTES = 64_000_000
+SHOWN = 1 << 16
+"""Weights in the histogram."""
 
 
 def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[Step, None, dict[str, Any]]:
@@ -54,13 +56,14 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
             rounded = method.quantize([weight], None, options, CancelToken())[0]
             losses.append(rounded.loss)
             if number == len(chosen) // 2:
-                edge = float(weight.std() * 3.2) or 1.0
-                # One scale a row shows the grid; groups of their own would hide it among each other.
-                read = method.quantize([weight[:1]], None, method.Options(bits=bits, group_size=-1), CancelToken())[0]
+                # One scale for all shows the grid; groups of their own would hide it among each other.
+                part = weight.reshape(1, -1)[:, :SHOWN]
+                edge = float(part.std() * 4) or 1.0
+                read = method.quantize([part], None, method.Options(bits=bits, group_size=-1), CancelToken())[0]
                 shown = {
                     "layer": tensor.name.removesuffix(".weight"),
                     "edges": [-edge, edge],
-                    "before": _shares(torch.histc(weight[:1], BINS, -edge, edge)),
+                    "before": _shares(torch.histc(part, BINS, -edge, edge)),
                     "after": _shares(torch.histc(read.dequantize(), BINS, -edge, edge)),
                 }
     return {**shown, "losses": losses, "bits": bits, "group": group, "model": spec.name}

@@ -54,11 +54,13 @@ class QuantizeTab:
                 self.progress = gr.HTML(elem_id="quantize-progress")
                 self.problem = gr.HTML(elem_id="quantize-problem")  # of the choice
                 self.notice = gr.HTML(elem_id="quantize-notice")  # of the last run
-                with gr.Column(visible=False, elem_id="quantize-result") as self.result:
-                    self.table = gr.HTML(elem_id="quantize-receipt")
-                    with gr.Row(elem_classes="lm-actions"):
-                        self.load = gr.Button(say("load_result"), variant="primary", elem_id="quantize-load")
-                    self.push = PushBox(self.workshop, self.jobs)
+        with gr.Column(visible=False, elem_id="quantize-result") as self.result:
+            self.table = gr.HTML(elem_id="quantize-receipt")
+            with gr.Row(elem_classes="lm-actions"):
+                self.load = gr.Button(
+                    say("load_result"), variant="primary", scale=0, min_width=220, elem_id="quantize-load"
+                )
+            self.push = PushBox(self.workshop, self.jobs)
 
     def _wire(self, tabs: gr.Tabs, setup: Setup) -> None:
         form = self.form
@@ -73,8 +75,12 @@ class QuantizeTab:
         ran.then(self._price, form.controls, priced, **QUICK)
         self.stop.click(self._stop, None, self.progress, **QUICK)
         self.push.wire(self.receipt)
+        self._fit_context = setup.fit_context
         chosen = self.load.click(
-            self._choose, self.receipt, [tabs, setup.model, setup.precision, setup.device], **QUICK
+            self._choose,
+            [self.receipt, setup.context],
+            [tabs, setup.model, setup.precision, setup.device, setup.context],
+            **QUICK,
         )
         setup.load_on(chosen.then)
 
@@ -131,9 +137,15 @@ class QuantizeTab:
             kept,
         ]
 
-    def _choose(self, receipt: dict[str, Any]) -> list[Any]:
+    def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
         folder = receipt["details"]["folder"]
         models = [(say("automatic"), AUTO), *self.workshop.engine.catalog()]
         if folder not in [ref for _, ref in models]:
             models.append((folder.rpartition("/")[2], folder))
-        return [gr.Tabs(selected="generate"), gr.Dropdown(models, value=folder), AUTO, AUTO]
+        return [
+            gr.Tabs(selected="generate"),
+            gr.Dropdown(models, value=folder),
+            AUTO,
+            AUTO,
+            self._fit_context(folder, context),
+        ]

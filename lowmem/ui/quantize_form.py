@@ -57,7 +57,7 @@ class QuantizeForm:
         gr.HTML(render.pairs([(get(m).label, why) for m, why in refused.items() if why], say("not_here")))
         with gr.Row():
             self.bits = gr.Radio(
-                _bits(first), value=_preset(first, "bits"), label=say("bits"), elem_id="quant-bits", min_width=200
+                _bits(first), value=_preset(first, "bits"), label=say("bits"), elem_id="quant-bits", min_width=230
             )
             self.group = gr.Dropdown(
                 _groups(first),
@@ -68,13 +68,12 @@ class QuantizeForm:
                 elem_id="quant-group",
                 min_width=200,
             )
-            self.symmetric = gr.Checkbox(
-                _preset(first, "symmetric"),
-                label=say("symmetric"),
-                info=say("symmetric_help"),
-                elem_id="quant-symmetric",
-                min_width=200,
-            )
+        self.symmetric = gr.Checkbox(
+            _preset(first, "symmetric"),
+            label=say("symmetric"),
+            info=say("symmetric_help"),
+            elem_id="quant-symmetric",
+        )
         self._build_calibration(visible=get(first).calibrated)
         self._build_advanced(first)
         self.controls: list[Any] = [

@@ -25,19 +25,22 @@ def card(expected: Forecast) -> str:
         (say("size"), f"{format_bytes(expected.original_bytes)} → {format_bytes(cost.output_bytes)}"),
         (say("bits_per_weight"), f"{cost.bits_per_weight:.2f}"),
         (say("peak"), format_bytes(cost.ram_bytes)),
-        (say("time"), say("about", time=format_seconds(_rounded(expected.seconds)), why=expected.timing)),
+        (say("time"), say("about", time=_rounded(expected.seconds))),
     ]
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
     return (
         f'<section class="lm-forecast" data-verdict="{expected.verdict}">'
         f'<div class="lm-head"><h2>{escape(say("predicted"))}</h2>{pill}</div><dl class="lm-pairs">{cells}</dl>'
-        f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p></section>'
+        f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p>'
+        f'<p class="lm-muted lm-small">{escape(say("timing", why=expected.timing))}</p></section>'
     )
 
 
-def _rounded(seconds: float) -> float:
+def _rounded(seconds: float) -> str:
     """A forecast of time has one or two figures."""
-    return max(1.0, round(seconds)) if seconds < 20 else round(seconds, -1)
+    if seconds < 60:
+        return f"{max(1, round(seconds)) if seconds < 20 else round(seconds, -1):.0f} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def progress(step: Step) -> str:

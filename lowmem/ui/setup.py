@@ -137,7 +137,7 @@ class Setup:
         ]
         for control in self.controls:
             control.change(self.price, self.controls, outputs, trigger_mode="always_last", **QUICK)
-        self.model.change(self._fit_context, [self.model, self.context], self.context, **QUICK)
+        self.model.change(self.fit_context, [self.model, self.context], self.context, **QUICK)
         self.device.change(
             self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
         )
@@ -201,7 +201,8 @@ class Setup:
             render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),
         ]
 
-    def _fit_context(self, model: str, context: float) -> Any:
+    def fit_context(self, model: str, context: float) -> Any:
+        """The context slider as far as `model` goes."""
         try:
             longest = 8192 if model in ("", AUTO) else self.engine.spec(model).context
         except Exception:  # `price` says what is wrong with the model

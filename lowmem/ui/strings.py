@@ -136,7 +136,8 @@ ENGLISH: dict[str, Any] = {
     "bits_per_weight": "Bits per weight",
     "time": "Time",
     "peak": "Peak RAM",
-    "about": "about {time}, {why}",
+    "about": "about {time}",
+    "timing": "The time is that of a run {why}.",
     "load_result": "Load into Generate",
     "files": "Files",
     "push": "Push to the hub",
@@ -169,7 +170,7 @@ ENGLISH: dict[str, Any] = {
         "Prefill/s",
         "Decode/s",
         "Peak",
-        "Predicted",
+        "Predicted off",
     ),
     "compare_help": "Each variant runs in a process of its own; rows appear as they finish.",
     # how it works

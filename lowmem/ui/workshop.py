@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
+from lowmem.machine.baseline import runtime_bytes
 from lowmem.measure import texts
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
@@ -71,8 +72,10 @@ class Workshop:
     def forecast(self, ask: Ask) -> Forecast:
         """What it would make and cost; raises what the start would raise."""
         method, options, calibration = self._checked(ask)
+        # A process of its own holds what a fresh one does, whatever this one holds.
+        hardware = replace(self.engine.hardware(), runtime_bytes=runtime_bytes())
         spec = self.engine.spec(ask.model)
-        return forecast(spec, method, options, calibration, self.engine.hardware(), self.limit(ask.budgets))
+        return forecast(spec, method, options, calibration, hardware, self.limit(ask.budgets))
 
     def output(self, ask: Ask) -> Path:
         """The folder to make: below `settings().outputs`, and never one that is there."""
