@@ -28,8 +28,8 @@ from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import available, candidates
 from lowmem.quant import packed_linear
-from lowmem.quant.int8_linear import Int8Embedding
 from lowmem.quant.int8_fine import FineInt8Linear
+from lowmem.quant.int8_linear import Int8Embedding
 from lowmem.quant.nbits_linear import NBitsLinear
 from lowmem.quant.packed_linear import PackedLinear
 from lowmem.runtime import loader

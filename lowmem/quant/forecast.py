@@ -26,12 +26,12 @@ from lowmem.units import format_bytes
 log = logging.getLogger("lowmem.quant")
 
 ELSEWHERE = {
-    "int8_dynamic": 4.0e7,
-    "bnb": 2.0e7,
-    "rtn": 1.6e7,
-    "hqq": 4.0e6,
-    "gptq": 3.0e10,
-    "awq": 3.0e10,
+    "int8_dynamic": 1.3e7,
+    "bnb": 8.4e6,
+    "rtn": 1.2e7,
+    "hqq": 9.2e6,
+    "gptq": 8.1e10,
+    "awq": 7.7e10,
 }
 """Work a second of every method on two cores of an AMD EPYC: weights, or operations where it is calibrated."""
 
@@ -112,6 +112,7 @@ def remember(spec: ModelSpec, method: Quantizer, options: Options, calibration: 
     path = settings().home / "quantize-rates.json"
     draft = path.with_suffix(".part")
     with suppress(OSError):  # a forecast that is less exact is no reason to fail
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(rates), encoding="utf-8")
         draft.replace(path)
 

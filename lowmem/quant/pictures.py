@@ -13,6 +13,10 @@ from lowmem.events import CancelToken, Step
 from lowmem.measure.drawing import FAINT, GREY, Bar, Label, Line, Shape, Sheet
 
 BINS = 120
+CAPTION = (
+    "Weights as they are (above) and as one ruler for all of them reads them back (below). "
+    "Groups have rulers of their own, so outliers cost only their neighbours."
+)
 BEFORE, AFTER = "#8a999b", "#1d8d94"
 WIDTH, HEIGHT, MARGIN = 900, 250, 28
 LARGEST_TENSOR_BYTES = 64_000_000
@@ -91,7 +95,7 @@ def histogram(found: Mapping[str, Any]) -> Sheet:
 
 def _histogram(found: Mapping[str, Any], title: str) -> Iterator[Shape]:
     yield Label(MARGIN, 18, title, 15, bold=True)
-    yield Label(MARGIN, 38, "weights as they are (grey), and as they read back (colour)", 12)
+    yield Label(MARGIN, 38, CAPTION, 12)
     low, high = found["edges"]
     step, middle = (WIDTH - 2 * MARGIN) / BINS, 56 + HEIGHT / 2 - 8
     room = HEIGHT / 2 - 22

@@ -33,7 +33,7 @@ class ExplainView:
         with gr.Column(elem_id="explain"):
             with gr.Row(elem_classes="lm-actions"):
                 self.bits = gr.Radio(
-                    [(str(bits), bits) for bits in WIDTHS], value=3, label=say("bits"), elem_id="explain-bits"
+                    [(str(bits), bits) for bits in WIDTHS], value=4, label=say("bits"), elem_id="explain-bits"
                 )
                 self.draw = gr.Button(say("draw"), variant="primary", scale=0, min_width=240, elem_id="explain-draw")
             self.progress = gr.HTML()

@@ -104,11 +104,11 @@ class QuantizeForm:
                     min_width=240,
                 )
                 self.samples = gr.Slider(
-                    4, 512, value=limits["samples"].default, step=4, label=say("samples"), buttons=[], min_width=180,
+                    4, 512, value=int(limits["samples"].default), step=4, label=say("samples"), buttons=[], min_width=180,
                     elem_id="quant-samples",
                 )  # fmt: skip
                 self.length = gr.Slider(
-                    64, 4096, value=limits["length"].default, step=64, label=say("sample_length"), buttons=[],
+                    64, 4096, value=int(limits["length"].default), step=64, label=say("sample_length"), buttons=[],
                     min_width=180, elem_id="quant-length",
                 )  # fmt: skip
             self.file = gr.File(
