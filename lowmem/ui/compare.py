@@ -98,7 +98,8 @@ class CompareView:
         inputs = [self.model, self.text, self.variants, *self.options.values(), *self.sidebar.limits]
         ticked = self.exercise.click(lambda: self.exercise_variants, None, self.variants, **QUICK)
         for trigger in (ticked.then, self.run.click):
-            trigger(self._begin, None, outputs[:9], **QUICK).then(self._run, inputs, outputs, **HEAVY)
+            ran = trigger(self._begin, None, outputs[:9], **QUICK).then(self._run, inputs, outputs, **HEAVY)
+            self.sidebar.after(ran)
         self.stop.click(self._stop, None, self.progress, **QUICK)
 
     def _begin(self, request: gr.Request) -> list[Any]:

@@ -72,6 +72,7 @@ class QuantizeTab:
         started = self.start.click(self._begin, None, outputs[:5], **QUICK)
         ran = started.then(self._run, form.controls, outputs, **HEAVY)
         ran.then(self._models, None, form.model, **QUICK)
+        self.sidebar.after(ran)
         ran.then(self._price, form.controls, priced, **QUICK)
         self.stop.click(self._stop, None, self.progress, **QUICK)
         self.push.wire(self.receipt)

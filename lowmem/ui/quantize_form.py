@@ -91,7 +91,7 @@ class QuantizeForm:
         ]
 
     def _build_calibration(self, visible: bool) -> None:
-        limits = {field.name: field for field in dataclasses.fields(Calibration)}
+        usual = Calibration()
         with gr.Column(visible=visible, elem_id="quant-calibration") as self.calibration:
             with gr.Row():
                 self.text = gr.Dropdown(
@@ -104,11 +104,11 @@ class QuantizeForm:
                     min_width=240,
                 )
                 self.samples = gr.Slider(
-                    4, 512, value=int(limits["samples"].default), step=4, label=say("samples"), buttons=[], min_width=180,
+                    4, 512, value=usual.samples, step=4, label=say("samples"), buttons=[], min_width=180,
                     elem_id="quant-samples",
                 )  # fmt: skip
                 self.length = gr.Slider(
-                    64, 4096, value=int(limits["length"].default), step=64, label=say("sample_length"), buttons=[],
+                    64, 4096, value=usual.length, step=64, label=say("sample_length"), buttons=[],
                     min_width=180, elem_id="quant-length",
                 )  # fmt: skip
             self.file = gr.File(

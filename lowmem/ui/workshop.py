@@ -101,6 +101,7 @@ class Workshop:
         for event in events:
             if isinstance(event, Receipt):
                 event.details["folder"] = str(out)
+                self.engine.note(event)
                 if not event.details["resumed_blocks"]:
                     remember(self.engine.spec(ask.model), method, options, calibration, event.seconds)
             yield event
@@ -135,7 +136,13 @@ class Workshop:
         self.engine.spec(ref)  # refuses paths that strangers may not name
         limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
         first = "fp32" if "fp32" in self.variants() else chosen[0].name
-        return compare(ref, chosen, text, reference=first, options=options, limits=limits, cancel=cancel)
+        return self._noted(compare(ref, chosen, text, reference=first, options=options, limits=limits, cancel=cancel))
+
+    def _noted(self, events: Iterator[Step | Row | Receipt]) -> Iterator[Step | Row | Receipt]:
+        for event in events:
+            if isinstance(event, Receipt):
+                self.engine.note(event)
+            yield event
 
     def look(self, ref: str, bits: int, group: int, cancel: CancelToken) -> Iterator[Step | dict[str, Any]]:
         """Round layers of a model to nearest and tell what that did, see `quant.pictures.job`."""
