@@ -56,6 +56,7 @@ class BitsAndBytes:
     name = "bnb"
     label = "bitsandbytes"
     calibrated = False
+    matrices = 0
     Options = BnbOptions
 
     def available(self, hardware: Hardware) -> str | None:

@@ -42,6 +42,7 @@ class Int8Dynamic:
     name = "int8_dynamic"
     label = "Dynamic int8"
     calibrated = False
+    matrices = 0
     Options = Int8Options
 
     def available(self, hardware: Hardware) -> str | None:

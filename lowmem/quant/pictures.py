@@ -13,10 +13,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.measure.drawing import FAINT, GREY, Bar, Label, Line, Shape, Sheet
 
 BINS = 120
-CAPTION = (
-    "Weights as they are (above) and as one ruler for all of them reads them back (below). "
-    "Groups have rulers of their own, so outliers cost only their neighbours."
-)
+CAPTION = "above as they are, below as one ruler for all of them reads them back; groups have rulers of their own"
 BEFORE, AFTER = "#8a999b", "#1d8d94"
 WIDTH, HEIGHT, MARGIN = 900, 250, 28
 LARGEST_TENSOR_BYTES = 64_000_000
