@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from lowmem.errors import BadInput, Unsupported
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.estimate import SLAB_BYTES, activation_bytes, is_linear, linear_shape
-from lowmem.quant.base import Options, Quantizer
+from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.calibration import Calibration
 from lowmem.units import GB, MB, MiB
 
@@ -23,6 +25,10 @@ ROWS_BYTES = 64 * MB
 LIBRARIES_BYTES = 50 * MB
 """What running a block adds to the process: LAPACK, the family's code, what the tokenizer leaves behind (measured)."""
 
+PACKED = 32
+"""Inputs and outputs of a packed layer come in multiples of this, so that words are full for every width."""
+
+_BNB_STATE_BYTES = 180
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
 _CHUNK_BYTES = 16 * MB
 _CHUNK_COPIES = 8  # of the rows that data-free methods and clipping work on
@@ -85,10 +91,23 @@ def estimate(
 
 def layer_bytes(rows: int, columns: int, options: Options) -> int:
     """Stored bytes of one layer of `rows` outputs and `columns` inputs."""
+    if options.layout == INT8:
+        return rows * (columns + 4)
+    if options.layout == BNB:
+        return _bnb_bytes(rows, columns, options)
     groups = 1 if options.group_size == -1 else columns // options.group_size
     words = math.ceil(columns * options.bits / 32) * rows + math.ceil(rows * options.bits / 32) * groups
     order = 0 if options.layout == "awq" else 4 * columns
     return 4 * words + 2 * groups * rows + order
+
+
+def _bnb_bytes(rows: int, columns: int, options: Any) -> int:
+    """As bitsandbytes 0.50 serializes it; the description of 4-bit codes differs by some bytes from layer to layer."""
+    if options.bits == 8:
+        return rows * (columns + 4) + 1
+    blocks = math.ceil(rows * columns / options.group_size)
+    scales = blocks + 4 * (math.ceil(blocks / 256) + 256) if options.double else 4 * blocks
+    return math.ceil(rows * columns / 2) + scales + 4 * 16 + _BNB_STATE_BYTES
 
 
 def _kept_bytes(tensor: Tensor) -> int:
@@ -108,3 +127,24 @@ def _spilled_bytes(spec: ModelSpec, calibration: Calibration) -> int:
     """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP."""
     width = 2 * spec.hidden + spec.heads * spec.head_dim + spec.intermediate
     return 4 * calibration.tokens * width
+
+
+def check_shapes(spec: ModelSpec, group_size: int) -> None:
+    """Can the layers of `spec` be packed in such groups?
+
+    Raises:
+        BadInput, Unsupported: naming the layer that cannot.
+    """
+    for tensor in filter(is_linear, spec.tensors):
+        rows, columns = linear_shape(spec, tensor)
+        if group_size != -1 and columns % group_size:
+            fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
+            raise BadInput(
+                f"Groups of {group_size} do not divide the {columns:,} inputs of {tensor.name}.",
+                f"{fitting} or -1 do." if fitting else "Use -1, one group a row.",
+            )
+        if rows % PACKED or columns % PACKED:
+            raise Unsupported(
+                f"{tensor.name} has {columns:,} inputs and {rows:,} outputs; packed layers need multiples of {PACKED}.",
+                "Choose another model.",
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.grid import Quantized
-from lowmem.quant.int8_dynamic import Int8Linear, largest_code, quantize_rows
+from lowmem.quant.int8_linear import Int8Linear, largest_code, quantize_rows
 
 LARGEST_DIGIT = 127
 LOW_DIGITS = 2 * LARGEST_DIGIT
