@@ -42,7 +42,7 @@ def quantize_clipped(weight: Tensor, moments: Moments, options: AwqOptions, canc
 def _loss(result: Quantized, weight: Tensor, moments: Moments, cancel: CancelToken) -> float:
     """See `Quantized.loss`."""
     error = size = 0.0
-    for rows in row_slices(len(weight), weight.shape[1], ROWS_BYTES):
+    for rows in row_slices(weight.shape[0], weight.shape[1], ROWS_BYTES):
         cancel.check()
         original = weight[rows].float()
         error += moments.cost(result.rows(rows).dequantize() - original)
