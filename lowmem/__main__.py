@@ -21,6 +21,7 @@ from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
@@ -102,7 +103,7 @@ def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
     if kv:
-        parser.add_argument("--kv", choices=("same", "int8"), default="same", help="storage of the KV cache")
+        parser.add_argument("--kv", choices=KV_STORAGES, default="same", help="storage of the KV cache")
 
 
 def _size(text: str) -> int:

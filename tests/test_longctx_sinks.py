@@ -136,8 +136,8 @@ def test_native_sliding_layers_remember_their_own_window() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_each_row_of_a_batch_gets_what_it_would_get_alone(name: str) -> None:
     prompts = [prompt(50), prompt(3, 1), prompt(21, 2)]
-    options = replace(GREEDY, sinks=4, window=24, prefill_chunk=16)
-    for options in (options, replace(options, use_cache=False)):
+    cached = replace(GREEDY, sinks=4, window=24, prefill_chunk=16)
+    for options in (cached, replace(cached, use_cache=False)):
         together = ours(toy(name), prompts, options)
         assert together == [ours(toy(name), [one], options)[0] for one in prompts]
 
@@ -195,7 +195,9 @@ def test_transformers_generate_takes_the_cache() -> None:
     model, options = toy("llama"), replace(GREEDY, sinks=4, window=24)
     ids = prompt(20)
     cache = policy.make_cache(model, options, rows=1, capacity=0, pads=[0])
-    theirs = model.generate(torch.tensor([ids]), past_key_values=cache, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    theirs = model.generate(
+        torch.tensor([ids]), past_key_values=cache, max_new_tokens=40, do_sample=False, eos_token_id=-1
+    )
     assert theirs[0, 20:].tolist() == ours(model, [ids], options)[0]
 
 
@@ -254,7 +256,8 @@ def _check_turns(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [("BloomConfig", {"n_layer": 2, "n_head": 4}), ("GPT2Config", {"n_embd": 64, "n_head": 4, "n_layer": 2})]
+    ("kind", "changes"),
+    [("BloomConfig", {"n_layer": 2, "n_head": 4}), ("GPT2Config", {"n_embd": 64, "n_head": 4, "n_layer": 2})],
 )
 def test_other_position_schemes_are_not_mistaken_for_rotations(kind: str, changes: dict[str, Any]) -> None:
     assert key_turns(other(kind, **changes)) is None

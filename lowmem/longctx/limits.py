@@ -30,3 +30,8 @@ def check_window(options: GenerateOptions, limit: int) -> None:
             f"A window of {options.window:,} tokens{with_sinks} is more than the model can see: it knows {limit:,} positions.",
             f"Use a window of {max(1, limit - options.sinks - 1):,} or less.",
         )
+
+
+def context_of(model_context: int, options: GenerateOptions) -> int:
+    """The most tokens of prompt and answer together: without end where a window forgets."""
+    return ENDLESS if options.window else model_context

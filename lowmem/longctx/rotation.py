@@ -95,10 +95,16 @@ def position_limit(config: Any) -> int:
     return int(limit)
 
 
+def adds_position_to_scores(config: Any) -> bool:
+    """Does position enter as a term beside the keys (ALiBi, arXiv 2108.12409), which goes by the order they lie in?"""
+    decoder = config.get_text_config(decoder=True)
+    return decoder.model_type in _ALIBI or bool(getattr(decoder, "alibi", False))
+
+
 @torch.inference_mode()
 def _probe(model: Any) -> tuple[Turn, ...] | None:
     decoder = model.config.get_text_config(decoder=True)
-    if decoder.model_type in _ALIBI or getattr(decoder, "alibi", False):
+    if adds_position_to_scores(model.config):
         return None
     positions = torch.tensor([0, 1, 7, position_limit(model.config) - 1], device=model.device)
     # A token that sees only itself has the same hidden state wherever it stands: its keys differ by rotation alone.

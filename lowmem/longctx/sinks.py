@@ -20,10 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lowmem.longctx.rotation import Turn
-
-LARGEST_CHUNK = 256
-MOST_SINK_COPIES = 1024
-"""In a chunk that goes over the window's end every query sees the sinks at its own distance: copies of them."""
+from lowmem.planning.cache import LARGEST_CHUNK, MOST_SINK_COPIES
 
 
 class Stream:
@@ -39,6 +36,8 @@ class Stream:
 
     def __init__(self, pads: Sequence[int], limit: int) -> None:
         self.seen = [-pad for pad in pads]
+        self.read = 0
+        """Tokens so far, padding counted: the same for all rows."""
         self.base = [0] * len(pads)
         self.limit = limit
         self.rings: list[Ring] = []
@@ -77,6 +76,7 @@ class Stream:
 
     def end(self) -> None:
         self.seen = [seen + self.tokens for seen in self.seen]
+        self.read += self.tokens
         self.tokens = 0
 
     def _keep_below_limit(self) -> None:
@@ -161,7 +161,7 @@ class Ring:
         return (torch.arange(self.slots) < filled[:, None])[:, None, None]
 
     def _chunk_mask(self) -> Tensor:
-        """Over the sinks as each token of the chunk sees them, then the window's slots, then the chunk."""
+        """Over a copy of the sinks for each token, at its own distance, then the window's slots, then the chunk."""
         numbers = self.stream.numbers()
         rows, tokens = numbers.shape
         itself = torch.eye(tokens, dtype=torch.bool)
@@ -187,6 +187,9 @@ class WindowLayer(CacheLayerMixin):
         rows: most sequences the layer will ever hold at once.
         native: the model's own sliding layer.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, ring: Ring, rows: int, turn: Turn, native: bool = False) -> None:
         super().__init__()
@@ -214,8 +217,7 @@ class WindowLayer(CacheLayerMixin):
             stream.begin(key_states.shape[2])
         self.batch = key_states.shape[0]
         if stream.shifts is not None:
-            window = self.keys[: self.batch, :, self.ring.sinks :]
-            window.copy_(self.turn(window, -stream.shifts))
+            self._move_back(stream.shifts)
         if self.ring.appends:
             seen = self._append(key_states, value_states)
         elif stream.in_chunk:
@@ -225,6 +227,10 @@ class WindowLayer(CacheLayerMixin):
         if self.last:
             stream.end()
         return seen
+
+    def _move_back(self, shifts: Tensor) -> None:
+        window = self.keys[: self.batch, :, self.ring.sinks :]
+        window.copy_(self.turn(window, -shifts))
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         start = self.ring.stream.seen[0]
@@ -243,22 +249,28 @@ class WindowLayer(CacheLayerMixin):
         else:
             self._write(keys, values)
         if self.ring.sinks:
-            cos, sin = (factor[:, :, 0] for factor in self.ring.sink_factors(self.turn, keys.device))
-            turned = (self.first_keys[: self.batch] * cos).addcmul_(self.mixed_keys[: self.batch], sin)
-            all_keys[:, :, : self.ring.sinks] = turned
+            all_keys[:, :, : self.ring.sinks] = self._turned_sinks()
         return all_keys, all_values
 
     def _chunk(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         sinks, tokens = self.ring.sinks, keys.shape[2]
         parts = [(self.keys[: self.batch, :, sinks:], self.values[: self.batch, :, sinks:]), (keys, values)]
         if sinks:
-            cos, sin = self.ring.sink_factors(self.turn, keys.device)
-            turned = self.first_keys[: self.batch, :, None] * cos + self.mixed_keys[: self.batch, :, None] * sin
-            copies = self.values[: self.batch, :, None, :sinks].expand(-1, -1, tokens, -1, -1)
-            parts.insert(0, (turned.to(keys.dtype).flatten(2, 3), copies.flatten(2, 3)))
+            parts.insert(0, self._sink_copies(keys.dtype, tokens, self.values[: self.batch, :, :sinks]))
         seen = torch.cat([part[0] for part in parts], dim=2), torch.cat([part[1] for part in parts], dim=2)
         self._write(keys, values)
         return seen
+
+    def _turned_sinks(self) -> Tensor:
+        """The sinks' keys where the one token of this pass sees them, fp32 [batch, heads, sinks, head_dim]."""
+        cos, sin = (factor[:, :, 0] for factor in self.ring.sink_factors(self.turn, self.first_keys.device))
+        return (self.first_keys[: self.batch] * cos).addcmul_(self.mixed_keys[: self.batch], sin)
+
+    def _sink_copies(self, dtype: torch.dtype, tokens: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The sinks' keys where each token of this pass sees them, and `values` as often, [batch, heads, tokens * sinks, head_dim]."""
+        cos, sin = self.ring.sink_factors(self.turn, self.first_keys.device)
+        turned = self.first_keys[: self.batch, :, None] * cos + self.mixed_keys[: self.batch, :, None] * sin
+        return turned.to(dtype).flatten(2, 3), values[:, :, None].expand(-1, -1, tokens, -1, -1).flatten(2, 3)
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         rows, tokens, slots = self.ring.writes(keys.device)
@@ -283,10 +295,13 @@ class WindowLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def _stores(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self.first_keys, self.mixed_keys
+
     def take(self, rows: Tensor) -> None:
         """Make row i what `rows[i]` was."""
         self.batch = len(rows)
-        for store in (self.keys, self.values, self.first_keys, self.mixed_keys) if self.is_initialized else ():
+        for store in self._stores() if self.is_initialized else ():
             store[: self.batch] = store.index_select(0, rows.to(store.device))
 
 
@@ -294,8 +309,8 @@ class WindowCache(Cache):
     """The layers of a model, all of them windows, see `make_window_cache`."""
 
     def __init__(self, stream: Stream, layers: list[WindowLayer], kinds: Sequence[str], eager: bool) -> None:
-        super().__init__(layers=layers)
-        self.stream = stream
+        super().__init__(layers=list(layers))
+        self.stream, self._windows = stream, layers
         layers[0].first = layers[-1].last = True
         self._rings = dict(zip(kinds, (layer.ring for layer in layers), strict=True))
         self._eager = eager
@@ -327,6 +342,6 @@ class WindowCache(Cache):
         self.batch_select_indices(torch.arange(len(self.stream.seen)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for layer in self.layers:
+        for layer in self._windows:
             layer.take(indices)
         self.stream.select(indices.tolist())

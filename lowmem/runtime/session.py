@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lowmem.errors import BadInput, DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.limits import check_window, context_of
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.planning.estimate import priced
@@ -117,13 +118,15 @@ class Session:
         return priced(
             plan,
             hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
-            context=min(prompt_tokens + options.max_new_tokens, plan.spec.context),
+            context=min(prompt_tokens + options.max_new_tokens, context_of(plan.spec.context, options)),
+            window=options.window,
+            sinks=options.sinks if options.window else 0,
             batch=batch * options.num_sequences,
             kv=options.kv if options.use_cache else "none",
             # Several answers to one prompt share one prefill, so its activations exist once.
             prefill_chunk=max(1, options.prefill_chunk // options.num_sequences)
             if options.use_cache
-            else plan.spec.context,
+            else min(plan.spec.context, options.window or plan.spec.context),
         )
 
     def generate(
@@ -149,7 +152,8 @@ class Session:
         try:
             loaded, plan = self._resident()
             ids = encode_prompt(loaded.tokenizer, prompt, raw)
-            room, note = check_length(len(ids), options.max_new_tokens, plan.spec.context)
+            check_window(options, plan.spec.context)
+            room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
             options = replace(options, max_new_tokens=room)
             action = self.price(len(ids), options)
             if not force:
@@ -182,6 +186,7 @@ class Session:
         yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
         try:
             loaded, plan = self._resident()
+            check_window(options, plan.spec.context)
             largest = batch_size or 1
 
             def fits(longest: int, size: int) -> bool:
@@ -198,7 +203,7 @@ class Session:
                     loaded.tokenizer,
                     prompts,
                     options,
-                    context=plan.spec.context,
+                    context=context_of(plan.spec.context, options),
                     cancel=cancel,
                     check=meter.check,
                     batch_size=batch_size,
@@ -307,7 +312,7 @@ class Session:
                     loaded.tokenizer,
                     ids,
                     options,
-                    context=plan.spec.context,
+                    context=context_of(plan.spec.context, options),
                     cancel=cancel,
                     check=meter.check,
                 )
