@@ -35,3 +35,27 @@ def check_window(options: GenerateOptions, limit: int) -> None:
 def context_of(model_context: int, options: GenerateOptions) -> int:
     """The most tokens of prompt and answer together: without end where a window forgets."""
     return ENDLESS if options.window else model_context
+
+
+def check_stride(window: int, stride: int) -> None:
+    """
+    Raises:
+        BadInput: windows that leave tokens out, or none.
+    """
+    if window < 1 or not 1 <= stride <= window:
+        raise BadInput(
+            f"A stride of {stride:,} does not go with a window of {window:,} tokens: every token must be in a window.",
+            f"Use a stride from 1 to {max(1, window):,}; half the window is usual.",
+        )
+
+
+def check_token_window(window: int, limit: int) -> None:
+    """
+    Raises:
+        BadInput: a window that the model cannot read at once.
+    """
+    if window > limit:
+        raise BadInput(
+            f"A window of {window:,} tokens is more than the model can see: it knows {limit:,} positions.",
+            f"Use a window of {limit:,} or less.",
+        )

@@ -117,8 +117,9 @@ def _probe(model: Any) -> tuple[Turn, ...] | None:
     shifts = positions.double().cpu()[:, None, None]
     turns = []
     for layer in cache.layers:
-        keys = layer.keys.float().cpu()
-        turn = _reproducing(keys, shifts, list(_candidates(model, keys.shape[-1])), TOLERANCES[layer.keys.dtype])
+        stored: Tensor = layer.keys  # type: ignore[union-attr, assignment]  # every layer has just been given keys
+        keys = stored.float().cpu()
+        turn = _reproducing(keys, shifts, list(_candidates(model, keys.shape[-1])), TOLERANCES[stored.dtype])
         if turn is None:
             return None
         turns.append(turn)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lowmem.runtime.loader import Loaded
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 log = logging.getLogger("lowmem.session")
 
@@ -219,6 +220,31 @@ class Session:
             receipt = receipts.batch_receipt(action, time.perf_counter() - started, done, meter.peak)
             self._last_receipt = receipt
             yield receipt
+        finally:
+            self._done()
+
+    def work(
+        self,
+        what: str,
+        job: Callable[[Loaded, Plan, Callable[[], None]], Generator[E, None, T]],
+        cancel: CancelToken,
+        *,
+        force: bool = False,
+    ) -> Generator[Step | E, None, tuple[T, dict[str, int]]]:
+        """Let `job` use the resident model in its turn; returns what it returns, and the peak bytes by memory.
+
+        Args:
+            job: gets the model, its plan and a check of the budget to call in every long loop.
+
+        Raises:
+            BadInput: nothing is loaded.
+        """
+        yield from self._turn(what, cancel)
+        try:
+            loaded, plan = self._resident()
+            with self._meter(plan, force) as meter:
+                result = yield from job(loaded, plan, meter.check)
+            return result, meter.peak
         finally:
             self._done()
 
