@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | quantize | compare | serve`.
+"""The command line: `python -m lowmem plan | generate | quantize | compare | longctx | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -19,6 +19,7 @@ from lowmem.errors import BadInput, LowMemError
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.command import add_command as add_longctx
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
 from lowmem.planning.cache import KV_STORAGES
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
     add_quantize(commands)
     add_compare(commands)
+    add_longctx(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser
 

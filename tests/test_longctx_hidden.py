@@ -29,7 +29,11 @@ def run(*args: Any, **kwargs: Any) -> Written:
 
 def one_pass(name: str, ids: list[int], layer: int = -1) -> torch.Tensor:
     with torch.inference_mode():
-        return toy(name).base_model(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states[layer][0]
+        return (
+            toy(name)
+            .base_model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+            .hidden_states[layer][0]
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
@@ -64,7 +68,9 @@ def test_layers_and_texts_of_unequal_lengths(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "states.safetensors")
     assert {name: tuple(states.shape) for name, states in stored.items()} == {f"layer_{n}": (113, 64) for n in range(3)}
     for layer in range(3):
-        torch.testing.assert_close(stored[f"layer_{layer}"][70:73], one_pass("llama", texts[1], layer), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            stored[f"layer_{layer}"][70:73], one_pass("llama", texts[1], layer), atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(
             stored[f"layer_{layer}"][73 : 73 + 32], one_pass("llama", texts[2][:32], layer), atol=1e-5, rtol=1e-5
         )
@@ -80,7 +86,14 @@ def test_several_layers_in_one_array(tmp_path: Path) -> None:
     [
         ([[]], 16, 8, "s.npy", (-1,), "The text is empty."),
         ([[1]], 16, 17, "s.npy", (-1,), "A stride of 17 does not go with a window of 16 tokens"),
-        ([[1]], 513, 8, "s.npy", (-1,), "A window of 513 tokens is more than the model can see: it knows 512 positions."),
+        (
+            [[1]],
+            513,
+            8,
+            "s.npy",
+            (-1,),
+            "A window of 513 tokens is more than the model can see: it knows 512 positions.",
+        ),
         ([[1]], 16, 8, "s.bin", (-1,), "s.bin is neither"),
         ([[1]], 16, 8, "s.npy", (3,), "There is no layer 3."),
         ([[1]], 16, 8, "none/s.npy", (-1,), "There is no folder"),

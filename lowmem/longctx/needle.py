@@ -64,7 +64,8 @@ def recall(
     if len(filler) < distance:
         raise BadInput(f"The text has {len(filler):,} tokens, fewer than {distance:,}.", "Give a longer text.")
     words = Random(0).sample(WORDS, 2 * trials)
-    told, never = [], []
+    told: list[float] = []
+    never: list[float] = []
     for trial in range(trials):
         word, other = words[2 * trial], words[2 * trial + 1]
         for asked, found in ((word, told), (other, never)):
