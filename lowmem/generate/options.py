@@ -72,6 +72,9 @@ class GenerateOptions:
         high=256,
         step=1,
     )
+    endless: bool = option(
+        False, "Endless", "Go on after the model has ended its text, until all new tokens are there."
+    )
     use_cache: bool = option(
         True, "KV cache", "Off recomputes the whole text, or the window, for every token: slow, no cache memory."
     )

@@ -9,6 +9,7 @@ from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.generate import GenerateTab
+from lowmem.ui.longctx import LongContextTab
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -49,6 +50,8 @@ def build_ui(
                 generate = GenerateTab(engine, jobs, sidebar, model)
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+            with gr.Tab(say("longctx"), id="longctx"):
+                longctx = LongContextTab(engine, jobs, sidebar)
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
         opened = sidebar.after(
@@ -56,6 +59,8 @@ def build_ui(
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
+        longctx.shown(opened)
+        longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)
