@@ -295,7 +295,7 @@ class ExerciseMode:
         self.plots = gr.HTML(elem_id="long-exercise-plots")
         self.files = gr.HTML(elem_id="long-exercise-files")
 
-    def wire(self, tab: LongContextTab, sidebar: Sidebar) -> None:
+    def wire(self, _tab: LongContextTab, sidebar: Sidebar) -> None:
         self.sidebar = sidebar
         inputs = [*self.controls.values(), *sidebar.limits]
         self.runner.wire(sidebar, inputs, [self.table, self.plots, self.files], self._start)
