@@ -55,7 +55,8 @@ def test_binary_and_huge_files_are_refused_with_the_bound(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:1/x", "http://localhost/", "http://[::1]/", "http://169.254.169.254/latest", "http://10.0.0.1/"]
+    "address",
+    ["http://127.0.0.1:1/x", "http://localhost/", "http://[::1]/", "http://169.254.169.254/latest", "http://10.0.0.1/"],
 )
 def test_the_servers_own_network_is_not_looked_into(address: str) -> None:
     with pytest.raises(BadInput, match="not on the public network"):
@@ -84,7 +85,10 @@ def test_pages_are_read_as_people_see_them(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_an_address_gives_is_bounded_and_must_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [
         (httpx.Response(200, content=b"a" * 5_000_000, headers={"content-type": "text/plain"}), "4.00 MB"),
-        (httpx.Response(200, content=b"%PDF", headers={"content-type": "application/pdf"}), "application/pdf, not text"),
+        (
+            httpx.Response(200, content=b"%PDF", headers={"content-type": "application/pdf"}),
+            "application/pdf, not text",
+        ),
         (httpx.Response(404), "status 404"),
         (httpx.Response(302, headers={"location": "/again"}), "redirects more than"),
     ]
@@ -132,9 +136,22 @@ def receipt_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("flags", [["--stride", "16"], ["--sinks", "4"], ["--kv-bits", "4"], ["--sinks", "4", "--kv-bits", "2"]])
+@pytest.mark.parametrize(
+    "flags", [["--stride", "16"], ["--sinks", "4"], ["--kv-bits", "4"], ["--sinks", "4", "--kv-bits", "2"]]
+)
 def test_perplexity_on_the_command_line(flags: list[str], toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["longctx", "perplexity", str(toy_folder), "--window", "64", "--tokens", "700", "--precision", "fp32", "--json"]
+    arguments = [
+        "longctx",
+        "perplexity",
+        str(toy_folder),
+        "--window",
+        "64",
+        "--tokens",
+        "700",
+        "--precision",
+        "fp32",
+        "--json",
+    ]
     assert main([*arguments, *flags]) == 0
     details = receipt_of(capsys)["details"]
     assert details["tokens"] in (699, 700)
@@ -160,7 +177,10 @@ def test_hidden_states_and_streams_on_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["hidden", "--window", "64", "--stride", "65", "--out", "x.npy"], "A stride of 65 does not go with a window of 64"),
+        (
+            ["hidden", "--window", "64", "--stride", "65", "--out", "x.npy"],
+            "A stride of 65 does not go with a window of 64",
+        ),
         (["hidden", "--window", "64"], "There is no file to write to."),
         (["perplexity", "--window", "8", "--sinks", "8"], "8 sinks leave nothing of a window of 8 tokens."),
         (["perplexity", "--window", "4096", "--sinks", "4"], "A window of 4,096 tokens with 4 sinks"),

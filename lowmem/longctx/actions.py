@@ -16,6 +16,7 @@ from lowmem.errors import BadInput, DoesNotFit
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.limits import check_stride, check_token_window, check_window
+from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.measure.windows import CHARACTERS_PER_TOKEN
 from lowmem.planning.estimate import priced
 from lowmem.planning.plan import Plan
@@ -286,10 +287,13 @@ def _receipt(
     disk_bytes: int = 0,
 ) -> Receipt:
     seconds = time.perf_counter() - started
+    predicted = dict(plan.predicted)
+    if action != "hidden":  # the others look at the logits of every token
+        predicted[plan.main.memory] += LOGITS_COPIES * LOGITS_BYTES
     return replace(
         Receipt(action, plan.spec.name, plan.precision, plan.device, seconds),
-        predicted=plan.predicted,
-        measured={memory: peak[memory] for memory in plan.predicted if memory in peak},
+        predicted=predicted,
+        measured={memory: peak[memory] for memory in predicted if memory in peak},
         prompt_tokens=tokens,
         prefill_tps=tokens / seconds if seconds else 0.0,
         disk_bytes=disk_bytes,

@@ -51,12 +51,11 @@ def picture(points: Sequence[Point], title: str = "") -> Sheet:
     return Sheet(WIDTH, TOP + 30 + PLOT_HEIGHT + 60, tuple(shapes), title or "Ways to read a long text")
 
 
-def perplexity_sheet(places: Places, title: str = "", unit: str = "of each stretch; smaller is better") -> Sheet:
+def perplexity_sheet(places: Places) -> Sheet:
     """Perplexity along one text."""
-    shapes = panel(
-        [Curve("", COLORS[0], places)], MARGIN, TOP, 860, 220, title or "Perplexity", unit, lambda v: f"{v:,.4g}"
-    )
-    return Sheet(920, TOP + 220 + 60, tuple(shapes), title or "Perplexity along the text")
+    curve, unit = Curve("", COLORS[0], places), "of each stretch of the text; smaller is better"
+    shapes = panel([curve], 0, 44, 620, 220, "Perplexity", unit, lambda value: f"{value:,.4g}")
+    return Sheet(640, 320, tuple(shapes), "Perplexity along the text")
 
 
 def panel(

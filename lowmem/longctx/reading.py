@@ -19,6 +19,7 @@ from lowmem.generate.decoding import _decoder_config, _stoppable, nothing
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import policy
 from lowmem.longctx.sinks import WindowCache
+from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 
 CHUNK = 128
@@ -62,6 +63,8 @@ class Reader:
         with _stoppable(list(self.model.modules()), cancel):
             while self.at < until:
                 check()
+                # Logits of passes of different sizes leave holes, in which the next do not fit.
+                trim_heap()
                 yield self._pass(min(self._most(), until - self.at))
 
     @torch.inference_mode()
@@ -93,7 +96,8 @@ class Reader:
         logits = self.model(input_ids=self.ids[:, start:end], **inputs).logits[0, self.at - start :]
         targets = self.ids[0, self.at + 1 : end + 1]
         self.at = end
-        nll = -torch.log_softmax(logits[: len(targets)].float(), dim=-1).gather(1, targets[:, None])[:, 0]
+        logits = logits[: len(targets)].float()
+        nll = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
         if bool(nll.isnan().any()):
             raise CorruptModel(
                 f"The model produced numbers that are not numbers within the first {end:,} tokens of the text.",

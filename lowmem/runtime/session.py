@@ -246,6 +246,7 @@ class Session:
                 result = yield from job(loaded, plan, meter.check)
             return result, meter.peak
         finally:
+            release_memory()
             self._done()
 
     def _turn(self, what: str, cancel: CancelToken) -> Iterator[Step]:

@@ -64,7 +64,7 @@ class LongContextTab:
                 elem_id="long-address",
                 min_width=260,
             )
-            self.file = gr.File(label=say("long_file"), file_types=["text"], height=110, elem_id="long-file")
+            self.file = gr.File(label=say("long_file"), file_types=["text"], height=132, elem_id="long-file")
 
     def _build_modes(self, jobs: Jobs) -> list[Any]:
         kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, ExerciseMode)
