@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import Unsupported
+from lowmem.longctx.ring import Ring
 from lowmem.longctx.rotation import Turn
-from lowmem.longctx.sinks import Ring, WindowLayer
+from lowmem.longctx.sinks import WindowLayer
 from lowmem.planning.cache import BLOCK, blocks_of
 
 _TINY = torch.finfo(torch.float16).tiny

@@ -18,8 +18,9 @@ from lowmem.generate import kv
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.kv_quant import BlockLayer, OrderedRing, Unfolded, no_turn
 from lowmem.longctx.limits import ENDLESS, check_window
+from lowmem.longctx.ring import Ring, Stream
 from lowmem.longctx.rotation import Turn, adds_position_to_scores, key_turns, position_limit
-from lowmem.longctx.sinks import Ring, Stream, WindowCache, WindowLayer
+from lowmem.longctx.sinks import WindowCache, WindowLayer
 from lowmem.planning.cache import EXACT_FIRST, bits_of
 
 

@@ -19,7 +19,8 @@ from lowmem.ui import render, render_longctx
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.engine import Engine
 from lowmem.ui.fields import widgets
-from lowmem.ui.longctx_modes import ChatMode, ContinueMode, ExerciseMode, HiddenMode, PerplexityMode, RecallMode
+from lowmem.ui.longctx_measuring import ExerciseMode, HiddenMode, PerplexityMode, RecallMode
+from lowmem.ui.longctx_writing import ChatMode, ContinueMode
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import name, say
 
@@ -36,12 +37,12 @@ class LongContextTab:
         with gr.Row(elem_id="longctx"):
             with gr.Column(scale=3, min_width=300, elem_id="longctx-work"):
                 self._build_source()
-                modes = self._build_modes(jobs)
+                self.modes = self._build_modes(jobs)
             with gr.Column(scale=1, min_width=250, elem_id="longctx-side"):
                 self._build_options()
         with gr.Accordion(say("long_explain"), open=False, elem_id="longctx-explain"):
             gr.HTML(render_longctx.explanation())
-        for mode in modes:
+        for mode in self.modes:
             mode.wire(self, sidebar)
         self._wire()
 

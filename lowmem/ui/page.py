@@ -10,6 +10,7 @@ from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.generate import GenerateTab
 from lowmem.ui.longctx import LongContextTab
+from lowmem.ui.longctx_api import add_longctx_endpoints
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -54,6 +55,7 @@ def build_ui(
                 longctx = LongContextTab(engine, jobs, sidebar)
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
+        add_longctx_endpoints(engine)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from lowmem.events import Receipt, Step
+from lowmem.settings import settings
 from lowmem.ui import render
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
 from lowmem.ui.engine import Engine
@@ -68,3 +72,10 @@ class Runner:
 
     def _skips(self) -> list[Any]:
         return [gr.skip()] * self._count
+
+
+def new_folder(kind: str) -> Path:
+    """A new folder for what an action writes, below `settings().outputs`."""
+    folder = settings().outputs / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    return folder
