@@ -69,9 +69,12 @@ def test_paths_are_no_addresses() -> None:
             long_text(source=address)
 
 
+CLIENT = httpx.Client
+
+
 def served(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    transport, client = httpx.MockTransport(answer), httpx.Client
-    monkeypatch.setattr(sources.httpx, "Client", lambda **options: client(transport=transport, **options))
+    transport = httpx.MockTransport(answer)
+    monkeypatch.setattr(sources.httpx, "Client", lambda **options: CLIENT(transport=transport, **options))
     monkeypatch.setattr(sources, "_check_public", lambda _address: None)
 
 

@@ -154,7 +154,7 @@ def test_endpoints(client: Client) -> None:
     receipt = client.predict(TEXT, 64, 0, 4, "int4", api_name="/perplexity")["receipt"]
     assert receipt["details"]["kv"] == "int4"
     receipt = client.predict(TEXT, 64, 32, api_name="/hidden_states")["receipt"]
-    assert Path(receipt["details"]["path"]).stat().st_size > 1080 * 64 * 4
+    assert Path(receipt["details"]["file"]).stat().st_size > 1080 * 64 * 4
     with pytest.raises(AppError, match="A stride of 65"):
         client.predict(TEXT, 64, 65, api_name="/hidden_states")
 

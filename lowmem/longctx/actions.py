@@ -78,7 +78,8 @@ def hidden_states(
     check_stride(window, stride)
     started = time.perf_counter()
     (action, (written, count)), peak = yield from session.work("Computing hidden states", job, cancel, force=force)
-    details = {**asdict(written), "path": str(out), "window": window, "stride": stride}
+    details = {**asdict(written), "window": window, "stride": stride, "file": str(out)}
+    del details["path"]
     note = f"{written.windows:,} windows; each state has {window - stride:,} tokens or more in front of it, or the text's beginning."
     yield _receipt("hidden", action, started, peak, count, details, (note,), disk_bytes=out.stat().st_size)
 

@@ -85,7 +85,7 @@ def _exercise_flags(parser: argparse.ArgumentParser) -> None:
 def _stream(args: argparse.Namespace) -> int:
     options = _cache_options(args, max_new_tokens=args.max_new_tokens, seed=args.seed)
     given = {"greedy": True} if args.temperature is None else {"temperature": args.temperature}
-    options = build(GenerateOptions, {**_as_dict(options), **given})
+    options = build(GenerateOptions, {**_as_dict(options), **given, "endless": True})
     session = _loaded(args)
     return _finish(args, session.generate(_text(args), options, raw=True, force=args.force))
 
@@ -227,7 +227,7 @@ def _show_receipt(receipt: Receipt, quiet: bool) -> None:
         )
     if receipt.disk_bytes and receipt.action == "hidden":
         print(
-            f"{receipt.details['path']}: {format_bytes(receipt.disk_bytes)}, {receipt.details['shape']}",
+            f"{receipt.details['file']}: {format_bytes(receipt.disk_bytes)}, {receipt.details['shape']}",
             file=sys.stderr,
         )
     for memory, predicted in receipt.predicted.items():

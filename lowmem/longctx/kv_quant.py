@@ -101,7 +101,10 @@ class Packed:
             unpack(self.codes[:batch, :, here], self.bits, out)
             # Scales of the dtype itself: mixed ones would take torch's slow path.
             scales, lows = (store[:batch, :, here].to(out.dtype) for store in (self.scales, self.lows))
-            torch.addcmul(lows, out, scales, out=out)
+            if self._over == -2:
+                torch.addcmul(lows, out, scales, out=out)
+            else:  # five times as fast as `addcmul` where scales are broadcast along the innermost dimension
+                out.mul_(scales).add_(lows)
             first, done = first + count, done + count
 
 

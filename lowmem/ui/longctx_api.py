@@ -48,7 +48,7 @@ def _hidden_states(engine: Engine) -> Callable[..., Iterator[Json]]:
     def hidden_states(
         text: str, window: int = 1024, stride: int = 512, layers: list | None = None, format: str = "npy"
     ) -> Iterator[dict]:
-        """Hidden states window by window into a file, which the receipt's details name ("path")."""
+        """Hidden states window by window into a file, which the receipt's details name ("file")."""
         engine.require_model()
         token, given = CancelToken(), long_text(text).text
         kind = "safetensors" if format == "safetensors" else "npy"
