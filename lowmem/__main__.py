@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | quantize | compare | serve`.
+"""The command line: `python -m lowmem plan | generate | quantize | compare | longctx | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -19,8 +19,10 @@ from lowmem.errors import BadInput, LowMemError
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.command import add_command as add_longctx
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
     add_quantize(commands)
     add_compare(commands)
+    add_longctx(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser
 
@@ -102,7 +105,7 @@ def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
     if kv:
-        parser.add_argument("--kv", choices=("same", "int8"), default="same", help="storage of the KV cache")
+        parser.add_argument("--kv", choices=KV_STORAGES, default="same", help="storage of the KV cache")
 
 
 def _size(text: str) -> int:

@@ -14,9 +14,10 @@ from typing import Any
 
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import packed
+from lowmem.planning import cache, packed
+from lowmem.planning.cache import kv_bytes
 from lowmem.planning.plan import Budget, Line, Plan
-from lowmem.units import MB, format_bytes
+from lowmem.units import MB
 
 SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
@@ -127,18 +128,6 @@ def _nf4_bytes(rows: int, columns: int) -> int:
 _LINEAR_BYTES = {"int8": packed.int8_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
 
 
-def kv_bytes(spec: ModelSpec, context: int, batch: int, dtype: str, kv: str) -> int:
-    """KV cache for `batch` sequences of `context` tokens.
-
-    `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token) or "none".
-    """
-    if kv == "none":
-        return 0
-    if kv != "int8":
-        return spec.kv_bytes(context, batch, dtype)
-    return spec.kv_bytes(context, batch, "int8") + spec.kv_bytes(context, batch, "fp16") // spec.head_dim
-
-
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
     """Peak of one decoder block over `tokens` = chunk x batch new tokens that see `context` tokens.
 
@@ -194,20 +183,20 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv)
-    activations = activation_bytes(spec, chunk * batch, plan.context, dtype) + logits_bytes(spec, batch, dtype)
-    # One layer's whole history, dequantized for attention; shared by all layers.
-    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
+    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv, plan.window, plan.sinks or cache.EXACT_FIRST)
+    activations = max(
+        activation_bytes(spec, min(chunk, most) * batch, seen, dtype) for most, seen in cache.passes(plan)
+    ) + logits_bytes(spec, batch, dtype)
+    dequantized = cache.unfolded_bytes(plan, dtype)
     loading = loading_peak(spec, plan.precision, dtype) - weights
     dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
     scratch = max(dequantized, dense, loading - kv - activations)
-    per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
     return (
         Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
         Line(
             "kv",
             kv,
-            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
+            cache.sentence(plan, dtype),
         ),
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),

@@ -28,7 +28,7 @@ def shorter_context(plan: Plan) -> Plan | None:
 
 def quantized_kv(plan: Plan) -> Plan | None:
     """The KV cache in int8."""
-    if plan.kv == "int8":
+    if plan.kv != "same":
         return None
     return priced(plan, kv="int8", reason="KV cache stored in int8.")
 

@@ -72,11 +72,12 @@ class Plan:
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
         batch: sequences at once.
-        kv: storage of the KV cache: "same" as the computation, "int8", or "none" without a cache.
+        kv: storage of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
+        window, sinks: tokens that are remembered, the latest and the first; a window of 0 remembers all.
     """
 
     spec: ModelSpec
@@ -91,6 +92,13 @@ class Plan:
     budgets: tuple[Budget, ...] = ()
     reason: str = ""
     declined: tuple[Declined, ...] = ()
+    window: int = 0
+    sinks: int = 0
+
+    @property
+    def remembered(self) -> int:
+        """Tokens of a sequence that the KV cache has room for."""
+        return min(self.context, self.window + self.sinks) if self.window else self.context
 
     def budget(self, memory: str) -> Budget | None:
         return next((budget for budget in self.budgets if budget.memory == memory), None)

@@ -9,6 +9,8 @@ from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.generate import GenerateTab
+from lowmem.ui.longctx import LongContextTab
+from lowmem.ui.longctx_api import add_longctx_endpoints
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -49,13 +51,18 @@ def build_ui(
                 generate = GenerateTab(engine, jobs, sidebar, model)
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+            with gr.Tab(say("longctx"), id="longctx"):
+                longctx = LongContextTab(engine, jobs, sidebar)
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
+        add_longctx_endpoints(engine)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
+        longctx.shown(opened)
+        longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)
