@@ -123,7 +123,12 @@ ENGLISH: dict[str, Any] = {
     "symmetric_help": "No zero points: a little less exact, understood by more programs.",
     "calibration": "Calibration text",
     "calibration_help": "What the model reads while it is quantized.",
-    "texts": {"manual": "Python's manual (packaged)", "wikitext2": "WikiText-2 (from the hub)", "file": "My own file"},
+    "texts": {
+        "manual": "Python's manual (packaged)",
+        "wikitext2": "WikiText-2 (from the hub)",
+        "c4": "C4 (from the hub)",
+        "file": "My own file",
+    },
     "text_file": "A text file, UTF-8, up to 2 MB",
     "text_missing": "There is no calibration file.",
     "text_missing_hint": "Upload a text file, or choose another text.",
