@@ -39,6 +39,9 @@ ENDPOINTS = {
     "/receipt",
     "/quantize",
     "/compare",
+    "/perplexity",
+    "/hidden_states",
+    "/exercise",
 }
 
 
