@@ -240,6 +240,8 @@ class Session:
         return PeakMeter({} if force else limits)
 
     def _drop(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
         self._loaded = self._plan = self._load_receipt = None
         release_memory()
 
@@ -284,7 +286,8 @@ class Session:
             release_memory()
             before = _resident_bytes()
             loaded = yield from _guarded(loading, meter.check)
-            loader.warm_up(loaded)
+            if loaded.streamer is None:  # else it would read the disk once for nothing
+                loader.warm_up(loaded)
         release_memory()
         self._taken_bytes = _resident_bytes() - before
         self._overhead_bytes = before + self._taken_bytes - (plan.main.share("weights") if plan.device == "cpu" else 0)
