@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | compare | serve`.
+"""The command line: `python -m lowmem plan | generate | compare | offload | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -21,6 +21,7 @@ from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
+from lowmem.offload.command import add_command as add_offload
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _plan_command(commands.add_parser("plan", help="how a model would run here, without loading it"))
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
     add_compare(commands)
+    add_offload(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser
 

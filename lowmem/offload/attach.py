@@ -68,7 +68,7 @@ def stream(
     """
     files = [_prepare(model, checkpoint, index, names, dtype, stored) for index, names in blocks.items()]
     source = _source(files, placement, device, dtype)
-    return Streamer(dict(enumerate(decoder_blocks(model))), files, source, dtype)
+    return Streamer(dict(enumerate(decoder_blocks(model))), files, source, device, dtype)
 
 
 def can_map(checkpoint: Checkpoint, blocks: Mapping[int, Names], dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.offload.blocks import BlockFile, Weight
 from lowmem.offload.layers import StoredLinear, StoredPacked, forget_scratch
 from lowmem.offload.ring import Ring
@@ -44,16 +45,21 @@ class Streamer:
         modules: the decoder's blocks by index.
         blocks: those that stream, in order.
         source: what lends their bytes.
-        dtype: of the computation.
+        device, dtype: of the computation.
     """
 
     def __init__(
-        self, modules: Mapping[int, nn.Module], blocks: Sequence[BlockFile], source: Source, dtype: torch.dtype
+        self,
+        modules: Mapping[int, nn.Module],
+        blocks: Sequence[BlockFile],
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self.blocks, self.source, self._dtype = tuple(blocks), source, dtype
+        self.blocks, self.source = tuple(blocks), source
         self._handles: list[Any] = []
         for block in blocks:
-            self._hook(modules[block.index], _Bound(block, dtype), block.index)
+            self._hook(modules[block.index], _Bound(block, device, dtype), block.index)
 
     @property
     def bytes_read(self) -> int:
@@ -66,13 +72,16 @@ class Streamer:
         return sum(block.stored_bytes for block in self.blocks)
 
     def _hook(self, module: nn.Module, bound: _Bound, index: int) -> None:
+        buffered = not isinstance(self.source, Mapped)
+
         def enter(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
             buffer = self.source.acquire(index)
             if buffer is not None:
                 bound.bind(buffer)
 
         def leave(_module: nn.Module, _inputs: tuple[object, ...], _result: object) -> None:
-            bound.unbind()
+            if buffered:
+                bound.unbind()
             self.source.release(index)
 
         self._handles.append(module.register_forward_pre_hook(enter))
@@ -88,21 +97,29 @@ class Streamer:
 
 
 class _Bound:
-    """The members of one block: empty, or views into the buffer it was bound to."""
+    """The members of one block: stand-ins, or views into the buffer it was bound to.
 
-    def __init__(self, block: BlockFile, dtype: torch.dtype) -> None:
+    A stand-in has the shape of its weight and the memory of one number, so that a model still knows its size and device.
+    """
+
+    def __init__(self, block: BlockFile, device: torch.device, dtype: torch.dtype) -> None:
         self._weights, self._dtype = block.weights, dtype
-        self._empty: list[Any] = []
+        self._stand_ins = [_stand_in(weight, device) for weight in block.weights]
+        if any(_member(weight) is None or _member(weight).is_meta for weight in block.weights):
+            self.unbind()
 
     def bind(self, buffer: Tensor) -> None:
-        self._empty = [_member(weight) for weight in self._weights]
         for weight in self._weights:
             assign(weight, weight.view(buffer), self._dtype)
 
     def unbind(self) -> None:
-        for weight, empty in zip(self._weights, self._empty, strict=False):
-            _put(weight.module, weight.member, empty)
-        self._empty = []
+        for weight, stand_in in zip(self._weights, self._stand_ins, strict=True):
+            _put(weight.module, weight.member, stand_in)
+
+
+def _stand_in(weight: Weight, device: torch.device) -> nn.Parameter:
+    one = torch.zeros((), dtype=TORCH_DTYPES[weight.entry.dtype], device=device)
+    return nn.Parameter(one.expand(weight.entry.shape), requires_grad=False)
 
 
 def _member(weight: Weight) -> Any:

@@ -8,7 +8,7 @@ finished weights plus one tensor, not two copies of the model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
         streamed = {name for block in away.values() for name in block}
         yield from _fill(model, checkpoint, {n: names[n] for n in names if n not in streamed}, place, cancel)
         streamer = _stream(model, checkpoint, away, plan, device, dtype)
-    _settle(model, device, place.int8, by_module(dict.fromkeys(streamed, "")))
+    _settle(model, device, place.int8)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _spare_the_heads_copy(model)
     _check_vocabulary(tokenizer, model, plan)
@@ -251,18 +251,15 @@ def _outputs(module: nn.Linear | Conv1D) -> int:
     return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
-def _settle(
-    model: PreTrainedModel, device: torch.device, int8: type[Int8Linear], streamed: Collection[str]
-) -> None:
-    """Tie what is tied, move the small buffers, and make sure that nothing was left empty but `streamed` modules."""
+def _settle(model: PreTrainedModel, device: torch.device, int8: type[Int8Linear]) -> None:
+    """Tie what is tied, move the small buffers, and make sure that nothing was left empty."""
     for parameter, source in tied_parameters(model).items():
         _tie(model, parameter, source, int8)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    empty = [name for name, tensor in tensors if tensor.is_meta and name.rpartition(".")[0] not in streamed]
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise CorruptModel(
             f"{len(empty)} weights are missing from the files, {empty[0]} first.", "Fetch the model again."

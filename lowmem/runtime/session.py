@@ -65,6 +65,12 @@ class Session:
         return self._last_receipt
 
     @property
+    def streamed_bytes(self) -> int:
+        """Bytes that the resident model has fetched from disk or RAM since it was loaded."""
+        streamer = self._loaded.streamer if self._loaded else None
+        return streamer.bytes_read if streamer else 0
+
+    @property
     def busy(self) -> str:
         """What is going on now ("Loading ..."), or ""."""
         return self._busy
@@ -286,7 +292,7 @@ class Session:
             release_memory()
             before = _resident_bytes()
             loaded = yield from _guarded(loading, meter.check)
-            if loaded.streamer is None:  # else it would read the disk once for nothing
+            if plan.placement is None or plan.placement.mapped:  # else it would read the disk once for nothing
                 loader.warm_up(loaded)
         release_memory()
         self._taken_bytes = _resident_bytes() - before
