@@ -120,14 +120,19 @@ def test_shards_and_large_gaps(tmp_path: Path) -> None:
     shutil.move(tmp_path / "model.safetensors", tmp_path / "old")
     names = sorted(tensors, key=lambda name: name[::-1])
     parts = [names[0::2], names[1::2]]
+    parts[1] = parts[1][-2:] + parts[1][:-2]
     files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for file, part in zip(files, parts, strict=True):
         padding = {f"{name}.padding": torch.zeros(100_000, dtype=torch.uint8) for name in part[:3]}
         save_file({name: tensors[name] for name in part} | padding, tmp_path / file, {"format": "pt"})
     index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    apply(model, tmp_path, Placement(("disk",) * 5))
+    offloaded = apply(model, tmp_path, Placement(("disk",) * 5))
     assert torch.equal(logits(model), expected)
+    for block in offloaded.streamer.blocks:
+        sizes = {file: (tmp_path / file).stat().st_size for file in files}
+        assert all(read.offset + read.needed <= sizes[read.file.name] for read in block.reads)
+        assert block.nbytes < block.stored_bytes + 2 * PAGE * len(block.weights)
 
 
 @pytest.fixture
@@ -196,6 +201,7 @@ def test_reads_are_whole_pages_and_cover_every_byte(tmp_path: Path) -> None:
     model = deep_toy(tmp_path)
     offloaded = apply(model, tmp_path, Placement(("disk",) * 5))
     for block in offloaded.streamer.blocks:
+        assert block.stored_bytes <= block.nbytes < block.stored_bytes + 2 * PAGE
         for read in block.reads:
             assert read.offset % PAGE == read.length % PAGE == read.position % PAGE == 0
         content = bytearray(block.nbytes)

@@ -64,33 +64,40 @@ class BlockFile:
         return sum(weight.entry.nbytes for weight in self.weights)
 
 
-def block_file(index: int, members: Iterable[tuple[nn.Module, str, Entry]]) -> BlockFile:
+Member = tuple[nn.Module, str, Entry]
+
+
+def block_file(index: int, members: Iterable[Member]) -> BlockFile:
     """Lay out one block from (module, member, where it is stored)."""
-    ordered = sorted(members, key=lambda m: (str(m[2].file), m[2].offset))
     weights: list[Weight] = []
     reads: list[Read] = []
-    end = position = 0  # of the range at work: its end in the file, and where that is in the buffer
-    file: Path | None = None
-    start = 0
-    for module, member, entry in ordered:
-        if entry.file != file or entry.offset - end > GAP_BYTES:
-            if file is not None:
-                position = _close(reads, file, start, end, position)
-            file, start = entry.file, entry.offset // PAGE * PAGE
-        weights.append(Weight(module, member, entry, position + entry.offset - start))
-        end = max(end, entry.offset + entry.nbytes) if file == entry.file and end > start else entry.offset + entry.nbytes
-    if file is not None:
-        position = _close(reads, file, start, end, position)
+    position = 0
+    for run in _runs(sorted(members, key=lambda m: (str(m[2].file), m[2].offset))):
+        start = run[0][2].offset // PAGE * PAGE
+        end = max(entry.offset + entry.nbytes for _, _, entry in run)
+        weights += [Weight(module, member, entry, position + entry.offset - start) for module, member, entry in run]
+        reads += _reads(run[0][2].file, start, end, position)
+        position += -(-end // PAGE) * PAGE - start
     return BlockFile(index, tuple(weights), tuple(reads), position)
 
 
-def _close(reads: list[Read], file: Path, start: int, end: int, position: int) -> int:
-    """Add the reads of one range; returns the position behind it."""
+def _runs(ordered: list[Member]) -> list[list[Member]]:
+    """Neighbours together: what one range of a file holds."""
+    runs: list[list[Member]] = []
+    for member in ordered:
+        entry, last = member[2], runs[-1][-1][2] if runs else None
+        if last is None or last.file != entry.file or entry.offset - last.offset - last.nbytes > GAP_BYTES:
+            runs.append([])
+        runs[-1].append(member)
+    return runs
+
+
+def _reads(file: Path, start: int, end: int, position: int) -> list[Read]:
     stop = -(-end // PAGE) * PAGE
-    for offset in range(start, stop, CHUNK_BYTES):
-        length = min(CHUNK_BYTES, stop - offset)
-        reads.append(Read(file, offset, length, position + offset - start, min(length, end - offset)))
-    return position + stop - start
+    spans = ((offset, min(CHUNK_BYTES, stop - offset)) for offset in range(start, stop, CHUNK_BYTES))
+    return [
+        Read(file, offset, length, position + offset - start, min(length, end - offset)) for offset, length in spans
+    ]
 
 
 def page_aligned(nbytes: int, pinned: bool = False) -> Tensor:

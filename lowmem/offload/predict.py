@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.machine import bandwidth
-from lowmem.models.spec import DTYPE_BYTES
 from lowmem.planning import estimate
 from lowmem.planning.placement import Placement, block_index, counted, home, stored_block_bytes
 from lowmem.planning.plan import Plan
@@ -78,7 +77,7 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
         if len(tensor.shape) < 2 or (index is None and not tensor.is_output_embedding and not plan.spec.tied):
             continue
         kind = _kind(plan, index in streamed, tensor.dtype, dtype)
-        if kind == "packed" and not tensor.name.endswith(".qweight"):
+        if tensor.packed_layer and not tensor.name.endswith(".qweight"):
             continue
         rate = _rate(kind, plan, again)
         seconds[kind] = seconds.get(kind, 0.0) + (tensor.nbytes / rate if rate else 0.0)
@@ -88,7 +87,7 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
 def _kind(plan: Plan, streams: bool, stored: str, dtype: str) -> str:
     if plan.precision == "stored" and streams:
         return "packed"
-    if plan.placement is None or stored == dtype or stored not in DTYPE_BYTES:
+    if plan.placement is None or stored == dtype or stored.startswith("int"):
         return "plain"
     return stored
 

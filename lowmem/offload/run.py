@@ -103,6 +103,7 @@ def run(
     speed = predict(plan, folder / weight_files(LocalFolder(folder))[0], again)
     if session.plan is None or replace(session.plan, budgets=(), hardware=plan.hardware) != replace(plan, budgets=()):
         yield from (event for event in session.load(plan, cancel, force=force) if isinstance(event, Step))
+    yield Step(0, 0, "Reading the first blocks")
     before = session.streamed_bytes
     if len(prompts) == 1:
         events: Iterator[Any] = session.generate(prompts[0], options, cancel, raw=raw, force=force)

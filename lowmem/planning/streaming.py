@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import estimate, packed
+from lowmem.planning import estimate
 from lowmem.planning.placement import (
     PAGE,
     SLOTS,
@@ -38,12 +38,18 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
         here += sum(stored_block_bytes(plan.spec)[index] for index in placement.indices("disk"))
     streamed = placement.streamed(kind)
     count = len(placement.indices(at_home))
-    lines = (
-        Line("weights", here, f"{count} of {plan.spec.layers} blocks, and what is no block: {plan.precision_label}."),
-        *(estimate.kernel_lines(plan) if count else ()),
+    running = (
         *_action_lines(plan, dtype),
         Line("scratch", _ring_bytes(plan.spec, streamed), f"{SLOTS} blocks on their way, as they are stored."),
         Line("scratch", _tile_bytes(plan, streamed, dtype, on_gpu), "Stored weights turned into numbers to compute with."),
+    )
+    # Buffers of the run come into being after loading, so the larger of the two counts.
+    loading = _loading_bytes(plan, placement, dtype) - sum(line.count for line in running)
+    lines = (
+        Line("weights", here, f"{count} of {plan.spec.layers} blocks, and what is no block: {plan.precision_label}."),
+        *(estimate.kernel_lines(plan) if count else ()),
+        *running,
+        Line("scratch", max(0, loading), "What loading needs beyond that."),
     )
     runtime = Line(
         "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
@@ -63,21 +69,28 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
     return (Budget("ram", (*ram_lines, runtime), plan.limits.ram), vram)
 
 
+def _home_tensors(plan: Plan, placement: Placement) -> list[Tensor]:
+    """What stays in the memory of the device that computes."""
+    resident = {None, *placement.indices(home(plan.place.kind))}
+    return [tensor for tensor in counted(plan.spec) if block_index(tensor.name) in resident]
+
+
+def _loading_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
+    """The most that loading holds beside what stays; on a CPU only packed layers are not read right into their places."""
+    tensors = _home_tensors(plan, placement)
+    if plan.place.kind == "cpu":
+        tensors = [tensor for tensor in tensors if tensor.packed_layer]
+    at_home = replace(plan.spec, tensors=tuple(tensors), tied=False)
+    return estimate.loading_peak(at_home, plan.precision, dtype) - estimate.weight_bytes(at_home, plan.precision, dtype)
+
+
 def _home_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
-    """Weights that stay in the memory of the device that computes."""
-    resident = set(placement.indices(home("cpu" if plan.place.kind == "cpu" else "cuda")))
-    total = 0
-    for tensor in counted(plan.spec):
-        index = block_index(tensor.name)
-        if index is None or index in resident:
-            total += _held_bytes(plan, tensor, dtype)
-    if plan.precision == "stored" and packed.rest_precision(dtype) == "int8" and plan.spec.tied:
-        total += packed.int8_bytes(plan.spec.vocab, plan.spec.hidden)
-    return total
+    return sum(_held_bytes(plan, tensor, dtype) for tensor in _home_tensors(plan, placement))
 
 
 def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
-    if plan.precision == "stored" or plan.place.kind != "cpu":
+    packed = plan.precision == "stored" and tensor.packed_layer
+    if packed or plan.place.kind != "cpu":
         return estimate.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
     # Beside streamed blocks a CPU keeps matrices as they are stored.
     return tensor.nbytes if len(tensor.shape) > 1 else tensor.elements * DTYPE_BYTES[dtype]

@@ -166,7 +166,7 @@ class _Placer:
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
         # What shares the machine with streamed blocks stays as small as they are.
-        self.as_stored = plan.placement is not None and device.type == "cpu" and plan.precision != "stored"
+        self.as_stored = plan.placement is not None and device.type == "cpu"
         rest = rest_precision(compute_dtype(plan.precision, plan.place.dtypes))
         self.precision = rest if plan.precision == "stored" else plan.precision
         # Beside exact packed layers the head would be what loses most.
