@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | compare | offload | serve`.
+"""The command line: `python -m lowmem plan | generate | quantize | compare | offload | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -26,6 +26,7 @@ from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.planning.planner import plan as make_plan
+from lowmem.quant.command import add_command as add_quantize
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes, format_seconds, parse_bytes
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _plan_command(commands.add_parser("plan", help="how a model would run here, without loading it"))
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
+    add_quantize(commands)
     add_compare(commands)
     add_offload(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))

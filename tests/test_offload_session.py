@@ -212,3 +212,27 @@ def test_the_spec_of_a_folder_is_what_the_plan_counts(tmp_path: Path) -> None:
 
     blocks = [sum(t.nbytes for n, t in load_file(tmp_path / "model.safetensors").items() if f".h.{i}." in n) for i in (0, 1)]
     assert stored_block_bytes(spec) == blocks
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "bnb"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_and_nf4_stream_as_they_are_stored(method: str, bits: int, session: Session, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    if (method, bits) == ("int8_dynamic", 4):
+        pytest.skip("there is no such layout")
+    from test_quant_own_layouts import quantize
+
+    source, out = toys.save_toy("llama", tmp_path / "source"), tmp_path / "out"
+    quantize(source, out, (method, {} if method == "int8_dynamic" else {"bits": bits}))
+    reference = session_states(Session(), plan_for(session, str(out), Goal(context=64), where=Where(disk=())))
+    states = session_states(session, plan_for(session, str(out), Goal(context=64), where=ALL))
+    assert (states - reference).norm() < 0.05 * reference.norm()
+
+
+def session_states(session: Session, plan: Plan) -> torch.Tensor:
+    answer(session, plan)
+    assert session._loaded is not None
+    with torch.inference_mode():
+        states = session._loaded.model.get_decoder()(torch.tensor([toys.prompt(30)])).last_hidden_state
+    session.unload()
+    return states

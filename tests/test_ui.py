@@ -28,7 +28,18 @@ from lowmem.ui.fields import read
 from lowmem.ui.launch import launch_options, serve
 from lowmem.ui.page import build_ui
 
-ENDPOINTS = {"/plan", "/load", "/generate", "/chat", "/batch", "/unload", "/machine", "/receipt"}
+ENDPOINTS = {
+    "/plan",
+    "/load",
+    "/generate",
+    "/chat",
+    "/batch",
+    "/unload",
+    "/machine",
+    "/receipt",
+    "/quantize",
+    "/compare",
+}
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.errors import BadInput, CorruptModel, Unsupported
 from lowmem.generate.decoding import decoder_blocks
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
-from lowmem.models.quantization import Quantization
+from lowmem.models.quantization import BNB, Quantization
+from lowmem.models.spec import CODE_DTYPES
 from lowmem.offload.blocks import BlockFile, block_file
-from lowmem.offload.layers import StoredEmbedding, StoredLinear, StoredPacked
+from lowmem.offload.layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
 from lowmem.offload.streamer import Disk, Mapped, Source, Streamer
 from lowmem.offload.transfer import Host, OnDevice
 from lowmem.planning.placement import Placement, home
-from lowmem.quant import packed_linear
+from lowmem.quant import bnb_linear, packed_linear
 from lowmem.runtime.matching import by_module, match_names
 
 Names = Mapping[str, str]
@@ -99,7 +100,8 @@ def _prepare(
         runner = as_stored(module, checkpoint, parts, dtype, stored)
         if runner is not module:
             model.set_submodule(owner, runner)
-        members += [(runner, member, checkpoint.tensors[name]) for member, name in parts.items()]
+        stays = ("weight_format", *(runner.described if isinstance(runner, StoredNf4) else ()))
+        members += [(runner, m, checkpoint.tensors[name]) for m, name in parts.items() if m not in stays]
     return block_file(index, members)
 
 
@@ -109,6 +111,8 @@ def as_stored(
     """A module that computes what `module` does from the tensors as they are stored; `module` itself where it can."""
     if "qweight" in members:
         return _packed(module, checkpoint, members, stored)
+    if "weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES:
+        return _codes(module, checkpoint, members, dtype, stored)
     if "weight" not in members or TORCH_DTYPES[checkpoint.tensors[members["weight"]].dtype] == dtype:
         return module
     weight = getattr(module, "weight")  # noqa: B009  what it is, is checked below
@@ -127,6 +131,26 @@ def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Q
     shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
     packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
     return StoredPacked(stored, layer, inputs, outputs)
+
+
+def _codes(
+    module: nn.Module, checkpoint: Checkpoint, members: Names, dtype: torch.dtype, stored: Quantization | None
+) -> nn.Module:
+    """int8 of compressed-tensors or bitsandbytes, or its 4 bits, of which a finished layer lends the description."""
+    layer = members["weight"].removesuffix(".weight")
+    if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
+        raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    outputs, inputs = weight.shape
+    shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
+    packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
+    if stored.bits == 8:
+        return StoredInt8(weight, largest=127 if stored.method == BNB else 1)
+    parts = {part: checkpoint.read(name) for part, name in members.items()}
+    made = bnb_linear.stored4(layer, parts, outputs, inputs, torch.device("cpu"), dtype)
+    runner = StoredNf4(weight, made.weight.quant_state, inputs, outputs)
+    runner.described = tuple(part for part in members if part.startswith("weight."))
+    return runner
 
 
 @dataclass

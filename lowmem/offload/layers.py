@@ -77,6 +77,51 @@ class StoredLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class StoredInt8(StoredLinear):
+    """`y = x (s W)^T + b` with int8 codes W [out, in] and one scale a row, in `scale` [out] or [out, 1].
+
+    Args:
+        largest: the code that stands for a scale: 1 for compressed-tensors, 127 for bitsandbytes.
+    """
+
+    weight_scale: Tensor | None
+    SCB: Tensor | None
+
+    def __init__(self, weight: Tensor, largest: int) -> None:
+        super().__init__(weight, None)
+        self._largest = largest
+        for part in ("weight_scale", "SCB", "bias"):
+            self.register_parameter(part, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, self._parameters["bias"] = self._parameters["bias"], None
+        try:
+            y = super().forward(x)
+        finally:
+            self._parameters["bias"] = bias
+        scale = self.SCB if self.weight_scale is None else self.weight_scale
+        assert scale is not None  # one of them is stored
+        y *= scale.view(-1).to(y.dtype) / self._largest
+        return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+class StoredNf4(nn.Module):
+    """`y = x W^T + b` with 4-bit codes of bitsandbytes; what describes them (`state`) stays at home."""
+
+    def __init__(self, weight: Tensor, state: Any, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.state = inputs, outputs, state
+        self.described: tuple[str, ...] = ()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense = dequantize_4bit(self.weight, self.state).to(x.dtype)
+        return nn.functional.linear(x, dense, None if self.bias is None else self.bias.to(x.dtype))
+
+
 class StoredEmbedding(nn.Module):
     """Rows of a table that stays as it is stored, in the dtype of the computation; Gemma's factor included."""
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.machine import bandwidth
+from lowmem.models.quantization import BNB, INT8
+from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning import estimate
-from lowmem.planning.placement import Placement, block_index, counted, home, stored_block_bytes
+from lowmem.planning.placement import Placement, block_index, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
 
 PROBE = 2048
@@ -77,7 +79,7 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
         if len(tensor.shape) < 2 or (index is None and not tensor.is_output_embedding and not plan.spec.tied):
             continue
         kind = _kind(plan, index in streamed, tensor.dtype, dtype)
-        if tensor.packed_layer and not tensor.name.endswith(".qweight"):
+        if tensor.packed_layer and not tensor.is_packed_weight:
             continue
         rate = _rate(kind, plan, again)
         seconds[kind] = seconds.get(kind, 0.0) + (tensor.nbytes / rate if rate else 0.0)
@@ -85,10 +87,10 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
 
 
 def _kind(plan: Plan, streams: bool, stored: str, dtype: str) -> str:
-    if plan.precision == "stored" and streams:
-        return "packed"
-    if plan.placement is None or stored == dtype or stored.startswith("int"):
+    if plan.placement is None or stored == dtype:
         return "plain"
+    if stored in ("int32", *CODE_DTYPES):
+        return "packed" if streams else "plain"
     return stored
 
 
@@ -121,6 +123,8 @@ def _packed_rate(plan: Plan) -> float:
 
     stored = plan.spec.stored
     assert stored is not None  # see `_rate`
+    if stored.method in (INT8, BNB):
+        return _stored_rate("int8") if stored.bits == 8 else _nf4_rate(stored.layout)
     layer = StoredPacked(stored, "probe", PROBE, 4 * PROBE)
     groups = stored.groups(PROBE)
     for part, shape, dtype in (
@@ -135,8 +139,14 @@ def _packed_rate(plan: Plan) -> float:
     return bandwidth.rate(lambda: layer(row), layer.qweight.nbytes)
 
 
-def home_blocks(plan: Plan) -> int:
-    """Blocks that do not move."""
-    if plan.placement is None:
-        return plan.spec.layers
-    return len(plan.placement.indices(home(plan.place.kind)))
+def _nf4_rate(layout: str) -> float:
+    import torch
+
+    from lowmem.offload.layers import StoredNf4
+    from lowmem.quant.bnb_linear import packed4, stored4
+
+    weight = torch.zeros(4 * PROBE, PROBE)
+    made = stored4("probe", packed4(weight, 64, layout, True, "float32").tensors, 4 * PROBE, PROBE, weight.device, weight.dtype)
+    layer = StoredNf4(made.weight, made.weight.quant_state, PROBE, 4 * PROBE)
+    row = torch.zeros(1, PROBE)
+    return bandwidth.rate(lambda: layer(row), layer.weight.nbytes)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.offload.blocks import BlockFile, Weight
-from lowmem.offload.layers import StoredLinear, StoredPacked, forget_scratch
+from lowmem.offload.layers import StoredLinear, StoredNf4, StoredPacked, forget_scratch
 from lowmem.offload.ring import Ring
 from lowmem.offload.shards import Shard
 
 log = logging.getLogger("lowmem.offload")
 
-AS_STORED = (StoredLinear, StoredPacked)
+AS_STORED = (StoredLinear, StoredNf4, StoredPacked)
 """Modules that compute with whatever dtype their weights are stored in."""
 
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import packed
 from lowmem.planning.plan import Budget, Line, Plan
@@ -21,7 +22,7 @@ SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
 
 QUANTIZED_ROWS = 4096
-"""Rows that `quant.int8_dynamic` quantizes at a time, in fp32, twice."""
+"""Rows that `quant.int8_linear` quantizes at a time, in fp32, twice."""
 
 NF4_BLOCK = 64
 
@@ -64,23 +65,25 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
         total += tensor_bytes(spec, tensor, precision, dtype)
-    if _rest(precision, dtype) == "int8" and spec.tied:
+    if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
         total += packed.int8_bytes(spec.vocab, spec.hidden)
     return total
 
 
-def _rest(precision: str, dtype: str) -> str:
+def _rest(spec: ModelSpec, precision: str, dtype: str) -> str:
     """The precision of all that is not stored quantized."""
-    return packed.rest_precision(dtype) if precision == "stored" else precision
+    return packed.rest_precision(dtype, spec.stored) if precision == "stored" else precision
 
 
 def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
     if precision == "stored" and spec.stored and tensor.packed_layer:
+        if spec.stored.method == BNB:
+            return tensor.nbytes  # held as they are stored
         # A layer's parts are counted together, where its weight lies.
         layer = _packed_shape(spec, tensor)
         return packed.packed_bytes(spec.stored, *layer, dtype) if layer else 0
-    precision = _rest(precision, dtype)
+    precision = _rest(spec, precision, dtype)
     if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
         return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
     if precision == "int8" and is_embedding(tensor):
@@ -91,7 +94,7 @@ def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) ->
 
 def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
     """(outputs, inputs) where `tensor` is a packed weight, None for the other parts of a packed layer."""
-    if not spec.stored or not tensor.name.endswith(".qweight"):
+    if not spec.stored or not tensor.is_packed_weight:
         return None
     return spec.stored.linear_shape((tensor.shape[0], tensor.shape[1]))
 
@@ -237,7 +240,7 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         final = tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
-    if _rest(precision, dtype) == "int8" and spec.tied:
+    if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The head is packed from the embedding's codes, of which packing takes a copy.
         finished += packed.int8_bytes(spec.vocab, spec.hidden)
         peak = max(peak, finished + spec.vocab * spec.hidden)
@@ -245,9 +248,11 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
 
 
 def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if precision == "stored" and spec.stored and spec.stored.method == BNB and tensor.packed_layer:
+        return 0
     if precision == "stored" and (layer := _packed_shape(spec, tensor)):
         return packed.repacking_bytes(*layer)
-    precision = _rest(precision, dtype)
+    precision = _rest(spec, precision, dtype)
     source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
     if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
         codes, columns = tensor.elements, tensor.shape[1]

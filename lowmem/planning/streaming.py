@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import estimate
 from lowmem.planning.placement import (
@@ -130,6 +131,8 @@ def _tile_bytes(plan: Plan, streamed: tuple[int, ...], dtype: str, on_gpu: bool)
     if plan.precision == "stored":
         largest = max((rows * columns for rows, columns in spec.packed_layers.values()), default=0)
         whole = largest * (DTYPE_BYTES[dtype] + 4)
+        if spec.stored and spec.stored.method == BNB and spec.stored.bits == 4:
+            return largest * DTYPE_BYTES[dtype]  # bitsandbytes multiplies a layer out in one piece
     elif any(t.dtype != dtype and len(t.shape) > 1 for t in counted(spec)):
         matrices = (t for t in counted(spec) if len(t.shape) > 1 and block_index(t.name) in streamed)
         whole = max((t.elements * DTYPE_BYTES[dtype] for t in matrices), default=0)

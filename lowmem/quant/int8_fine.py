@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.grid import Quantized
-from lowmem.quant.int8_dynamic import Int8Linear, largest_code, quantize_rows
+from lowmem.quant.int8_linear import Int8Linear, largest_code, quantize_rows
 
 LARGEST_DIGIT = 127
 LOW_DIGITS = 2 * LARGEST_DIGIT
@@ -35,8 +35,7 @@ class FineInt8Linear(Int8Linear):
         scales = torch.empty(len(codes), dtype=torch.float32)
         for start in range(0, len(codes), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            part = Quantized(weight.codes[rows], weight.scales[rows], weight.zeros[rows], weight.groups, weight.bits)
-            codes[rows], scales[rows] = quantize_rows(part.dequantize(), largest_code())
+            codes[rows], scales[rows] = quantize_rows(weight.rows(rows).dequantize(), largest_code())
         return cls(codes, scales, bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class Engine:
         self._lock = threading.Lock()
         self._hardware: tuple[float, Hardware] | None = None
         self._specs: dict[str, ModelSpec] = {}
+        self._noted: tuple[Receipt, Receipt | None] | None = None
 
     # --- the machine
 
@@ -148,7 +149,13 @@ class Engine:
 
     @property
     def last_receipt(self) -> Receipt | None:
-        return self._session.last_receipt if self._session else None
+        """Of the session, or of work beside it that ended later."""
+        last = self._session.last_receipt if self._session else None
+        return self._noted[0] if self._noted and self._noted[1] is last else last
+
+    def note(self, receipt: Receipt) -> None:
+        """Remember the receipt of work that the session knows nothing of."""
+        self._noted = (receipt, self._session.last_receipt if self._session else None)
 
     def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
         yield Step(0, 0, say("starting"))

@@ -241,14 +241,16 @@ def receipt(one: Receipt | None) -> str:
 
 
 def _against(one: Receipt, memory: str) -> str:
-    predicted, measured = one.predicted[memory], one.measured[memory]
+    return against(f"{name('memory', memory)} peak", one.predicted[memory], one.measured[memory])
+
+
+def against(label: str, predicted: int, measured: int) -> str:
+    """Bytes as predicted and as measured."""
     scale = max(predicted, measured, 1)
-    error = one.error(memory) or 0.0
+    error = (predicted - measured) / measured if measured else 0.0
     near = "true" if abs(error) <= 0.1 else "false"
-    spoken = f"{name('memory', memory)}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
-    title = _title(
-        f"{name('memory', memory)} peak", f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>'
-    )
+    spoken = f"{label}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
+    title = _title(label, f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>')
     rows = "".join(
         f'<div class="lm-pair"><span>{word}</span>{_track("", (kind, _percent(count, scale)))}'
         f'<b class="lm-num">{format_bytes(count)}</b></div>'
