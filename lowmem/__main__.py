@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | quantize | compare | longctx | serve`.
+"""The command line: `python -m lowmem plan | generate | quantize | compare | offload | longctx | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -22,6 +22,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.command import add_command as add_longctx
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
+from lowmem.offload.command import add_command as add_offload
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS, Plan
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
     add_quantize(commands)
     add_compare(commands)
+    add_offload(commands)
     add_longctx(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser

@@ -65,7 +65,7 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
     for tensor in spec.tensors:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
-        total += _tensor_bytes(spec, tensor, precision, dtype)
+        total += tensor_bytes(spec, tensor, precision, dtype)
     if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
         total += packed.int8_bytes(spec.vocab, spec.hidden)
@@ -77,7 +77,7 @@ def _rest(spec: ModelSpec, precision: str, dtype: str) -> str:
     return packed.rest_precision(dtype, spec.stored) if precision == "stored" else precision
 
 
-def _tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
     if precision == "stored" and spec.stored and tensor.packed_layer:
         if spec.stored.method == BNB:
             return tensor.nbytes  # held as they are stored
@@ -164,6 +164,10 @@ def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
 
 def estimate(plan: Plan) -> tuple[Budget, ...]:
     """Predicted peak per memory for `plan` (its own `budgets` are ignored): RAM, and VRAM on a GPU."""
+    if plan.placement is not None:
+        from lowmem.planning import streaming  # which builds on this module
+
+        return streaming.budgets(plan, plan.placement)
     on_gpu = plan.place.kind == "cuda"
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
     lines = _run_lines(plan, dtype)
@@ -200,11 +204,11 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
         ),
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
-        *_kernel_lines(plan),
+        *kernel_lines(plan),
     )
 
 
-def _kernel_lines(plan: Plan) -> tuple[Line, ...]:
+def kernel_lines(plan: Plan) -> tuple[Line, ...]:
     # Counted as weights: they come and stay with a model that is stored quantized.
     stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
     if stored is None or packed.cpu_kernel(stored) != "nbits":
@@ -222,7 +226,7 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
     for tensor in spec.tensors:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
-        final = _tensor_bytes(spec, tensor, precision, dtype)
+        final = tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
     if _rest(spec, precision, dtype) == "int8" and spec.tied:

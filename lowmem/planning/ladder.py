@@ -43,6 +43,18 @@ def fewer_bits(plan: Plan) -> Plan | None:
     return None
 
 
+def offload(plan: Plan) -> Plan | None:
+    """Blocks that do not fit stream from RAM or disk: slow, but only two of them need room."""
+    from lowmem.planning import streaming  # which prices as this module's callers do
+
+    if plan.placement is not None:
+        return None
+    found = streaming.offloaded(plan)
+    if found is None or found.placement is None or not found.placement.streamed(found.place.kind):
+        return None
+    return replace(found, reason=f"Offloaded: {found.placement.sentence()}.")
+
+
 def other_memory(plan: Plan) -> Plan | None:
     """From the GPU's memory to RAM, computing on the CPU: slow, but there is more of it."""
     cpu = plan.hardware.cpu
@@ -76,7 +88,7 @@ def smaller_model(plan: Plan) -> Plan | None:
     )
 
 
-LADDER: tuple[Rung, ...] = (shorter_context, quantized_kv, fewer_bits, other_memory, smaller_model)
+LADDER: tuple[Rung, ...] = (shorter_context, quantized_kv, fewer_bits, offload, other_memory, smaller_model)
 
 SAME_MODEL: tuple[Rung, ...] = LADDER[:-1]
 
@@ -92,7 +104,7 @@ def next_rung(plan: Plan, ladder: tuple[Rung, ...] = LADDER) -> Plan | None:
 
 def lower_load(plan: Plan) -> Plan | None:
     """The next rung when loading itself ran out: only what makes the weights smaller, or moves them, helps."""
-    return next_rung(plan, (fewer_bits, other_memory, smaller_model))
+    return next_rung(plan, (fewer_bits, offload, other_memory, smaller_model))
 
 
 def descend(plan: Plan, ladder: tuple[Rung, ...] = SAME_MODEL) -> Plan:

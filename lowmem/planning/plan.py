@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lowmem.machine.hardware import Device, Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.goal import Limits
+from lowmem.planning.placement import Placement
 from lowmem.units import format_bytes
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4", "stored")
@@ -74,6 +75,7 @@ class Plan:
         batch: sequences at once.
         kv: storage of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
+        placement: where the blocks live; None when all of them are in the memory of the device that computes.
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
@@ -94,6 +96,7 @@ class Plan:
     declined: tuple[Declined, ...] = ()
     window: int = 0
     sinks: int = 0
+    placement: Placement | None = None
 
     @property
     def remembered(self) -> int:

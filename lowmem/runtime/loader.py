@@ -25,6 +25,9 @@ from lowmem.machine.monitor import trim_heap
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import BNB, INT8
 from lowmem.models.spec import CODE_DTYPES
+from lowmem.offload.attach import as_stored, can_map, elsewhere, stream
+from lowmem.offload.layers import StoredEmbedding, StoredLinear
+from lowmem.offload.streamer import Streamer
 from lowmem.planning.estimate import compute_dtype, is_quantized
 from lowmem.planning.packed import rest_precision
 from lowmem.planning.plan import Plan
@@ -50,6 +53,12 @@ class Loaded:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    streamer: Streamer | None = None
+
+    def close(self) -> None:
+        """Let go of files and threads; the model's memory goes with the object."""
+        if self.streamer is not None:
+            self.streamer.close()
 
 
 def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None, Loaded]:
@@ -71,12 +80,33 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
         place = _Placer(plan, device, dtype)
-        yield from _fill(model, checkpoint, place, cancel)
+        names = match_names(model, checkpoint)
+        away = elsewhere(model, names, plan.placement, device) if plan.placement else {}
+        streamed = {name for block in away.values() for name in block}
+        yield from _fill(model, checkpoint, {n: names[n] for n in names if n not in streamed}, place, cancel)
+        streamer = _stream(model, checkpoint, away, plan, device, dtype)
     _settle(model, device, place.int8)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _spare_the_heads_copy(model)
     _check_vocabulary(tokenizer, model, plan)
-    return Loaded(model, tokenizer, device, dtype)
+    return Loaded(model, tokenizer, device, dtype, streamer)
+
+
+def _stream(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    away: dict[int, Any],
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Streamer | None:
+    if not away or plan.placement is None:
+        return None
+    if plan.placement.mapped and not can_map(checkpoint, away, dtype):
+        raise Unsupported(
+            "Weights that are stored in another dtype cannot be used in place.", "Let them stream instead."
+        )
+    return stream(model, checkpoint, away, plan.placement, device, dtype, plan.spec.stored)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -112,8 +142,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _fill(model: PreTrainedModel, checkpoint: Checkpoint, place: _Placer, cancel: CancelToken) -> Iterator[Step]:
-    stored = match_names(model, checkpoint)
+def _fill(
+    model: PreTrainedModel, checkpoint: Checkpoint, stored: dict[str, str], place: _Placer, cancel: CancelToken
+) -> Iterator[Step]:
     total = sum(checkpoint.tensors[name].nbytes for name in stored.values())
     done = trimmed = 0
     for owner, members in by_module(stored).items():
@@ -136,6 +167,8 @@ class _Placer:
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
+        # What shares the machine with streamed blocks stays as small as they are.
+        self.as_stored = plan.placement is not None and device.type == "cpu"
         rest = rest_precision(compute_dtype(plan.precision, plan.place.dtypes), self.stored)
         self.precision = rest if plan.precision == "stored" else plan.precision
         # Beside exact packed layers the head would be what loses most; int8 ones lose as much themselves.
@@ -145,6 +178,8 @@ class _Placer:
     def __call__(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         if "qweight" in members or ("weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES):
             return self._packed(module, checkpoint, members)
+        if self.as_stored:
+            return self._as_stored(module, checkpoint, members)
         in_block = any(part.isdigit() for part in next(iter(members.values())).split("."))
         if self.precision == "int8" and isinstance(module, nn.Embedding):
             return self._int8_embedding(module, checkpoint, members)
@@ -154,6 +189,13 @@ class _Placer:
         for member, name in members.items():
             self._assign(module, member, self._read(module, member, checkpoint, name))
         return module
+
+    def _as_stored(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
+        runner = as_stored(module, checkpoint, members, self.dtype)
+        for member, name in members.items():
+            keeps = isinstance(runner, (StoredLinear, StoredEmbedding))
+            self._assign(runner, member, checkpoint.read(name, None if keeps else self.dtype))
+        return runner
 
     def _quantized(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         weight = checkpoint.read(members["weight"])
@@ -252,6 +294,10 @@ def _tie(model: PreTrainedModel, parameter: str, source: str, int8: type[Int8Lin
         head = model.get_submodule(head_name)
         bias = head.bias if isinstance(head, nn.Linear) else None
         model.set_submodule(head_name, int8(embedding.codes, embedding.scales, bias))
+    elif isinstance(embedding, StoredEmbedding):
+        model.set_submodule(
+            head_name, StoredLinear(embedding.weight, getattr(model.get_submodule(head_name), "bias", None))
+        )
     else:
         setattr(model.get_submodule(head_name), member, getattr(embedding, source.rpartition(".")[2]))
 

@@ -67,6 +67,12 @@ class Session:
         return self._last_receipt
 
     @property
+    def streamed_bytes(self) -> int:
+        """Bytes that the resident model has fetched from disk or RAM since it was loaded."""
+        streamer = self._loaded.streamer if self._loaded else None
+        return streamer.bytes_read if streamer else 0
+
+    @property
     def busy(self) -> str:
         """What is going on now ("Loading ..."), or ""."""
         return self._busy
@@ -272,6 +278,8 @@ class Session:
         return PeakMeter({} if force else limits)
 
     def _drop(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
         self._loaded = self._plan = self._load_receipt = None
         release_memory()
 
@@ -316,7 +324,8 @@ class Session:
             release_memory()
             before = _resident_bytes()
             loaded = yield from _guarded(loading, meter.check)
-            loader.warm_up(loaded)
+            if plan.placement is None or plan.placement.mapped:  # else it would read the disk once for nothing
+                loader.warm_up(loaded)
         release_memory()
         self._taken_bytes = _resident_bytes() - before
         self._overhead_bytes = before + self._taken_bytes - (plan.main.share("weights") if plan.device == "cpu" else 0)

@@ -1,0 +1,156 @@
+"""How fast this machine moves bytes: from its disks, from RAM, over the bus to a GPU.
+
+Measured once for each disk and for each version of torch, kept in LOWMEM_HOME, measured again on demand. Knows nothing of
+models; a disk is measured by reading a file that is there, past the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lowmem.settings import settings
+from lowmem.units import MB
+
+log = logging.getLogger("lowmem.machine")
+
+SECONDS = 2.0
+"""Long enough for a disk to leave its burst of credit behind, short enough to wait for."""
+
+CHUNK_BYTES = 4 << 20
+READERS = 2
+
+PROBE_BYTES = 64 * MB
+
+
+def disk_bandwidth(file: Path, again: bool = False) -> float:
+    """Bytes per second of sequential reads on the disk where `file` lies, about 2 s the first time.
+
+    Reads `file` itself: nothing is written. 0.0 when the file is empty or cannot be read.
+    """
+    key = f"disk {file.stat().st_dev}"
+    return _kept(key, again, lambda: _measure_disk(file))
+
+
+def ram_bandwidth(again: bool = False) -> float:
+    """Bytes per second at which this process multiplies a row by fp32 weights that lie in RAM."""
+    return _kept(f"ram {_threads()} threads", again, _measure_ram)
+
+
+def bus_bandwidth(device: str, again: bool = False) -> float:
+    """Bytes per second from pinned RAM to the GPU `device`."""
+    return _kept(f"bus {device}", again, lambda: _measure_bus(device))
+
+
+def kept(key: str, again: bool, measure: Callable[[], float]) -> float:
+    """A figure of this machine by name: measured now if it never was, or `again`."""
+    return _kept(f"{key} {_threads()} threads", again, measure)
+
+
+def _kept(key: str, again: bool, measure: Callable[[], float]) -> float:
+    figures = _figures()
+    if not again and figures.get(key):
+        return figures[key]
+    try:
+        measured = measure()
+    except OSError as error:
+        log.warning("%s could not be measured: %s", key, error)
+        return 0.0
+    if measured:
+        _keep({**_figures(), key: measured})
+    return measured
+
+
+def _measure_disk(file: Path) -> float:
+    from lowmem.offload.shards import Shard  # the same reads as those that are predicted
+
+    size = file.stat().st_size // CHUNK_BYTES * CHUNK_BYTES
+    if not size:
+        return 0.0
+    shard = Shard(file)
+    deadline = time.perf_counter() + SECONDS
+    started, offsets = time.perf_counter(), iter(range(0, 1 << 62, CHUNK_BYTES))
+
+    def work(_: int) -> int:
+        import mmap
+
+        read = 0
+        with mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as memory:
+            while time.perf_counter() < deadline:
+                # Counting up is atomic; two readers never take the same chunk.
+                shard.read(next(offsets) % size, memory, CHUNK_BYTES)
+                read += CHUNK_BYTES
+        return read
+
+    try:
+        with ThreadPoolExecutor(READERS) as readers:
+            total = sum(readers.map(work, range(READERS)))
+        return total / (time.perf_counter() - started)
+    finally:
+        shard.close()
+
+
+def _measure_ram() -> float:
+    import torch
+
+    weight, row = torch.zeros(4096, PROBE_BYTES // 4 // 4096), torch.zeros(1, PROBE_BYTES // 4 // 4096)
+    return rate(lambda: torch.nn.functional.linear(row, weight), weight.nbytes)
+
+
+def _measure_bus(device: str) -> float:
+    import torch
+
+    source = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(device)
+
+    return rate(copy, PROBE_BYTES)
+
+
+def rate(action: Callable[[], Any], nbytes: int, seconds: float = 0.3) -> float:
+    """Bytes per second of an action on `nbytes`: the median of the runs that fit into `seconds`, at least three."""
+    action()
+    runs: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(runs) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        action()
+        runs.append(time.perf_counter() - started)
+    return nbytes / sorted(runs)[len(runs) // 2]
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _path() -> Path:
+    return settings().home / "bandwidth.json"
+
+
+def _figures() -> dict[str, float]:
+    try:
+        return {str(key): float(value) for key, value in json.loads(_path().read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep(figures: dict[str, float]) -> None:
+    """Written beside and moved into place: two processes may measure at once."""
+    unfinished = _path().with_suffix(f".{os.getpid()}.tmp")
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(figures, indent=1))
+        unfinished.replace(_path())
+    except OSError as error:
+        log.warning("bandwidths could not be kept: %s", error)

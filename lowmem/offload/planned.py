@@ -1,0 +1,65 @@
+"""Plans with a placement: by budget, or as somebody chose it; and the number that would do where none fits.
+
+Decides, and says why; imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowmem.errors import DoesNotFit, Unsupported
+from lowmem.planning.estimate import compute_dtype, priced
+from lowmem.planning.placement import Placement, counted
+from lowmem.planning.plan import Plan
+from lowmem.planning.streaming import offload_precision, offloaded, smallest
+from lowmem.units import format_bytes
+
+LARGEST_BATCH = 256
+
+
+def by_budget(plan: Plan) -> Plan:
+    """`plan` with as many blocks at home as its budgets allow.
+
+    Raises:
+        DoesNotFit: not even one block at a time fits; says which budget would do.
+        Unsupported: the model cannot be taken apart.
+    """
+    found = offloaded(plan)
+    if found is not None and found.placement is not None:
+        streams = found.placement.streamed(found.place.kind)
+        reason = "All blocks fit." if not streams else f"{found.placement.sentence()}: what the budget holds stays."
+        return replace(found, reason=reason)
+    least = smallest(plan)
+    over = next((budget for budget in least.budgets if budget.verdict == "over"), None)
+    if over is None:
+        raise Unsupported(f"{plan.spec.name} cannot run block by block on {plan.place.name}.", "Choose another model.")
+    memory = "GPU memory" if over.memory == "vram" else "RAM"
+    raise DoesNotFit(
+        f"Even one block at a time, {plan.spec.name} needs {format_bytes(over.peak)} of {memory}; the budget is "
+        f"{format_bytes(over.limit)}.",
+        f"Allow at least {format_bytes(over.peak * 1.01)}, or shorten the context.",
+    )
+
+
+def placed(plan: Plan, placement: Placement) -> Plan:
+    """`plan` with the blocks where somebody wants them; on disk in place where the RAM budget holds them too."""
+    chosen = replace(plan, precision=offload_precision(plan), reason=f"As chosen: {placement.sentence()}.")
+    if _may_map(chosen) and placement.indices("disk"):
+        mapped = priced(chosen, placement=replace(placement, mapped=True))
+        if mapped.verdict != "over":
+            return replace(mapped, reason=f"{mapped.reason} The RAM budget holds them, so they are used in place.")
+    return priced(chosen, placement=placement)
+
+
+def _may_map(plan: Plan) -> bool:
+    """Blocks can be used in place on a CPU that computes in the dtype that is stored."""
+    dtype = compute_dtype(plan.precision, plan.place.dtypes)
+    return plan.place.kind == "cpu" and all(tensor.dtype == dtype for tensor in counted(plan.spec))
+
+
+def largest_batch(plan: Plan) -> int:
+    """The most sequences at once that the budgets allow: one pass of the weights serves them all. At least 1."""
+    size = 1
+    while size < LARGEST_BATCH and priced(plan, batch=2 * size).verdict != "over":
+        size *= 2
+    return size

@@ -1,0 +1,233 @@
+"""One prompt through an offloaded model: plan, load, generate, and what it cost next to what was predicted.
+
+The command line, the tab and the benchmark run this; `job` is the same in a process of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.generate.options import GenerateOptions
+from lowmem.machine.monitor import PeakMeter
+from lowmem.models.describe import weight_files
+from lowmem.models.fetch import fetch
+from lowmem.models.files import LocalFolder
+from lowmem.models.source import read_spec
+from lowmem.offload.planned import by_budget, placed
+from lowmem.offload.predict import Speed, predict
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.placement import all_at_home, chosen
+from lowmem.planning.plan import Plan
+from lowmem.planning.planner import plan as make_plan
+from lowmem.planning.streaming import offload_precision
+from lowmem.runtime.session import Session
+
+METHODS = ("auto", "resident", "ram", "disk", "both", "accelerate")
+"""By budget; all at home; blocks in RAM, on disk, half of them each; and the last placement through accelerate's hooks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What somebody said about blocks: numbers for a place; None leaves all to the budget.
+
+    Args:
+        ram, disk: blocks to be sent there. On a CPU, RAM is home.
+    """
+
+    ram: tuple[int, ...] | None = None
+    disk: tuple[int, ...] | None = None
+
+    @property
+    def chosen(self) -> bool:
+        return self.ram is not None or self.disk is not None
+
+
+def plan_for(
+    session: Session,
+    model: str,
+    goal: Goal,
+    ram: int | None = None,
+    vram: int | None = None,
+    where: Where | None = None,
+) -> Plan:
+    """The plan of an offloaded run.
+
+    Raises:
+        DoesNotFit: the budget is below what one block at a time takes; says which would do.
+        BadInput: blocks that there are not, a budget below 100 MB.
+    """
+    hardware = session.hardware()
+    # The precision of a resident model is another question: what streams is what is stored.
+    base = make_plan(read_spec(model), hardware, limits_from(hardware, ram, vram), goal)
+    if goal.precision == "auto":
+        base = replace(base, precision=offload_precision(base))
+    if where is None or not where.chosen:
+        return by_budget(base)
+    placement = all_at_home(base.spec, base.place.kind)
+    for place, indices in (("ram", where.ram), ("disk", where.disk)):
+        placement = chosen(placement, place, indices or ())
+    return placed(base, placement)
+
+
+def where(method: str, layers: int) -> Where:
+    """The blocks that a method of the comparison sends away."""
+    everything = tuple(range(layers))
+    if method == "ram":
+        return Where(ram=everything)
+    if method in ("disk", "accelerate"):
+        return Where(disk=everything)
+    if method == "both":
+        return Where(ram=everything[: layers // 2], disk=everything[layers // 2 :])
+    return Where(ram=()) if method == "resident" else Where()
+
+
+def run(
+    session: Session,
+    plan: Plan,
+    prompts: Sequence[str],
+    options: GenerateOptions,
+    cancel: CancelToken | None = None,
+    *,
+    raw: bool = False,
+    again: bool = False,
+    force: bool = False,
+) -> Iterator[Step | Chunk | Completion | Receipt]:
+    """Load `plan` unless it is loaded, and answer: one prompt as a stream, several at once as completions.
+
+    The receipt's details say where the blocks were, bytes read, and seconds per token, predicted and measured.
+    """
+    cancel = cancel or CancelToken()
+    folder = yield from fetch(plan.spec.ref, cancel)
+    yield Step(0, 0, "Measuring how fast this machine reads")
+    speed = predict(plan, folder / weight_files(LocalFolder(folder))[0], again)
+    if session.plan is None or replace(session.plan, budgets=(), hardware=plan.hardware) != replace(plan, budgets=()):
+        yield from (event for event in session.load(plan, cancel, force=force) if isinstance(event, Step))
+    yield Step(0, 0, "Reading the first blocks")
+    before = session.streamed_bytes
+    if len(prompts) == 1:
+        events: Iterator[Any] = session.generate(prompts[0], options, cancel, raw=raw, force=force)
+    else:
+        events = session.batch(prompts, options, cancel, raw=raw, batch_size=len(prompts), force=force)
+    for event in events:
+        yield _complete(event, plan, speed, session.streamed_bytes - before) if isinstance(event, Receipt) else event
+
+
+def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int) -> Receipt:
+    each = {"tokens_per_second": receipt.decode_tps}
+    if receipt.action == "generate" and receipt.decode_tps:
+        each["seconds_per_token"] = 1 / receipt.decode_tps
+    elif receipt.new_tokens:
+        # A pass makes a token for every sequence; the prompt's is one more pass.
+        steps = -(-receipt.new_tokens // int(receipt.details["completions"]))
+        each["seconds_per_token"] = receipt.seconds / steps
+    return replace(
+        receipt,
+        action="offload",
+        details={
+            **receipt.details,
+            **each,
+            "placement": plan.placement.sentence() if plan.placement else "all blocks at home",
+            "blocks": list(plan.placement.blocks) if plan.placement else [],
+            "mapped": bool(plan.placement and plan.placement.mapped),
+            "bytes_read": read,
+            "bytes_per_token": speed.disk_bytes,
+            "predicted_seconds_per_token": speed.seconds_per_token,
+            "bound_by": speed.bound_by,
+            "disk_bytes_per_second": speed.disk_rate,
+        },
+    )
+
+
+def job(
+    model: str,
+    method: str,
+    prompt: str,
+    new_tokens: int,
+    ram: int | None = None,
+    vram: int | None = None,
+    context: int = 512,
+    batch: int = 1,
+    disk: list[int] | None = None,
+    in_ram: list[int] | None = None,
+) -> Generator[Step, None, dict[str, Any]]:
+    """One method of the comparison, in a process of its own; returns the receipt as a dictionary.
+
+    Args:
+        method: one of `METHODS`.
+        disk, in_ram: blocks for "auto" that are chosen instead of left to the budget.
+    """
+    if method not in METHODS:
+        raise BadInput(f"There is no method {method!r}.", f"Choose one of {', '.join(METHODS)}.")
+    session = Session()
+    yield Step(0, 0, "Starting torch")
+    layers = read_spec(model).layers
+    places = where(method, layers)
+    if method == "auto" and (disk is not None or in_ram is not None):
+        places = Where(None if in_ram is None else tuple(in_ram), None if disk is None else tuple(disk))
+    plan = plan_for(session, model, Goal(context=context, batch=batch), ram, vram, places)
+    options = GenerateOptions(max_new_tokens=new_tokens, greedy=True)
+    if method == "accelerate":
+        return (yield from _accelerate(plan, prompt, options))
+    receipt: Receipt | None = None
+    for event in run(session, plan, [prompt] * batch, options, raw=True):
+        if isinstance(event, Receipt):
+            receipt = event
+        elif isinstance(event, Chunk):
+            yield Step(event.new_tokens, new_tokens, "Decoding", "tokens")
+        elif isinstance(event, Step):
+            yield event
+    assert receipt is not None  # every action ends in one
+    return receipt.as_dict()
+
+
+def _accelerate(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, None, dict[str, Any]]:
+    from lowmem.generate.prompts import encode_prompt
+    from lowmem.generate.text import stream
+    from lowmem.offload import reference
+
+    folder = yield from fetch(plan.spec.ref, CancelToken())
+    yield Step(0, 0, "Loading the way accelerate does")
+    started, before = time.perf_counter(), _read_bytes()
+    last: Chunk = Chunk("")
+    with PeakMeter() as meter:
+        loaded = reference.load(plan, folder)
+        ids = encode_prompt(loaded.tokenizer, prompt, True)
+        for event in stream(
+            loaded.model, loaded.tokenizer, ids, options, context=plan.spec.context, cancel=CancelToken()
+        ):
+            if isinstance(event, Chunk):
+                last = event
+                yield Step(event.new_tokens, options.max_new_tokens, "Decoding", "tokens")
+    seconds = 1 / last.decode_tps if last.decode_tps else 0.0
+    return Receipt(
+        action="offload",
+        model=plan.spec.name,
+        precision=plan.precision,
+        device=plan.device,
+        seconds=time.perf_counter() - started,
+        measured=meter.peak,
+        prompt_tokens=last.prompt_tokens,
+        new_tokens=last.new_tokens,
+        decode_tps=last.decode_tps,
+        details={
+            "placement": plan.placement.sentence() if plan.placement else "",
+            "seconds_per_token": seconds,
+            "bytes_read": max(0, _read_bytes() - before),
+            "method": "accelerate",
+        },
+    ).as_dict()
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has had fetched from disks (Linux; 0 elsewhere)."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)

@@ -1,0 +1,216 @@
+"""Predicted peaks of plans whose blocks are not all in one memory, and the placement that a budget allows.
+
+The counting of `planning.estimate`, with weights where they live, and the two blocks that are on their way. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from lowmem.models.quantization import BNB
+from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.planning import estimate
+from lowmem.planning.placement import (
+    PAGE,
+    SLOTS,
+    TILE_BYTES,
+    Placement,
+    all_at_home,
+    block_index,
+    counted,
+    home,
+    spread,
+    stored_block_bytes,
+)
+from lowmem.planning.plan import Budget, Line, Plan
+from lowmem.planning.precision import available
+from lowmem.units import format_bytes
+
+
+def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
+    """Predicted peak per memory, as `estimate.estimate` gives it for a plan without a placement."""
+    dtype = estimate.compute_dtype(plan.precision, plan.place.dtypes)
+    on_gpu = plan.place.kind == "cuda"
+    kind = "cuda" if on_gpu else "cpu"
+    at_home = home(kind)
+    here = _home_bytes(plan, placement, dtype)
+    if placement.mapped and not on_gpu:
+        here += sum(stored_block_bytes(plan.spec)[index] for index in placement.indices("disk"))
+    streamed = placement.streamed(kind)
+    count = len(placement.indices(at_home))
+    running = (
+        *_action_lines(plan, dtype),
+        Line("scratch", _ring_bytes(plan.spec, streamed), f"{SLOTS} blocks on their way, as they are stored."),
+        Line(
+            "scratch", _tile_bytes(plan, streamed, dtype, on_gpu), "Stored weights turned into numbers to compute with."
+        ),
+    )
+    # Buffers of the run come into being after loading, so the larger of the two counts.
+    loading = _loading_bytes(plan, placement, dtype) - sum(line.count for line in running)
+    lines = (
+        Line("weights", here, f"{count} of {plan.spec.layers} blocks, and what is no block: {plan.precision_label}."),
+        *(estimate.kernel_lines(plan) if count else ()),
+        *running,
+        Line("scratch", max(0, loading), "What loading needs beyond that."),
+    )
+    runtime = Line(
+        "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
+    )
+    if not on_gpu:
+        return (Budget("ram", (*lines, runtime), plan.limits.ram),)
+    workspace = Line("overhead", estimate.CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
+    vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
+    sizes = stored_block_bytes(plan.spec)
+    waiting = placement.indices("ram")
+    ram_lines = (
+        Line("weights", sum(sizes[index] for index in waiting), f"{len(waiting)} blocks in RAM, as they are stored."),
+        Line("scratch", _ring_bytes(plan.spec, placement.indices("disk")), f"{SLOTS} blocks on their way from disk."),
+        Line("overhead", estimate.CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
+        Line("scratch", 2 * estimate.SLAB_BYTES, "Weights on their way from disk to the GPU."),
+    )
+    return (Budget("ram", (*ram_lines, runtime), plan.limits.ram), vram)
+
+
+def _home_tensors(plan: Plan, placement: Placement) -> list[Tensor]:
+    """What stays in the memory of the device that computes."""
+    resident = {None, *placement.indices(home(plan.place.kind))}
+    return [tensor for tensor in counted(plan.spec) if block_index(tensor.name) in resident]
+
+
+def _loading_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
+    """The most that loading holds beside what stays; on a CPU only packed layers are not read right into their places."""
+    tensors = _home_tensors(plan, placement)
+    if plan.place.kind == "cpu":
+        tensors = [tensor for tensor in tensors if tensor.packed_layer]
+    at_home = replace(plan.spec, tensors=tuple(tensors), tied=False)
+    return estimate.loading_peak(at_home, plan.precision, dtype) - estimate.weight_bytes(at_home, plan.precision, dtype)
+
+
+def _home_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
+    return sum(_held_bytes(plan, tensor, dtype) for tensor in _home_tensors(plan, placement))
+
+
+def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
+    packed = plan.precision == "stored" and tensor.packed_layer
+    if packed or plan.place.kind != "cpu":
+        return estimate.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
+    # Beside streamed blocks a CPU keeps matrices as they are stored.
+    return tensor.nbytes if len(tensor.shape) > 1 else tensor.elements * DTYPE_BYTES[dtype]
+
+
+def _action_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    spec, batch = plan.spec, plan.batch
+    chunk = min(plan.prefill_chunk, plan.context)
+    activations = estimate.activation_bytes(spec, chunk * batch, plan.context, dtype)
+    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
+    per_token = format_bytes(estimate.kv_bytes(spec, 1, 1, dtype, plan.kv))
+    return (
+        Line(
+            "kv",
+            estimate.kv_bytes(spec, plan.context, batch, dtype, plan.kv),
+            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
+        ),
+        Line(
+            "activations",
+            activations + estimate.logits_bytes(spec, batch, dtype),
+            f"One block at work on {chunk:,} tokens x {batch}, and the logits.",
+        ),
+        Line("scratch", dequantized, "A layer of the quantized cache, unfolded."),
+    )
+
+
+def _ring_bytes(spec: ModelSpec, streamed: tuple[int, ...]) -> int:
+    if not streamed:
+        return 0
+    sizes = stored_block_bytes(spec)
+    # A range of a file is read in whole pages, and a buffer begins on one.
+    return min(SLOTS, len(streamed)) * (max(sizes[index] for index in streamed) + 3 * PAGE)
+
+
+def _tile_bytes(plan: Plan, streamed: tuple[int, ...], dtype: str, on_gpu: bool) -> int:
+    spec = plan.spec
+    if plan.precision == "stored":
+        largest = max((rows * columns for rows, columns in spec.packed_layers.values()), default=0)
+        whole = largest * (DTYPE_BYTES[dtype] + 4)
+        if spec.stored and spec.stored.method == BNB and spec.stored.bits == 4:
+            return largest * DTYPE_BYTES[dtype]  # bitsandbytes multiplies a layer out in one piece
+    elif any(t.dtype != dtype and len(t.shape) > 1 for t in counted(spec)):
+        matrices = (t for t in counted(spec) if len(t.shape) > 1 and block_index(t.name) in streamed)
+        whole = max((t.elements * DTYPE_BYTES[dtype] for t in matrices), default=0)
+    else:
+        whole = 0
+    return whole if on_gpu else min(whole, 2 * TILE_BYTES)
+
+
+def offloaded(plan: Plan) -> Plan | None:
+    """`plan` with as many blocks at home as its budgets allow, and the others as near as possible.
+
+    None when even one block at a time does not fit, or when the model's blocks are not known.
+    """
+    kind = plan.place.kind
+    if kind == "mps" or plan.spec.layers < 1 or len([s for s in stored_block_bytes(plan.spec) if s]) < plan.spec.layers:
+        return None
+    base = replace(plan, precision=offload_precision(plan), placement=None)
+    if kind == "cpu":
+        return _most(base, lambda count: _on_cpu(base, count))
+    return _most(base, lambda count: _on_gpu(base, count))
+
+
+def smallest(plan: Plan) -> Plan:
+    """`plan` with every block on disk: nothing takes less memory."""
+    precision = offload_precision(plan)
+    return estimate.priced(plan, precision=precision, placement=Placement(("disk",) * plan.spec.layers))
+
+
+def offload_precision(plan: Plan) -> str:
+    """What an offloaded model is computed in: what is stored stays as it is, so only the computation's dtype matters."""
+    if plan.spec.quantization:
+        return "stored"
+    stored = {tensor.dtype for tensor in counted(plan.spec) if len(tensor.shape) > 1}
+    if plan.precision in ("fp32", "fp16", "bf16"):
+        return plan.precision
+    best = plan.place.dtypes[0]
+    if plan.place.kind == "cpu" and stored == {"bf16"} and "bf16" in plan.place.dtypes:
+        return "bf16"
+    return best if available(best, plan.hardware, plan.device, plan.spec) is None else "fp32"
+
+
+def _on_cpu(plan: Plan, count: int) -> Placement:
+    blocks = ["disk"] * plan.spec.layers
+    for index in spread(count, plan.spec.layers):
+        blocks[index] = "ram"
+    return Placement(tuple(blocks))
+
+
+def _on_gpu(plan: Plan, count: int) -> Placement:
+    """`count` blocks on the GPU; of the others as many in RAM as fit."""
+    blocks = ["disk"] * plan.spec.layers
+    for index in spread(count, plan.spec.layers):
+        blocks[index] = "gpu"
+    others = [index for index, place in enumerate(blocks) if place == "disk"]
+    low, high = 0, len(others)
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _in_ram(blocks, others, middle)
+        ram = estimate.priced(plan, placement=tried).budget("ram")
+        low, high = (middle, high) if ram and ram.verdict != "over" else (low, middle - 1)
+    return _in_ram(blocks, others, low)
+
+
+def _in_ram(blocks: list[str], others: list[int], count: int) -> Placement:
+    near = {others[place] for place in spread(count, len(others))}
+    return Placement(tuple("ram" if index in near else place for index, place in enumerate(blocks)))
+
+
+def _most(plan: Plan, place: Callable[[int], Placement]) -> Plan | None:
+    """The plan with most blocks at home that is not over its budgets."""
+    everything = estimate.priced(plan, placement=all_at_home(plan.spec, plan.place.kind))
+    if everything.verdict != "over":
+        return everything
+    low, high = -1, plan.spec.layers - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = estimate.priced(plan, placement=place(middle))
+        low, high = (middle, high) if tried.verdict != "over" else (low, middle - 1)
+    return estimate.priced(plan, placement=place(low)) if low >= 0 else None
