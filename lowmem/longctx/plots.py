@@ -114,7 +114,7 @@ def _places(points: Sequence[Point], value: Callable[[Point], float | None]) -> 
     return [(point.tokens, found) for point in points if (found := value(point)) is not None]
 
 
-def _legend(names: Sequence[str], y: float, width: float) -> tuple[list[Shape], float]:
+def _legend(names: Sequence[str], y: int, width: float) -> tuple[list[Shape], int]:
     """A coloured box and a name each, in lines; and the height that more than one line takes."""
     shapes: list[Shape] = []
     x, top = float(MARGIN), y
