@@ -14,8 +14,9 @@ from lowmem.measure.drawing import GREY, Bar, Dot, Label, Line, Shape, Sheet
 from lowmem.measure.plots import COLORS, FAINT, _Axis
 from lowmem.units import format_bytes
 
-WIDTH, MARGIN, GAP = 1200, 28, 70
-TOP, PLOT_HEIGHT, LEGEND_HEIGHT = 96, 260, 30
+PANEL_WIDTH, PLOT_HEIGHT, PANEL_HEIGHT = 335, 250, 360
+MARGIN, GAP, TOP = 28, 70, 126
+LEGEND_STEP = 24
 _LOGARITHMIC_FROM = 8
 """Values that differ by more than this factor are drawn on a logarithmic axis."""
 
@@ -31,24 +32,27 @@ class Curve:
     places: Places
 
 
-def picture(points: Sequence[Point], title: str = "") -> Sheet:
-    """The exercise: perplexity, time for a token and memory of the cache along the text."""
+def picture(points: Sequence[Point], title: str = "", columns: int = 3) -> Sheet:
+    """The exercise: perplexity, time for a token and memory of the cache along the text, `columns` panels abreast."""
     panels: list[tuple[str, str, Callable[[Point], float | None], Callable[[float], str]]] = [
         ("Perplexity", "of the stretch before; smaller is better", lambda p: p.perplexity, lambda v: f"{v:,.4g}"),
         ("Time", "for one more token, ms", lambda p: 1000 * (p.token_seconds or 0) or None, lambda v: f"{v:,.4g}"),
         ("Memory", "of keys and values", lambda p: p.kv_bytes or None, format_bytes),
     ]
     ways = list(by_way(points).items())
-    width = (WIDTH - 2 * MARGIN - 2 * GAP) / 3
+    width = 2 * MARGIN + columns * PANEL_WIDTH + (columns - 1) * GAP
     shapes: list[Shape] = [Label(MARGIN, 24, title, 18, bold=True)] if title else []
-    shapes += _legend([name for name, _ in ways], 54)
+    legend, height = _legend([name for name, _ in ways], 54, width)
+    shapes += legend
     for number, (heading, unit, value, shown) in enumerate(panels):
         curves = [
             Curve(name, COLORS[index % len(COLORS)], _places(found, value)) for index, (name, found) in enumerate(ways)
         ]
-        x = MARGIN + number * (width + GAP)
-        shapes += panel(curves, x, TOP + 30, width, PLOT_HEIGHT, heading, unit, shown)
-    return Sheet(WIDTH, TOP + 30 + PLOT_HEIGHT + 60, tuple(shapes), title or "Ways to read a long text")
+        row, column = divmod(number, columns)
+        x, y = MARGIN + column * (PANEL_WIDTH + GAP), TOP + height + row * PANEL_HEIGHT
+        shapes += panel(curves, x, y, PANEL_WIDTH, PLOT_HEIGHT, heading, unit, shown)
+    rows = -(-len(panels) // columns)
+    return Sheet(width, TOP + height + rows * PANEL_HEIGHT - 40, tuple(shapes), title or "Ways to read a long text")
 
 
 def perplexity_sheet(places: Places) -> Sheet:
@@ -110,12 +114,17 @@ def _places(points: Sequence[Point], value: Callable[[Point], float | None]) -> 
     return [(point.tokens, found) for point in points if (found := value(point)) is not None]
 
 
-def _legend(names: Sequence[str], y: float) -> Iterator[Shape]:
-    x = float(MARGIN)
+def _legend(names: Sequence[str], y: int, width: float) -> tuple[list[Shape], int]:
+    """A coloured box and a name each, in lines; and the height that more than one line takes."""
+    shapes: list[Shape] = []
+    x, top = float(MARGIN), y
     for index, name in enumerate(names):
-        yield Bar(x, y - 6, 18, 12, COLORS[index % len(COLORS)])
-        yield Label(x + 26, y, name, 13)
-        x += 26 + 7.4 * len(name) + 24
+        room = 26 + 7.4 * len(name) + 24
+        if x > MARGIN and x + room > width:
+            x, y = float(MARGIN), y + LEGEND_STEP
+        shapes += [Bar(x, y - 6, 18, 12, COLORS[index % len(COLORS)]), Label(x + 26, y, name, 13)]
+        x += room
+    return shapes, y - top
 
 
 def _short(tokens: float) -> str:

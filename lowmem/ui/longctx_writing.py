@@ -100,7 +100,7 @@ class ChatMode:
     def wire(self, tab: LongContextTab, sidebar: Sidebar) -> None:
         self.tab = tab
         inputs = [*tab.source, self.history, self.message, *tab.options]
-        self.runner.wire(sidebar, inputs, [self.history, self.message, self.live], self._start)
+        self.runner.wire(sidebar, inputs, [self.history, self.message, self.live], self._start, [self.message.submit])
 
     def _start(
         self, token: CancelToken, text: str, file: str, address: str, history: list[Any], message: str, *values: Any

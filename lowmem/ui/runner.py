@@ -36,10 +36,13 @@ class Runner:
         self.progress = gr.HTML(elem_id=f"{kind}-progress")
         self.notice = gr.HTML(elem_id=f"{kind}-notice")
 
-    def wire(self, sidebar: Sidebar, inputs: list[Any], outputs: list[Any], start: Start) -> None:
+    def wire(
+        self, sidebar: Sidebar, inputs: list[Any], outputs: list[Any], start: Start, also: Sequence[Any] = ()
+    ) -> None:
+        """`also`: further events that start it."""
         self._start, self._count = start, len(outputs)
         own = [self.run, self.stop, self.progress, self.notice]
-        begun = self.run.click(self._begin, None, own, **QUICK)
+        begun = gr.on([self.run.click, *also], self._begin, None, own, **QUICK)
         sidebar.after(begun.then(self._go, inputs, [*own, *outputs], **HEAVY))
         self.stop.click(self._stop, None, self.progress, **QUICK)
 
