@@ -28,7 +28,7 @@ from lowmem.planning.placement import block_index
 from lowmem.units import GiB, MiB, format_bytes
 from tests import memlimit
 
-SEVEN = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
+SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
 PROMPT = "The history of the steam engine begins"
 GROUP = 128
 
@@ -64,7 +64,9 @@ def seven_rows(folder: Path, demo: Path) -> Iterator[dict[str, Any]]:
     if not (half / "config.json").exists():
         write_random_model(half, **SEVEN, dtype="fp16", tokenizer_from=demo)
     for batch in (1, 16):
-        yield row(f"7B 4-bit in 2 GiB, batch {batch}", str(packed), 2 * GiB, 8, "--context", 32, "--raw", "--batch", batch)
+        yield row(
+            f"7B 4-bit in 2 GiB, batch {batch}", str(packed), 2 * GiB, 8, "--context", 32, "--raw", "--batch", batch
+        )
     yield row("7B fp16 in 3 GiB", str(half), 3 * GiB, 4, "--context", 32, "--raw", "--precision", "fp32")
 
 
@@ -104,7 +106,13 @@ def write_packed(folder: Path, tokenizer: Path) -> None:
     write_shards(folder, _packed_tensors(spec.tensors, stored))
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = SEVEN["layers"]
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": True,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from lowmem.errors import BadInput
-from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.events import Chunk, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.models.source import read_spec

@@ -42,7 +42,9 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
     running = (
         *_action_lines(plan, dtype),
         Line("scratch", _ring_bytes(plan.spec, streamed), f"{SLOTS} blocks on their way, as they are stored."),
-        Line("scratch", _tile_bytes(plan, streamed, dtype, on_gpu), "Stored weights turned into numbers to compute with."),
+        Line(
+            "scratch", _tile_bytes(plan, streamed, dtype, on_gpu), "Stored weights turned into numbers to compute with."
+        ),
     )
     # Buffers of the run come into being after loading, so the larger of the two counts.
     loading = _loading_bytes(plan, placement, dtype) - sum(line.count for line in running)

@@ -295,7 +295,9 @@ def _tie(model: PreTrainedModel, parameter: str, source: str, int8: type[Int8Lin
         bias = head.bias if isinstance(head, nn.Linear) else None
         model.set_submodule(head_name, int8(embedding.codes, embedding.scales, bias))
     elif isinstance(embedding, StoredEmbedding):
-        model.set_submodule(head_name, StoredLinear(embedding.weight, getattr(model.get_submodule(head_name), "bias", None)))
+        model.set_submodule(
+            head_name, StoredLinear(embedding.weight, getattr(model.get_submodule(head_name), "bias", None))
+        )
     else:
         setattr(model.get_submodule(head_name), member, getattr(embedding, source.rpartition(".")[2]))
 

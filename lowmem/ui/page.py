@@ -7,8 +7,10 @@ import gradio as gr
 from lowmem.ui import render
 from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
+from lowmem.ui.depot import Depot
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.generate import GenerateTab
+from lowmem.ui.offload import OffloadTab
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -49,6 +51,8 @@ def build_ui(
                 generate = GenerateTab(engine, jobs, sidebar, model)
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+            with gr.Tab(say("offload"), id="offload"):
+                offload = OffloadTab(Depot(engine), jobs, sidebar)
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
         opened = sidebar.after(
@@ -56,6 +60,7 @@ def build_ui(
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
+        offload.shown(opened)
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)
