@@ -28,7 +28,7 @@ from lowmem.planning.placement import block_index
 from lowmem.units import GiB, MiB, format_bytes
 from tests import memlimit
 
-SEVEN = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
+SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
 PROMPT = "The history of the steam engine begins"
 GROUP = 128
 

@@ -145,6 +145,12 @@ def running(tmp_path: Path) -> Iterator[tuple[PreTrainedModel, Path]]:
     offloaded.streamer.close()
 
 
+def passes(model: PreTrainedModel) -> None:
+    """Enough for blocks that were read ahead not to be the last."""
+    for _ in range(3):
+        logits(model)
+
+
 def test_a_truncated_file_is_named(running: tuple[PreTrainedModel, Path]) -> None:
     model, file = running
     size = file.stat().st_size
@@ -152,8 +158,7 @@ def test_a_truncated_file_is_named(running: tuple[PreTrainedModel, Path]) -> Non
     with pytest.raises(
         CorruptModel, match=rf"changed while the model ran: it had {size:,} bytes and has {size // 2:,}"
     ):
-        for _ in range(3):
-            logits(model)
+        passes(model)
     with pytest.raises(CorruptModel):
         logits(model)
 
@@ -161,18 +166,16 @@ def test_a_truncated_file_is_named(running: tuple[PreTrainedModel, Path]) -> Non
 def test_a_replaced_shard_is_named(running: tuple[PreTrainedModel, Path]) -> None:
     model, file = running
     shutil.copyfile(file, file.with_suffix(".new"))
-    os.replace(file.with_suffix(".new"), file)
+    file.with_suffix(".new").replace(file)
     with pytest.raises(CorruptModel, match="was replaced while the model ran"):
-        for _ in range(3):
-            logits(model)
+        passes(model)
 
 
 def test_a_disk_that_is_gone_is_named(running: tuple[PreTrainedModel, Path]) -> None:
     model, file = running
     away = file.rename(file.with_name("elsewhere"))
     with pytest.raises(ModelNotFound, match="is not there any more"):
-        for _ in range(3):
-            logits(model)
+        passes(model)
     away.rename(file)
     logits(model)
 
@@ -195,7 +198,7 @@ def test_no_block_to_move_is_said(tmp_path: Path) -> None:
 def test_other_weights_than_the_folders_are_noticed(tmp_path: Path) -> None:
     model = deep_toy(tmp_path)
     model.model.layers[3].input_layernorm.weight += 0.5
-    with pytest.raises(CorruptModel, match="layers.3.input_layernorm"):
+    with pytest.raises(CorruptModel, match="input_layernorm"):
         apply(model, tmp_path, Placement(("disk",) * 5))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import toys
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lowmem.errors import BadInput, CorruptModel, DoesNotFit
 from lowmem.events import Chunk, Receipt
@@ -224,7 +225,12 @@ def test_int8_and_nf4_stream_as_they_are_stored(method: str, bits: int, session:
         pytest.skip("there is no such layout")
     from test_quant_own_layouts import quantize
 
-    source, out = toys.save_toy("llama", tmp_path / "source"), tmp_path / "out"
+    source, out = tmp_path / "source", tmp_path / "out"
+    config = toys.config("llama")
+    config.update({"intermediate_size": 128})  # rows are whole blocks of 64
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(source)
+    toys.tokenizer().save_pretrained(source)
     quantize(source, out, (method, {} if method == "int8_dynamic" else {"bits": bits}))
     reference = session_states(Session(), plan_for(session, str(out), Goal(context=64), where=Where(disk=())))
     states = session_states(session, plan_for(session, str(out), Goal(context=64), where=ALL))

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lowmem.machine import processor
 from lowmem.settings import settings
 from lowmem.units import MB
 
@@ -51,6 +52,11 @@ def bus_bandwidth(device: str, again: bool = False) -> float:
 def kept(key: str, again: bool, measure: Callable[[], float]) -> float:
     """A figure of this machine by name: measured now if it never was, or `again`."""
     return _kept(f"{key} {_threads()} threads", again, measure)
+
+
+def known() -> bool:
+    """Has anything been measured here yet?"""
+    return bool(_figures())
 
 
 def _kept(key: str, again: bool, measure: Callable[[], float]) -> float:
@@ -128,10 +134,9 @@ def rate(action: Callable[[], Any], nbytes: int, seconds: float = 0.3) -> float:
     return nbytes / sorted(runs)[len(runs) // 2]
 
 
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+def _threads() -> str:
+    # As torch will count them, without importing it: figures that are kept are asked for on every move of a slider.
+    return os.environ.get("OMP_NUM_THREADS") or str(processor.cores())
 
 
 def _path() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -147,7 +148,7 @@ def _codes(
     if stored.bits == 8:
         return StoredInt8(weight, largest=127 if stored.method == BNB else 1)
     parts = {part: checkpoint.read(name) for part, name in members.items()}
-    made = bnb_linear.stored4(layer, parts, outputs, inputs, torch.device("cpu"), dtype)
+    made: Any = bnb_linear.stored4(layer, parts, outputs, inputs, torch.device("cpu"), dtype)
     runner = StoredNf4(weight, made.weight.quant_state, inputs, outputs)
     runner.described = tuple(part for part in members if part.startswith("weight."))
     return runner

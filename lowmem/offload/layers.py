@@ -61,7 +61,7 @@ class StoredLinear(nn.Module):
         outputs, inputs = weight.shape[::-1] if transposed else weight.shape
         self.out_features, self.in_features = outputs, inputs
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self._transposed else self.weight
@@ -90,7 +90,7 @@ class StoredInt8(StoredLinear):
     def __init__(self, weight: Tensor, largest: int) -> None:
         super().__init__(weight, None)
         self._largest = largest
-        for part in ("weight_scale", "SCB", "bias"):
+        for part in ("weight_scale", "SCB"):
             self.register_parameter(part, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,6 +107,9 @@ class StoredInt8(StoredLinear):
 
 class StoredNf4(nn.Module):
     """`y = x W^T + b` with 4-bit codes of bitsandbytes; what describes them (`state`) stays at home."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, state: Any, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -143,6 +146,12 @@ class StoredPacked(nn.Module):
         name: of the layer, for errors.
         inputs, outputs: its shape.
     """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, stored: Quantization, name: str, inputs: int, outputs: int) -> None:
         super().__init__()

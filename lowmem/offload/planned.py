@@ -41,10 +41,10 @@ def by_budget(plan: Plan) -> Plan:
     )
 
 
-def placed(plan: Plan, placement: Placement) -> Plan:
-    """`plan` with the blocks where somebody wants them; on disk in place where the RAM budget holds them too."""
+def placed(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
+    """`plan` with the blocks where somebody wants them; on disk in place where that is allowed and the RAM budget holds them."""
     chosen = replace(plan, precision=offload_precision(plan), reason=f"As chosen: {placement.sentence()}.")
-    if _may_map(chosen) and placement.indices("disk"):
+    if may_map and _may_map(chosen) and placement.indices("disk"):
         mapped = priced(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
             return replace(mapped, reason=f"{mapped.reason} The RAM budget holds them, so they are used in place.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowmem.machine import bandwidth
 from lowmem.models.quantization import BNB, INT8
@@ -112,7 +113,7 @@ def _stored_rate(dtype: str) -> float:
 
     layer = StoredLinear(torch.zeros(4 * PROBE, PROBE, dtype=TORCH_DTYPES[dtype]), None)
     row = torch.zeros(1, PROBE)
-    return bandwidth.rate(lambda: layer(row), layer.weight.nbytes)
+    return bandwidth.rate(lambda: layer(row), int(layer.weight.nbytes))
 
 
 def _packed_rate(plan: Plan) -> float:
@@ -148,9 +149,9 @@ def _nf4_rate(layout: str) -> float:
     from lowmem.quant.bnb_linear import packed4, stored4
 
     weight = torch.zeros(4 * PROBE, PROBE)
-    made = stored4(
+    made: Any = stored4(
         "probe", packed4(weight, 64, layout, True, "float32").tensors, 4 * PROBE, PROBE, weight.device, weight.dtype
     )
-    layer = StoredNf4(made.weight, made.weight.quant_state, PROBE, 4 * PROBE)
+    layer = StoredNf4(made.weight.data, made.weight.quant_state, PROBE, 4 * PROBE)
     row = torch.zeros(1, PROBE)
     return bandwidth.rate(lambda: layer(row), layer.weight.nbytes)

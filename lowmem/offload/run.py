@@ -21,6 +21,7 @@ from lowmem.models.files import LocalFolder
 from lowmem.models.source import read_spec
 from lowmem.offload.planned import by_budget, placed
 from lowmem.offload.predict import Speed, predict
+from lowmem.planning.estimate import priced
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.placement import all_at_home, chosen
 from lowmem.planning.plan import Plan
@@ -28,8 +29,9 @@ from lowmem.planning.planner import plan as make_plan
 from lowmem.planning.streaming import offload_precision
 from lowmem.runtime.session import Session
 
-METHODS = ("auto", "resident", "ram", "disk", "both", "accelerate")
-"""By budget; all at home; blocks in RAM, on disk, half of them each; and the last placement through accelerate's hooks."""
+METHODS = ("auto", "resident", "ram", "disk", "streamed", "both", "accelerate")
+"""By budget; without offloading; blocks in RAM; on disk (in place where the budget holds them, or always past the page cache);
+the first half in RAM and the others on disk; on disk through accelerate's hooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,14 @@ class Where:
 
     Args:
         ram, disk: blocks to be sent there. On a CPU, RAM is home.
+        may_map: blocks on disk may be used in place, if the RAM budget holds them.
+        resident: no offloading at all.
     """
 
     ram: tuple[int, ...] | None = None
     disk: tuple[int, ...] | None = None
+    may_map: bool = True
+    resident: bool = False
 
     @property
     def chosen(self) -> bool:
@@ -64,15 +70,18 @@ def plan_for(
     """
     hardware = session.hardware()
     # The precision of a resident model is another question: what streams is what is stored.
-    base = make_plan(read_spec(model), hardware, limits_from(hardware, ram, vram), goal)
+    spec = read_spec(model) if isinstance(model, str) else model
+    base = make_plan(spec, hardware, limits_from(hardware, ram, vram), goal)
     if goal.precision == "auto":
-        base = replace(base, precision=offload_precision(base))
+        base = priced(base, precision=offload_precision(base), reason="Everything at home, as without offloading.")
+    if where is not None and where.resident:
+        return base
     if where is None or not where.chosen:
         return by_budget(base)
     placement = all_at_home(base.spec, base.place.kind)
     for place, indices in (("ram", where.ram), ("disk", where.disk)):
         placement = chosen(placement, place, indices or ())
-    return placed(base, placement)
+    return placed(base, placement, may_map=where.may_map)
 
 
 def where(method: str, layers: int) -> Where:
@@ -80,11 +89,11 @@ def where(method: str, layers: int) -> Where:
     everything = tuple(range(layers))
     if method == "ram":
         return Where(ram=everything)
-    if method in ("disk", "accelerate"):
-        return Where(disk=everything)
+    if method in ("disk", "streamed", "accelerate"):
+        return Where(disk=everything, may_map=method == "disk")
     if method == "both":
         return Where(ram=everything[: layers // 2], disk=everything[layers // 2 :])
-    return Where(ram=()) if method == "resident" else Where()
+    return Where(resident=method == "resident")
 
 
 def run(
@@ -106,8 +115,13 @@ def run(
     folder = yield from fetch(plan.spec.ref, cancel)
     yield Step(0, 0, "Measuring how fast this machine reads")
     speed = predict(plan, folder / weight_files(LocalFolder(folder))[0], again)
+    loading: dict[str, int] = {}
     if session.plan is None or replace(session.plan, budgets=(), hardware=plan.hardware) != replace(plan, budgets=()):
-        yield from (event for event in session.load(plan, cancel, force=force) if isinstance(event, Step))
+        for event in session.load(plan, cancel, force=force):
+            if isinstance(event, Receipt):
+                loading = event.measured
+            else:
+                yield event
     yield Step(0, 0, "Reading the first blocks")
     before = session.streamed_bytes
     if len(prompts) == 1:
@@ -115,10 +129,13 @@ def run(
     else:
         events = session.batch(prompts, options, cancel, raw=raw, batch_size=len(prompts), force=force)
     for event in events:
-        yield _complete(event, plan, speed, session.streamed_bytes - before) if isinstance(event, Receipt) else event
+        if isinstance(event, Receipt):
+            yield _complete(event, plan, speed, session.streamed_bytes - before, loading)
+        else:
+            yield event
 
 
-def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int) -> Receipt:
+def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: dict[str, int]) -> Receipt:
     each = {"tokens_per_second": receipt.decode_tps}
     if receipt.action == "generate" and receipt.decode_tps:
         each["seconds_per_token"] = 1 / receipt.decode_tps
@@ -141,6 +158,8 @@ def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int) -> Receipt:
             "bound_by": speed.bound_by,
             "disk_bytes_per_second": speed.disk_rate,
         },
+        # A run that had to load has lived through that, too.
+        measured={m: max(count, loading.get(m, 0)) for m, count in receipt.measured.items()},
     )
 
 

@@ -50,7 +50,7 @@ class Shard:
             ModelNotFound: it is gone.
         """
         try:
-            there, held = os.stat(self.path), os.fstat(self._file)
+            there, held = self.path.stat(), os.fstat(self._file)
         except OSError as error:
             raise self._gone(error) from error
         if _identity(there) == _identity(held) == self._identity:

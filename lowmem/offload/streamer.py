@@ -29,7 +29,8 @@ AS_STORED = (StoredLinear, StoredNf4, StoredPacked)
 class Source(Protocol):
     """Where a block's bytes come from: `acquire` lends them as a uint8 tensor until `release`; None: they are there."""
 
-    bytes_read: int
+    @property
+    def bytes_read(self) -> int: ...
 
     def acquire(self, index: int) -> Tensor | None: ...
 
@@ -149,7 +150,12 @@ class Disk:
         except BaseException:
             _close(self._shards)
             raise
-        self.acquire, self.release = self._ring.acquire, self._ring.release
+
+    def acquire(self, index: int) -> Tensor:
+        return self._ring.acquire(index)
+
+    def release(self, index: int) -> None:
+        self._ring.release(index)
 
     @property
     def bytes_read(self) -> int:

@@ -54,13 +54,17 @@ class Host:
         self._of: dict[int, Source] = {}
         self._sources: list[Source] = []
         try:
-            for blocks, make in ((ram, Ram), (disk, Disk)):
-                if blocks:
-                    self._sources.append(source := make(blocks, pinned))
-                    self._of |= {block.index: source for block in blocks}
+            if ram:
+                self._add(Ram(ram, pinned), ram)
+            if disk:
+                self._add(Disk(disk, pinned), disk)
         except BaseException:
             self.close()
             raise
+
+    def _add(self, source: Source, blocks: Sequence[BlockFile]) -> None:
+        self._sources.append(source)
+        self._of |= {block.index: source for block in blocks}
 
     @property
     def bytes_read(self) -> int:

@@ -7,10 +7,12 @@ import gradio as gr
 from lowmem.ui import render
 from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
+from lowmem.ui.depot import Depot
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.generate import GenerateTab
 from lowmem.ui.longctx import LongContextTab
 from lowmem.ui.longctx_api import add_longctx_endpoints
+from lowmem.ui.offload import OffloadTab
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -51,6 +53,8 @@ def build_ui(
                 generate = GenerateTab(engine, jobs, sidebar, model)
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+            with gr.Tab(say("offload"), id="offload"):
+                offload = OffloadTab(Depot(engine), jobs, sidebar)
             with gr.Tab(say("longctx"), id="longctx"):
                 longctx = LongContextTab(engine, jobs, sidebar)
         add_endpoints(engine)
@@ -61,6 +65,7 @@ def build_ui(
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
+        offload.shown(opened)
         longctx.shown(opened)
         longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
         demo.load(None, js=SETTLE, **QUICK)

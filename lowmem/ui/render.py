@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from lowmem.events import Chunk, Completion, Receipt, Step
@@ -245,16 +245,18 @@ def _against(one: Receipt, memory: str) -> str:
     return against(f"{name('memory', memory)} peak", one.predicted[memory], one.measured[memory])
 
 
-def against(label: str, predicted: int, measured: int) -> str:
-    """Bytes as predicted and as measured."""
-    scale = max(predicted, measured, 1)
+def against(
+    label: str, predicted: float, measured: float, form: Callable[[float], str] = format_bytes, tolerance: float = 0.1
+) -> str:
+    """A number, bytes by default, as predicted and as measured."""
+    scale = max(predicted, measured)
     error = (predicted - measured) / measured if measured else 0.0
-    near = "true" if abs(error) <= 0.1 else "false"
-    spoken = f"{label}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
+    near = "true" if abs(error) <= tolerance else "false"
+    spoken = f"{label}: predicted {form(predicted)}, measured {form(measured)}"
     title = _title(label, f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>')
     rows = "".join(
         f'<div class="lm-pair"><span>{word}</span>{_track("", (kind, _percent(count, scale)))}'
-        f'<b class="lm-num">{format_bytes(count)}</b></div>'
+        f'<b class="lm-num">{form(count)}</b></div>'
         for word, kind, count in (("predicted", "lm-predicted", predicted), ("measured", "", measured))
     )
     return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'

@@ -61,7 +61,7 @@ def receipt(one: Receipt) -> str:
         format_bytes(one.disk_bytes),
         f"{details['loss']:.3%}",
     )
-    table = _table(ENGLISH["course_table"], [cells])
+    table = figures(ENGLISH["course_table"], [cells])
     pairs = [
         (say("on_disk_size"), details["predicted_bytes"], one.disk_bytes),
         *((say("peak"), one.predicted[m], one.measured[m]) for m in one.measured if m in one.predicted),
@@ -91,7 +91,7 @@ def files(folder: Path) -> str:
 
 def comparison(rows: Sequence[Row]) -> str:
     """The table of a comparison, as far as it is."""
-    return _table(ENGLISH["compare_table"], [_cells(row) for row in rows], spanning=len(ENGLISH["compare_table"]))
+    return figures(ENGLISH["compare_table"], [_cells(row) for row in rows], spanning=len(ENGLISH["compare_table"]))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -116,7 +116,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], spanning: int = 0) -> str:
+def figures(header: Sequence[str], rows: Iterable[Sequence[str]], spanning: int = 0) -> str:
+    """A table of numbers; a row of two cells, when `spanning` columns are there, says why it has none."""
     head = "".join(f"<th>{escape(word)}</th>" for word in header)
     body = ""
     for row in rows:
