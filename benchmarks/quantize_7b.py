@@ -42,24 +42,28 @@ CHUNK = 16 * MB
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("methods", nargs="*", default=[*STREAMED, CALIBRATED], help="default: all three")
-    parser.add_argument("--layers", type=int, default=BLOCKS, help="of the streamed model; fewer are extrapolated")
+    parser.add_argument("--layers", type=int, default=BLOCKS, help="of the streamed model; fewer are a trial")
     parser.add_argument("--scratch", type=Path, default=None, help="a folder on a disk with room")
     args = parser.parse_args()
     if reason := memlimit.unavailable():
         raise SystemExit(reason)
-    rows, notes = list[dict[str, Any]](), list[str]()
+    rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         if methods := [method for method in STREAMED if method in args.methods]:
             rows += streamed(Path(scratch), methods, args.layers)
+            keep(rows)
         if CALIBRATED in args.methods:
             rows.append(one_block(Path(scratch)))
-    if args.layers == BLOCKS:
-        rows = merged("quantize_7b", "what", rows, list(WHAT.values()))
-    notes = [*told(rows)]
-    print(table(rows))
-    print("\n".join(notes))
-    if args.layers == BLOCKS:
-        save("quantize_7b", rows, notes)
+            keep(rows)
+
+
+def keep(rows: Sequence[dict[str, Any]]) -> None:
+    """Print `rows`; those of a trial with few blocks are not saved."""
+    whole = [row for row in rows if row["blocks"] == (1 if row["what"] == WHAT[CALIBRATED] else BLOCKS)]
+    found = merged("quantize_7b", "what", whole, list(WHAT.values()))
+    print(table(rows), *told(rows), sep="\n", flush=True)
+    if whole:
+        save("quantize_7b", found, [*told(found)])
 
 
 def streamed(scratch: Path, methods: Sequence[str], layers: int) -> list[dict[str, Any]]:
@@ -96,10 +100,12 @@ def limited(what: str, files: Sequence[Path], command: list[str]) -> dict[str, A
     forget(files)
     started = time.perf_counter()
     done = memlimit.run(LIMITS[what], command, cwd=ROOT.parent)
-    seconds = time.perf_counter() - started
+    taken = time.perf_counter() - started
     if done.rc:
         raise SystemExit(f"{what} ended with {done.rc}, {done.oom_killed} killed for memory:\n{done.stderr[-2000:]}")
     receipt = json.loads(done.stdout.splitlines()[-1])
+    # The copy is compared without the start of its interpreter, the quantizer with it.
+    seconds = receipt["seconds"] if what == "copy" else taken
     return {
         "what": what,
         "seconds": seconds,
@@ -126,7 +132,7 @@ def shown(found: dict[str, Any], original: int, layers: int, plain_seconds: floa
 
 
 def told(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield "All weights are random. Times are of whole processes, from a cold cache; results are left to the system to write out."
+    yield "All weights are random. Times are from a cold cache, those of the quantizer with its start; results are left to the system to write out."
     for row in rows:
         if row["what"] in (WHAT["rtn"], WHAT["hqq"]) and row["blocks"] == BLOCKS:
             verdict = "within" if row["4 bits GB"] * GB <= LARGEST else "above"
@@ -152,15 +158,16 @@ def remove(folder: Path) -> None:
 
 def copy(scratch: str, size: int) -> None:
     """Read the model in `scratch` from end to end and write `size` of its bytes; prints what a receipt would say."""
-    written, buffer = 0, memoryview(bytearray(CHUNK))
+    started, written, buffer = time.perf_counter(), 0, memoryview(bytearray(CHUNK))
     target = Path(scratch) / "copy"
     with target.open("wb", buffering=0) as out:
         for path in sorted((Path(scratch) / "model").glob("*.safetensors")):
             with path.open("rb", buffering=0) as file:
                 while count := file.readinto(buffer):
                     written += out.write(buffer[: min(count, size - written)])
+    seconds = time.perf_counter() - started
     target.unlink()
-    print(json.dumps({"disk_bytes": written}))
+    print(json.dumps({"disk_bytes": written, "seconds": seconds}))
 
 
 if __name__ == "__main__":
