@@ -12,9 +12,9 @@ from pathlib import Path
 # Where there are two cores gptqmodel gives its pool one thread and then refuses to start, since it wants two to load.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from gptqmodel import BACKEND, GPTQModel  # noqa: E402
+import numpy as np
+import torch
+from gptqmodel import BACKEND, GPTQModel
 
 
 def main(folder: str, ids: str, out: str) -> None:
