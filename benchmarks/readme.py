@@ -28,8 +28,12 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    tables = [table([show(row) for row in found]) for name, show in TABLES.items() if (found := saved(name)["rows"])]
-    readme.write_text(head + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + tail, encoding="utf-8")
+    parts = [_part(show, content) for name, show in TABLES.items() if (content := saved(name))["rows"]]
+    readme.write_text(head + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + tail, encoding="utf-8")
+
+
+def _part(show: Callable[[dict[str, Any]], dict[str, Any]], content: dict[str, Any]) -> str:
+    return "\n\n".join([table([show(row) for row in content["rows"]]), *content["notes"]])
 
 
 if __name__ == "__main__":
