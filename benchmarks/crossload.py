@@ -3,8 +3,8 @@
     python -m benchmarks.crossload ENVIRONMENT FOLDER ...
 
 ENVIRONMENT is made when there is none (gptqmodel and torch, about 1 GB); each FOLDER is what
-`python -m lowmem quantize demo FOLDER` made by GPTQ, RTN, HQQ or AWQ. Both sides compute in fp32 on 256 tokens of the
-manual's tail.
+`python -m lowmem quantize demo FOLDER` made by GPTQ, RTN, HQQ or AWQ. 256 tokens of the manual's tail, in fp32 where
+gptqmodel can.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lowmem.models.source import read_spec
 
 REQUIREMENTS = ("torch>=2.8,<2.14", "gptqmodel")
 TOKENS = 256
-TOLERANCE = 1e-2
-"""Logits have a standard deviation of about 3; gptqmodel multiplies scales and codes in another order."""
+TOLERANCE, TOLERANCE_AWQ = 1e-2, 0.5
+"""Logits have a standard deviation of about 3. gptqmodel's layer for AWQ multiplies in half precision whatever it is given."""
 
 
 def main() -> None:
@@ -42,8 +42,10 @@ def main() -> None:
     rows = [compared(python, demo, folder.absolute()) for folder in args.folders]
     print(table(rows))
     save("crossload", rows)
-    if any(row["largest difference"] > TOLERANCE for row in rows):
-        raise SystemExit(f"Logits differ by more than {TOLERANCE}.")
+    for row in rows:
+        tolerance = TOLERANCE_AWQ if "awq" in row["gptqmodel's layer"].lower() else TOLERANCE
+        if row["largest difference"] > tolerance:
+            raise SystemExit(f"Logits of {row['checkpoint']} differ by more than {tolerance}.")
 
 
 def environment(folder: Path) -> Path:

@@ -20,8 +20,8 @@ from gptqmodel import BACKEND, GPTQModel
 def main(folder: str, ids: str, out: str) -> None:
     awq = '"awq"' in (Path(folder) / "config.json").read_text()
     backend = BACKEND.AWQ_TORCH if awq else BACKEND.GPTQ_TORCH
-    wrapper = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float32)
-    model = wrapper.model.eval()
+    # Its kernels load in half precision only; scales and all other weights are stored in it, so nothing is lost by then.
+    model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float16).model.eval().float()
     with torch.inference_mode():
         logits = model(torch.from_numpy(np.load(ids))[None], use_cache=False).logits[0]
     np.save(out, logits.float().numpy())
