@@ -104,7 +104,7 @@ def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
     if kv:
-        parser.add_argument("--kv", choices=("same", "int8"), default="same", help="storage of the KV cache")
+        parser.add_argument("--kv", choices=("same", "int8", "ram"), default="same", help="storage of the KV cache")
 
 
 def _size(text: str) -> int:

@@ -53,8 +53,8 @@ class GenerateOptions:
     kv: str = option(
         "same",
         "KV cache storage",
-        "int8 stores the cache in a half or a quarter of the memory, a little less exactly.",
-        choices=("same", "int8"),
+        "int8 stores the cache in a half or a quarter of the memory, a little less exactly; ram keeps that of a GPU in RAM.",
+        choices=("same", "int8", "ram"),
     )
     use_cache: bool = option(True, "KV cache", "Off recomputes the whole text for every token: slow, no cache memory.")
     prefill_chunk: int = option(

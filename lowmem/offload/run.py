@@ -22,13 +22,16 @@ from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.offload.planned import by_budget, placed
 from lowmem.offload.predict import Speed, predict
+from lowmem.planning.estimate import priced
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.placement import all_at_home, chosen
 from lowmem.planning.plan import Plan
-from lowmem.planning.estimate import priced
 from lowmem.planning.planner import plan as make_plan
 from lowmem.planning.streaming import offload_precision
 from lowmem.runtime.session import Session
+
+MOST_SEQUENCES = 16
+"""Answers to one prompt that `GenerateOptions.num_sequences` allows."""
 
 METHODS = ("auto", "resident", "ram", "disk", "streamed", "both", "accelerate")
 """By budget; without offloading; blocks in RAM; on disk (in place where the budget holds them, or always past the page cache);
@@ -57,13 +60,13 @@ class Where:
 
 def plan_for(
     session: Session,
-    model: str,
+    model: str | ModelSpec,
     goal: Goal,
     ram: int | None = None,
     vram: int | None = None,
     where: Where | None = None,
 ) -> Plan:
-    """The plan of an offloaded run.
+    """The plan of an offloaded run, by budget unless `where` chooses.
 
     Raises:
         DoesNotFit: the budget is below what one block at a time takes; says which would do.
@@ -136,10 +139,18 @@ def run(
             yield event
 
 
+def together(prompt: str, options: GenerateOptions, batch: int) -> tuple[list[str], GenerateOptions]:
+    """What `run` takes for `batch` answers to one prompt: as one answer in parts, the prompt is processed once."""
+    if batch <= MOST_SEQUENCES:
+        return [prompt], replace(options, num_sequences=batch)
+    return [prompt] * batch, options
+
+
 def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: dict[str, int]) -> Receipt:
     each = {"tokens_per_second": receipt.decode_tps}
     if receipt.action == "generate" and receipt.decode_tps:
-        each["seconds_per_token"] = 1 / receipt.decode_tps
+        # Sequences advance together: a step makes a token for each.
+        each["seconds_per_token"] = len(receipt.details["finish"]) / receipt.decode_tps
     elif receipt.new_tokens:
         # A pass makes a token for every sequence; the prompt's is one more pass.
         steps = -(-receipt.new_tokens // int(receipt.details["completions"]))
@@ -195,7 +206,7 @@ def job(
     if method == "accelerate":
         return (yield from _accelerate(plan, prompt, options))
     receipt: Receipt | None = None
-    for event in run(session, plan, [prompt] * batch, options, raw=True):
+    for event in run(session, plan, *together(prompt, options, batch), raw=True):
         if isinstance(event, Receipt):
             receipt = event
         elif isinstance(event, Chunk):

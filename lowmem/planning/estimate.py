@@ -182,6 +182,7 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     on_gpu = plan.place.kind == "cuda"
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
     lines = _run_lines(plan, dtype)
+    waiting = kv_in_ram(plan, dtype)
     runtime = Line(
         "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
     )
@@ -191,14 +192,28 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
     driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
     slab = Line("scratch", 2 * SLAB_BYTES, "Weights on their way from disk to the GPU.")
-    return (Budget("ram", (runtime, driver, slab), plan.limits.ram), vram)
+    return (Budget("ram", (*waiting, runtime, driver, slab), plan.limits.ram), vram)
+
+
+def kv_on_device(plan: Plan, dtype: str) -> int:
+    """KV cache in the memory of the device that computes: all of it, or two layers of one that a GPU keeps in RAM."""
+    every = kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv)
+    return min(every, 2 * every // plan.spec.layers) if plan.kv == "ram" and plan.place.kind == "cuda" else every
+
+
+def kv_in_ram(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    """The KV cache that a GPU keeps in RAM."""
+    if plan.kv != "ram" or plan.place.kind != "cuda":
+        return ()
+    every = kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv)
+    return (Line("kv", every, "The KV cache; each layer's crosses to the GPU in its turn."),)
 
 
 def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv)
+    kv = kv_on_device(plan, dtype)
     activations = activation_bytes(spec, chunk * batch, plan.context, dtype) + logits_bytes(spec, batch, dtype)
     # One layer's whole history, dequantized for attention; shared by all layers.
     dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0

@@ -56,8 +56,8 @@ def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
         raise BadInput(f"A batch of {goal.batch:,} is not possible.", "Use a value from 1 to 4,096.")
     if not 1 <= goal.prefill_chunk <= 1_000_000:
         raise BadInput(f"A prefill chunk of {goal.prefill_chunk:,} is not possible.", "Use a value from 16 to 8,192.")
-    if goal.kv not in ("same", "int8"):
-        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", "Choose same or int8.")
+    if goal.kv not in ("same", "int8", "ram"):
+        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", "Choose same, int8 or ram.")
     keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
     if goal.device not in keys:
         raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")
