@@ -63,11 +63,21 @@ def seven_rows(folder: Path, demo: Path) -> Iterator[dict[str, Any]]:
         write_packed(packed, demo)
     if not (half / "config.json").exists():
         write_random_model(half, **SEVEN, dtype="fp16", tokenizer_from=demo)
+    flags = ("--context", 32, "--raw", "--measure")
+    yield row("7B 4-bit in 2 GiB", str(packed), 2 * GiB, 8, *flags)
+    yield row("7B fp16 in 3 GiB", str(half), 3 * GiB, 4, *flags, "--precision", "fp32")
     for batch in (1, 16):
         yield row(
-            f"7B 4-bit in 2 GiB, batch {batch}", str(packed), 2 * GiB, 8, "--context", 32, "--raw", "--batch", batch
+            f"7B 4-bit, all on disk, batch {batch}",
+            str(packed),
+            3 * GiB,
+            8,
+            *flags,
+            "--disk-blocks",
+            "all",
+            "--batch",
+            batch,
         )
-    yield row("7B fp16 in 3 GiB", str(half), 3 * GiB, 4, "--context", 32, "--raw", "--precision", "fp32")
 
 
 def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[str, Any]:

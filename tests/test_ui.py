@@ -118,7 +118,7 @@ def test_batch_answers_every_prompt(loaded: Client) -> None:
         ({"max_new_tokens": 2.5}, "Max new tokens: 2.5 is not a whole number. Use a value from 1 to 1000000."),
         ({"max_new_tokens": -1}, "Max new tokens is -1. Use a value from 1 to 1000000."),
         ({"stop": [1]}, "Stop strings: [1] is not a list of texts."),
-        ({"kv": "fp3"}, "KV cache storage: there is no 'fp3'. Choose one of same, int8, int4, int2."),
+        ({"kv": "fp3"}, "KV cache storage: there is no 'fp3'. Choose one of same, int8, int4, int2, ram."),
         ({"colour": "red"}, "There is no option 'colour'."),
     ],
 )

@@ -177,7 +177,7 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
     computation. Memory is taken during the first forward pass.
 
     Args:
-        kv: "same" stores the dtype of the computation, "int8" see `Int8Layer`.
+        kv: "same" stores the dtype of the computation, "int8" see `Int8Layer`, "ram" see `offload.kv_offload`.
 
     Raises:
         Unsupported: the model remembers something else than keys and values.
@@ -186,17 +186,21 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
     if config.is_encoder_decoder:
         raise _unsupported(config)
     sharing = any(getattr(decoder, "kv_sharing_modes", None) or ()) or getattr(decoder, "num_kv_shared_layers", None)
-    if kv == "int8" and sharing:
-        # A layer that reads another's keys would find the scratch buffer overwritten.
+    if kv != "same" and sharing:
+        # A layer that reads another's keys would find the shared buffer overwritten.
         raise Unsupported(
-            f"Layers of {config.model_type!r} share keys and values, which the int8 cache cannot serve.",
+            f"Layers of {config.model_type!r} share keys and values, which the {kv} cache cannot serve.",
             "Store the KV cache in the same precision as the computation.",
         )
-    scratch = Scratch()
+    from lowmem.offload.kv_offload import RamLayer, Shuttle  # whose layers build on those here
+
+    scratch, shuttle = Scratch(), Shuttle()
 
     def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin | DummyLayer:
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known is DynamicLayer:
+            if kv == "ram":
+                return RamLayer(rows, capacity, shuttle)
             return Int8Layer(rows, capacity, scratch) if kv == "int8" else FullLayer(rows, capacity)
         if known is DynamicSlidingWindowLayer or known is DummyLayer:
             return known(**arguments)

@@ -53,8 +53,9 @@ class GenerateOptions:
     kv: str = option(
         "same",
         "KV cache storage",
-        "int8 stores the cache in a half or a quarter of the memory, a little less exactly; int4 and int2 in less still.",
-        choices=("same", "int8", "int4", "int2"),
+        "int8 stores the cache in a half or a quarter of the memory, a little less exactly; int4 and int2 in less still; "
+        "ram keeps that of a GPU in RAM.",
+        choices=("same", "int8", "int4", "int2", "ram"),
     )
     window: int = option(
         0,

@@ -90,7 +90,7 @@ def _window_cache(
                 "Generate without.",
             )
         native = known is DynamicSlidingWindowLayer
-        packed = not native and options.kv != "same"
+        packed = not native and options.kv not in ("same", "ram")  # a window is small: it stays where it is read
         if kind not in rings:
             make = OrderedRing if packed else Ring
             rings[kind] = (

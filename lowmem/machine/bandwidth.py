@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -134,9 +135,10 @@ def rate(action: Callable[[], Any], nbytes: int, seconds: float = 0.3) -> float:
     return nbytes / sorted(runs)[len(runs) // 2]
 
 
-def _threads() -> str:
-    # As torch will count them, without importing it: figures that are kept are asked for on every move of a slider.
-    return os.environ.get("OMP_NUM_THREADS") or str(processor.cores())
+def _threads() -> int:
+    # Figures that are kept are asked for on every move of a slider, long before anybody needs torch.
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else processor.cores()
 
 
 def _path() -> Path:

@@ -14,7 +14,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.models.source import read_spec
 from lowmem.offload.planned import largest_batch
-from lowmem.offload.run import Where, plan_for, run
+from lowmem.offload.run import Where, plan_for, run, together
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.runtime.isolated import Finished, run_isolated
@@ -94,7 +94,9 @@ def _run(session: Session, plan: Plan, args: argparse.Namespace, batch: int) -> 
         print(f"{plan.reason} {plan.sentence()}", file=sys.stderr)
     options = GenerateOptions(max_new_tokens=args.max_new_tokens, greedy=not args.sample)
     receipt: Receipt | None = None
-    events = run(session, plan, [args.prompt] * batch, options, raw=args.raw, again=args.measure, force=args.force)
+    events = run(
+        session, plan, *together(args.prompt, options, batch), raw=args.raw, again=args.measure, force=args.force
+    )
     for event in events:
         if isinstance(event, Receipt):
             receipt = event

@@ -17,7 +17,7 @@ from lowmem.planning.placement import TILE_BYTES
 from lowmem.quant.packed_linear import read
 from lowmem.quant.packing import AWQ_ORDER
 
-FEW_ROWS = 16
+FEW_ROWS = 64
 """Up to so many rows it is cheaper to scale the products of each group than the weights."""
 
 _local = threading.local()

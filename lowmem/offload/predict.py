@@ -84,7 +84,22 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
             continue
         rate = _rate(kind, plan, again)
         seconds[kind] = seconds.get(kind, 0.0) + (tensor.nbytes / rate if rate else 0.0)
-    return sum(seconds.values())
+    blocks = bandwidth.kept("blocks", again, _block_rate)
+    return sum(seconds.values()) + (plan.spec.layers / blocks if blocks else 0.0)
+
+
+def _block_rate() -> float:
+    """Blocks per second that compute next to nothing: what Python and torch take for a block, whatever its size."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers = 8
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
+    )
+    model, token = LlamaForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.long)
+    with torch.inference_mode():
+        return bandwidth.rate(lambda: model(token), layers)
 
 
 def _kind(plan: Plan, streams: bool, stored: str, dtype: str) -> str:

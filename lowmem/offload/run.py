@@ -29,6 +29,9 @@ from lowmem.planning.planner import plan as make_plan
 from lowmem.planning.streaming import offload_precision
 from lowmem.runtime.session import Session
 
+MOST_SEQUENCES = 16
+"""Answers to one prompt that `GenerateOptions.num_sequences` allows."""
+
 METHODS = ("auto", "resident", "ram", "disk", "streamed", "both", "accelerate")
 """By budget; without offloading; blocks in RAM; on disk (in place where the budget holds them, or always past the page cache);
 the first half in RAM and the others on disk; on disk through accelerate's hooks."""
@@ -56,13 +59,13 @@ class Where:
 
 def plan_for(
     session: Session,
-    model: str,
+    model: str | ModelSpec,
     goal: Goal,
     ram: int | None = None,
     vram: int | None = None,
     where: Where | None = None,
 ) -> Plan:
-    """The plan of an offloaded run.
+    """The plan of an offloaded run, by budget unless `where` chooses.
 
     Raises:
         DoesNotFit: the budget is below what one block at a time takes; says which would do.
@@ -135,10 +138,18 @@ def run(
             yield event
 
 
+def together(prompt: str, options: GenerateOptions, batch: int) -> tuple[list[str], GenerateOptions]:
+    """What `run` takes for `batch` answers to one prompt: as one answer in parts, the prompt is processed once."""
+    if batch <= MOST_SEQUENCES:
+        return [prompt], replace(options, num_sequences=batch)
+    return [prompt] * batch, options
+
+
 def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: dict[str, int]) -> Receipt:
     each = {"tokens_per_second": receipt.decode_tps}
     if receipt.action == "generate" and receipt.decode_tps:
-        each["seconds_per_token"] = 1 / receipt.decode_tps
+        # Sequences advance together: a step makes a token for each.
+        each["seconds_per_token"] = len(receipt.details["finish"]) / receipt.decode_tps
     elif receipt.new_tokens:
         # A pass makes a token for every sequence; the prompt's is one more pass.
         steps = -(-receipt.new_tokens // int(receipt.details["completions"]))
@@ -194,7 +205,7 @@ def job(
     if method == "accelerate":
         return (yield from _accelerate(plan, prompt, options))
     receipt: Receipt | None = None
-    for event in run(session, plan, [prompt] * batch, options, raw=True):
+    for event in run(session, plan, *together(prompt, options, batch), raw=True):
         if isinstance(event, Receipt):
             receipt = event
         elif isinstance(event, Chunk):

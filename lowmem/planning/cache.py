@@ -8,7 +8,7 @@ from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
 
-KV_STORAGES = ("same", "int8", "int4", "int2")
+KV_STORAGES = ("same", "int8", "int4", "int2", "ram")
 
 BLOCK = 64
 """Tokens that are quantized together (`longctx.kv_quant`); so many of the latest stay exact."""
@@ -27,7 +27,8 @@ def kv_bytes(
     """KV cache for `batch` sequences of `context` tokens, or of `sinks` first and `window` latest ones.
 
     `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token), "int4" or "int2" (blocks of
-    tokens with fp16 scales and offsets, beside exact first and latest tokens) or "none".
+    tokens with fp16 scales and offsets, beside exact first and latest tokens) or "none";
+    "ram" is "same", see `estimate.kv_on_device` for where.
     """
     if kv == "none":
         return 0
@@ -35,7 +36,7 @@ def kv_bytes(
     if kv == "int8" and not window:
         return spec.kv_bytes(tokens, batch, "int8") + spec.kv_bytes(tokens, batch, "fp16") // spec.head_dim
     copies = 2 * 4 * spec.kv_heads * spec.head_dim * sinks  # first keys and their partners, fp32
-    if kv == "same":
+    if kv in ("same", "ram"):
         return spec.kv_bytes(tokens, batch, dtype) + (batch * spec.layers * copies if window else 0)
     full = _block_layer_bytes(spec, tokens, dtype, kv, bool(window), sinks) + copies
     token = 2 * spec.kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
@@ -74,7 +75,7 @@ def passes(plan: Plan) -> Iterator[tuple[int, int]]:
 
 def unfolded_bytes(plan: Plan, dtype: str) -> int:
     """One layer's whole history, dequantized for attention; shared by all layers."""
-    if plan.kv in ("same", "none"):
+    if plan.kv in ("same", "none", "ram"):
         return 0
     return plan.spec.kv_bytes(plan.remembered + BLOCK, plan.batch, dtype) // plan.spec.layers
 
@@ -83,10 +84,10 @@ def sentence(plan: Plan, dtype: str) -> str:
     """What is remembered, for a person."""
     if plan.kv == "none":
         return "No cache: everything is computed anew for every token."
-    stored = dtype if plan.kv == "same" else plan.kv
+    stored = dtype if plan.kv in ("same", "ram") else plan.kv
     if plan.window and plan.context > plan.remembered:
         latest = f"The latest {plan.window:,} tokens and the first {plan.sinks:,}"
         return f"{latest}, however long the text, x {plan.batch} ({stored})."
-    share = 1 if plan.kv == "same" else bits_of(plan.kv) / (8 * DTYPE_BYTES[dtype])
+    share = 1 if plan.kv in ("same", "ram") else bits_of(plan.kv) / (8 * DTYPE_BYTES[dtype])
     per_token = format_bytes(share * plan.spec.kv_bytes_per_token(dtype))
     return f"{plan.remembered:,} tokens x {plan.batch} at {per_token} a token ({stored})."

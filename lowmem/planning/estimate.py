@@ -171,6 +171,7 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     on_gpu = plan.place.kind == "cuda"
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
     lines = _run_lines(plan, dtype)
+    waiting = kv_in_ram(plan, dtype)
     runtime = Line(
         "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
     )
@@ -180,14 +181,37 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
     driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
     slab = Line("scratch", 2 * SLAB_BYTES, "Weights on their way from disk to the GPU.")
-    return (Budget("ram", (runtime, driver, slab), plan.limits.ram), vram)
+    return (Budget("ram", (*waiting, runtime, driver, slab), plan.limits.ram), vram)
+
+
+def kv_on_device(plan: Plan, dtype: str) -> int:
+    """KV cache in the memory of the device that computes: all of it, or two layers of one that a GPU keeps in RAM."""
+    every = _every_kv(plan, dtype)
+    return min(every, 2 * every // plan.spec.layers) if _kv_waits(plan) else every
+
+
+def _kv_waits(plan: Plan) -> bool:
+    """Does the KV cache wait in RAM? That of a window is small and stays on the GPU."""
+    return plan.kv == "ram" and plan.place.kind == "cuda" and not plan.window
+
+
+def kv_in_ram(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    """The KV cache that a GPU keeps in RAM."""
+    if not _kv_waits(plan):
+        return ()
+    return (Line("kv", _every_kv(plan, dtype), "The KV cache; each layer's crosses to the GPU in its turn."),)
+
+
+def _every_kv(plan: Plan, dtype: str) -> int:
+    sinks = plan.sinks or cache.EXACT_FIRST
+    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv, plan.window, sinks)
 
 
 def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv, plan.window, plan.sinks or cache.EXACT_FIRST)
+    kv = kv_on_device(plan, dtype)
     activations = max(
         activation_bytes(spec, min(chunk, most) * batch, seen, dtype) for most, seen in cache.passes(plan)
     ) + logits_bytes(spec, batch, dtype)

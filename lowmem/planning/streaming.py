@@ -64,6 +64,7 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
     sizes = stored_block_bytes(plan.spec)
     waiting = placement.indices("ram")
     ram_lines = (
+        *estimate.kv_in_ram(plan, dtype),
         Line("weights", sum(sizes[index] for index in waiting), f"{len(waiting)} blocks in RAM, as they are stored."),
         Line("scratch", _ring_bytes(plan.spec, placement.indices("disk")), f"{SLOTS} blocks on their way from disk."),
         Line("overhead", estimate.CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
@@ -108,7 +109,7 @@ def _action_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     return (
         Line(
             "kv",
-            estimate.kv_bytes(spec, plan.context, batch, dtype, plan.kv),
+            estimate.kv_on_device(plan, dtype),
             f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
         ),
         Line(

@@ -94,7 +94,7 @@ class OffloadTab:
         self.measured = gr.HTML(elem_id="offload-measured")
 
     def _wire(self) -> None:
-        self.asked = [self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list]
+        self.asked: list[Any] = [self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list]
         self.priced = [self.picture, self.start, self.problem]
         for control in self.asked:
             control.change(self._price, self.asked, self.priced, trigger_mode="always_last", **QUICK)

@@ -17,7 +17,13 @@ ENGLISH: dict[str, Any] = {
     },
     "memory": {"ram": "RAM", "vram": "GPU memory"},
     "verdicts": {"fits": "Fits", "tight": "Tight", "over": "Over budget"},
-    "choices": {"same": "Same as the computation", "int8": "int8", "int4": "4 bits", "int2": "2 bits"},
+    "choices": {
+        "same": "Same as the computation",
+        "int8": "int8",
+        "int4": "4 bits",
+        "int2": "2 bits",
+        "ram": "In RAM (GPU only)",
+    },
     # the set-up card
     "recommended": "Recommended for this machine",
     "chosen": "Your choice",
