@@ -88,10 +88,10 @@ def decode(
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder's blocks in order: the outermost list as long as the configuration says."""
+    """The decoder's blocks in order: the outermost list as long as the configuration says; else the model itself."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = _decoder_config(model).num_hidden_layers
-    return list(next((blocks for blocks in lists if len(blocks) == layers), ()))
+    return list(next((blocks for blocks in lists if len(blocks) == layers), [model]))
 
 
 def _decoder_config(model: Any) -> Any:
@@ -145,10 +145,7 @@ class _Rows:
             self._positions = positions.clamp_(min=0).to(model.device)
         self._cache = None
         if options.use_cache:
-            kv.check_supported(model)
-            self._cache = kv.make_cache(
-                model.config, rows=len(prompts) * options.num_sequences, capacity=capacity, kv=options.kv
-            )
+            self._cache = kv.cache_for(model, len(prompts) * options.num_sequences, capacity, options.kv)
         self._accepted = set(inspect.signature(model.forward).parameters)
 
     def logits(self, start: int, end: int) -> Tensor:

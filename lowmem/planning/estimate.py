@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import packed
+from lowmem.planning import exported, packed
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB, format_bytes
 
@@ -188,6 +188,8 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
 
 
 def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    if plan.backend == "onnx":
+        return _graph_lines(plan)
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
@@ -209,6 +211,22 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
         *_kernel_lines(plan),
+    )
+
+
+def _graph_lines(plan: Plan) -> tuple[Line, ...]:
+    spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
+    kv = exported.kv_bytes(spec, plan.context, batch) if plan.kv != "none" else 0
+    activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
+    per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
+    weights = exported.session_bytes(spec, plan.precision)
+    return (
+        Line(
+            "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
+        ),
+        Line("kv", kv, f"{plan.context:,} tokens x {batch} at {per_token} a token (fp32)."),
+        Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
+        Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
     )
 
 

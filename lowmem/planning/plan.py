@@ -9,12 +9,14 @@ from lowmem.models.spec import ModelSpec
 from lowmem.planning.goal import Limits
 from lowmem.units import format_bytes
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4", "stored")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "bnb8", "nf4", "stored")
+BACKENDS = ("torch", "onnx")
 PRECISION_LABELS = {
     "fp32": "fp32 (full precision)",
     "fp16": "fp16 (half precision)",
     "bf16": "bf16 (half precision)",
     "int8": "int8 (dynamic, for CPU)",
+    "int4": "int4 (ONNX Runtime, for CPU)",
     "bnb8": "8-bit (bitsandbytes LLM.int8)",
     "nf4": "4-bit (bitsandbytes NF4)",
     "stored": "as stored (already quantized)",
@@ -77,6 +79,8 @@ class Plan:
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
+        backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
+        or_torch: the backend was the planner's own choice, and torch takes over when no graph comes of it.
     """
 
     spec: ModelSpec
@@ -91,6 +95,8 @@ class Plan:
     budgets: tuple[Budget, ...] = ()
     reason: str = ""
     declined: tuple[Declined, ...] = ()
+    backend: str = "torch"
+    or_torch: bool = False
 
     def budget(self, memory: str) -> Budget | None:
         return next((budget for budget in self.budgets if budget.memory == memory), None)
