@@ -38,13 +38,13 @@ def write_decoder(
     model, layout = empty_model(folder), block_layout(config)
     with Checkpoint(folder) as checkpoint, WeightFile(out / DATA) as weights:
         source = Source(checkpoint, spec.stored)
-        for name, ways in graphs(spec, options, cancel).items():
+        for name, ways in graphs(options, cancel).items():
             graph = Graph(weights)
             yield from FusedDecoder(model, layout, source, graph, ways).write(spec.layer_types, cancel)
             graph.save(out / name, {"model": spec.name, "precision": options.precision})
 
 
-def graphs(spec: ModelSpec, options: ExportOptions, cancel: CancelToken) -> dict[str, Ways]:
+def graphs(options: ExportOptions, cancel: CancelToken) -> dict[str, Ways]:
     """How each graph of the folder computes, by its name."""
     if options.precision in ("fp32", "fp16"):
         dtype = np.float32 if options.precision == "fp32" else np.float16

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem.errors import Unsupported
 from lowmem.events import CancelToken, Step
 from lowmem.export.graph import Graph
 from lowmem.export.linears import Blocks, Linear
@@ -217,7 +216,7 @@ class FusedDecoder:
             do_rotary=1,
             rotary_interleaved=0,
             local_window_size=int(self._window) if kind == "sliding" and self._window else -1,
-            **({"softcap": float(capped)} if capped else {}),
+            softcap=float(capped or 0.0),
         )
 
     def _qkv(self, prefix: str, names: tuple[str, ...], x: str) -> tuple[str, str, str]:
@@ -227,7 +226,7 @@ class FusedDecoder:
         if len(parts) == 1:
             if not normed:
                 return parts[0], "", ""
-            widths = np.array([self._heads, self._kv_heads, self._kv_heads]) * self._head_dim
+            widths = [heads * self._head_dim for heads in (self._heads, self._kv_heads, self._kv_heads)]
             parts = self._split(parts[0], widths, [f"{prefix}.{part}" for part in "qkv"])
         query, key, value = parts
         if normed:
@@ -247,7 +246,8 @@ class FusedDecoder:
         types = getattr(self.config, "layer_types", None) or [""]
         kind = types[index] if _is_nested(self.config.rope_parameters or {}) else ""
         names = f"rotary{kind and '.' + kind}.cos", f"rotary{kind and '.' + kind}.sin"
-        if not all([self._graph.known(name) for name in names]):
+        known = [self._graph.known(name) for name in names]
+        if not all(known):
             for name, table in zip(names, self._tables(kind), strict=True):
                 self._graph.weight(name, table.numpy().astype(self._ways.dtype), inline=False)
         return names
@@ -268,7 +268,7 @@ class FusedDecoder:
             width = self.config.intermediate_size
             parts = self._split(parts[0], [width, width], [f"{prefix}.gate", f"{prefix}.up"])
         operator = _ACTIVATIONS[_activation(self.config)]
-        attributes = {"alpha": 1.0} if operator == "QuickGelu" else {}
+        attributes: dict[str, Any] = {"alpha": 1.0} if operator == "QuickGelu" else {}
         return graph.add("Mul", (graph.contrib(operator, (parts[0],), **attributes), parts[1]))
 
     def _split(self, x: str, widths: Sequence[int], names: Sequence[str]) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import MissingDependency, Unsupported
 from lowmem.events import CancelToken, Step
@@ -27,6 +29,20 @@ log = logging.getLogger("lowmem.export")
 
 _SAMPLE = (2, 5, 3)
 """Rows, new and past tokens of the traced example; each stands for any number."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the chatter of exporters and quantizers out of the logs, and undo what they do to logging on import."""
+    root = logging.getLogger()
+    handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 class FlatCache(nn.Module):
@@ -64,16 +80,28 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     model = kind.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
     ).eval()
+    _plain_linears(model)
     cancel.check()
     yield Step(1, 3, "Tracing the model")
     trace = _encoder_arguments if encoder else _decoder_arguments
-    _export(trace(model), out / GRAPH)
+    with quiet():
+        _export(trace(model), out / GRAPH)
     del model
     cancel.check()
     yield Step(2, 3, f"Converting to {options.precision}")
     if options.precision != "fp32":
-        _CONVERSIONS[options.precision](out / GRAPH, options)
+        with quiet():
+            _CONVERSIONS[options.precision](out / GRAPH, options)
     yield Step(3, 3, "Written")
+
+
+def _plain_linears(model: nn.Module) -> None:
+    """GPT-2's layers, whose weights lie the other way round, as `Linear`: what quantizers look for."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.nx, module.nf)
+            linear.weight, linear.bias = nn.Parameter(module.weight.t().contiguous()), module.bias
+            model.set_submodule(name, linear)
 
 
 def _decoder_arguments(model: Any) -> dict[str, Any]:

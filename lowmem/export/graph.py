@@ -72,7 +72,7 @@ class WeightFile:
 
     def _write(self, array: np.ndarray) -> None:
         try:
-            self._file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            self._file.write(array.reshape(-1).view(np.uint8).data)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -128,7 +128,7 @@ class Graph:
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
         """A small constant, named by its value."""
-        array = np.asarray(value, dtype)
+        array: np.ndarray = np.asarray(value, dtype)
         return self.weight(
             f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.flat))}", array
         )

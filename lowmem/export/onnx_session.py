@@ -223,7 +223,7 @@ class InPlaceCache:
         session = self._model.prefill or self._model.session
         done = 0
         while done < len(ids):
-            piece = FIRST_PIECE if not self._seconds_per_token else int(PIECE_SECONDS / self._seconds_per_token)
+            piece: int = FIRST_PIECE if not self._seconds_per_token else int(PIECE_SECONDS / self._seconds_per_token)
             part = ids[done : done + max(16, piece)]
             started = time.perf_counter()
             binding = self._binding(session, slice(row, row + 1), part[None])

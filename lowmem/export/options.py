@@ -38,6 +38,11 @@ class ExportOptions:
         "Fast prompts",
         "int8 and int4: a second graph in dynamic int8 reads prompts about twice as fast, for one more byte a weight.",
     )
+    fused: bool = option(
+        True,
+        "Fused graph",
+        "ONNX Runtime's own operators where the family has them; off writes standard operators only.",
+    )
     optimise: bool = option(
         False, "Optimise", "Generic graphs: fuse attention, norms and activations with ONNX Runtime's own optimiser."
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from lowmem.errors import BadInput, CorruptModel, DiskFull, DoesNotFit, LowMemError, Unsupported
+from lowmem.errors import BadInput, DiskFull, DoesNotFit, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
 from lowmem.export.manifest import PREFILL, Manifest
+from lowmem.export.optimise import optimise
 from lowmem.export.options import ExportOptions
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
@@ -67,7 +69,7 @@ def export_model(
             for step in job.run(part, cancel):
                 meter.check()
                 yield step
-        receipt = job.receipt(part, time.perf_counter() - started, predicted, meter.peak["ram"])
+        receipt = job.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
         job.publish(part, receipt)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -153,8 +155,6 @@ class _Job:
             yield from write_generic(self.folder, part, self.options, cancel)
         release_memory()
         if self.options.optimise and self.fused_refusal:
-            from lowmem.export.optimise import optimise
-
             yield from optimise(part, self.folder)
         write_companions(self.folder, part)
         self._describe(part)
@@ -165,9 +165,7 @@ class _Job:
         source = record(self.folder)
         optimised = {}
         if (report := part / "optimised.json").is_file():
-            import json
-
-            optimised = json.loads(report.read_text())
+            optimised = json.loads(report.read_text(encoding="utf-8"))
             report.unlink()
         kind = "encoder" if self.spec is None else "decoder" if self.fused_refusal else "fused"
         self.manifest = Manifest(
@@ -196,7 +194,7 @@ class _Job:
         self.passed, self.sentence = proof.passed, proof.sentence()
         self.manifest = replace(self.manifest, proof=proof.as_dict())
 
-    def receipt(self, part: Path, seconds: float, predicted: int, measured: int) -> Receipt:
+    def receipt(self, seconds: float, predicted: int, measured: int) -> Receipt:
         return Receipt(
             action="export",
             model=self.name,

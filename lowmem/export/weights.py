@@ -127,10 +127,10 @@ def _stacked(parts: Sequence[Matrix]) -> Matrix:
     name = f"{parts[0].name}+{'+'.join(part.name.rpartition('.')[2] for part in parts[1:])}"
     first = weights[0]
     if isinstance(first, Quantized):
-        whole: Tensor | Quantized = replace(
-            first,
-            **{key: torch.cat([getattr(weight, key) for weight in weights]) for key in ("codes", "scales", "zeros")},
+        codes, scales, zeros = (
+            torch.cat([getattr(weight, key) for weight in weights]) for key in ("codes", "scales", "zeros")
         )
+        whole: Tensor | Quantized = replace(first, codes=codes, scales=scales, zeros=zeros)
     else:
         whole = torch.cat([part.dense() for part in parts])
     return replace(parts[0], name=name, weight=whole, bias=bias)

@@ -65,7 +65,7 @@ def _is_layer(tensor: Tensor) -> bool:
 
 def graph_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
     """Weights of the main graph, as written and as a session packs them."""
-    layers, embedding = matrix_shapes(spec), (spec.vocab, spec.hidden)
+    layers = matrix_shapes(spec)
     copies = 1 if spec.tied else 2
     rotary = 4 * spec.context * spec.head_dim
     if precision in ("fp32", "fp16"):
