@@ -112,7 +112,7 @@ def test_smaller_precisions_keep_their_gate(tmp_path: Path, precision: str) -> N
 def test_codes_are_taken_over_without_a_second_rounding(tmp_path: Path, recipe: packed_toys.Recipe) -> None:
     dense = packed_toys.save("llama", tmp_path / "m", recipe)
     precision = "int8" if recipe.bits == 8 else "int4"
-    export(tmp_path / "m", tmp_path / "out", precision=precision, fast_prefill=False)
+    export(tmp_path / "m", tmp_path / "out", precision=precision, fast_prefill="off")
     ids = torch.tensor([toys.prompt(30)])
     graph = OnnxModel(tmp_path / "out")
     # What remains is the rounding of activations and of the head's weights to eight bits.

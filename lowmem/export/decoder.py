@@ -53,6 +53,6 @@ def graphs(options: ExportOptions, cancel: CancelToken) -> dict[str, Ways]:
     head = Blocks(rounding(HEAD_BITS, HEAD_GROUP, cancel), HEAD_BITS, HEAD_GROUP)
     bits, group = (4, options.group_size) if options.precision == "int4" else (HEAD_BITS, HEAD_GROUP)
     found = {GRAPH: Ways(Blocks(rounding(bits, group, cancel), bits, group), head, head)}
-    if options.fast_prefill:
+    if options.has_prefill:
         found[PREFILL] = Ways(Dynamic(largest_code()), None, head)
     return found

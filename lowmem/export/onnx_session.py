@@ -83,6 +83,7 @@ class OnnxModel:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    own_threads = True
 
     def __init__(self, folder: Path, *, threads: int = 0, providers: Sequence[Any] = ()) -> None:
         from transformers import AutoConfig, GenerationConfig
@@ -197,7 +198,7 @@ class InPlaceCache:
             return self._step(ids[:, -1:])
         # A row whose text begins in a later chunk has nothing to predict from yet.
         logits = np.zeros((rows, 1, self._model.config.get_text_config().vocab_size), np.float32)
-        for row in np.flatnonzero(real):
+        for row in np.flatnonzero(real).tolist():
             logits[row] = self._with_logits(row, ids[row, -1:])[0]
         return logits
 

@@ -33,10 +33,11 @@ class ExportOptions:
         high=128,
         step=16,
     )
-    fast_prefill: bool = option(
-        True,
+    fast_prefill: str = option(
+        "auto",
         "Fast prompts",
-        "int8 and int4: a second graph in dynamic int8 reads prompts about twice as fast, for one more byte a weight.",
+        "A second graph in dynamic int8 reads prompts about twice as fast, for one more byte a weight. Automatic: with int8.",
+        choices=("auto", "on", "off"),
     )
     fused: bool = option(
         True,
@@ -46,3 +47,10 @@ class ExportOptions:
     optimise: bool = option(
         False, "Optimise", "Generic graphs: fuse attention, norms and activations with ONNX Runtime's own optimiser."
     )
+
+    @property
+    def has_prefill(self) -> bool:
+        """Is there a second graph for prompts? int4 is for those who want little memory, so there it has to be asked for."""
+        if self.precision not in ("int8", "int4"):
+            return False
+        return self.precision == "int8" if self.fast_prefill == "auto" else self.fast_prefill == "on"

@@ -81,11 +81,13 @@ class _Job:
 
     def __init__(self, folder: Path, out: Path, options: ExportOptions, ref: str, spec: ModelSpec | None) -> None:
         self.folder, self.out, self.options, self.ref, self.spec = folder, out, options, ref, spec
-        self.name = spec.name if spec else folder.name
+        self.name = spec.name if spec else str(record(folder).get("name") or folder.resolve().name)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.fused_refusal = (
             "It is an encoder." if spec is None else fused.refusal(config.get_text_config(decoder=True))
         )
+        if not options.fused:
+            self.fused_refusal = self.fused_refusal or "Standard operators were asked for."
         self.manifest: Manifest
         self.passed, self.sentence = True, ""
 
@@ -129,9 +131,7 @@ class _Job:
         if self.spec is None or self.fused_refusal:
             size = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
             return 3 * size
-        return exported.disk_bytes(
-            self.spec, self.options.precision, self.options.group_size, self.options.fast_prefill
-        )
+        return exported.disk_bytes(self.spec, self.options.precision, self.options.group_size, self.options.has_prefill)
 
     def predicted_ram(self) -> int:
         runtime = max(probe().runtime_bytes, probe().process_bytes)
@@ -141,7 +141,7 @@ class _Job:
             runtime
             + exported.export_peak_bytes(self.spec)
             + exported.session_bytes(
-                self.spec, self.options.precision, self.options.group_size, self.options.fast_prefill
+                self.spec, self.options.precision, self.options.group_size, self.options.has_prefill
             )
         )
 

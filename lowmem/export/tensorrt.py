@@ -90,7 +90,7 @@ def tensorrt_version() -> str:
 def workspace_bytes(gpu: Device) -> int:
     """What the builder may use, a power of two that leaves the weights their place."""
     share = max(SMALLEST_WORKSPACE, int(gpu.free_bytes * WORKSPACE_SHARE))
-    return 1 << (share.bit_length() - 1)
+    return max(SMALLEST_WORKSPACE, 1 << (share.bit_length() - 1))
 
 
 def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Segment]:

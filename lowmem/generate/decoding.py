@@ -219,9 +219,10 @@ def _write(
     count = len(randoms)
     live = list(range(count))
     for made in range(1, options.max_new_tokens + 1):
-        new = sampling.next_tokens(
-            logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
-        )
+        with _one_thread(rows.model):
+            new = sampling.next_tokens(
+                logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
+            )
         ids = new.tolist()
         _check_numbers(ids, made)
         answer: list[int | None] = [None] * count
@@ -238,6 +239,23 @@ def _write(
             live, new = [live[row] for row in keep], new[keep]
         rows.append(new)
         logits = rows.logits(rows.length - 1, rows.length)
+
+
+@contextmanager
+def _one_thread(model: Any) -> Iterator[None]:
+    """Keep torch to one thread beside a model that brings its own.
+
+    Two pools that wait for work on the same cores halve each other's speed.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not getattr(model, "own_threads", False):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_numbers(ids: list[int], made: int) -> None:

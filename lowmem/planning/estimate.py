@@ -227,6 +227,7 @@ def _graph_lines(plan: Plan) -> tuple[Line, ...]:
         Line("kv", kv, f"{plan.context:,} tokens x {batch} at {per_token} a token (fp32)."),
         Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
         Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
+        Line("scratch", 0, "Graphs are mapped, not copied."),
     )
 
 

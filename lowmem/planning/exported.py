@@ -87,13 +87,15 @@ def prefill_bytes(spec: ModelSpec) -> int:
     return sum(rows * columns + 4 * rows for rows, columns in matrix_shapes(spec))
 
 
-def disk_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool = True) -> int:
-    """What an export writes, tokenizer and companions not counted."""
-    quantized = precision in ("int8", "int4")
-    return graph_bytes(spec, precision, group_size) + (prefill_bytes(spec) if quantized and fast_prefill else 0)
+def disk_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
+    """What an export writes, tokenizer and companions not counted; `fast_prefill` as `ExportOptions` decides when None."""
+    if fast_prefill is None:
+        bits = spec.stored.bits if precision == "stored" and spec.stored else 0
+        fast_prefill = precision == "int8" or bits > 4
+    return graph_bytes(spec, precision, group_size) + (prefill_bytes(spec) if fast_prefill else 0)
 
 
-def session_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool = True) -> int:
+def session_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
     """What both sessions hold of the weights once loaded."""
     if spec.exported:
         return spec.size_on_disk
