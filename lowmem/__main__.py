@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | compare | export | serve`.
+"""The command line: `python -m lowmem plan | generate | quantize | compare | export | longctx | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -20,12 +20,15 @@ from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.export.command import add_command as add_export
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.command import add_command as add_longctx
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import BACKENDS, PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.planning.planner import plan as make_plan
+from lowmem.quant.command import add_command as add_quantize
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes, format_seconds, parse_bytes
 
@@ -52,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _plan_command(commands.add_parser("plan", help="how a model would run here, without loading it"))
     _generate_command(commands.add_parser("generate", help="answer a prompt, or a file of prompts"))
+    add_quantize(commands)
     add_compare(commands)
     add_export(commands)
+    add_longctx(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser
 
@@ -102,7 +107,7 @@ def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
     if kv:
-        parser.add_argument("--kv", choices=("same", "int8"), default="same", help="storage of the KV cache")
+        parser.add_argument("--kv", choices=KV_STORAGES, default="same", help="storage of the KV cache")
 
 
 def _size(text: str) -> int:

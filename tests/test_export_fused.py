@@ -83,6 +83,12 @@ def test_without_a_cache_the_answer_is_the_same(folders: dict[str, Path]) -> Non
     assert answer(True) == answer(False)
 
 
+def test_a_window_reads_its_end_anew(folders: dict[str, Path]) -> None:
+    options = GenerateOptions(greedy=True, max_new_tokens=60, window=32, sinks=0)
+    events = decode(OnnxModel(folders["llama"]), [toys.prompt(40)], options, eos_ids=frozenset(), cancel=CancelToken())  # type: ignore[arg-type]
+    assert sum(isinstance(event, Tokens) for event in events) == 60
+
+
 def test_an_int8_cache_is_refused_in_a_sentence(folders: dict[str, Path]) -> None:
     options = GenerateOptions(kv="int8", max_new_tokens=2)
     with pytest.raises(Unsupported, match="fp32"):

@@ -17,7 +17,7 @@ from lowmem.planning.estimate import loading_peak, weight_bytes
 from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
-from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
+from lowmem.quant.int8_linear import Int8Embedding, Int8Linear
 from lowmem.runtime.loader import Loaded, _inputs, load
 
 LIMITS = Limits(ram=4_000_000_000)

@@ -270,7 +270,7 @@ def test_calibrated_methods_on_their_own_calibration_text_are_marked(folder, job
 def test_the_quantizing_job_hands_over_what_the_variant_says(folder, monkeypatch, tmp_path):
     calls = []
 
-    def quantize_model(source, out, method, options, calibration, *, device, ram_limit):
+    def quantize_model(source, out, method, options, calibration, *, device, ram_limit, cancel):
         calls.append((source, out, method.name, options.bits, options.group_size, calibration.text, ram_limit))
         yield Step(1, 4, "Block 1 of 4")
         yield Receipt("quantize", "toy", "gptq", device, 1.0)

@@ -17,8 +17,8 @@ from lowmem.planning import packed
 from lowmem.planning.packed import SESSION_BYTES, block_size, cpu_kernel, packed_bytes
 from lowmem.quant import gptqmodel_kernel, nbits_linear
 from lowmem.quant.grid import Quantized
-from lowmem.quant.int8_dynamic import Int8Linear, largest_code, quantize_rows
 from lowmem.quant.int8_fine import FineInt8Linear
+from lowmem.quant.int8_linear import Int8Linear, largest_code, quantize_rows
 from lowmem.quant.nbits_linear import NBitsLinear
 from lowmem.quant.packed_linear import PackedLinear, check_shapes, packed_linear
 

@@ -18,6 +18,7 @@ from lowmem.quant.base import BITS
 from lowmem.quant.grid import Quantized, fit, nearest, refit, squared_error
 from lowmem.quant.moments import Moments
 
+GRID = [name for name in METHODS if name not in ("int8_dynamic", "bnb")]
 COLUMNS = 128
 
 
@@ -75,7 +76,7 @@ def test_wide_moments_are_summed_in_strips_and_stay_symmetric() -> None:
     assert torch.equal(found.hessian, found.hessian.t())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GRID)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -220,7 +221,7 @@ def test_search_and_refit_lower_the_error() -> None:
     assert torch.equal(fitted, fitted.half().float())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GRID)
 def test_flat_groups_are_exact_or_close(method: str) -> None:
     """Weights that are all zero, or all the same, have no range to divide."""
     flat = torch.zeros(32, COLUMNS)
@@ -237,7 +238,7 @@ def test_stop_is_heard_within_a_second(method: str) -> None:
     found.add(torch.randn(64, wide))
     found.finish()
     big = torch.randn(6000, wide)
-    options = build(chosen.Options, {"group_size": 64})
+    options = build(chosen.Options, {"group_size": 64} if method in GRID else {})
 
     def forever() -> None:
         while True:

@@ -48,9 +48,8 @@ def same(a: Quantized, b: Quantized) -> bool:
 def test_pack_is_the_stream_and_unpack_its_inverse(bits: int, rows: int, columns: int) -> None:
     original = codes(rows, columns, bits)
     words = pack(original, bits)
-    expected = [stream(column.tolist(), bits) for column in original.t()]
-    assert (words.to(torch.int64) & 0xFFFFFFFF).t().tolist() == expected
-    assert torch.equal(unpack(words, bits, rows), original)
+    assert (words.to(torch.int64) & 0xFFFFFFFF).tolist() == [stream(row.tolist(), bits) for row in original]
+    assert torch.equal(unpack(words, bits, columns), original)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -20,7 +20,7 @@ from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.describe import CONFIG
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
-from lowmem.quant.int8_dynamic import largest_code
+from lowmem.quant.int8_linear import largest_code
 from lowmem.quant.skeleton import empty_model
 
 

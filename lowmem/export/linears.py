@@ -17,7 +17,7 @@ from lowmem.events import CancelToken
 from lowmem.export.graph import Graph
 from lowmem.export.weights import Matrix
 from lowmem.quant.grid import Quantized
-from lowmem.quant.int8_dynamic import quantize_rows
+from lowmem.quant.int8_linear import quantize_rows
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
 """Inputs that share a scale inside MatMulNBits: powers of two."""

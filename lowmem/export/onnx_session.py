@@ -202,6 +202,10 @@ class InPlaceCache:
             logits[row] = self._with_logits(row, ids[row, -1:])[0]
         return logits
 
+    def reset(self) -> None:
+        """Forget all tokens; the rows stay."""
+        self.lengths[:] = 0
+
     def batch_repeat_interleave(self, copies: int) -> None:
         self._take(np.repeat(np.arange(len(self.lengths)), copies))
 
@@ -307,6 +311,10 @@ class GrowingCache:
         self._values = dict(zip(model.past, present, strict=True))
         self.length = everything
         return logits.numpy()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._values, self.length = {}, 0
 
     def batch_repeat_interleave(self, copies: int) -> None:
         self._values = {name: _shared(value.numpy().repeat(copies, 0)) for name, value in self._values.items()}

@@ -24,7 +24,7 @@ from lowmem.models.config import is_encoder
 from lowmem.models.source import read_spec, record
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
-from lowmem.quant.int8_dynamic import largest_code
+from lowmem.quant.int8_linear import largest_code
 from lowmem.units import format_bytes
 
 FAILED = "failed"

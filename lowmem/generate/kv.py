@@ -205,23 +205,6 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
     return Cache(layers=[layer(*described) for described in zip(*get_layer_types_and_kwargs(decoder), strict=True)])
 
 
-def cache_for(model: Any, rows: int, capacity: int, kv: str) -> Any:
-    """The cache of a model that makes its own (an exported graph's is bound in place), else `make_cache`.
-
-    Raises:
-        Unsupported: there is none, or not in this storage.
-    """
-    if not hasattr(model, "make_cache"):
-        check_supported(model)
-        return make_cache(model.config, rows=rows, capacity=capacity, kv=kv)
-    if kv != "same":
-        raise Unsupported(
-            f"An exported graph keeps its KV cache in fp32, not in {kv}.",
-            "Store the KV cache in the same precision as the computation, or load with the torch backend.",
-        )
-    return model.make_cache(rows, capacity)
-
-
 def check_supported(model: Any) -> None:
     """Raise `Unsupported` for a model whose memory is a state and not keys and values."""
     if getattr(model, "_is_stateful", False):

@@ -10,19 +10,16 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowmem.errors import DoesNotFit, OutOfMemory, Unsupported
+from lowmem.errors import DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
-from lowmem.machine.hardware import probe
 from lowmem.measure.options import MeasureOptions, predicted_bytes
-from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.planning.estimate import compute_dtype, weight_bytes
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
-from lowmem.quant import get
-from lowmem.quant.calibration import Calibration
+from lowmem.quant import run
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
 
@@ -177,16 +174,8 @@ def quantize(
     Raises:
         LowMemError: whatever the method refuses or fails with.
     """
-    chosen, hardware = get(method), probe()
-    if refusal := chosen.available(hardware):
-        raise Unsupported(refusal, "Compare another variant.")
-    options = build(chosen.Options, {"bits": bits, "group_size": group})
-    folder = yield from fetch(ref)
-    from lowmem.quant.pipeline import quantize_model
-
-    device = hardware.device.key if hardware.device.kind == "cuda" else "cpu"
-    events = quantize_model(folder, Path(out), chosen, options, Calibration(), device=device, ram_limit=ram)
-    receipt: Receipt = yield from _share(_until_receipt(events), 0, 100)
+    options = {"bits": bits, "group_size": group}
+    receipt = yield from _share(_until_receipt(run.quantize(ref, Path(out), method, options, {}, ram)), 0, 100)
     return receipt.as_dict()
 
 

@@ -15,10 +15,17 @@ from lowmem.models.files import Files, read_object
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ described their checkpoints before config.json did."""
 
-LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+INT8, BNB = "compressed-tensors", "bitsandbytes"
+
+LAYOUTS = {
+    "gptq": ("gptq", "gptq_v2"),
+    "awq": ("gemm",),
+    INT8: ("int-quantized",),
+    BNB: ("nf4", "fp4", "int8"),
+}
 """Layouts that can be run, by method; "gptq" stores zero points less one."""
 
-WIDTHS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+WIDTHS = {"gptq": (2, 3, 4, 8), "awq": (4,), INT8: (8,), BNB: (4, 8)}
 
 Shape = tuple[int, int]
 
@@ -28,7 +35,7 @@ class Quantization:
     """How a checkpoint stores its linear layers.
 
     Args:
-        method: "gptq", "awq", or whatever else config.json names.
+        method: "gptq", "awq", `INT8`, `BNB`, or whatever else config.json names.
         bits: width of a code.
         group_size: inputs that share a scale and a zero point; -1 when a whole row does.
         layout: one of `LAYOUTS`, or the unknown name.
@@ -43,6 +50,10 @@ class Quantization:
 
     @property
     def label(self) -> str:
+        if self.method == INT8:
+            return "int8, one scale a row"
+        if self.method == BNB:
+            return f"bitsandbytes, {'LLM.int8' if self.bits == 8 else self.layout.upper()}"
         groups = "one group a row" if self.group_size < 0 else f"groups of {self.group_size}"
         return f"{self.method.upper()}, {self.bits} bits, {groups}"
 
@@ -66,11 +77,18 @@ class Quantization:
     def qweight_shape(self, outputs: int, inputs: int) -> Shape:
         if self.method == "awq":
             return inputs, outputs * self.bits // 32
+        if self.method in (INT8, BNB):
+            return (outputs, inputs) if self.bits == 8 else (outputs * inputs // 2, 1)
         return -(-inputs * self.bits // 32), outputs
 
     def linear_shape(self, qweight: Shape) -> Shape:
-        """(outputs, inputs) of the layer whose `qweight` has this shape."""
+        """(outputs, inputs) of the layer whose `qweight` has this shape.
+
+        bitsandbytes stores 4 bits as one column of bytes: the layer then counts as one column of weights.
+        """
         rows, columns = qweight
+        if self.method in (INT8, BNB):
+            return (rows, columns) if self.bits == 8 else (2 * rows * columns, 1)
         return (columns * 32 // self.bits, rows) if self.method == "awq" else (columns, rows * 32 // self.bits)
 
 
@@ -87,6 +105,12 @@ def read_quantization(files: Files, config: Mapping[str, Any]) -> Quantization |
 
 def _parse(described: Mapping[str, Any]) -> Quantization:
     method = str(described.get("quant_method") or "unknown").lower()
+    if method == BNB:
+        bits = 4 if described.get("load_in_4bit") else 8
+        layout = str(described.get("bnb_4bit_quant_type") or "fp4") if bits == 4 else "int8"
+        return Quantization(method, bits, layout=layout.lower())
+    if method == INT8:
+        return _compressed(described)
     keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
     default = "gemm" if method == "awq" else "gptq"
     layout = (
@@ -101,6 +125,19 @@ def _parse(described: Mapping[str, Any]) -> Quantization:
         layout=str(layout).lower(),
         desc_act=bool(described.get("desc_act")),
     )
+
+
+def _compressed(described: Mapping[str, Any]) -> Quantization:
+    """compressed-tensors holds many layouts: that of int8 with a scale a row, or one with a name that is refused."""
+    layout = str(described.get("format") or "unknown")
+    groups = described.get("config_groups")
+    schemes = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = schemes[0].get("weights") if len(schemes) == 1 and isinstance(schemes[0], Mapping) else None
+    if not isinstance(weights, Mapping):
+        return Quantization(INT8, 8, layout=f"{layout} with {len(schemes)} kinds of layers")
+    if weights.get("strategy") != "channel" or not weights.get("symmetric", True):
+        layout = f"{layout} by {weights.get('strategy')}"
+    return Quantization(INT8, _integer(weights, ("num_bits",)), layout=layout)
 
 
 def _integer(described: Mapping[str, Any], keys: tuple[str, ...], default: int = 0) -> int:

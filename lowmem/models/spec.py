@@ -29,8 +29,15 @@ DTYPE_BYTES = {
 """Bytes per element of unpacked dtypes. GGUF tensors keep their type's name ("q4_1"); ask their `nbytes`."""
 
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
-PACKED_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
-"""What the layouts of GPTQ and AWQ store in place of a weight."""
+PACKED_PARTS = (
+    ".qweight", ".qzeros", ".scales", ".g_idx",
+    ".weight_scale",
+    ".SCB", ".weight_format", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax",
+    ".weight.nested_quant_map", ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+"""What GPTQ and AWQ, compressed-tensors, and bitsandbytes store in place of a weight, or beside one of codes."""
+
+CODE_DTYPES = ("int8", "uint8")
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
@@ -59,7 +66,15 @@ class Tensor:
     @property
     def packed_layer(self) -> str:
         """The layer whose packed weight, zero points, scales or order this may be, or ""."""
-        return self.name.rpartition(".")[0] if self.name.endswith(PACKED_PARTS) else ""
+        if self.is_packed_weight:
+            return self.name.rpartition(".")[0]
+        part = next((part for part in PACKED_PARTS if self.name.endswith(part)), "")
+        return self.name.removesuffix(part) if part else ""
+
+    @property
+    def is_packed_weight(self) -> bool:
+        """May these be a layer's codes?"""
+        return self.name.endswith(".qweight") or (self.name.endswith(".weight") and self.dtype in CODE_DTYPES)
 
     @property
     def is_output_embedding(self) -> bool:
@@ -124,7 +139,7 @@ class ModelSpec:
         """Name -> (outputs, inputs) of the linear layers that the files hold quantized."""
         if self.stored is None or self.stored.refusal():
             return {}
-        weights = (t for t in self.tensors if t.name.endswith(".qweight") and len(t.shape) == 2)
+        weights = (t for t in self.tensors if t.is_packed_weight and len(t.shape) == 2)
         return {t.packed_layer: self.stored.linear_shape((t.shape[0], t.shape[1])) for t in weights}
 
     def kv_bytes_per_token(self, dtype: str) -> int:

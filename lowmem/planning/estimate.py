@@ -12,8 +12,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import exported, packed
+from lowmem.planning import cache, exported, packed
+from lowmem.planning.cache import kv_bytes
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB, format_bytes
 
@@ -21,7 +23,7 @@ SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
 
 QUANTIZED_ROWS = 4096
-"""Rows that `quant.int8_dynamic` quantizes at a time, in fp32, twice."""
+"""Rows that `quant.int8_linear` quantizes at a time, in fp32, twice."""
 
 NF4_BLOCK = 64
 
@@ -64,23 +66,25 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
         total += _tensor_bytes(spec, tensor, precision, dtype)
-    if _rest(precision, dtype) == "int8" and spec.tied:
+    if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
         total += packed.int8_bytes(spec.vocab, spec.hidden)
     return total
 
 
-def _rest(precision: str, dtype: str) -> str:
+def _rest(spec: ModelSpec, precision: str, dtype: str) -> str:
     """The precision of all that is not stored quantized."""
-    return packed.rest_precision(dtype) if precision == "stored" else precision
+    return packed.rest_precision(dtype, spec.stored) if precision == "stored" else precision
 
 
 def _tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
     if precision == "stored" and spec.stored and tensor.packed_layer:
+        if spec.stored.method == BNB:
+            return tensor.nbytes  # held as they are stored
         # A layer's parts are counted together, where its weight lies.
         layer = _packed_shape(spec, tensor)
         return packed.packed_bytes(spec.stored, *layer, dtype) if layer else 0
-    precision = _rest(precision, dtype)
+    precision = _rest(spec, precision, dtype)
     if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
         return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
     if precision == "int8" and is_embedding(tensor):
@@ -91,7 +95,7 @@ def _tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -
 
 def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
     """(outputs, inputs) where `tensor` is a packed weight, None for the other parts of a packed layer."""
-    if not spec.stored or not tensor.name.endswith(".qweight"):
+    if not spec.stored or not tensor.is_packed_weight:
         return None
     return spec.stored.linear_shape((tensor.shape[0], tensor.shape[1]))
 
@@ -122,18 +126,6 @@ def _nf4_bytes(rows: int, columns: int) -> int:
 
 
 _LINEAR_BYTES = {"int8": packed.int8_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
-
-
-def kv_bytes(spec: ModelSpec, context: int, batch: int, dtype: str, kv: str) -> int:
-    """KV cache for `batch` sequences of `context` tokens.
-
-    `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token) or "none".
-    """
-    if kv == "none":
-        return 0
-    if kv != "int8":
-        return spec.kv_bytes(context, batch, dtype)
-    return spec.kv_bytes(context, batch, "int8") + spec.kv_bytes(context, batch, "fp16") // spec.head_dim
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
@@ -193,20 +185,20 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv)
-    activations = activation_bytes(spec, chunk * batch, plan.context, dtype) + logits_bytes(spec, batch, dtype)
-    # One layer's whole history, dequantized for attention; shared by all layers.
-    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
+    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv, plan.window, plan.sinks or cache.EXACT_FIRST)
+    activations = max(
+        activation_bytes(spec, min(chunk, most) * batch, seen, dtype) for most, seen in cache.passes(plan)
+    ) + logits_bytes(spec, batch, dtype)
+    dequantized = cache.unfolded_bytes(plan, dtype)
     loading = loading_peak(spec, plan.precision, dtype) - weights
     dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
     scratch = max(dequantized, dense, loading - kv - activations)
-    per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
     return (
         Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
         Line(
             "kv",
             kv,
-            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
+            cache.sentence(plan, dtype),
         ),
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
@@ -216,7 +208,7 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
 
 def _graph_lines(plan: Plan) -> tuple[Line, ...]:
     spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
-    kv = exported.kv_bytes(spec, plan.context, batch) if plan.kv != "none" else 0
+    kv = exported.kv_bytes(spec, plan.remembered, batch) if plan.kv != "none" else 0
     activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
     per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
     weights = exported.session_bytes(spec, plan.precision)
@@ -224,7 +216,7 @@ def _graph_lines(plan: Plan) -> tuple[Line, ...]:
         Line(
             "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
         ),
-        Line("kv", kv, f"{plan.context:,} tokens x {batch} at {per_token} a token (fp32)."),
+        Line("kv", kv, f"{plan.remembered:,} tokens x {batch} at {per_token} a token (fp32)."),
         Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
         Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
         Line("scratch", 0, "Graphs are mapped, not copied."),
@@ -252,7 +244,7 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         final = _tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
-    if _rest(precision, dtype) == "int8" and spec.tied:
+    if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The head is packed from the embedding's codes, of which packing takes a copy.
         finished += packed.int8_bytes(spec.vocab, spec.hidden)
         peak = max(peak, finished + spec.vocab * spec.hidden)
@@ -260,9 +252,11 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
 
 
 def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if precision == "stored" and spec.stored and spec.stored.method == BNB and tensor.packed_layer:
+        return 0
     if precision == "stored" and (layer := _packed_shape(spec, tensor)):
         return packed.repacking_bytes(*layer)
-    precision = _rest(precision, dtype)
+    precision = _rest(spec, precision, dtype)
     source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
     if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
         codes, columns = tensor.elements, tensor.shape[1]

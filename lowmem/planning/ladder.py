@@ -29,7 +29,7 @@ def shorter_context(plan: Plan) -> Plan | None:
 
 def quantized_kv(plan: Plan) -> Plan | None:
     """The KV cache in int8."""
-    if plan.kv == "int8" or plan.backend == "onnx":  # whose cache is fp32
+    if plan.kv != "same" or plan.backend == "onnx":  # whose cache is fp32
         return None
     return priced(plan, kv="int8", reason="KV cache stored in int8.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 
-from lowmem.models.quantization import Quantization
+from lowmem.models.quantization import BNB, Quantization
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 
 NBITS = 4
@@ -25,11 +25,14 @@ KERNELS_BYTES = 34_000_000
 """ONNX Runtime's code and its first session (1.32, measured)."""
 
 
-def rest_precision(dtype: str) -> str:
+def rest_precision(dtype: str, stored: Quantization | None = None) -> str:
     """What layers that are not packed are held in: int8 on CPUs that have it, else the compute dtype.
 
     A tied head is a fifth of a small model, and in fp32 costs more of a decoding step than all packed layers.
+    bitsandbytes' layers take far longer on CPUs, and keep everything else as it is.
     """
+    if stored is not None and stored.method == BNB:
+        return dtype
     return "int8" if dtype == "fp32" and platform.machine().lower() in ("x86_64", "amd64") else dtype
 
 
@@ -42,11 +45,13 @@ def block_size(group_size: int) -> int:
 
 
 def cpu_kernel(stored: Quantization) -> str:
-    """What runs such layers on a CPU: "nbits", "int8", or "plain" where there is neither.
+    """What runs such layers on a CPU: "nbits", "int8", "bnb", or "plain" where there is none of them.
 
     MatMulNBits computes in fp32 and fast with 4 bits only. 2 and 3 bits live in 4-bit codes, as exact; 8 bits and odd groups are
     rounded to int8 a second time, which is faster and takes less memory than any other way to run them.
     """
+    if stored.method == BNB:
+        return "bnb"
     if stored.bits <= NBITS and block_size(stored.group_size):
         return "nbits"
     return "int8" if rest_precision("fp32") == "int8" else "plain"
@@ -85,7 +90,7 @@ def int8_bytes(rows: int, columns: int) -> int:
 
 def dense_bytes(spec: ModelSpec, dtype: str) -> int:
     """The largest packed layer multiplied out, and a lane of its codes: what a GPU holds while that layer computes."""
-    if spec.stored is None or (dtype == "fp32" and cpu_kernel(spec.stored) != "plain"):
+    if spec.stored is None or spec.stored.method == BNB or (dtype == "fp32" and cpu_kernel(spec.stored) != "plain"):
         return 0
     largest = max((rows * columns for rows, columns in spec.packed_layers.values()), default=0)
     return largest * (DTYPE_BYTES[dtype] + 1)

@@ -74,13 +74,14 @@ class Plan:
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
         batch: sequences at once.
-        kv: storage of the KV cache: "same" as the computation, "int8", or "none" without a cache.
+        kv: storage of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
         backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
         or_torch: the backend was the planner's own choice, and torch takes over when no graph comes of it.
+        window, sinks: tokens that are remembered, the latest and the first; a window of 0 remembers all.
     """
 
     spec: ModelSpec
@@ -97,6 +98,13 @@ class Plan:
     declined: tuple[Declined, ...] = ()
     backend: str = "torch"
     or_torch: bool = False
+    window: int = 0
+    sinks: int = 0
+
+    @property
+    def remembered(self) -> int:
+        """Tokens of a sequence that the KV cache has room for."""
+        return min(self.context, self.window + self.sinks) if self.window else self.context
 
     def budget(self, memory: str) -> Budget | None:
         return next((budget for budget in self.budgets if budget.memory == memory), None)

@@ -9,6 +9,7 @@ from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.estimate import priced, weight_bytes
 from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.ladder import descend
@@ -60,8 +61,8 @@ def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
         raise BadInput(f"A batch of {goal.batch:,} is not possible.", "Use a value from 1 to 4,096.")
     if not 1 <= goal.prefill_chunk <= 1_000_000:
         raise BadInput(f"A prefill chunk of {goal.prefill_chunk:,} is not possible.", "Use a value from 16 to 8,192.")
-    if goal.kv not in ("same", "int8"):
-        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", "Choose same or int8.")
+    if goal.kv not in KV_STORAGES:
+        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", f"Choose one of {', '.join(KV_STORAGES)}.")
     keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
     if goal.device not in keys:
         raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")

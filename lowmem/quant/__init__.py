@@ -12,7 +12,7 @@ from lowmem.errors import BadInput
 from lowmem.machine.hardware import Hardware
 from lowmem.quant.base import Quantizer
 
-METHODS = ("rtn", "hqq", "gptq", "awq")
+METHODS = ("int8_dynamic", "bnb", "rtn", "hqq", "gptq", "awq")
 """Module names, in the order in which they are offered."""
 
 

@@ -46,6 +46,7 @@ class Awq:
     name = "awq"
     label = "AWQ"
     calibrated = True
+    matrices = 2  # second moments, and their product with the weights
     Options = AwqOptions
 
     def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere

@@ -6,7 +6,7 @@ files, models or layouts. Imports no torch, so that forms and command lines can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,12 +14,14 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
 from lowmem.machine.hardware import Hardware
+from lowmem.models.quantization import BNB, INT8
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem.quant.grid import Quantized
     from lowmem.quant.moments import Moments
+
+__all__ = ["BITS", "BNB", "INT8", "Options", "Packed", "Quantizer", "relative_loss"]
 
 BITS = (2, 3, 4, 8)
 SMALLEST_GROUP = 16
@@ -44,7 +46,7 @@ class Options:
 
     @property
     def layout(self) -> str:
-        """How the result is stored: "gptq" (v1), "gptq_v2" or "awq"."""
+        """How the result is stored: "gptq" (v1), "gptq_v2", "awq", `INT8` or `BNB`."""
         return "gptq" if self.symmetric else "gptq_v2"
 
     @property
@@ -63,6 +65,30 @@ class Options:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A quantized layer as it is stored, made by a method that has a layout of its own.
+
+    Args:
+        tensors: by the last part of their names.
+        loss: squared error of the weights over their squared size.
+    """
+
+    tensors: dict[str, Tensor]
+    loss: float
+
+
+def relative_loss(weight: Tensor, read: Callable[[slice], Tensor]) -> float:
+    """Squared error of what `read` gives for rows of `weight` over its squared size."""
+    error = size = 0.0
+    for start in range(0, len(weight), 256):
+        rows = slice(start, start + 256)
+        original = weight[rows].float()
+        error += float((read(rows) - original).square().sum())
+        size += float(original.square().sum())
+    return error / max(size, 1e-30)
+
+
 class Quantizer(Protocol):
     """One method, the object `METHOD` of the module that is named after it.
 
@@ -74,6 +100,8 @@ class Quantizer(Protocol):
     label: str
     calibrated: bool
     """Does it need to see a text run through the model?"""
+    matrices: int
+    """fp32 matrices [in, in] that it holds while it works on layers with that many inputs."""
     Options: Any
     """Its subclass of `Options`."""
 
@@ -83,10 +111,10 @@ class Quantizer(Protocol):
 
     def quantize(
         self, weights: Sequence[Tensor], moments: Moments | None, options: Any, cancel: CancelToken
-    ) -> list[Quantized]:
-        """Codes for every weight [out, in] (any float dtype) of layers that share an input.
+    ) -> list[Any]:
+        """A `Quantized`, or a `Packed` of a method that has its own layout, for every weight [out, in] (any float dtype) of layers that share an input.
 
-        `moments` is what is known of that input, None for methods that are not calibrated.
+        `moments` is what is known of that input, None for methods that are not calibrated; those that are give `Quantized`.
 
         Raises:
             Cancelled: within a second of Stop.

@@ -28,9 +28,9 @@ Progress = tuple[float, str]
 
 @dataclass
 class QuantizedBlock:
-    """A block's layers and its other tensors, by their names within the block."""
+    """A block's layers (`Quantized` or `Packed`) and its other tensors, by their names within the block."""
 
-    linears: dict[str, Quantized] = field(default_factory=dict)
+    linears: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self, layout: str) -> Iterator[tuple[str, Tensor]]:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lowmem.events import CancelToken
 from lowmem.quant.awq import AwqOptions
-from lowmem.quant.grid import WHOLE_ROW, Quantized, consecutive, fit, nearest
+from lowmem.quant.grid import WHOLE_ROW, Quantized, consecutive, fit, nearest, row_slices
 from lowmem.quant.moments import Moments
 
 ROWS_BYTES = 16_000_000
-"""fp32 bytes of one group of columns that are searched at a time."""
+"""fp32 bytes of the weights that are searched at a time."""
 
 
 def quantize_clipped(weight: Tensor, moments: Moments, options: AwqOptions, cancel: CancelToken) -> Quantized:
@@ -36,6 +36,15 @@ def quantize_clipped(weight: Tensor, moments: Moments, options: AwqOptions, canc
             codes[here, inputs] = nearest(part, scale, zero, options.bits).to(torch.uint8)
             scales[here, group], zeros[here, group] = scale.squeeze(1).half(), zero.squeeze(1).to(torch.uint8)
     result = Quantized(codes, scales, zeros, groups, options.bits)
-    original = weight.float()
-    loss = moments.cost(result.dequantize() - original) / max(moments.cost(original), 1e-30)
-    return replace(result, loss=loss)
+    return replace(result, loss=_loss(result, weight, moments, cancel))
+
+
+def _loss(result: Quantized, weight: Tensor, moments: Moments, cancel: CancelToken) -> float:
+    """See `Quantized.loss`."""
+    error = size = 0.0
+    for rows in row_slices(weight.shape[0], weight.shape[1], ROWS_BYTES):
+        cancel.check()
+        original = weight[rows].float()
+        error += moments.cost(result.rows(rows).dequantize() - original)
+        size += moments.cost(original)
+    return error / max(size, 1e-30)

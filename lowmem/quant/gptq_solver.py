@@ -21,11 +21,9 @@ from torch import Tensor
 
 from lowmem.events import CancelToken
 from lowmem.models.background import stoppable
+from lowmem.quant.estimate import ROWS_BYTES
 from lowmem.quant.grid import WHOLE_ROW, Quantized, as_stored, consecutive, fit, largest_code
 from lowmem.quant.moments import Moments
-
-ROWS_BYTES = 64_000_000
-"""fp32 bytes of the weights that are solved for at a time; rows are independent of each other."""
 
 BLOCK = 128
 """Columns whose corrections are applied to the rest at once."""

@@ -7,7 +7,7 @@ fp16 before any code is chosen, since fp16 is what every container stores. Knows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Quantized:
     bits: int
     loss: float = 0.0
 
+    def rows(self, here: slice) -> Quantized:
+        """Some of the rows, sharing memory."""
+        return replace(self, codes=self.codes[here], scales=self.scales[here], zeros=self.zeros[here])
+
     def dequantize(self, out: Tensor | None = None) -> Tensor:
         """fp32 [out, in], exactly what a reader of the stored form computes; into `out` where that is given."""
         rows, columns = self.codes.shape
@@ -67,9 +71,9 @@ class Quantized:
         return out
 
 
-def row_slices(rows: int, columns: int) -> Iterator[slice]:
-    """Runs of rows that take `ROWS_BYTES` in fp32."""
-    step = max(1, ROWS_BYTES // (4 * columns))
+def row_slices(rows: int, columns: int, most_bytes: int = ROWS_BYTES) -> Iterator[slice]:
+    """Runs of rows that take at most `most_bytes` in fp32."""
+    step = max(1, most_bytes // (4 * columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

@@ -1,91 +1,69 @@
-"""Dynamic int8 on the CPU: weights per output channel, activations per token, kernels of FBGEMM.
+"""Dynamic int8: a scale per output channel for weights, one per token for activations. No calibration.
 
-Symmetric weights W ~ scale[row] * q. FBGEMM quantizes the activations of a call with one scale for
-all its tokens, so a single outlier token (the first one of a text always is) would cost all others
-their precision: mean KL to fp32 0.53 on the demo model. Dividing every token by its own largest
-value first, and multiplying the result, gives each token its own scale: 0.037.
-
-Without VNNI, AVX2 adds pairs of 8-bit products in 16 bits. Keeping the weights within 7 bits makes
-that exact, and costs less than the usual 7-bit activations, which carry the outliers.
+Stored as compressed-tensors' "int-quantized" (W8A8), which vLLM reads too; `int8_linear` runs it. Codes keep to the range
+that the processor of the making computes exactly, so that here a stored model is the one that loading in int8 gives.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken
+from lowmem.fields import option
+from lowmem.machine.hardware import CPU, Hardware
+from lowmem.planning.precision import available
+from lowmem.quant import base
 
-from lowmem.machine.processor import has_vnni
-from lowmem.planning.estimate import QUANTIZED_ROWS
+if TYPE_CHECKING:
+    from torch import Tensor
 
-ROWS_AT_ONCE = QUANTIZED_ROWS
-"""Rows quantized per step, so that the fp32 temporaries stay small beside a large embedding."""
-
-
-def largest_code() -> int:
-    """Codes of weights reach from minus this to this on the present processor."""
-    return 127 if has_vnni() else 63
-
-
-def quantize_rows(weight: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
-    """`weight` [rows, columns] of any float dtype -> (int8 codes [rows, columns], fp32 scales [rows])."""
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], dtype=torch.float32)
-    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = weight[start : start + ROWS_AT_ONCE].float()
-        scale = rows.abs().amax(dim=1).div_(largest).clamp_min_(torch.finfo(torch.float32).tiny)
-        scales[start : start + ROWS_AT_ONCE] = scale
-        codes[start : start + ROWS_AT_ONCE] = (rows / scale[:, None]).round_().clamp_(-largest, largest)
-    return codes, scales
+    from lowmem.quant.moments import Moments
 
 
-class Int8Linear(nn.Module):
-    """`y = x W^T + b` with packed int8 weights; x and y are float32 [..., in] and [..., out]."""
+@dataclass(frozen=True, slots=True)
+class Int8Options(base.Options):
+    bits: int = option(8, "Bits", "Dynamic int8 has 8.", low=8, high=8, step=1)
+    group_size: int = option(-1, "Group size", "Dynamic int8 has one scale a row: -1.", low=-1, high=-1, step=1)
+    symmetric: bool = option(True, "Symmetric", "Dynamic int8 has no zero points.")
 
-    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        """`codes` int8 [out, in], `scales` fp32 [out], as `quantize_rows` makes them."""
-        super().__init__()
-        self.out_features, self.in_features = codes.shape
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.backends.quantized.engine = "fbgemm"
-            # Wraps the codes in a quantized tensor without a second rounding.
-            quantized = torch._make_per_channel_quantized_tensor(
-                codes, scales, torch.zeros_like(scales, dtype=torch.long), 0
-            )
-            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
-        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
+    @property
+    def layout(self) -> str:
+        return base.INT8
 
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
-        """Quantize `weight` [out, in] of any float dtype."""
-        return cls(*quantize_rows(weight, largest_code()), bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features:
-            # A single token has one scale anyway; decoding is spared the three operations.
-            y = torch.ops.quantized.linear_dynamic(x, self._packed, False)
-        else:
-            scale = x.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
-            y = torch.ops.quantized.linear_dynamic(x / scale, self._packed, False).mul_(scale)
-        return y if self.bias is None else y.add_(self.bias)
+    def check(self) -> None:
+        if not self.symmetric:
+            raise BadInput("Dynamic int8 has no zero points.", "Choose symmetric, or another method.")
 
 
-class Int8Embedding(nn.Module):
-    """Rows of an embedding in int8 with one fp32 scale a row: ids [...] -> float32 [..., hidden]."""
+class Int8Dynamic:
+    name = "int8_dynamic"
+    label = "Dynamic int8"
+    calibrated = False
+    matrices = 0
+    Options = Int8Options
 
-    codes: Tensor
-    scales: Tensor
+    def available(self, hardware: Hardware) -> str | None:
+        return available("int8", hardware, CPU)
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        codes, scales = quantize_rows(weight, largest_code())
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
-        self.factor = 1.0
+    def quantize(
+        self,
+        weights: Sequence[Tensor],
+        moments: Moments | None,  # noqa: ARG002
+        options: Int8Options,  # noqa: ARG002
+        cancel: CancelToken,
+    ) -> list[base.Packed]:
+        from lowmem.quant.int8_linear import largest_code, quantize_rows
 
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = self.codes[ids].float() * self.scales[ids].unsqueeze(-1)
-        return rows if self.factor == 1.0 else rows * self.factor
+        def packed(weight: Tensor) -> base.Packed:
+            cancel.check()
+            codes, scales = quantize_rows(weight, largest_code())
+            loss = base.relative_loss(weight, lambda rows: codes[rows].float() * scales[rows, None])
+            return base.Packed({"weight": codes, "weight_scale": scales[:, None]}, loss)
+
+        return [packed(weight) for weight in weights]
+
+
+METHOD = Int8Dynamic()

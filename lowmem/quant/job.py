@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lowmem
-from lowmem.errors import BadInput, CorruptModel, DiskFull, DoesNotFit, Unsupported
+from lowmem.errors import CorruptModel, DiskFull, DoesNotFit
 from lowmem.events import CancelToken
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
@@ -21,15 +21,11 @@ from lowmem.models.describe import CONFIG, describe
 from lowmem.models.files import LocalFolder, read_object
 from lowmem.models.source import record
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.estimate import is_linear, linear_shape
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration, Samples, token_samples
-from lowmem.quant.estimate import Estimate, estimate
+from lowmem.quant.estimate import Estimate, check_shapes, estimate
 from lowmem.quant.journal import part_of
 from lowmem.units import format_bytes
-
-PACKED = 32
-"""Inputs and outputs of a packed layer come in multiples of this, so that words are full for every width."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Job:
         layout = block_layout(config)
         name = str(record(folder).get("name") or folder.resolve().name)
         spec = describe(LocalFolder(folder), str(folder), name)
-        _check_shapes(spec, options.group_size)
+        check_shapes(spec, options.group_size)
         expected = estimate(spec, method, options, calibration, probe().runtime_bytes)
         return cls(folder, method, options, calibration, torch.device(device), cancel, layout, spec, expected)
 
@@ -125,19 +121,3 @@ class Job:
             "options": asdict(self.options),
             "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         }
-
-
-def _check_shapes(spec: ModelSpec, group_size: int) -> None:
-    for tensor in filter(is_linear, spec.tensors):
-        rows, columns = linear_shape(spec, tensor)
-        if group_size != -1 and columns % group_size:
-            fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
-            raise BadInput(
-                f"Groups of {group_size} do not divide the {columns:,} inputs of {tensor.name}.",
-                f"{fitting} or -1 do." if fitting else "Use -1, one group a row.",
-            )
-        if rows % PACKED or columns % PACKED:
-            raise Unsupported(
-                f"{tensor.name} has {columns:,} inputs and {rows:,} outputs; packed layers need multiples of {PACKED}.",
-                "Choose another model.",
-            )

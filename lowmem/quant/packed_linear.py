@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
-from lowmem.models.quantization import Quantization
-from lowmem.planning.packed import cpu_kernel, stored_width
+from lowmem.models.quantization import BNB, INT8, Quantization
+from lowmem.planning.packed import cpu_kernel, rest_precision, stored_width
 from lowmem.quant import gptqmodel_kernel
 from lowmem.quant.grid import Quantized, consecutive
 from lowmem.quant.int8_fine import FineInt8Linear
+from lowmem.quant.int8_linear import Int8Linear, largest_code
 from lowmem.quant.nbits_linear import NBitsLinear
 from lowmem.quant.packing import from_awq, from_gptq
+
+INT8_ZERO = 128
+"""What is added to int8 codes to make them unsigned."""
 
 Parts = dict[str, Tensor]
 """The tensors of one layer: "qweight", "qzeros", "scales", perhaps "g_idx" and "bias"."""
@@ -31,6 +35,8 @@ def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.d
     Raises:
         CorruptModel: the parts hold what cannot be, naming the layer.
     """
+    if stored.method == INT8:
+        return _int8_linear(name, parts, device, dtype)
     weight, bias = read(stored, name, parts), parts.get("bias")
     kernel = cpu_kernel(stored) if device.type == "cpu" else ""
     if kernel == "nbits":
@@ -39,6 +45,24 @@ def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.d
         return FineInt8Linear.from_quantized(weight, bias)
     layer = PackedLinear(weight, stored.group_size, bias, device, dtype)
     return (gptqmodel_kernel.like(layer, weight, stored, parts, dtype) if device.type == "cuda" else None) or layer
+
+
+def _int8_linear(name: str, parts: Parts, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    codes, scales, bias = parts["weight"], parts["weight_scale"].float(), parts.get("bias")
+    if not torch.isfinite(scales).all():
+        raise CorruptModel(f"{name}.weight_scale holds numbers that are not finite.", "Fetch the model again.")
+    weight = Quantized(
+        codes=(codes.to(torch.int16) + INT8_ZERO).to(torch.uint8),
+        scales=scales,
+        zeros=torch.full_like(scales, INT8_ZERO, dtype=torch.uint8),
+        groups=consecutive(codes.shape[1], -1),
+        bits=8,
+    )
+    if device.type != "cpu" or rest_precision("fp32") != "int8":
+        return PackedLinear(weight, -1, bias, device, dtype)
+    if int(codes.max()) > largest_code() or int(codes.min()) < -largest_code():
+        return Int8Linear.from_weight(weight.dequantize(), bias)  # made for processors with wider products
+    return Int8Linear(codes, scales.squeeze(1), bias)
 
 
 def check_shapes(
@@ -55,6 +79,10 @@ def check_shapes(
         "qzeros": (groups, -(-outputs * stored.bits // 32)),
         "scales": (groups, outputs),
     }
+    if stored.method in (INT8, BNB):
+        expected = {"weight": expected["qweight"]}
+        if stored.bits == 8:
+            expected |= {"weight_scale": (outputs, 1)} if stored.method == INT8 else {"SCB": (outputs,)}
     optional = {part: size for part, size in (("g_idx", (inputs,)), ("bias", (outputs,))) if part in shapes}
     for part, shape in (expected | optional).items():
         if part not in shapes:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowmem.quant.grid import Quantized, largest_code
+from lowmem.quant.grid import Quantized, largest_code, row_slices
 
 WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -22,31 +22,43 @@ _AWQ_PLACE = tuple(AWQ_ORDER.index(column) for column in range(8))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """[n, m] codes of any integer dtype -> int32 [ceil(n * bits / 32), m], packed along the first axis."""
-    count, columns = codes.shape
-    codes = torch.nn.functional.pad(codes.to(torch.int32), (0, 0, 0, -count % WORD_BITS))
-    words = codes.new_zeros(codes.shape[0] // WORD_BITS, bits, columns)
-    for index, lane in enumerate(codes.view(-1, WORD_BITS, columns).unbind(1)):
-        word, shift = divmod(index * bits, WORD_BITS)
-        words[:, word] |= lane << shift
-        if shift + bits > WORD_BITS:  # the code straddles two words, as some of 3 bits do
-            words[:, word + 1] |= lane >> (WORD_BITS - shift)
-    return words.view(-1, columns)[: -(-count * bits // WORD_BITS)].contiguous()
+    """uint8 codes [n, count] -> int32 [n, ceil(count * bits / 32)], each row a stream of its own.
+
+    Eight codes, one a byte, are one 64-bit number, and end as `bits` bytes of it.
+    """
+    count = codes.shape[1]
+    codes = torch.nn.functional.pad(codes, (0, -count % WORD_BITS))
+    words = torch.empty(len(codes), codes.shape[1] * bits // WORD_BITS, dtype=torch.int32, device=codes.device)
+    for rows in row_slices(*codes.shape):
+        eights = codes[rows].reshape(-1).view(torch.int64)
+        for lane in _LANES:
+            eights = (eights | eights >> (8 - bits) * lane) & _mask(2 * lane, bits)
+        stream = eights.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+        words[rows] = stream.view(torch.int32).view(-1, words.shape[1])
+    return words[:, : -(-count * bits // WORD_BITS)].contiguous()
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` rows of codes, uint8 [count, m]: the inverse of `pack`."""
-    columns = words.shape[1]
-    words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[0] % bits)).view(-1, bits, columns)
-    codes = torch.empty(words.shape[0], WORD_BITS, columns, dtype=torch.uint8, device=words.device)
-    for index in range(WORD_BITS):
-        word, shift = divmod(index * bits, WORD_BITS)
-        lane = words[:, word] >> shift
-        if shift + bits > WORD_BITS:
-            kept = WORD_BITS - shift  # the shift right has copied the sign bit above these
-            lane = (lane & (2**kept - 1)) | (words[:, word + 1] << kept)
-        codes[:, index] = lane & largest_code(bits)
-    return codes.view(-1, columns)[:count].contiguous()
+    """The first `count` codes of every row, uint8 [n, count]: the inverse of `pack`."""
+    words = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
+    codes = torch.empty(len(words), count, dtype=torch.uint8, device=words.device)
+    for rows in row_slices(len(words), words.shape[1] * WORD_BITS // bits):
+        stream = words[rows].reshape(-1).view(torch.uint8).view(-1, bits)
+        eights = torch.nn.functional.pad(stream, (0, 8 - bits)).view(-1).view(torch.int64)
+        for lane in reversed(_LANES):
+            eights = (eights | eights << (8 - bits) * lane) & _mask(lane, bits)
+        codes[rows] = eights.view(torch.uint8).view(len(codes[rows]), -1)[:, :count]
+    return codes
+
+
+_LANES = (1, 2, 4)
+"""Codes whose bits lie together, before each of the three steps that bring eight together."""
+
+
+def _mask(lane: int, bits: int) -> int:
+    """The bits of a signed 64-bit number that hold codes when `lane` of them lie together."""
+    mask = sum((1 << lane * bits) - 1 << 8 * start for start in range(0, 8, lane))
+    return mask - (1 << 64) if mask >> 63 else mask
 
 
 def to_gptq(weight: Quantized, v2: bool) -> dict[str, Tensor]:
@@ -55,14 +67,14 @@ def to_gptq(weight: Quantized, v2: bool) -> dict[str, Tensor]:
     Raises:
         ValueError: v1 with a zero point of 0, which its minus one cannot store.
     """
-    zeros = weight.zeros.to(torch.int32)
+    zeros = weight.zeros
     if not v2:
         if not bool((zeros > 0).all()):
             raise ValueError("GPTQ v1 cannot store a zero point of 0")
         zeros = zeros - 1
     return {
-        "qweight": pack(weight.codes.t(), weight.bits),
-        "qzeros": pack(zeros, weight.bits).t().contiguous(),
+        "qweight": pack(weight.codes, weight.bits).t().contiguous(),
+        "qzeros": pack(zeros.t(), weight.bits),
         "scales": weight.scales.t().contiguous(),
         "g_idx": weight.groups,
     }
@@ -71,11 +83,11 @@ def to_gptq(weight: Quantized, v2: bool) -> dict[str, Tensor]:
 def from_gptq(tensors: Mapping[str, Tensor], bits: int, v2: bool) -> Quantized:
     """The inverse of `to_gptq`; zero points wrap around as every kernel lets them."""
     scales = tensors["scales"].t().contiguous()
-    zeros = unpack(tensors["qzeros"].t(), bits, scales.shape[0])
+    zeros = unpack(tensors["qzeros"], bits, len(scales)).t().contiguous()
     if not v2:
         zeros = (zeros + 1) & largest_code(bits)
     columns = tensors["g_idx"].shape[0]
-    codes = unpack(tensors["qweight"], bits, columns).t().contiguous()
+    codes = unpack(tensors["qweight"].t(), bits, columns)
     return Quantized(codes, scales, zeros, tensors["g_idx"], bits)
 
 
@@ -108,12 +120,12 @@ def from_awq(tensors: Mapping[str, Tensor]) -> Quantized:
 def _awq_words(codes: Tensor) -> Tensor:
     """[out, n] -> int32 [n, out / 8]."""
     placed = codes.unflatten(0, (-1, 8))[:, list(AWQ_ORDER)].flatten(0, 1)
-    return pack(placed, 4).t().contiguous()
+    return pack(placed.t(), 4)
 
 
 def _awq_codes(words: Tensor) -> Tensor:
     """int32 [n, out / 8] -> uint8 [out, n]."""
-    placed = unpack(words.t(), 4, 8 * words.shape[1])
+    placed = unpack(words, 4, 8 * words.shape[1]).t()
     return placed.unflatten(0, (-1, 8))[:, list(_AWQ_PLACE)].flatten(0, 1).contiguous()
 
 

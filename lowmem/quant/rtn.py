@@ -29,6 +29,7 @@ class RoundToNearest:
     name = "rtn"
     label = "Round to nearest"
     calibrated = False
+    matrices = 0
     Options = RtnOptions
 
     def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere

@@ -1,7 +1,7 @@
 """A quantized checkpoint beside its weights: configuration, tokenizer, model card.
 
 The configuration is that of AutoGPTQ and AutoAWQ, in quantize_config.json as well as in config.json, so that
-transformers, vLLM, GPTQModel and lowmem all find it.
+transformers, vLLM, GPTQModel and lowmem all find it; that of bitsandbytes and compressed-tensors is in config.json only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 import lowmem
 from lowmem.events import Receipt
 from lowmem.models.describe import COMPANIONS, CONFIG
-from lowmem.quant.base import Options, Quantizer
+from lowmem.quant.base import BNB, INT8, Options, Packed, Quantizer
 from lowmem.quant.grid import Quantized
 from lowmem.quant.packing import to_awq, to_gptq
 from lowmem.units import format_bytes, format_seconds
@@ -26,13 +26,17 @@ QUANTIZE_CONFIG = "quantize_config.json"
 CARD = "README.md"
 
 
-def layer_tensors(weight: Quantized, layout: str) -> dict[str, Tensor]:
+def layer_tensors(weight: Quantized | Packed, layout: str) -> dict[str, Tensor]:
     """What is stored of a quantized layer, by the last part of its names."""
+    if isinstance(weight, Packed):
+        return weight.tensors
     return to_awq(weight) if layout == "awq" else to_gptq(weight, v2=layout == "gptq_v2")
 
 
 def quantization_config(method: Quantizer, options: Any) -> dict[str, Any]:
     """`quantization_config` of config.json."""
+    if options.layout in (BNB, INT8):
+        return _bnb_config(options) if options.layout == BNB else _int8_config()
     made_by = {"quantizer": [f"lowmem:{lowmem.__version__}"], "method": method.name, "options": asdict(options)}
     if options.layout == "awq":
         return {
@@ -59,6 +63,39 @@ def quantization_config(method: Quantizer, options: Any) -> dict[str, Any]:
     }
 
 
+def _bnb_config(options: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": options.bits == 4,
+        "load_in_8bit": options.bits == 8,
+        "bnb_4bit_quant_type": options.type,
+        "bnb_4bit_use_double_quant": options.double,
+        "bnb_4bit_compute_dtype": options.compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": options.threshold,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def _int8_config() -> dict[str, Any]:
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": scheme | {"strategy": "channel", "dynamic": False},
+                "input_activations": scheme | {"strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+
+
 def write_companions(source: Path, folder: Path, quantization: dict[str, Any]) -> None:
     """Copy tokenizer and configuration of `source` and say in `folder` how its weights are quantized."""
     for name in COMPANIONS:
@@ -69,7 +106,8 @@ def write_companions(source: Path, folder: Path, quantization: dict[str, Any]) -
     config.pop("torch_dtype", None)
     config |= {"dtype": "float16" if stored == "float32" else stored, "quantization_config": quantization}
     _write_json(folder / CONFIG, config)
-    _write_json(folder / QUANTIZE_CONFIG, quantization)
+    if quantization["quant_method"] not in (BNB, INT8):
+        _write_json(folder / QUANTIZE_CONFIG, quantization)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from lowmem.errors import CorruptModel
 from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer
-from lowmem.units import GB
-
-SHARD_BYTES = 2 * GB
+from lowmem.quant.estimate import SHARD_BYTES
 
 _DATA_START = 8 + HEADER_ROOM
 _METADATA = {"format": "pt"}

@@ -23,13 +23,15 @@ from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Step
 from lowmem.machine.monitor import trim_heap
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.quantization import BNB, INT8
+from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning.estimate import compute_dtype, is_quantized
 from lowmem.planning.packed import rest_precision
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
-from lowmem.quant import bnb, packed_linear
-from lowmem.quant.int8_dynamic import Int8Embedding, Int8Linear
+from lowmem.quant import bnb_linear, packed_linear
 from lowmem.quant.int8_fine import FineInt8Linear
+from lowmem.quant.int8_linear import Int8Embedding, Int8Linear
 from lowmem.runtime.matching import by_module, match_names, tied_parameters
 from lowmem.units import MB
 
@@ -134,13 +136,14 @@ class _Placer:
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
-        rest = rest_precision(compute_dtype(plan.precision, plan.place.dtypes))
+        rest = rest_precision(compute_dtype(plan.precision, plan.place.dtypes), self.stored)
         self.precision = rest if plan.precision == "stored" else plan.precision
-        # Beside exact packed layers the head would be what loses most.
-        self.int8 = FineInt8Linear if plan.precision == "stored" else Int8Linear
+        # Beside exact packed layers the head would be what loses most; int8 ones lose as much themselves.
+        exact = self.stored is not None and self.stored.method != INT8
+        self.int8 = FineInt8Linear if plan.precision == "stored" and exact else Int8Linear
 
     def __call__(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
-        if "qweight" in members:
+        if "qweight" in members or ("weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES):
             return self._packed(module, checkpoint, members)
         in_block = any(part.isdigit() for part in next(iter(members.values())).split("."))
         if self.precision == "int8" and isinstance(module, nn.Embedding):
@@ -159,16 +162,21 @@ class _Placer:
         bias = checkpoint.read(members["bias"]) if "bias" in members else None
         if self.precision == "int8":
             return self.int8.from_weight(weight, bias)
-        make = bnb.linear8 if self.precision == "bnb8" else bnb.linear4
+        make = bnb_linear.linear8 if self.precision == "bnb8" else bnb_linear.linear4
         return make(weight.contiguous(), bias, self.device, self.dtype)
 
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
-        layer = members["qweight"].removesuffix(".qweight")
+        layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]
         if self.stored is None or not isinstance(module, (nn.Linear, Conv1D)):
             raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
         shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
-        packed_linear.check_shapes(self.stored, layer, _outputs(module), _inputs(module), shapes)
+        outputs, inputs = _outputs(module), _inputs(module)
+        packed_linear.check_shapes(self.stored, layer, outputs, inputs, shapes)
         parts = {part: checkpoint.read(name) for part, name in members.items()}
+        if self.stored.method == BNB and self.stored.bits == 8:
+            return bnb_linear.stored8(parts, self.device, self.dtype)
+        if self.stored.method == BNB:
+            return bnb_linear.stored4(layer, parts, outputs, inputs, self.device, self.dtype)
         return packed_linear.packed_linear(self.stored, layer, parts, self.device, self.dtype)
 
     def _int8_embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:

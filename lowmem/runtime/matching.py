@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.models.checkpoint import Checkpoint
-from lowmem.models.spec import PACKED_PARTS
+from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
 
 FOLDED_SCALES = ".act.scales"
 """A layer that AutoAWQ adds to families whose activations cannot be scaled elsewhere (GPT-NeoX, Falcon, Starcoder2)."""
@@ -20,7 +20,12 @@ def by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
     """{"layer.weight": name} -> {"layer": {"weight": name}}: a layer's weight and bias together."""
     owners: dict[str, dict[str, str]] = {}
     for parameter, name in stored.items():
-        owner, _, member = parameter.rpartition(".")
+        # What bitsandbytes keeps beside a weight is named as if it were within: "layer.weight.absmax".
+        owner, inner, member = parameter.rpartition(".weight.")
+        if inner:
+            member = f"weight.{member}"
+        else:
+            owner, _, member = parameter.rpartition(".")
         owners.setdefault(owner, {})[member] = name
     return owners
 
@@ -76,11 +81,16 @@ def _packed_parts(parameter: str, options: tuple[str, ...], checkpoint: Checkpoi
     if not parameter.endswith(".weight"):
         return {}
     layers = [name.removesuffix(".weight") for name in options]
-    layer = next((name for name in layers if f"{name}.qweight" in checkpoint.tensors), None)
+    layer = next((name for name in layers if _is_packed(name, checkpoint)), None)
     if layer is None:
         return {}
-    stored = [part for part in (*PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors]
+    stored = [part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors]
     return {parameter.removesuffix(".weight") + part: f"{layer}{part}" for part in stored}
+
+
+def _is_packed(layer: str, checkpoint: Checkpoint) -> bool:
+    weight = checkpoint.tensors.get(f"{layer}.weight")
+    return f"{layer}.qweight" in checkpoint.tensors or (weight is not None and weight.dtype in CODE_DTYPES)
 
 
 def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:

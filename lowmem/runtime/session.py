@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lowmem.errors import BadInput, CorruptModel, DoesNotFit, MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.limits import check_window, context_of
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.planning.estimate import priced
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lowmem.runtime.loader import Loaded
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 log = logging.getLogger("lowmem.session")
 
@@ -117,13 +119,15 @@ class Session:
         return priced(
             plan,
             hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
-            context=min(prompt_tokens + options.max_new_tokens, plan.spec.context),
+            context=min(prompt_tokens + options.max_new_tokens, context_of(plan.spec.context, options)),
+            window=options.window,
+            sinks=options.sinks if options.window else 0,
             batch=batch * options.num_sequences,
             kv=options.kv if options.use_cache else "none",
             # Several answers to one prompt share one prefill, so its activations exist once.
             prefill_chunk=max(1, options.prefill_chunk // options.num_sequences)
             if options.use_cache
-            else plan.spec.context,
+            else min(plan.spec.context, options.window or plan.spec.context),
         )
 
     def generate(
@@ -149,7 +153,8 @@ class Session:
         try:
             loaded, plan = self._resident()
             ids = encode_prompt(loaded.tokenizer, prompt, raw)
-            room, note = check_length(len(ids), options.max_new_tokens, plan.spec.context)
+            check_window(options, plan.spec.context)
+            room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
             options = replace(options, max_new_tokens=room)
             action = self.price(len(ids), options)
             if not force:
@@ -182,6 +187,7 @@ class Session:
         yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
         try:
             loaded, plan = self._resident()
+            check_window(options, plan.spec.context)
             largest = batch_size or 1
 
             def fits(longest: int, size: int) -> bool:
@@ -198,7 +204,7 @@ class Session:
                     loaded.tokenizer,
                     prompts,
                     options,
-                    context=plan.spec.context,
+                    context=context_of(plan.spec.context, options),
                     cancel=cancel,
                     check=meter.check,
                     batch_size=batch_size,
@@ -215,6 +221,32 @@ class Session:
             self._last_receipt = receipt
             yield receipt
         finally:
+            self._done()
+
+    def work(
+        self,
+        what: str,
+        job: Callable[[Loaded, Plan, Callable[[], None]], Generator[E, None, T]],
+        cancel: CancelToken,
+        *,
+        force: bool = False,
+    ) -> Generator[Step | E, None, tuple[T, dict[str, int]]]:
+        """Let `job` use the resident model in its turn; returns what it returns, and the peak bytes by memory.
+
+        Args:
+            job: gets the model, its plan and a check of the budget to call in every long loop.
+
+        Raises:
+            BadInput: nothing is loaded.
+        """
+        yield from self._turn(what, cancel)
+        try:
+            loaded, plan = self._resident()
+            with self._meter(plan, force) as meter:
+                result = yield from job(loaded, plan, meter.check)
+            return result, meter.peak
+        finally:
+            release_memory()
             self._done()
 
     def _turn(self, what: str, cancel: CancelToken) -> Iterator[Step]:
@@ -317,7 +349,7 @@ class Session:
                     loaded.tokenizer,
                     ids,
                     options,
-                    context=plan.spec.context,
+                    context=context_of(plan.spec.context, options),
                     cancel=cancel,
                     check=meter.check,
                 )

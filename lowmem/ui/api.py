@@ -56,7 +56,7 @@ def add_endpoints(engine: Engine) -> None:
     for quick in (_plan(engine), _machine(engine), _receipt(engine)):
         gr.api(_told(quick), api_name=quick.__name__, concurrency_limit=None)
     for stream in (_load(engine), _generate(engine), _chat(engine), _batch(engine)):
-        gr.api(_told_stream(stream), api_name=stream.__name__, **ENGINE)
+        gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
     unload = _unload(engine)
     gr.api(_told(unload), api_name=unload.__name__, **ENGINE)
 
@@ -74,7 +74,9 @@ def _told(action: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _told_stream(action: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
+def told_stream(action: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
+    """The generator, its failures as sentences."""
+
     @wraps(action)
     def run(*args: Any, **kwargs: Any) -> Iterator[Any]:
         try:

@@ -16,11 +16,11 @@ T = TypeVar("T")
 SLIDER_LIMIT = 4096  # beyond it a slider is too coarse to aim with
 
 
-def widget(field: dataclasses.Field[Any]) -> gr.components.Component:
+def widget(field: dataclasses.Field[Any], prefix: str = "option") -> gr.components.Component:
     """The control that suits a field: dropdown, checkbox, slider, number or text."""
     meta = field.metadata
     default: Any = field.default
-    labels: dict[str, Any] = {"label": meta["label"], "info": meta["help"], "elem_id": f"option-{field.name}"}
+    labels: dict[str, Any] = {"label": meta["label"], "info": meta["help"], "elem_id": f"{prefix}-{field.name}"}
     if meta["choices"]:
         return gr.Dropdown(
             [(name("choices", key), key) for key in meta["choices"]], value=default, filterable=False, **labels
@@ -37,10 +37,10 @@ def widget(field: dataclasses.Field[Any]) -> gr.components.Component:
     return gr.Textbox(value=default, **labels)
 
 
-def widgets(kind: type, names: Iterable[str]) -> dict[str, Any]:
+def widgets(kind: type, names: Iterable[str], prefix: str = "option") -> dict[str, Any]:
     """Controls for the named fields, in that order, made where the call stands in the layout."""
     known = {field.name: field for field in dataclasses.fields(kind)}
-    return {key: widget(known[key]) for key in names}
+    return {key: widget(known[key], prefix) for key in names}
 
 
 def read(kind: type[T], names: Sequence[str], values: Sequence[Any]) -> T:

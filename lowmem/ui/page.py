@@ -9,8 +9,13 @@ from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.generate import GenerateTab
+from lowmem.ui.longctx import LongContextTab
+from lowmem.ui.longctx_api import add_longctx_endpoints
+from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
+from lowmem.ui.workshop import Workshop
+from lowmem.ui.workshop_api import add_workshop_endpoints
 
 # Gradio opens the sidebar over the whole of a phone's screen.
 SETTLE = """() => {
@@ -20,26 +25,44 @@ SETTLE = """() => {
 }"""
 
 
-def build_ui(engine: Engine | None = None, *, budget_bytes: int | None = None, model: str = AUTO) -> gr.Blocks:
+def build_ui(
+    engine: Engine | None = None,
+    *,
+    budget_bytes: int | None = None,
+    model: str = AUTO,
+    workshop: Workshop | None = None,
+) -> gr.Blocks:
     """The page over an engine.
 
     Args:
         engine: the real one by default.
         budget_bytes: the budget that the page starts with, for the computing device.
         model: the model that is proposed instead of the recommended one.
+        workshop: what quantizes and compares; one over `engine` by default.
     """
     engine = engine or Engine()
+    workshop = workshop or Workshop(engine)
     jobs = Jobs()
     with gr.Blocks(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(render.header(), elem_id="header")
         sidebar = Sidebar(engine, budget_bytes)
-        with gr.Tabs(elem_id="tabs"), gr.Tab(say("generate"), id="generate"):
-            generate = GenerateTab(engine, jobs, sidebar, model)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab(say("generate"), id="generate"):
+                generate = GenerateTab(engine, jobs, sidebar, model)
+            with gr.Tab(say("quantize"), id="quantize"):
+                quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+            with gr.Tab(say("longctx"), id="longctx"):
+                longctx = LongContextTab(engine, jobs, sidebar)
         add_endpoints(engine)
+        add_workshop_endpoints(workshop)
+        add_longctx_endpoints(engine)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
+        quantize.shown(opened)
+        longctx.shown(opened)
+        longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.longctx.limits import ENDLESS
 from lowmem.machine.monitor import Snapshot
 from lowmem.planning.ladder import remedies
 from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
@@ -241,14 +242,16 @@ def receipt(one: Receipt | None) -> str:
 
 
 def _against(one: Receipt, memory: str) -> str:
-    predicted, measured = one.predicted[memory], one.measured[memory]
+    return against(f"{name('memory', memory)} peak", one.predicted[memory], one.measured[memory])
+
+
+def against(label: str, predicted: int, measured: int) -> str:
+    """Bytes as predicted and as measured."""
     scale = max(predicted, measured, 1)
-    error = one.error(memory) or 0.0
+    error = (predicted - measured) / measured if measured else 0.0
     near = "true" if abs(error) <= 0.1 else "false"
-    spoken = f"{name('memory', memory)}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
-    title = _title(
-        f"{name('memory', memory)} peak", f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>'
-    )
+    spoken = f"{label}: predicted {format_bytes(predicted)}, measured {format_bytes(measured)}"
+    title = _title(label, f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>')
     rows = "".join(
         f'<div class="lm-pair"><span>{word}</span>{_track("", (kind, _percent(count, scale)))}'
         f'<b class="lm-num">{format_bytes(count)}</b></div>'
@@ -286,6 +289,10 @@ def live(chunk: Chunk | None) -> str:
     if chunk.seconds_to_first:
         numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
     parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
+    if limit >= ENDLESS:
+        return (
+            f'<div class="lm-live lm-num">{parts}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
+        )
     bar = _track(f"Context: {used:,} of {limit:,} tokens", ("", _percent(min(used, limit), limit)))
     context = f'<div class="lm-context">{bar}<span><b>{used:,}</b> of {limit:,} context</span></div>'
     return f'<div class="lm-live lm-num">{parts}{context}</div>'

@@ -9,6 +9,7 @@ import gradio as gr
 
 from lowmem.events import Step
 from lowmem.fields import build
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.ui import render
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
@@ -100,7 +101,7 @@ class Setup:
                     min_width=260,
                 )
                 self.kv = gr.Dropdown(
-                    [(name("choices", key), key) for key in ("same", "int8")],
+                    [(name("choices", key), key) for key in KV_STORAGES],
                     value="same",
                     filterable=False,
                     label=say("kv"),
@@ -137,21 +138,25 @@ class Setup:
         ]
         for control in self.controls:
             control.change(self.price, self.controls, outputs, trigger_mode="always_last", **QUICK)
-        self.model.change(self._fit_context, [self.model, self.context], self.context, **QUICK)
+        self.model.change(self.fit_context, [self.model, self.context], self.context, **QUICK)
         self.device.change(
             self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
         )
-        started = [self.load, self.anyway, self.progress_row, self.progress, self.notice]
-        for button, run in ((self.load, self._load), (self.anyway, self._load_anyway)):
-            ran = button.click(self._begin, None, started, **QUICK).then(
-                run, self.controls, [self.progress, self.notice], **HEAVY
-            )
-            page_shown(self.sidebar.after(ran).then(lambda: False, None, self.choosing, **QUICK)).then(
-                None, js=FOCUS, **QUICK
-            )
+        self._page_shown = page_shown
+        self.load_on(self.load.click)
+        self.load_on(self.anyway.click, self._load_anyway)
         self.stop.click(self._stop, None, self.progress, **QUICK)
         page_shown(self.change.click(lambda: True, None, self.choosing, **QUICK))
         page_shown(self.back.click(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
+
+    def load_on(self, trigger: Any, run: Any = None) -> None:
+        """Load what the controls say whenever `trigger` fires: a button's `click`, or the `then` of another event."""
+        started = [self.load, self.anyway, self.progress_row, self.progress, self.notice]
+        ran = trigger(self._begin, None, started, **QUICK).then(
+            run or self._load, self.controls, [self.progress, self.notice], **HEAVY
+        )
+        shown = self._page_shown(self.sidebar.after(ran).then(lambda: False, None, self.choosing, **QUICK))
+        shown.then(None, js=FOCUS, **QUICK)
 
     def choice(self, values: tuple[Any, ...]) -> Choice:
         model, precision, context, device, kv, *limits = values
@@ -197,7 +202,8 @@ class Setup:
             render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),
         ]
 
-    def _fit_context(self, model: str, context: float) -> Any:
+    def fit_context(self, model: str, context: float) -> Any:
+        """The context slider as far as `model` goes."""
         try:
             longest = 8192 if model in ("", AUTO) else self.engine.spec(model).context
         except Exception:  # `price` says what is wrong with the model

@@ -1,0 +1,127 @@
+"""`python -m lowmem quantize`: what it makes and prints, how it ends, and the same as a job in its own process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+
+from lowmem.__main__ import main
+from lowmem.errors import BadInput, Cancelled
+from lowmem.events import CancelToken, Receipt
+from lowmem.models.source import read_spec
+from lowmem.quant import get
+from lowmem.quant.run import output_folder, quantize_isolated
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(toys.save_toy("llama", tmp_path_factory.mktemp("command") / "toy"))
+
+
+@pytest.fixture(autouse=True)
+def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem.quant.command.measure_runtime_bytes", lambda: 0)
+
+
+def test_json_is_the_receipt_and_nothing_else(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = ["--method", "gptq", "--bits", "3", "--group-size", "32", "--sym", "--samples", "4", "--damping", "0.2"]
+    assert main(["quantize", folder, str(out), *flags, "--sequence-length", "32", "--no-search", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    receipt = json.loads(lines[0])
+    assert (receipt["action"], receipt["details"]["bits"], receipt["details"]["group_size"]) == ("quantize", 3, 32)
+    assert "damping=0.2" in receipt["snippet"]
+    assert "search=False" in receipt["snippet"]
+    stored = read_spec(str(out)).stored
+    assert stored is not None
+    assert (stored.bits, stored.layout) == (3, "gptq")
+
+
+def test_the_courses_table_is_printed(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", folder, str(tmp_path / "out"), "--method", "int8_dynamic"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out.split()[:5] == ["bits", "original", "quantized", "relative", "loss"]
+    assert "RAM peak: predicted" in streams.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method", "rtn", "--group-size", "64"], "do not divide the 96 inputs"),
+        (["--method", "rtn", "--group-size", "7"], "A group of 7 weights"),
+        (["--method", "awq", "--bits", "3", "--group-size", "32"], "4 bits, not 3"),
+        (["--method", "rtn", "--group-size", "32", "--damping", "0.1"], "There is no option 'damping'"),
+        (["--method", "gptq", "--group-size", "32", "--damping", "nan"], "Damping is nan"),
+        (["--method", "gptq", "--group-size", "32", "--calibration", "/nowhere.txt"], "There is no file /nowhere.txt"),
+        (["--method", "gptq", "--group-size", "32", "--samples", "4096"], "need "),
+        (["--method", "rtn", "--group-size", "32", "--ram", "101M"], "the budget is 101 MB"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_3_and_one_sentence(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert main(["quantize", folder, str(tmp_path / "out"), *flags]) == 3
+    streams = capsys.readouterr()
+    assert words in streams.err
+    assert "Traceback" not in streams.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method", "rtn", "--group-size", "32"]
+    assert main(["quantize", folder, str(tmp_path / "out"), *flags]) == 0
+    assert main(["quantize", folder, str(tmp_path / "out"), *flags]) == 3
+    assert "is there already" in capsys.readouterr().err
+    assert main(["quantize", folder, str(tmp_path / "no" / "out"), *flags]) == 3
+    assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "twice"), *flags]) == 3
+    assert "already quantized" in capsys.readouterr().err
+
+
+def test_interrupting_says_stopped(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem.quant.command.quantize", interrupted)
+    assert main(["quantize", folder, str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
+def test_a_process_of_its_own_gives_the_same_receipt_and_its_true_peak(folder: str, tmp_path: Path) -> None:
+    options = {"group_size": 32}
+    *steps, receipt = quantize_isolated(folder, tmp_path / "new" / "out", "rtn", options, {})
+    assert isinstance(receipt, Receipt)
+    assert steps
+    assert receipt.measured["ram"] > 100_000_000
+    assert receipt.disk_bytes == (tmp_path / "new" / "out" / "model.safetensors").stat().st_size
+    with pytest.raises(BadInput, match="is there already"):
+        list(quantize_isolated(folder, tmp_path / "new" / "out", "rtn", options, {}))
+
+
+def test_stop_ends_the_process(folder: str, tmp_path: Path) -> None:
+    cancel = CancelToken()
+    events = quantize_isolated(folder, tmp_path / "out", "rtn", {"group_size": 32}, {}, cancel=cancel)
+    next(events)
+    cancel.set()
+    with pytest.raises(Cancelled):
+        list(events)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options", "expected"),
+    [
+        ("Toy 1B", "gptq", {}, "Toy-1B-gptq-4bit-g64"),
+        ("../x", "rtn", {"symmetric": True, "group_size": -1}, "x-rtn-4bit-sym"),
+        ("...", "bnb", {"bits": 8}, "model-bnb-8bit"),
+    ],
+)
+def test_results_are_named_after_what_they_are(name: str, method: str, options: dict[str, Any], expected: str) -> None:
+    chosen = get(method)
+    assert output_folder(name, chosen, chosen.Options(**options)).name == expected

@@ -1,0 +1,239 @@
+"""The Quantize tab without a browser: its endpoints, its refusals, its pieces. The workshop quantizes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from ui_stub import StubEngine
+
+from lowmem.errors import BadInput, Unsupported
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.measure.rows import Row
+from lowmem.quant import METHODS, get
+from lowmem.quant.calibration import Calibration
+from lowmem.quant.forecast import forecast, remember
+from lowmem.quant.pictures import by_block, losses
+from lowmem.settings import settings
+from lowmem.ui import render_quantize
+from lowmem.ui.launch import launch_options
+from lowmem.ui.page import build_ui
+from lowmem.ui.quantize_form import _bits, _groups
+from lowmem.ui.workshop import Ask, Workshop
+from lowmem.units import GB, MB
+
+DETAILS = {
+    "bits_per_weight": 4.36,
+    "original_bytes": 538 * MB,
+    "predicted_bytes": 116 * MB,
+    "loss": 0.0123,
+    "losses": {"model.layers.0.mlp.up_proj": 0.01, "model.layers.1.mlp.up_proj": 0.03},
+    "resumed_blocks": 1,
+}
+
+
+def receipt(folder: str = "/nowhere/made") -> Receipt:
+    return Receipt(
+        "quantize", "Toy", "GPTQ, 4 bits", "cpu", 9.0, {"ram": 500 * MB}, {"ram": 480 * MB}, disk_bytes=116 * MB,
+        notes=("One <note>.",), details=DETAILS | {"folder": folder},
+    )  # fmt: skip
+
+
+class StubWorkshop(Workshop):
+    """Forecasts are real; the work is a few steps, watched for Stop."""
+
+    stopped = 0
+
+    def quantize(self, ask: Ask, cancel: CancelToken) -> Iterator[Step | Receipt]:
+        self.forecast(ask)
+        for number in range(60):
+            if cancel.cancelled:
+                self.stopped += 1
+            cancel.wait(0.01)
+            yield Step(number, 60, f"Block {number}")
+        yield receipt()
+
+    def compare(self, ref: str, variants: Any, *given: Any) -> Iterator[Step | Row | Receipt]:
+        super().compare(ref, variants, *given)  # refuses what cannot be compared
+        for number, name in enumerate(variants):
+            yield Step(number, len(variants), name)
+            yield Row(name, perplexity=9.0, decode_tps=10.0, ram_bytes=900 * MB, predicted_ram_bytes=950 * MB)
+        yield Receipt("compare", "Toy", ", ".join(variants), "cpu", 1.0)
+
+
+@pytest.fixture(scope="module")
+def workshop() -> StubWorkshop:
+    return StubWorkshop(StubEngine())
+
+
+@pytest.fixture(scope="module")
+def client(workshop: StubWorkshop) -> Iterator[Client]:
+    demo = build_ui(workshop.engine, workshop=workshop)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    yield Client(url, verbose=False)
+    demo.close()
+
+
+def test_quantize_streams_steps_and_ends_in_the_receipt(client: Client) -> None:
+    frames = list(client.submit("demo", "rtn", api_name="/quantize"))
+    assert frames[0]["note"] == "Block 0"
+    assert frames[-1]["receipt"]["details"]["bits_per_weight"] == 4.36
+
+
+def test_a_caller_who_leaves_stops_the_work(client: Client, workshop: StubWorkshop) -> None:
+    before = workshop.stopped
+    job = client.submit("demo", "rtn", api_name="/quantize")
+    next(iter(job))
+    job.cancel()
+    deadline = time.monotonic() + 5
+    while workshop.stopped == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(client.submit("demo", "rtn", api_name="/quantize"))[-1]["receipt"]
+
+
+def test_compare_streams_rows(client: Client) -> None:
+    frames = list(client.submit("demo", ["fp32", "hqq:4:64"], api_name="/compare"))
+    assert [frame["variant"] for frame in frames if "variant" in frame] == ["fp32", "hqq:4:64"]
+    assert "receipt" in frames[-1]
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (("/quantize", "demo", "magic"), "There is no quantization method 'magic'."),
+        (("/quantize", "demo", "awq", 3), "AWQ's files hold 4 bits, not 3."),
+        (("/quantize", "demo", "rtn", 5), "5 bits cannot be stored."),
+        (("/quantize", "demo", "rtn", 4, 100), "Groups of 100 do not divide the 576 inputs"),
+        (("/quantize", "demo", "int8_dynamic", 4), "Bits is 4."),
+        (("/quantize", "a b"), "'a b' is not the name of a model."),
+        (("/quantize", "demo", "gptq", 4, 64, False, "manual", 0), "Samples is 0."),
+        (("/quantize", "demo", "gptq", 4, 64, False, "manual", 64, 512, {"colour": 1}), "There is no option 'colour'."),
+        (("/quantize", "demo", "rtn", 4, 64, False, "manual", 64, 512, {}, "lots"), "'lots' is not a size."),
+        (("/compare", "demo", []), "There is no variant to compare."),
+        (("/compare", "demo", ["int3"]), "There is no variant 'int3'."),
+        (("/compare", "demo", ["fp32"], "/etc/passwd"), "There is no text '/etc/passwd'."),
+        (("/compare", "demo", ["fp32"], "manual", {"tokens": 1}), "Tokens of text is 1."),
+    ],
+)
+def test_bad_input_gets_a_sentence(client: Client, call: tuple[Any, ...], sentence: str) -> None:
+    endpoint, *values = call
+    with pytest.raises(AppError) as caught:
+        client.predict(*values, api_name=endpoint)
+    assert str(caught.value).startswith(sentence)
+
+
+# --- the forecast
+
+
+def test_what_needs_more_than_the_budget_is_said_with_the_number(workshop: StubWorkshop) -> None:
+    big = Ask("Qwen/Qwen2.5-7B-Instruct", "gptq", budgets={"ram": "2G"})
+    expected = workshop.forecast(big)
+    assert expected.verdict == "over"
+    assert "more than the" in expected.sentence()
+    small = workshop.forecast(Ask("Qwen/Qwen2.5-7B-Instruct", "rtn", budgets={"ram": "4G"}))
+    assert small.verdict == "fits"
+    assert 3.5 * GB < small.estimate.output_bytes < 6 * GB
+
+
+def test_the_time_is_that_of_the_last_run_once_there_was_one(workshop: StubWorkshop) -> None:
+    spec, method = workshop.engine.spec("demo"), get("rtn")
+    arguments = (spec, method, method.Options(), Calibration())
+    hardware = workshop.engine.hardware()
+    assert "EPYC" in forecast(*arguments, hardware, GB).timing
+    remember(*arguments, seconds=100.0)
+    learnt = forecast(*arguments, hardware, GB)
+    assert learnt.seconds == pytest.approx(100.0)
+    assert "here" in learnt.timing
+    (settings().home / "quantize-rates.json").write_text("[")
+    assert forecast(*arguments, hardware, GB).seconds < 100.0
+
+
+def test_a_quantized_model_or_another_family_is_refused(workshop: StubWorkshop) -> None:
+    spec, method = workshop.engine.spec("demo"), get("rtn")
+    rest = (method, method.Options(), Calibration(), workshop.engine.hardware(), GB)
+    with pytest.raises(Unsupported, match="already quantized with gptq"):
+        forecast(dataclasses.replace(spec, quantization="gptq"), *rest)
+    with pytest.raises(Unsupported, match="'mamba' cannot be taken apart"):
+        forecast(dataclasses.replace(spec, model_type="mamba"), *rest)
+
+
+def test_results_go_below_the_outputs_and_never_over_each_other(workshop: StubWorkshop) -> None:
+    ask = Ask("demo", "rtn", {"bits": 3})
+    first = workshop.output(ask)
+    assert first == settings().outputs / "SmolLM2-135M-Instruct-rtn-3bit-g64"
+    first.mkdir(parents=True)
+    assert workshop.output(ask).name == f"{first.name}-2"
+
+
+# --- a page that strangers use
+
+
+@pytest.fixture
+def public() -> Workshop:
+    engine = StubEngine()
+    engine.public = True
+    return Workshop(engine)
+
+
+def test_strangers_name_no_files(public: Workshop, tmp_path: Path) -> None:
+    text = tmp_path / "secret.txt"
+    text.write_text("secret")
+    with pytest.raises(BadInput, match="no calibration text"):
+        public.forecast(Ask("demo", "gptq", calibration={"text": str(text)}))
+    with pytest.raises(BadInput, match="outside the folders"):
+        public.engine.spec(str(tmp_path))
+    options = SimpleNamespace(tokens=1_000_000)
+    with pytest.raises(BadInput, match="more than 65,536"):
+        public.compare("demo", ["fp32"], "manual", options, CancelToken(), {})  # type: ignore[arg-type]
+
+
+def test_strangers_push_only_results_and_only_with_their_own_token(
+    public: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hosts-own")
+    made = settings().outputs / "made"
+    made.mkdir(parents=True)
+    (made / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="no token"):
+        public.push(str(made), "ada/made", " ", True, CancelToken())
+    with pytest.raises(BadInput, match="Only results"):
+        public.push(str(tmp_path), "ada/made", "typed", True, CancelToken())
+
+
+# --- pieces
+
+
+def test_the_form_offers_only_what_a_method_can_store() -> None:
+    offered = {method: [bits for _, bits in _bits(method)] for method in METHODS}
+    assert offered["awq"] == [4]
+    assert offered["bnb"] == [4, 8]
+    assert offered["int8_dynamic"] == [8]
+    assert offered["gptq"] == [2, 3, 4, 8]
+    assert _bits("gptq")[0][0] == "2, an experiment"
+    assert _groups("int8_dynamic") == [("A whole row", -1)]
+
+
+def test_the_receipt_has_the_courses_table_and_the_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    page = render_quantize.receipt(receipt(str(tmp_path)))
+    for words in ("Bits", "Original size", "Quantized size", "Relative loss", "4.36", "538 MB", "116 MB", "1.230%"):
+        assert words in page
+    assert f'href="gradio_api/file={tmp_path}/model.safetensors" download="model.safetensors"' in page
+    assert "One &lt;note&gt;." in page
+
+
+def test_a_failed_variant_keeps_its_line_with_the_reason() -> None:
+    table = render_quantize.comparison([Row("fp32", perplexity=9.0), Row("nf4", error="It <failed>.")])
+    assert '<td colspan="9" class="lm-failed">It &lt;failed&gt;.</td>' in table
+
+
+def test_losses_are_drawn_block_by_block() -> None:
+    assert by_block(DETAILS["losses"]) == [0.01, 0.03]  # type: ignore[arg-type]
+    assert sum(type(shape).__name__ == "Bar" for shape in losses([0.01, 0.03], "t", "u").shapes) == 2
