@@ -60,11 +60,13 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def export(ref: str, out: Path, options: ExportOptions, ram: int | None = None) -> Iterator[Step | Receipt]:
+def export(
+    ref: str, out: Path, options: ExportOptions, ram: int | None = None, allow_paths: bool = True
+) -> Iterator[Step | Receipt]:
     """Fetch `ref` if need be and export it; the last event is the receipt."""
     from lowmem.models.fetch import fetch
 
-    folder = yield from fetch(ref)
+    folder = yield from fetch(ref, None, allow_paths)
     if options.format == "tensorrt":
         from lowmem.export.tensorrt import export_engine
 

@@ -8,6 +8,7 @@ from lowmem.ui import render
 from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.engine import AUTO, Engine
+from lowmem.ui.export import ExportTab
 from lowmem.ui.generate import GenerateTab
 from lowmem.ui.longctx import LongContextTab
 from lowmem.ui.longctx_api import add_longctx_endpoints
@@ -51,6 +52,8 @@ def build_ui(
                 generate = GenerateTab(engine, jobs, sidebar, model)
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+            with gr.Tab(say("export"), id="export"):
+                export = ExportTab(workshop, jobs, sidebar, tabs, generate.setup)
             with gr.Tab(say("longctx"), id="longctx"):
                 longctx = LongContextTab(engine, jobs, sidebar)
         add_endpoints(engine)
@@ -61,6 +64,7 @@ def build_ui(
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
+        export.shown(opened)
         longctx.shown(opened)
         longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
         demo.load(None, js=SETTLE, **QUICK)
