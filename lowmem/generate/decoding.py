@@ -90,10 +90,10 @@ def decode(
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder's blocks in order: the outermost list as long as the configuration says."""
+    """The decoder's blocks in order: the outermost list as long as the configuration says; else the model itself."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = _decoder_config(model).num_hidden_layers
-    return list(next((blocks for blocks in lists if len(blocks) == layers), ()))
+    return list(next((blocks for blocks in lists if len(blocks) == layers), [model]))
 
 
 def _decoder_config(model: Any) -> Any:
@@ -150,7 +150,8 @@ class _Rows:
         self._begin = 0  # of what the cache holds, or of what is computed anew
         self._cache = None
         if options.use_cache:
-            kv.check_supported(model)
+            if not hasattr(model, "make_cache"):
+                kv.check_supported(model)
             rows = len(prompts) * options.num_sequences
             self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
         self._recomputes = bool(options.window) and not isinstance(self._cache, WindowCache)
@@ -269,9 +270,10 @@ def _write(
     count = len(randoms)
     live = list(range(count))
     for made in range(1, options.max_new_tokens + 1):
-        new = sampling.next_tokens(
-            logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
-        )
+        with _one_thread(rows.model):
+            new = sampling.next_tokens(
+                logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
+            )
         ids = new.tolist()
         _check_numbers(ids, made)
         answer: list[int | None] = [None] * count
@@ -288,6 +290,23 @@ def _write(
             live, new = [live[row] for row in keep], new[keep]
         rows.append(new)
         logits = rows.logits(rows.length - 1, rows.length)
+
+
+@contextmanager
+def _one_thread(model: Any) -> Iterator[None]:
+    """Keep torch to one thread beside a model that brings its own.
+
+    Two pools that wait for work on the same cores halve each other's speed.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not getattr(model, "own_threads", False):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_numbers(ids: list[int], made: int) -> None:

@@ -38,6 +38,8 @@ def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int
         BadInput: a window, or sinks, that the model cannot have.
         Unsupported: the model remembers something else than keys and values, or not in so few bits.
     """
+    if hasattr(model, "make_cache"):
+        return _own_cache(model, options, rows, capacity)
     few_bits = options.kv in ("int4", "int2")
     if not options.window:
         if few_bits:
@@ -51,6 +53,19 @@ def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int
     if few_bits:
         raise _positions_unsupported(model, f"a window in {options.kv}", "Store the KV cache in int8, or in the same.")
     return kv.make_cache(model.config, rows=rows, capacity=min(capacity, options.window), kv=options.kv)
+
+
+def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -> Any:
+    """The cache of a model that makes its own, as an exported graph does, whose cache is bound in place."""
+    if options.kv != "same":
+        raise Unsupported(
+            f"An exported graph keeps its KV cache in fp32, not in {options.kv}.",
+            "Store the KV cache in the same precision as the computation, or load with the torch backend.",
+        )
+    if options.window:
+        check_window(options, position_limit(model.config))
+        capacity = min(capacity, options.window)
+    return model.make_cache(rows, capacity)
 
 
 def kept_tokens(window: int) -> int:

@@ -19,6 +19,7 @@ from lowmem.models.describe import weight_files
 from lowmem.models.fetch import fetch
 from lowmem.models.files import LocalFolder
 from lowmem.models.source import read_spec
+from lowmem.models.spec import ModelSpec
 from lowmem.offload.planned import by_budget, placed
 from lowmem.offload.predict import Speed, predict
 from lowmem.planning.estimate import priced

@@ -14,10 +14,10 @@ from typing import Any
 
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import cache, packed
+from lowmem.planning import cache, exported, packed
 from lowmem.planning.cache import kv_bytes
 from lowmem.planning.plan import Budget, Line, Plan
-from lowmem.units import MB
+from lowmem.units import MB, format_bytes
 
 SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
@@ -208,6 +208,8 @@ def _every_kv(plan: Plan, dtype: str) -> int:
 
 
 def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    if plan.backend == "onnx":
+        return _graph_lines(plan)
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
@@ -229,6 +231,23 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
         *kernel_lines(plan),
+    )
+
+
+def _graph_lines(plan: Plan) -> tuple[Line, ...]:
+    spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
+    kv = exported.kv_bytes(spec, plan.remembered, batch) if plan.kv != "none" else 0
+    activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
+    per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
+    weights = exported.session_bytes(spec, plan.precision)
+    return (
+        Line(
+            "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
+        ),
+        Line("kv", kv, f"{plan.remembered:,} tokens x {batch} at {per_token} a token (fp32)."),
+        Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
+        Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
+        Line("scratch", 0, "Graphs are mapped, not copied."),
     )
 
 

@@ -10,12 +10,14 @@ from lowmem.planning.goal import Limits
 from lowmem.planning.placement import Placement
 from lowmem.units import format_bytes
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4", "stored")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "bnb8", "nf4", "stored")
+BACKENDS = ("torch", "onnx")
 PRECISION_LABELS = {
     "fp32": "fp32 (full precision)",
     "fp16": "fp16 (half precision)",
     "bf16": "bf16 (half precision)",
     "int8": "int8 (dynamic, for CPU)",
+    "int4": "int4 (ONNX Runtime, for CPU)",
     "bnb8": "8-bit (bitsandbytes LLM.int8)",
     "nf4": "4-bit (bitsandbytes NF4)",
     "stored": "as stored (already quantized)",
@@ -79,6 +81,8 @@ class Plan:
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
+        backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
+        or_torch: the backend was the planner's own choice, and torch takes over when no graph comes of it.
         window, sinks: tokens that are remembered, the latest and the first; a window of 0 remembers all.
     """
 
@@ -94,6 +98,8 @@ class Plan:
     budgets: tuple[Budget, ...] = ()
     reason: str = ""
     declined: tuple[Declined, ...] = ()
+    backend: str = "torch"
+    or_torch: bool = False
     window: int = 0
     sinks: int = 0
     placement: Placement | None = None

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem.errors import BadInput, DoesNotFit, OutOfMemory
+from lowmem.errors import BadInput, CorruptModel, DoesNotFit, MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.limits import check_window, context_of
@@ -297,16 +297,21 @@ class Session:
                 peak = yield from self._attempt(plan, folder, cancel, force)
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
-                if not is_out_of_memory(error):
+                refused = plan.or_torch and isinstance(error, (Unsupported, MissingDependency, CorruptModel))
+                if refused:
+                    log.warning("no graph for %s: %s", plan.spec.name, error)
+                    lower: Plan | None = priced(plan, backend="torch", or_torch=False, reason=f"{error} Torch runs it.")
+                elif is_out_of_memory(error):
+                    lower = lower_load(plan)
+                else:
                     raise
-                lower = lower_load(plan)
                 if lower is None:
                     raise OutOfMemory(
                         f"Loading {plan.spec.name} in {plan.precision} ran out of memory, and nothing smaller is left.",
                         "Close other programs or choose a smaller model.",
                     ) from error
-            log.warning("out of memory loading %s in %s; %s", plan.spec.name, plan.precision, lower.reason)
-            notes.append(f"Memory ran out. {lower.reason}")
+            log.warning("loading %s in %s did not work; %s", plan.spec.name, plan.precision, lower.reason)
+            notes.append(lower.reason if refused else f"Memory ran out. {lower.reason}")
             yield Step(0, 0, notes[-1])
             plan = lower
 
@@ -318,8 +323,13 @@ class Session:
         from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
         from lowmem.runtime import loader
 
+        if plan.backend == "onnx":
+            from lowmem.runtime import onnx_loader
+
+            folder = yield from onnx_loader.graph_folder(plan, folder, cancel)
         with self._meter(plan, force) as meter:
-            loading = loader.load(plan, folder, cancel)
+            on_onnx = plan.backend == "onnx"
+            loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)
             yield next(loading)
             release_memory()
             before = _resident_bytes()
