@@ -11,7 +11,7 @@ from lowmem.events import Receipt
 from lowmem.export.run import Forecast
 from lowmem.measure.drawing import GREY, Bar, Label, Shape, Sheet
 from lowmem.ui import render
-from lowmem.ui.render_quantize import _rounded, _table, files
+from lowmem.ui.render_quantize import figures, files, rounded
 from lowmem.ui.strings import name, say
 from lowmem.units import format_bytes, format_seconds
 
@@ -27,7 +27,7 @@ def card(expected: Forecast, original_bytes: int) -> str:
         (say("size"), f"{format_bytes(original_bytes)} → {format_bytes(expected.disk_bytes)}"),
         (say("peak"), format_bytes(expected.ram_bytes)),
         (say("export_session"), format_bytes(expected.session_bytes)),
-        (say("time"), say("about", time=_rounded(expected.seconds))),
+        (say("time"), say("about", time=rounded(expected.seconds))),
     ]
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
     pill = (
@@ -70,7 +70,7 @@ def proof(figures: dict[str, Any]) -> str:
         )
         for way in ("prefill", "decode")
     ]
-    return _table(say("export_proof").split("|"), rows)
+    return figures(say("export_proof").split("|"), rows)
 
 
 def optimised(report: dict[str, Any]) -> str:
@@ -85,7 +85,7 @@ def optimised(report: dict[str, Any]) -> str:
         (say("export_latency"), f"{1000 * before['seconds']:.1f} ms", f"{1000 * after['seconds']:.1f} ms"),
         (say("export_fusions"), "", fusions),
     ]
-    return _table(say("export_optimised").split("|"), rows)
+    return figures(say("export_optimised").split("|"), rows)
 
 
 def race(result: dict[str, Any]) -> Sheet:
@@ -141,4 +141,4 @@ def race_table(result: dict[str, Any]) -> str:
         )
         for index, length in enumerate(result["prompts"])
     ]
-    return _table(say("export_race_table").split("|"), rows)
+    return figures(say("export_race_table").split("|"), rows)
