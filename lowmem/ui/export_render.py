@@ -58,15 +58,15 @@ def receipt(one: Receipt) -> str:
     )
 
 
-def proof(figures: dict[str, Any]) -> str:
+def proof(proven: dict[str, Any]) -> str:
     """Agreement with the original, read at once and token by token."""
     rows = [
         (
             say(f"export_{way}"),
-            f"{figures[way]['max_difference']:.2g}",
-            f"{figures[way]['kl']:.4f}",
-            f"{figures[way]['agreement']:.1%}",
-            f"{figures[way]['tokens']:,}",
+            f"{proven[way]['max_difference']:.2g}",
+            f"{proven[way]['kl']:.4f}",
+            f"{proven[way]['agreement']:.1%}",
+            f"{proven[way]['tokens']:,}",
         )
         for way in ("prefill", "decode")
     ]
