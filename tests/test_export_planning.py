@@ -15,7 +15,7 @@ from lowmem.export.pipeline import export_model
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
-from lowmem.planning import exported
+from lowmem.planning import exported, planner
 from lowmem.planning.goal import Goal, detected_limits
 from lowmem.planning.ladder import fewer_bits, quantized_kv
 from lowmem.planning.plan import Plan
@@ -24,6 +24,17 @@ from lowmem.runtime.session import Session
 from lowmem.settings import settings
 
 DEMO = find("demo").spec()
+
+
+@pytest.fixture(autouse=True)
+def _graphs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "GRAPHS_UNASKED", True)
+
+
+def test_unasked_torch_runs(made_up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "GRAPHS_UNASKED", False)
+    assert chosen(made_up()).backend == "torch"
+    assert chosen(made_up(), backend="onnx").backend == "onnx"
 
 
 def chosen(hardware, spec=DEMO, **goal) -> Plan:

@@ -27,6 +27,10 @@ tokens a second, about reading speed; a larger model fits many CPUs but nobody w
 GRAPH_PRECISIONS = ("fp32", "int8", "int4")
 """What a graph for CPUs is written in."""
 
+GRAPHS_UNASKED = False
+"""May "auto" choose ONNX Runtime? The first load of a model would export it, for longer than a newcomer waits;
+whoever asks for the backend, or exports, has decided to."""
+
 DEFAULT_GOAL = Goal()
 
 
@@ -108,7 +112,8 @@ def _choices(spec: ModelSpec, hardware: Hardware, goal: Goal) -> list[tuple[str,
     on_torch = [(precision, "torch") for precision in candidates(hardware, device_of(hardware, goal.device), spec)]
     if spec.exported:
         return [(spec.exported, "onnx")]
-    if goal.backend == "torch" or _graph_refusal(spec, hardware, goal):
+    unasked = goal.backend == "auto" and not GRAPHS_UNASKED
+    if goal.backend == "torch" or unasked or _graph_refusal(spec, hardware, goal):
         return on_torch
     graphs = ["stored"] if spec.quantization else ["int8"] if goal.backend == "auto" else ["int8", "int4"]
     on_onnx = [(precision, "onnx") for precision in graphs]
