@@ -37,7 +37,6 @@ class Manifest:
     files: dict[str, int]
     weights_bytes: int
     int8_range: int = 0
-    tokens_type: str = ""
     licence: str = ""
     model_tensors: list[list[Any]] = field(default_factory=list)
     proof: dict[str, Any] = field(default_factory=dict)
