@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -101,14 +102,14 @@ def test_pricing_explains_a_bad_choice() -> None:
 
 
 def _tab() -> ExportTab:
-    from lowmem.ui.setup import Setup
     from lowmem.ui.sidebar import Sidebar
     from lowmem.ui.workshop import Workshop
 
     engine, jobs = StubEngine(), Jobs()
     sidebar = Sidebar(engine, None)
     with gr.Tabs() as tabs, gr.Tab("generate", id="generate"):
-        setup = Setup(engine, jobs, sidebar)
+        controls = {name: gr.Textbox() for name in ("model", "precision", "device", "context")}
+    setup: Any = SimpleNamespace(**controls, fit_context=lambda *_: None, load_on=lambda trigger: None)
     return ExportTab(Workshop(engine), jobs, sidebar, tabs, setup)
 
 

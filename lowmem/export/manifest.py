@@ -14,6 +14,9 @@ VERSION = 1
 
 GRAPH, PREFILL, DATA = "model.onnx", "prefill.onnx", "model.onnx.data"
 
+KEEP = "logits_to_keep"
+"""An optional input [1] of fused graphs: of how many tokens, counted from the end, the logits are computed."""
+
 
 @dataclass(frozen=True)
 class Manifest:
