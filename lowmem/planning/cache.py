@@ -43,6 +43,12 @@ def kv_bytes(
     return batch * sum(native if kind == "sliding" else full for kind in spec.layer_types)
 
 
+def plan_bytes(plan: Plan, dtype: str) -> int:
+    """The KV cache of a plan, with its window or without."""
+    sinks = plan.sinks if plan.window else EXACT_FIRST
+    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv, plan.window, sinks)
+
+
 def bits_of(kv: str) -> int:
     """Bits of a stored number, for "int8", "int4" and "int2"."""
     return int(kv.removeprefix("int"))

@@ -15,7 +15,6 @@ from typing import Any
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache, packed
-from lowmem.planning.cache import kv_bytes
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB
 
@@ -144,6 +143,14 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> 
     return residual + max(attention, mlp) + _masked_attention_bytes(spec, tokens, context, size)
 
 
+def attending_bytes(plan: Plan, dtype: str) -> int:
+    """Activations of the widest pass over a prompt, or of a token, that `plan` makes."""
+    chunk = min(plan.prefill_chunk, plan.context)
+    return max(
+        activation_bytes(plan.spec, min(chunk, most) * plan.batch, seen, dtype) for most, seen in cache.passes(plan)
+    )
+
+
 def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
     if context <= tokens and spec.model_type not in EAGER_ATTENTION:
         return 0
@@ -187,10 +194,8 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = kv_bytes(spec, plan.context, batch, dtype, plan.kv, plan.window, plan.sinks or cache.EXACT_FIRST)
-    activations = max(
-        activation_bytes(spec, min(chunk, most) * batch, seen, dtype) for most, seen in cache.passes(plan)
-    ) + logits_bytes(spec, batch, dtype)
+    kv = cache.plan_bytes(plan, dtype)
+    activations = attending_bytes(plan, dtype) + logits_bytes(spec, batch, dtype)
     dequantized = cache.unfolded_bytes(plan, dtype)
     loading = loading_peak(spec, plan.precision, dtype) - weights
     dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0

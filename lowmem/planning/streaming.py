@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import estimate
+from lowmem.planning import cache, estimate
 from lowmem.planning.placement import (
     PAGE,
     SLOTS,
@@ -25,7 +25,6 @@ from lowmem.planning.placement import (
 )
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.planning.precision import available
-from lowmem.units import format_bytes
 
 
 def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
@@ -102,21 +101,15 @@ def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
 def _action_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
-    activations = estimate.activation_bytes(spec, chunk * batch, plan.context, dtype)
-    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
-    per_token = format_bytes(estimate.kv_bytes(spec, 1, 1, dtype, plan.kv))
+    activations = estimate.attending_bytes(plan, dtype)
     return (
-        Line(
-            "kv",
-            estimate.kv_bytes(spec, plan.context, batch, dtype, plan.kv),
-            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
-        ),
+        Line("kv", cache.plan_bytes(plan, dtype), cache.sentence(plan, dtype)),
         Line(
             "activations",
             activations + estimate.logits_bytes(spec, batch, dtype),
             f"One block at work on {chunk:,} tokens x {batch}, and the logits.",
         ),
-        Line("scratch", dequantized, "A layer of the quantized cache, unfolded."),
+        Line("scratch", cache.unfolded_bytes(plan, dtype), "A layer of the quantized cache, unfolded."),
     )
 
 
