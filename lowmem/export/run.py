@@ -65,13 +65,14 @@ def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit:
     if spec.exported:
         raise BadInput(f"{spec.name} is an exported graph already.", "Choose the model it came from.")
     generic = exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
-    seconds = 5 + spec.parameters * exported.SECONDS_PER_PARAMETER[options.precision]
+    seconds = exported.writing_seconds(spec, options.precision)
     if generic:
         whole = 4 * spec.parameters
         size = {"fp32": whole, "fp16": whole // 2, "int8": whole // 4, "int4": whole // 7}[options.precision]
         return Forecast(size, runtime_bytes + 4 * whole, 3 * seconds, size, limit, generic)
     size = exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
-    return Forecast(size, runtime_bytes + exported.export_peak_bytes(spec) + size, seconds, size, limit)
+    peak = runtime_bytes + exported.export_peak_bytes(spec) + size
+    return Forecast(size, peak, seconds, size, limit)
 
 
 def output_folder(name: str, options: ExportOptions) -> Path:
