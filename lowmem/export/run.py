@@ -11,6 +11,7 @@ from typing import Any
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.options import ExportOptions
+from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.goal import Limits
@@ -64,7 +65,11 @@ def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit:
     """
     if spec.exported:
         raise BadInput(f"{spec.name} is an exported graph already.", "Choose the model it came from.")
-    generic = exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
+    generic = (
+        "It is an encoder."
+        if is_encoder(spec.model_type)
+        else exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
+    )
     seconds = exported.writing_seconds(spec, options.precision)
     if generic:
         whole = 4 * spec.parameters
