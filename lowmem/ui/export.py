@@ -114,7 +114,9 @@ class ExportTab:
         for control in self.controls:
             control.change(self._price, self.controls, priced, trigger_mode="always_last", **QUICK)
         self.precision.change(lambda key: gr.Dropdown(visible=key == "int4"), self.precision, self.group, **QUICK)
-        self.runner.wire(self.sidebar, self.controls, [self.result, self.table, self.receipt, self.plot], self._start)
+        self.runner.wire(
+            self.sidebar, self.controls, [self.result, self.table, self.receipt, self.plot, self.load], self._start
+        )
         self.race.wire(self.sidebar, [self.receipt, *self.controls], [self.plot], self._start_race)
         self.push.wire(self.receipt)
         self._fit_context = setup.fit_context
@@ -166,17 +168,18 @@ class ExportTab:
         def view(gathered: Sequence[Any]) -> list[Any]:
             made.extend(event for event in gathered if isinstance(event, Receipt))
             if not made:
-                return [gr.Column(visible=False), "", None, ""]
+                return [gr.Column(visible=False), "", None, "", gr.skip()]
             kept = made[-1].as_dict() | {"ref": model}
-            return [gr.Column(visible=True), export_render.receipt(made[-1]), kept, ""]
+            writes = made[-1].details["kind"] != "encoder"
+            return [gr.Column(visible=True), export_render.receipt(made[-1]), kept, "", gr.Button(visible=writes)]
 
         return events, view
 
     def _start_race(
         self, token: CancelToken, receipt: dict[str, Any] | None, *values: Any
     ) -> tuple[Iterator[Any], View]:
-        if not receipt or receipt["details"]["kind"] == "encoder":
-            raise BadInput("There is no exported model to race.", "Export one that writes text first.")
+        if not receipt:
+            raise BadInput("There is no exported model to race.", "Export one first.")
         limits = Limits(self._options(values)[2])
         events = race(receipt["ref"], _own_result(receipt), token, limits)
         found: list[dict[str, Any]] = []

@@ -52,14 +52,16 @@ def receipt(one: Receipt) -> str:
     folder = Path(details["folder"])
     facts = f"{escape(say('time'))} {escape(format_seconds(one.seconds))} · {escape(folder.name)}"
     return (
-        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"])}'
+        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"], details["kind"])}'
         f"{optimised(details.get('optimised') or {})}{bars}"
         f'<p class="lm-muted lm-small">{facts}</p><ul class="lm-notes">{notes}</ul>{files(folder)}</section>'
     )
 
 
-def proof(proven: dict[str, Any]) -> str:
-    """Agreement with the original, read at once and token by token."""
+def proof(proven: dict[str, Any], kind: str = "fused") -> str:
+    """Agreement with the original, read at once and token by token; an encoder only reads."""
+    ways = ("prefill",) if kind == "encoder" else ("prefill", "decode")
+    header = say("export_proof_encoder" if kind == "encoder" else "export_proof")
     rows = [
         (
             say(f"export_{way}"),
@@ -68,9 +70,9 @@ def proof(proven: dict[str, Any]) -> str:
             f"{proven[way]['agreement']:.1%}",
             f"{proven[way]['tokens']:,}",
         )
-        for way in ("prefill", "decode")
+        for way in ways
     ]
-    return figures(say("export_proof").split("|"), rows)
+    return figures(header.split("|"), rows)
 
 
 def optimised(report: dict[str, Any]) -> str:
@@ -114,6 +116,9 @@ def _panel(
     yield Label(x, 20, title, 15, bold=True)
     yield Label(x, 42, unit, 12)
     series: dict[str, Sequence[float | None]] = {engine: result[engine][key] for engine in COLORS}
+    if all(value is None for values in series.values() for value in values):
+        yield Label(x, 76, "an encoder writes nothing", 12)
+        return
     largest = max((value or 0 for values in series.values() for value in values), default=0) or 1
     named, room = 110, width - 110 - 80
     y = 76.0
@@ -137,8 +142,12 @@ def race_table(result: dict[str, Any]) -> str:
         (
             f"{length}",
             *(f"{result[engine]['prefill_tps'][index]:,.0f}" for engine in COLORS),
-            *(f"{result[engine]['token_ms'][index] or 0:.1f} ms" for engine in COLORS),
+            *(_milliseconds(result[engine]["token_ms"][index]) for engine in COLORS),
         )
         for index, length in enumerate(result["prompts"])
     ]
     return figures(say("export_race_table").split("|"), rows)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
