@@ -74,7 +74,7 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
     """Every weight passes through the processor once a token, at the rate of the form it is stored in."""
     dtype = estimate.compute_dtype(plan.precision, plan.place.dtypes)
     streamed = set(placement.streamed("cpu")) if placement else set()
-    seconds: dict[str, float] = {}
+    stored_bytes: dict[str, int] = {}
     for tensor in counted(plan.spec):
         index = block_index(tensor.name)
         if len(tensor.shape) < 2 or (index is None and not tensor.is_output_embedding and not plan.spec.tied):
@@ -82,10 +82,11 @@ def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> fl
         kind = _kind(plan, index in streamed, tensor.dtype, dtype)
         if tensor.packed_layer and not tensor.is_packed_weight:
             continue
-        rate = _rate(kind, plan, again)
-        seconds[kind] = seconds.get(kind, 0.0) + (tensor.nbytes / rate if rate else 0.0)
+        stored_bytes[kind] = stored_bytes.get(kind, 0) + tensor.nbytes
+    rates = {kind: _rate(kind, plan, again) for kind in stored_bytes}
+    seconds = sum(stored_bytes[kind] / rate for kind, rate in rates.items() if rate)
     blocks = bandwidth.kept("blocks", again, _block_rate)
-    return sum(seconds.values()) + (plan.spec.layers / blocks if blocks else 0.0)
+    return seconds + (plan.spec.layers / blocks if blocks else 0.0)
 
 
 def _block_rate() -> float:
