@@ -19,11 +19,15 @@ RESULTS = ROOT / "results"
 
 def lowmem(*arguments: str | int | Path) -> dict[str, Any]:
     """`python -m lowmem ... --json` in a process of its own; the receipt."""
-    command = [sys.executable, "-m", "lowmem", *map(str, arguments), "--json"]
+    command = lowmem_command(*arguments)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:6])} ... ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def lowmem_command(*arguments: str | int | Path) -> list[str]:
+    return [sys.executable, "-m", "lowmem", *map(str, arguments), "--json"]
 
 
 def english(characters: int) -> str:
@@ -53,6 +57,18 @@ def save(name: str, rows: list[dict[str, Any]], notes: Sequence[str] = ()) -> No
     packages = {package: version(package) for package in ("torch", "transformers", "gradio")}
     content = {"machine": probe().line(), "packages": packages, "notes": list(notes), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def saved(name: str) -> dict[str, Any]:
+    """What `save` wrote; no rows and no notes where it has not run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"rows": [], "notes": []}
+
+
+def merged(name: str, key: str, rows: Sequence[dict[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
+    """`rows` among those of earlier runs, which they replace where `key` is equal; `order` lists the keys."""
+    known = {row[key]: row for row in [*saved(name)["rows"], *rows]}
+    return [known[one] for one in order if one in known]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

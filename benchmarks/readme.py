@@ -5,13 +5,22 @@ python -m benchmarks.readme
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, table
-from benchmarks.memory import shown
+from benchmarks import memory, quantize
+from benchmarks.common import ROOT, saved, table
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "memory": memory.shown,
+    "speed": dict,
+    "app": dict,
+    "quantize": quantize.shown,
+    "quantize_7b": dict,
+    "crossload": dict,
+}
+"""Results files in the README's order, each with how a row is shown; those that are missing are left out."""
 
 
 def main() -> None:
@@ -19,12 +28,12 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    tables = [table([shown(row) for row in rows("memory")]), table(rows("speed")), table(rows("app"))]
-    readme.write_text(head + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + tail, encoding="utf-8")
+    parts = [_part(show, content) for name, show in TABLES.items() if (content := saved(name))["rows"]]
+    readme.write_text(head + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + tail, encoding="utf-8")
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+def _part(show: Callable[[dict[str, Any]], dict[str, Any]], content: dict[str, Any]) -> str:
+    return "\n\n".join([table([show(row) for row in content["rows"]]), *content["notes"]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem plan | generate | quantize | compare | offload | serve`.
+"""The command line: `python -m lowmem plan | generate | quantize | compare | offload | export | longctx | serve`.
 
 The engine's plain face for people, scripts and benchmarks. With `--json` the last line of
 standard output is the receipt and nothing else goes there; progress goes to standard error,
@@ -17,13 +17,16 @@ from typing import Any
 
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.export.command import add_command as add_export
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.command import add_command as add_longctx
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.measure.command import add_command as add_compare
 from lowmem.offload.command import add_command as add_offload
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, limits_from
-from lowmem.planning.plan import PRECISIONS, Plan
+from lowmem.planning.plan import BACKENDS, PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.planning.planner import plan as make_plan
 from lowmem.quant.command import add_command as add_quantize
@@ -56,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     add_quantize(commands)
     add_compare(commands)
     add_offload(commands)
+    add_export(commands)
+    add_longctx(commands)
     _serve_command(commands.add_parser("serve", help="the web app"))
     return parser
 
@@ -77,7 +82,7 @@ def _generate_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="complete the text, without the chat template")
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once; the budget decides when left out")
     parser.add_argument("--force", action="store_true", help="go on although the prediction is over the budget")
-    parser.add_argument("--backend", choices=("auto", "torch"), default="auto")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     _goal_flags(parser, kv=False)
     _option_flags(parser, GenerateOptions)
     parser.add_argument("--json", action="store_true", help="nothing but the receipt, as one JSON object")
@@ -104,7 +109,7 @@ def _goal_flags(parser: argparse.ArgumentParser, kv: bool = True) -> None:
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, mps")
     if kv:
-        parser.add_argument("--kv", choices=("same", "int8", "ram"), default="same", help="storage of the KV cache")
+        parser.add_argument("--kv", choices=KV_STORAGES, default="same", help="storage of the KV cache")
 
 
 def _size(text: str) -> int:
@@ -141,7 +146,14 @@ def _make_plan(args: argparse.Namespace, session: Session, kv: str) -> Plan:
     measure_runtime_bytes()
     hardware = session.hardware()
     limits = limits_from(hardware, args.ram, args.vram)
-    goal = Goal(context=args.context, batch=args.batch, precision=args.precision, device=args.device, kv=kv)
+    goal = Goal(
+        context=args.context,
+        batch=args.batch,
+        precision=args.precision,
+        device=args.device,
+        kv=kv,
+        backend=getattr(args, "backend", "auto"),
+    )
     if args.model:
         return make_plan(read_spec(args.model), hardware, limits, goal)
     return make_plan(None, hardware, limits, goal, choices())
@@ -154,7 +166,8 @@ def _run_plan(args: argparse.Namespace) -> int:
         print(json.dumps(_plan_as_dict(plan)))
         return 0
     print(plan.hardware.line())
-    print(f"{plan.spec.name} in {plan.precision} on {plan.device}, {plan.context:,} tokens of context")
+    backend = " (ONNX Runtime)" if plan.backend == "onnx" else ""
+    print(f"{plan.spec.name} in {plan.precision} on {plan.device}{backend}, {plan.context:,} tokens of context")
     print(plan.reason)
     for budget in plan.budgets:
         print(
@@ -175,6 +188,7 @@ def _plan_as_dict(plan: Plan) -> dict[str, Any]:
         "model": plan.spec.ref,
         "precision": plan.precision,
         "device": plan.device,
+        "backend": plan.backend,
         "context": plan.context,
         "batch": plan.batch,
         "verdict": plan.verdict,

@@ -98,7 +98,7 @@ def _range_hint(field: dataclasses.Field[Any]) -> str:
     if choices:
         return f"Choose one of {', '.join(choices)}."
     if low is not None and high is not None:
-        return f"Use a value from {low:g} to {high:g}."
+        return f"Use a value from {low:.15g} to {high:.15g}."
     if low is not None:
-        return f"Use {low:g} or more."
+        return f"Use {low:.15g} or more."
     return f"It must be {_NAMES.get(type(field.default), 'a value')}."

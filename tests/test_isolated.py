@@ -105,7 +105,7 @@ def test_a_wrong_argument_is_a_bug_too():
 
 
 def test_a_killed_child_ran_out_of_memory():
-    with pytest.raises(OutOfMemory, match=r"The system killed the job, when it had used up to .* MB") as caught:
+    with pytest.raises(OutOfMemory, match=r"The system killed the job, when it had used up to .* [MG]B") as caught:
         run(killed)
     assert caught.value.hint
 

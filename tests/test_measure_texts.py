@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import json
 import zipfile
+from dataclasses import replace
 
 import fake_hub
 import pytest
 
 from lowmem.errors import BadInput, CorruptModel, Offline
-from lowmem.measure import texts
+from lowmem.measure import hub_texts, texts
 from lowmem.measure.texts import head, overlap, tail
 
 
@@ -87,18 +90,20 @@ def archive() -> bytes:
 def hub(monkeypatch, online):
     with fake_hub.serve() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr(texts, "_WIKITEXT_COMMIT", fake_hub.COMMIT)
+        for name, source in hub_texts.TEXTS.items():
+            monkeypatch.setitem(hub_texts.TEXTS, name, replace(source, commit=fake_hub.COMMIT))
         yield server
 
 
 def test_wikitext_is_fetched_once(hub, monkeypatch):
     data = archive()
     hub.add("datasets/ggml-org/ci", {"wikitext-2-raw-v1.zip": data})
-    monkeypatch.setattr(texts, "_WIKITEXT_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(hub_texts, "_WIKITEXT_SHA256", hashlib.sha256(data).hexdigest())
     assert tail("wikitext2").text == " = Robert Boulter = \n"
     assert head("wikitext2").text == " = Training = \n"
     assert head("wikitext2").name == "wikitext2 (train)"
-    assert len(hub.requests) == 1
+    assert head("wikitext2") == head("wikitext2")
+    assert len(hub.requests) == 2
 
 
 def test_a_damaged_or_missing_wikitext(hub):
@@ -107,3 +112,22 @@ def test_a_damaged_or_missing_wikitext(hub):
     hub.add("datasets/ggml-org/ci", {"wikitext-2-raw-v1.zip": archive()[:-1]})
     with pytest.raises(CorruptModel, match="damaged"):
         tail("wikitext2")
+
+
+def c4(*texts: str) -> bytes:
+    return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode())
+
+
+def test_of_c4_the_beginning_is_read(hub, monkeypatch):
+    monkeypatch.setattr(hub_texts, "C4_CHARACTERS", 14)
+    files = {"en/c4-train.00000-of-01024.json.gz": c4("One page.", "Another.", "A third.")}
+    hub.add("datasets/allenai/c4", files | {"en/c4-validation.00000-of-00008.json.gz": c4("Held out.")})
+    assert head("c4") == texts.Text("c4 (train)", "One page.\n\nAno")
+    assert tail("c4").text == "Held out."
+
+
+@pytest.mark.parametrize("data", [b"not gzip", gzip.compress(b"not json\n"), gzip.compress(b"")])
+def test_a_damaged_c4(hub, data):
+    hub.add("datasets/allenai/c4", {"en/c4-train.00000-of-01024.json.gz": data})
+    with pytest.raises(CorruptModel, match="C4 arrived damaged"):
+        head("c4")

@@ -39,6 +39,9 @@ ENDPOINTS = {
     "/receipt",
     "/quantize",
     "/compare",
+    "/perplexity",
+    "/hidden_states",
+    "/exercise",
 }
 
 
@@ -112,10 +115,10 @@ def test_batch_answers_every_prompt(loaded: Client) -> None:
     [
         ({"temperature": 1e9}, "Temperature is 1000000000.0. Use a value from 0.05 to 5."),
         ({"temperature": "nan"}, "Temperature is nan. Use a value from 0.05 to 5."),
-        ({"max_new_tokens": 2.5}, "Max new tokens: 2.5 is not a whole number. Use a value from 1 to 32768."),
-        ({"max_new_tokens": -1}, "Max new tokens is -1. Use a value from 1 to 32768."),
+        ({"max_new_tokens": 2.5}, "Max new tokens: 2.5 is not a whole number. Use a value from 1 to 1000000."),
+        ({"max_new_tokens": -1}, "Max new tokens is -1. Use a value from 1 to 1000000."),
         ({"stop": [1]}, "Stop strings: [1] is not a list of texts."),
-        ({"kv": "fp3"}, "KV cache storage: there is no 'fp3'. Choose one of same, int8, ram."),
+        ({"kv": "fp3"}, "KV cache storage: there is no 'fp3'. Choose one of same, int8, int4, int2, ram."),
         ({"colour": "red"}, "There is no option 'colour'."),
     ],
 )

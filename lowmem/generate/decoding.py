@@ -21,6 +21,8 @@ from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken, Step
 from lowmem.generate import kv, sampling
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import policy
+from lowmem.longctx.sinks import WindowCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,10 @@ def decode(
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder's blocks in order: the outermost list as long as the configuration says."""
+    """The decoder's blocks in order: the outermost list as long as the configuration says; else the model itself."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = _decoder_config(model).num_hidden_layers
-    return list(next((blocks for blocks in lists if len(blocks) == layers), ()))
+    return list(next((blocks for blocks in lists if len(blocks) == layers), [model]))
 
 
 def _decoder_config(model: Any) -> Any:
@@ -125,55 +127,107 @@ def _stoppable(modules: Sequence[nn.Module], cancel: CancelToken) -> Iterator[No
 
 
 class _Rows:
-    """The text of the live rows, left-padded to one length, and the forward pass over a stretch of it."""
+    """The text of the live rows, left-padded to one length, and the forward pass over a stretch of it.
+
+    With a window only the end of the text is kept, and what the window has left behind is not looked at again.
+    """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
         longest = max(map(len, prompts))
         capacity = longest + options.max_new_tokens
         self.model = model
         self.length = longest
-        self._pads = [longest - len(prompt) for prompt in prompts]
+        self._window = options.window
+        if options.window:
+            capacity = min(capacity, max(longest, options.window) + options.window)
+        # Of each row, the first token in `text` that it may look at; what is in front is padding, or forgotten.
+        self._first = [longest - len(prompt) for prompt in prompts]
         # A pad repeats the row's own first token: attention does not see it, and the repetition
         # penalty counts that token already.
-        padded = [[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, self._pads, strict=True)]
+        padded = [[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, self._first, strict=True)]
         self.text = torch.empty(len(prompts), capacity, dtype=torch.long, device=model.device)
         self.text[:, :longest] = torch.tensor(padded)
-        self._mask = self._positions = None
-        if any(self._pads):
-            positions = torch.arange(capacity) - torch.tensor(self._pads)[:, None]
-            self._mask = (positions >= 0).long().to(model.device)
-            self._positions = positions.clamp_(min=0).to(model.device)
+        self._begin = 0  # of what the cache holds, or of what is computed anew
         self._cache = None
         if options.use_cache:
-            kv.check_supported(model)
-            self._cache = kv.make_cache(
-                model.config, rows=len(prompts) * options.num_sequences, capacity=capacity, kv=options.kv
-            )
+            if not hasattr(model, "make_cache"):
+                kv.check_supported(model)
+            rows = len(prompts) * options.num_sequences
+            self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
+        self._recomputes = bool(options.window) and not isinstance(self._cache, WindowCache)
         self._accepted = set(inspect.signature(model.forward).parameters)
+
+    def parts(self, chunk: int) -> Iterator[tuple[int, int]]:
+        """The stretches in which to read the prompt."""
+        if self._cache is None:
+            yield 0, self.length
+        elif isinstance(self._cache, WindowCache):
+            start = 0
+            for tokens in self._cache.parts(self.length, chunk):
+                yield start, start + tokens
+                start += tokens
+        else:
+            if self._recomputes:
+                self._look_back(self._window)
+            for start in range(self._begin, self.length, chunk):
+                yield start, min(start + chunk, self.length)
 
     def logits(self, start: int, end: int) -> Tensor:
         """Logits [rows, vocab] in float32 after token `end - 1`, where tokens before `start` are in the cache."""
-        if self._cache is None:
-            start = 0
+        if self._recomputes or self._cache is None:
+            start = self._recomputed_from(start, end)
         inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "use_cache": False}
         if "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = 1
         if self._cache is not None:
             inputs.update(past_key_values=self._cache, use_cache=True)
-        # Without pads neither mask nor positions: the model takes its fast causal path.
-        if self._mask is not None and self._positions is not None:
-            inputs["attention_mask"] = self._mask[:, :end]
-            if "position_ids" in self._accepted:
-                inputs["position_ids"] = self._positions[:, start:end]
+        if isinstance(self._cache, WindowCache):
+            inputs.update(self._cache.inputs(end - start, self.model.device, self.model.dtype))
+        elif any(first > self._begin for first in self._first):
+            # Without pads neither mask nor positions: the model takes its fast causal path.
+            inputs.update(self._padding(start, end))
         return self.model(**inputs).logits[:, -1].float()
 
+    def _recomputed_from(self, start: int, end: int) -> int:
+        """Where the pass begins when the window is computed anew: for every token, or with a cache when a row fills it."""
+        if self._cache is None:
+            if self._recomputes:
+                self._look_back(self._window)
+            return self._begin
+        if all(end - first <= self._window for first in self._first):
+            return start
+        self._cache.reset()
+        self._look_back(policy.kept_tokens(self._window))
+        return self._begin
+
+    def _look_back(self, tokens: int) -> None:
+        """Forget all but the last `tokens` of rows that look back over more than the window."""
+        full = self.length - self._window
+        self._first = [first if first >= full else self.length - tokens for first in self._first]
+        self._begin = min(self._first)
+
+    def _padding(self, start: int, end: int) -> dict[str, object]:
+        places, first = torch.arange(self._begin, end), torch.tensor(self._first)[:, None]
+        inputs: dict[str, object] = {"attention_mask": (places >= first).long().to(self.model.device)}
+        if "position_ids" in self._accepted:
+            inputs["position_ids"] = (places[start - self._begin :] - first).clamp_(min=0).to(self.model.device)
+        return inputs
+
     def append(self, tokens: Tensor) -> None:
+        if self.length == self.text.shape[1]:
+            self._forget(self.length - self._window)
         self.text[:, self.length] = tokens
         self.length += 1
 
+    def _forget(self, tokens: int) -> None:
+        self.text[:, : self._window] = self.text[:, tokens:].clone()
+        self._first = [max(0, first - tokens) for first in self._first]
+        self._begin = max(0, self._begin - tokens)
+        self.length -= tokens
+
     def branch(self, copies: int) -> None:
         """Continue every row `copies` times, side by side."""
-        self._index([row for row in range(len(self._pads)) for _ in range(copies)])
+        self._index([row for row in range(len(self._first)) for _ in range(copies)])
         if self._cache is not None:
             self._cache.batch_repeat_interleave(copies)
 
@@ -185,11 +239,7 @@ class _Rows:
 
     def _index(self, rows: list[int]) -> None:
         self.text = self.text[rows]
-        self._pads = [self._pads[row] for row in rows]
-        if not any(self._pads):
-            self._mask = self._positions = None
-        elif self._mask is not None and self._positions is not None:
-            self._mask, self._positions = self._mask[rows], self._positions[rows]
+        self._first = [self._first[row] for row in rows]
 
 
 def _read(
@@ -197,12 +247,10 @@ def _read(
 ) -> Generator[Step, None, Tensor]:
     """Process the prompts chunk by chunk; returns the logits [rows, vocab] after them."""
     total = rows.length
-    chunk = options.prefill_chunk if options.use_cache else total
     yield Step(0, total, "Reading the prompt", "tokens")
-    for start in range(0, total, chunk):
+    for start, end in rows.parts(options.prefill_chunk):
         cancel.check()
         check()
-        end = min(start + chunk, total)
         logits = rows.logits(start, end)
         yield Step(end, total, "Reading the prompt", "tokens")
     return logits
@@ -222,9 +270,10 @@ def _write(
     count = len(randoms)
     live = list(range(count))
     for made in range(1, options.max_new_tokens + 1):
-        new = sampling.next_tokens(
-            logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
-        )
+        with _one_thread(rows.model):
+            new = sampling.next_tokens(
+                logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
+            )
         ids = new.tolist()
         _check_numbers(ids, made)
         answer: list[int | None] = [None] * count
@@ -241,6 +290,23 @@ def _write(
             live, new = [live[row] for row in keep], new[keep]
         rows.append(new)
         logits = rows.logits(rows.length - 1, rows.length)
+
+
+@contextmanager
+def _one_thread(model: Any) -> Iterator[None]:
+    """Keep torch to one thread beside a model that brings its own.
+
+    Two pools that wait for work on the same cores halve each other's speed.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not getattr(model, "own_threads", False):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_numbers(ids: list[int], made: int) -> None:

@@ -12,7 +12,7 @@ class GenerateOptions:
     """Options of one generation. `greedy` makes the sampling options irrelevant."""
 
     max_new_tokens: int = option(
-        256, "Max new tokens", "Longest answer. Each token costs KV cache.", low=1, high=32768, step=1
+        256, "Max new tokens", "Longest answer. Each token costs KV cache.", low=1, high=1_000_000, step=1
     )
     greedy: bool = option(False, "Greedy", "Always take the most likely token: repeatable, no sampling.")
     temperature: float = option(
@@ -53,10 +53,32 @@ class GenerateOptions:
     kv: str = option(
         "same",
         "KV cache storage",
-        "int8 stores the cache in a half or a quarter of the memory, a little less exactly; ram keeps that of a GPU in RAM.",
-        choices=("same", "int8", "ram"),
+        "int8 stores the cache in a half or a quarter of the memory, a little less exactly; int4 and int2 in less still; "
+        "ram keeps that of a GPU in RAM.",
+        choices=("same", "int8", "int4", "int2", "ram"),
     )
-    use_cache: bool = option(True, "KV cache", "Off recomputes the whole text for every token: slow, no cache memory.")
+    window: int = option(
+        0,
+        "Window",
+        "Remember only so many of the latest tokens: text without end in memory that stays the same. 0 remembers all.",
+        low=0,
+        high=1_000_000,
+        step=64,
+    )
+    sinks: int = option(
+        4,
+        "Sinks",
+        "First tokens that are kept beside a window: without them the model falls apart when they leave it.",
+        low=0,
+        high=256,
+        step=1,
+    )
+    endless: bool = option(
+        False, "Endless", "Go on after the model has ended its text, until all new tokens are there."
+    )
+    use_cache: bool = option(
+        True, "KV cache", "Off recomputes the whole text, or the window, for every token: slow, no cache memory."
+    )
     prefill_chunk: int = option(
         512, "Prefill chunk", "Prompt tokens per pass: smaller needs less memory.", low=16, high=8192, step=16
     )

@@ -172,7 +172,7 @@ def stream(
     if note:
         yield Step(0, len(prompt_ids), note, "tokens")
     options = replace(options, max_new_tokens=limit)
-    ends = eos_ids(model, tokenizer)
+    ends = frozenset[int]() if options.endless else eos_ids(model, tokenizer)
     answers = [Answer(tokenizer, prompt_ids, options.stop, ends, limit) for _ in range(options.num_sequences)]
     ended: set[int] = set()
     clock = _Clock(len(prompt_ids), context)

@@ -6,20 +6,16 @@ Knows names, files and characters; nothing of tokens or models.
 from __future__ import annotations
 
 import functools
-import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.errors import BadInput, CorruptModel, LowMemError, Offline
+from lowmem.errors import BadInput
 from lowmem.events import CancelToken
-from lowmem.models import hub
-from lowmem.models.background import interruptible
-from lowmem.settings import settings
+from lowmem.measure import hub_texts
 from lowmem.units import MB, format_bytes
 
-MANUAL, WIKITEXT = "manual", "wikitext2"
-NAMES = (MANUAL, WIKITEXT)
+MANUAL, WIKITEXT, C4 = "manual", "wikitext2", "c4"
+NAMES = (MANUAL, WIKITEXT, C4)
 
 HEAD_SHARE = 0.75
 """The first three quarters of the manual's characters are its head, the rest its tail.
@@ -31,13 +27,6 @@ MAX_FILE_BYTES = 16 * MB
 
 SHINGLE_WORDS = 13
 """Texts overlap where so many words in a row are the same (the measure of arXiv 2005.14165, appendix C)."""
-
-# The archive of Merity et al. (arXiv 1609.07843) as llama.cpp's scripts fetch it: plain text, no Parquet.
-_WIKITEXT_REPO = "datasets/ggml-org/ci"
-_WIKITEXT_COMMIT = "927b3642933080f1b0e811e2f916e14c292992f9"
-_WIKITEXT_FILE = "wikitext-2-raw-v1.zip"
-_WIKITEXT_BYTES = 4_721_645
-_WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +41,8 @@ def head(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text
     """The part of a text that calibration may use.
 
     Args:
-        source: "manual" (the head of the standard library's reference), "wikitext2" (its training part,
-            from the hub) or a file of one's own, which is used whole.
+        source: "manual" (the head of the standard library's reference), "wikitext2" or "c4" (of their training
+            parts, from the hub) or a file of one's own, which is used whole.
 
     Raises:
         BadInput: not a text that can be used.
@@ -63,7 +52,7 @@ def head(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text
 
 
 def tail(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text:
-    """The part of a text that quality is measured on, see `head`; of "wikitext2" the test part."""
+    """The part of a text that quality is measured on, see `head`; of the hub's texts the part made for it."""
     return _part(source, "tail", cancel)
 
 
@@ -82,9 +71,9 @@ def overlap(text: str, other: str) -> float:
 def _part(source: str | Path, part: str, cancel: CancelToken | None) -> Text:
     if source == MANUAL:
         return Text(f"{MANUAL} ({part})", _manual()[part])
-    if source == WIKITEXT:
-        split = "train" if part == "head" else "test"
-        return Text(f"{WIKITEXT} ({split})", _wikitext(split, cancel or CancelToken()))
+    if source in hub_texts.TEXTS:
+        split = hub_texts.SPLITS[part]
+        return Text(f"{source} ({split})", hub_texts.read(str(source), split, cancel or CancelToken()))
     return _file(Path(source))
 
 
@@ -119,35 +108,3 @@ def _file(path: Path) -> Text:
     if not text.strip() or "\0" in text:
         raise BadInput(f"{path.name} holds {'no text' if not text.strip() else 'binary data'}.", "Give a text file.")
     return Text(path.name, text)
-
-
-def _wikitext(split: str, cancel: CancelToken) -> str:
-    archive = settings().home / "texts" / _WIKITEXT_FILE
-    if not archive.is_file():
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = archive.with_suffix(".part")
-        unfinished.write_bytes(_wikitext_archive(cancel))
-        unfinished.replace(archive)
-    with zipfile.ZipFile(archive) as files:
-        return files.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
-
-
-def _wikitext_archive(cancel: CancelToken) -> bytes:
-    here = hub.Repository(_WIKITEXT_REPO, _WIKITEXT_COMMIT, {})
-    data = bytearray()
-    try:
-        for _, chunk in interruptible(hub.stream(here, _WIKITEXT_FILE), cancel):
-            data += chunk
-            if len(data) > _WIKITEXT_BYTES:
-                break
-    except Offline as error:
-        raise Offline(
-            f"WikiText-2 is not here. {error.message}", f"{error.hint} The text {MANUAL!r} is always here."
-        ) from error
-    except LowMemError as error:
-        if isinstance(error, hub.ModelNotFound | hub.GatedModel):
-            raise Offline("The hub does not give WikiText-2.", f"Use the text {MANUAL!r} or a file.") from error
-        raise
-    if hashlib.sha256(data).hexdigest() != _WIKITEXT_SHA256:
-        raise CorruptModel(f"WikiText-2 arrived damaged ({len(data):,} bytes).", f"Try again, or use {MANUAL!r}.")
-    return bytes(data)

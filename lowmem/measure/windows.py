@@ -23,6 +23,19 @@ class Window:
     first: int
 
 
+def cut(length: int, size: int, stride: int, first: int = 0) -> Iterator[Window]:
+    """Windows of `size` tokens, `stride` apart, in which every token from `first` on is new in exactly one.
+
+    A token is new in the first window that reaches it, so all but those of the first window have at least
+    `size - stride` tokens in front of them, also in the last, shorter window.
+    """
+    start = 0
+    while first < length:
+        end = min(start + size, length)
+        yield Window(start, end, first)
+        start, first = start + stride, end
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
     """Token ids and how a model reads them.
@@ -64,12 +77,7 @@ class Passage:
         return len(self.ids) - (0 if self.prefix else 1)
 
     def windows(self) -> Iterator[Window]:
-        size = self.window - len(self.prefix)
-        start, first = 0, 0 if self.prefix else 1
-        while first < len(self.ids):
-            end = min(start + size, len(self.ids))
-            yield Window(start, end, first)
-            start, first = start + self.stride, end
+        return cut(len(self.ids), self.window - len(self.prefix), self.stride, 0 if self.prefix else 1)
 
     @property
     def identity(self) -> str:

@@ -87,6 +87,11 @@ class Shape:
     tied: bool
 
 
+def is_encoder(model_type: str) -> bool:
+    """A model that reads text but cannot write any?"""
+    return model_type in _ENCODERS
+
+
 def check_supported(config: Config, name: str) -> None:
     """Refuse what cannot be run, or only by running the repository's own code.
 

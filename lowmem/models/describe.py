@@ -20,6 +20,9 @@ from lowmem.models.spec import ModelSpec, Tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "lowmem_export.json"
+"""In a folder of exported graphs, see `lowmem.export.manifest`."""
+
 COMPANIONS = (
     CONFIG, "generation_config.json", "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -45,6 +48,8 @@ def describe(files: Files, ref: str, name: str, licence: str = "", gated: bool =
     config = read_object(files, CONFIG)
     check_supported(config, name)
     shape = read_shape(config, name)
+    if MANIFEST in files.names:
+        return _describe_exported(files, ref, name, dataclasses.asdict(shape))
     weights = [files.ranged(file) for file in weight_files(files)]
     tensors = tuple(tensor for file in weights for tensor in read_header(file).tensors)
     _check_inventory(files, tensors)
@@ -61,6 +66,26 @@ def describe(files: Files, ref: str, name: str, licence: str = "", gated: bool =
         licence=licence,
         gated=gated,
         has_chat_template=has_chat_template(files),
+    )
+
+
+def _describe_exported(files: Files, ref: str, name: str, shape: dict[str, Any]) -> ModelSpec:
+    """A folder that `lowmem.export` wrote: its tensors are those of the original, its bytes those of its graphs."""
+    manifest = read_object(files, MANIFEST)
+    try:
+        tensors = tuple(Tensor(n, dtype, tuple(dims), size) for n, dtype, dims, size in manifest["model_tensors"])
+        precision, size = str(manifest["precision"]), sum(map(int, manifest["files"].values()))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CorruptModel(f"{MANIFEST} of {files.owner} is damaged.", "Export the model again.") from None
+    return ModelSpec(
+        ref=ref,
+        name=name,
+        tensors=tensors,
+        **shape,
+        size_on_disk=size,
+        licence=str(manifest.get("licence") or ""),
+        has_chat_template=has_chat_template(files),
+        exported=precision,
     )
 
 

@@ -100,6 +100,7 @@ class ModelSpec:
         size_on_disk: bytes of the weight files.
         licence, gated: from the catalog or the hub, "" and False when unknown.
         has_chat_template: the tokenizer knows how to format a conversation.
+        exported: the precision of the graph that is all there is of the model, "" where there are weights.
     """
 
     ref: str
@@ -123,6 +124,7 @@ class ModelSpec:
     licence: str = ""
     gated: bool = False
     has_chat_template: bool = False
+    exported: str = ""
 
     @property
     def parameters(self) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import packed
+from lowmem.planning import cache, exported, packed
+from lowmem.planning.cache import kv_bytes
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB, format_bytes
 
@@ -127,18 +128,6 @@ def _nf4_bytes(rows: int, columns: int) -> int:
 _LINEAR_BYTES = {"int8": packed.int8_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
 
 
-def kv_bytes(spec: ModelSpec, context: int, batch: int, dtype: str, kv: str) -> int:
-    """KV cache for `batch` sequences of `context` tokens.
-
-    `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token) or "none".
-    """
-    if kv == "none":
-        return 0
-    if kv != "int8":
-        return spec.kv_bytes(context, batch, dtype)
-    return spec.kv_bytes(context, batch, "int8") + spec.kv_bytes(context, batch, "fp16") // spec.head_dim
-
-
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
     """Peak of one decoder block over `tokens` = chunk x batch new tokens that see `context` tokens.
 
@@ -197,40 +186,68 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
 
 def kv_on_device(plan: Plan, dtype: str) -> int:
     """KV cache in the memory of the device that computes: all of it, or two layers of one that a GPU keeps in RAM."""
-    every = kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv)
-    return min(every, 2 * every // plan.spec.layers) if plan.kv == "ram" and plan.place.kind == "cuda" else every
+    every = _every_kv(plan, dtype)
+    return min(every, 2 * every // plan.spec.layers) if _kv_waits(plan) else every
+
+
+def _kv_waits(plan: Plan) -> bool:
+    """Does the KV cache wait in RAM? That of a window is small and stays on the GPU."""
+    return plan.kv == "ram" and plan.place.kind == "cuda" and not plan.window
 
 
 def kv_in_ram(plan: Plan, dtype: str) -> tuple[Line, ...]:
     """The KV cache that a GPU keeps in RAM."""
-    if plan.kv != "ram" or plan.place.kind != "cuda":
+    if not _kv_waits(plan):
         return ()
-    every = kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv)
-    return (Line("kv", every, "The KV cache; each layer's crosses to the GPU in its turn."),)
+    return (Line("kv", _every_kv(plan, dtype), "The KV cache; each layer's crosses to the GPU in its turn."),)
+
+
+def _every_kv(plan: Plan, dtype: str) -> int:
+    sinks = plan.sinks or cache.EXACT_FIRST
+    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv, plan.window, sinks)
 
 
 def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    if plan.backend == "onnx":
+        return _graph_lines(plan)
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
     kv = kv_on_device(plan, dtype)
-    activations = activation_bytes(spec, chunk * batch, plan.context, dtype) + logits_bytes(spec, batch, dtype)
-    # One layer's whole history, dequantized for attention; shared by all layers.
-    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
+    activations = max(
+        activation_bytes(spec, min(chunk, most) * batch, seen, dtype) for most, seen in cache.passes(plan)
+    ) + logits_bytes(spec, batch, dtype)
+    dequantized = cache.unfolded_bytes(plan, dtype)
     loading = loading_peak(spec, plan.precision, dtype) - weights
     dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
     scratch = max(dequantized, dense, loading - kv - activations)
-    per_token = format_bytes(kv_bytes(spec, 1, 1, dtype, plan.kv))
     return (
         Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
         Line(
             "kv",
             kv,
-            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
+            cache.sentence(plan, dtype),
         ),
         Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
         Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
         *kernel_lines(plan),
+    )
+
+
+def _graph_lines(plan: Plan) -> tuple[Line, ...]:
+    spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
+    kv = exported.kv_bytes(spec, plan.remembered, batch) if plan.kv != "none" else 0
+    activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
+    per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
+    weights = exported.session_bytes(spec, plan.precision)
+    return (
+        Line(
+            "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
+        ),
+        Line("kv", kv, f"{plan.remembered:,} tokens x {batch} at {per_token} a token (fp32)."),
+        Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
+        Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
+        Line("scratch", 0, "Graphs are mapped, not copied."),
     )
 
 

@@ -22,7 +22,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What to run. "auto" leaves precision or device to the planner."""
+    """What to run. "auto" leaves precision, device or backend to the planner."""
 
     context: int = 2048
     batch: int = 1
@@ -30,6 +30,7 @@ class Goal:
     device: str = "auto"
     kv: str = "same"
     prefill_chunk: int = 512
+    backend: str = "auto"
 
 
 def detected_limits(hardware: Hardware) -> Limits:

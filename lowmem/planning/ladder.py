@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lowmem.planning import exported
 from lowmem.planning.estimate import priced
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import candidates
@@ -28,7 +29,7 @@ def shorter_context(plan: Plan) -> Plan | None:
 
 def quantized_kv(plan: Plan) -> Plan | None:
     """The KV cache in int8."""
-    if plan.kv == "int8":
+    if plan.kv != "same" or plan.backend == "onnx":  # whose cache is fp32
         return None
     return priced(plan, kv="int8", reason="KV cache stored in int8.")
 
@@ -37,7 +38,9 @@ def fewer_bits(plan: Plan) -> Plan | None:
     """The next precision of the same device that takes less memory for weights."""
     device = plan.place
     for precision in candidates(plan.hardware, device, plan.spec):
-        smaller = priced(plan, precision=precision, reason=f"Weights in {precision} instead of {plan.precision}.")
+        smaller = priced(
+            plan, precision=precision, backend="torch", reason=f"Weights in {precision} instead of {plan.precision}."
+        )
         if smaller.main.share("weights") < 0.9 * plan.main.share("weights"):
             return smaller
     return None
@@ -83,6 +86,7 @@ def smaller_model(plan: Plan) -> Plan | None:
         spec=spec,
         # What a quantized checkpoint runs in, others do not.
         precision=candidates(plan.hardware, plan.place, spec)[0] if plan.precision == "stored" else plan.precision,
+        backend="torch" if exported.refusal(spec) else plan.backend,
         context=min(plan.context, spec.context),
         reason=f"{spec.name} instead of {plan.spec.name}.",
     )

@@ -10,12 +10,14 @@ from lowmem.planning.goal import Limits
 from lowmem.planning.placement import Placement
 from lowmem.units import format_bytes
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "bnb8", "nf4", "stored")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "bnb8", "nf4", "stored")
+BACKENDS = ("torch", "onnx")
 PRECISION_LABELS = {
     "fp32": "fp32 (full precision)",
     "fp16": "fp16 (half precision)",
     "bf16": "bf16 (half precision)",
     "int8": "int8 (dynamic, for CPU)",
+    "int4": "int4 (ONNX Runtime, for CPU)",
     "bnb8": "8-bit (bitsandbytes LLM.int8)",
     "nf4": "4-bit (bitsandbytes NF4)",
     "stored": "as stored (already quantized)",
@@ -73,12 +75,15 @@ class Plan:
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
         batch: sequences at once.
-        kv: storage of the KV cache: "same" as the computation, "int8", or "none" without a cache.
+        kv: storage of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
         placement: where the blocks live; None when all of them are in the memory of the device that computes.
         budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
+        backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
+        or_torch: the backend was the planner's own choice, and torch takes over when no graph comes of it.
+        window, sinks: tokens that are remembered, the latest and the first; a window of 0 remembers all.
     """
 
     spec: ModelSpec
@@ -93,7 +98,16 @@ class Plan:
     budgets: tuple[Budget, ...] = ()
     reason: str = ""
     declined: tuple[Declined, ...] = ()
+    backend: str = "torch"
+    or_torch: bool = False
+    window: int = 0
+    sinks: int = 0
     placement: Placement | None = None
+
+    @property
+    def remembered(self) -> int:
+        """Tokens of a sequence that the KV cache has room for."""
+        return min(self.context, self.window + self.sinks) if self.window else self.context
 
     def budget(self, memory: str) -> Budget | None:
         return next((budget for budget in self.budgets if budget.memory == memory), None)

@@ -8,10 +8,12 @@ from dataclasses import replace
 from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
+from lowmem.planning import exported
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.estimate import priced, weight_bytes
 from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.ladder import descend
-from lowmem.planning.plan import Declined, Plan
+from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal
 from lowmem.units import GB, format_bytes
 
@@ -21,6 +23,13 @@ COMFORTABLE_CONTEXT = 8192
 CPU_WEIGHTS_CEILING = 2 * GB
 """Every token reads all weights once. At the 20 GB/s of an ordinary two-channel memory this is ten
 tokens a second, about reading speed; a larger model fits many CPUs but nobody wants to wait for it."""
+
+GRAPH_PRECISIONS = ("fp32", "int8", "int4")
+"""What a graph for CPUs is written in."""
+
+GRAPHS_UNASKED = False
+"""May "auto" choose ONNX Runtime? The first load of a model would export it, for longer than a newcomer waits;
+whoever asks for the backend, or exports, has decided to."""
 
 DEFAULT_GOAL = Goal()
 
@@ -56,13 +65,19 @@ def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
         raise BadInput(f"A batch of {goal.batch:,} is not possible.", "Use a value from 1 to 4,096.")
     if not 1 <= goal.prefill_chunk <= 1_000_000:
         raise BadInput(f"A prefill chunk of {goal.prefill_chunk:,} is not possible.", "Use a value from 16 to 8,192.")
-    if goal.kv not in ("same", "int8", "ram"):
-        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", "Choose same, int8 or ram.")
+    if goal.kv not in KV_STORAGES:
+        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", f"Choose one of {', '.join(KV_STORAGES)}.")
     keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
     if goal.device not in keys:
         raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")
     if spec is not None and (unknown := storage_refusal(spec)):
         raise Unsupported(unknown, "Choose the original model; lowmem quantizes while loading.")
+    if goal.backend != "auto" and goal.backend not in BACKENDS:
+        raise BadInput(f"There is no backend {goal.backend!r}.", f"Choose auto, {' or '.join(BACKENDS)}.")
+    if spec is not None and spec.exported and (wrong := _exported_refusal(spec, hardware, goal)):
+        raise Unsupported(wrong, "Leave backend, device and precision to the planner, or choose the original model.")
+    if goal.backend == "onnx" and spec is not None and (refusal := _graph_refusal(spec, hardware, goal)):
+        raise Unsupported(refusal, "Choose the torch backend, or auto.")
     if goal.precision != "auto" and (refusal := available(goal.precision, hardware, goal.device, spec)):
         kind = Unsupported if spec is not None and spec.quantization else BadInput
         raise kind(refusal, "Choose another precision, or auto.")
@@ -75,7 +90,39 @@ def _catalog() -> list[ModelSpec]:
     return [entry.spec() for entry in entries]
 
 
-def _draft(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal, precision: str) -> Plan:
+def _graph_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:
+    """Why ONNX Runtime cannot serve this goal, or None."""
+    if device_of(hardware, goal.device).kind != "cpu":
+        return "The ONNX backend computes on the CPU."
+    if goal.kv != "same":
+        return f"The ONNX backend keeps its KV cache in fp32, not in {goal.kv}."
+    if goal.precision not in ("auto", "stored", *GRAPH_PRECISIONS):
+        return f"An ONNX graph is made in {', '.join(GRAPH_PRECISIONS)}, not in {goal.precision}."
+    return exported.refusal(spec)
+
+
+def _exported_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:
+    if goal.backend == "torch" or goal.precision not in ("auto", spec.exported):
+        return f"{spec.name} is an exported graph: it runs in {spec.exported} on ONNX Runtime and in no other way."
+    return _graph_refusal(spec, hardware, replace(goal, precision="auto"))
+
+
+def _choices(spec: ModelSpec, hardware: Hardware, goal: Goal) -> list[tuple[str, str]]:
+    """(precision, backend) worth choosing automatically, best first: on CPUs a graph decodes several times as fast."""
+    on_torch = [(precision, "torch") for precision in candidates(hardware, device_of(hardware, goal.device), spec)]
+    if spec.exported:
+        return [(spec.exported, "onnx")]
+    unasked = goal.backend == "auto" and not GRAPHS_UNASKED
+    if goal.backend == "torch" or unasked or _graph_refusal(spec, hardware, goal):
+        return on_torch
+    graphs = ["stored"] if spec.quantization else ["int8"] if goal.backend == "auto" else ["int8", "int4"]
+    on_onnx = [(precision, "onnx") for precision in graphs]
+    return on_onnx if goal.backend == "onnx" else on_onnx + on_torch
+
+
+def _draft(
+    spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal, precision: str, backend: str = "torch"
+) -> Plan:
     device = device_of(hardware, goal.device)
     draft = Plan(
         spec=spec,
@@ -87,6 +134,8 @@ def _draft(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal, prec
         batch=goal.batch,
         kv=goal.kv,
         prefill_chunk=goal.prefill_chunk,
+        backend=backend,
+        or_torch=backend == "onnx" and goal.backend == "auto" and precision != "int4",
     )
     return priced(draft)
 
@@ -94,10 +143,11 @@ def _draft(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal, prec
 def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal) -> Plan:
     """The first precision that fits; the smallest one when none does."""
     if goal.precision != "auto":
-        chosen = _draft(spec, hardware, limits, goal, goal.precision)
+        # A precision by name means what it always meant: graphs have to be asked for, but for the one only they have.
+        backend = "onnx" if goal.backend == "onnx" or goal.precision == "int4" or spec.exported else "torch"
+        chosen = _draft(spec, hardware, limits, goal, goal.precision, backend)
         return replace(chosen, reason="Precision as asked for.")
-    precisions = candidates(hardware, device_of(hardware, goal.device), spec)
-    drafts = [_draft(spec, hardware, limits, goal, precision) for precision in precisions]
+    drafts = [_draft(spec, hardware, limits, goal, *choice) for choice in _choices(spec, hardware, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
@@ -113,16 +163,22 @@ def _declined(drafts: Iterable[Plan], chosen: Plan) -> tuple[Declined, ...]:
 def _why_not(draft: Plan, chosen: Plan) -> str:
     if draft.verdict == "over":
         return draft.sentence()
+    if chosen.backend == "onnx" and draft.backend == "torch" and draft.precision in (chosen.precision, "int8"):
+        return f"Fits in {format_bytes(draft.main.peak)}, but torch decodes several times slower than ONNX Runtime."
     if draft.place.kind == "cpu" and chosen.precision == "int8":
         return f"Fits in {format_bytes(draft.main.peak)}, but reads more memory for every token, so it is slower."
     return f"Fits in {format_bytes(draft.main.peak)}, but keeps fewer bits than there is room for."
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.spec.name}, {plan.precision_label}"
+    return f"{plan.spec.name}, {plan.precision_label}{', ONNX Runtime' if plan.backend == 'onnx' else ''}"
 
 
 def _precision_reason(plan: Plan) -> str:
+    if plan.backend == "onnx":
+        graph = f"its graph ({format_bytes(exported.disk_bytes(plan.spec, plan.precision))}) is written once and kept"
+        how = "int8 on ONNX Runtime" if plan.precision == "int8" else f"ONNX Runtime ({plan.precision_label})"
+        return f"{how} is the fastest on a CPU, at a small loss of precision; {graph}."
     if plan.place.kind == "cpu" and plan.precision == "int8":
         return "int8 is the fastest on a CPU, at a small loss of precision."
     if plan.precision in ("fp16", "bf16", "fp32"):
@@ -152,7 +208,11 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, limits: Limits,
 def _too_slow(plan: Plan) -> str:
     if plan.place.kind != "cpu":
         return ""
-    weights = weight_bytes(plan.spec, plan.precision, plan.place.dtypes[0])
+    weights = (
+        exported.graph_bytes(plan.spec, plan.precision)
+        if plan.backend == "onnx"
+        else weight_bytes(plan.spec, plan.precision, plan.place.dtypes[0])
+    )
     if weights <= CPU_WEIGHTS_CEILING:
         return ""
     return f"Too slow on a CPU, which would read {format_bytes(weights)} of weights for every token."

@@ -7,6 +7,7 @@ import platform
 
 from lowmem.machine.hardware import Device, Hardware
 from lowmem.models.spec import ModelSpec
+from lowmem.planning import exported
 from lowmem.planning.plan import PRECISIONS
 
 
@@ -24,6 +25,8 @@ def available(precision: str, hardware: Hardware, device: str = "auto", spec: Mo
         return _half_refusal(precision, place)
     if precision == "int8":
         return _int8_refusal(place)
+    if precision == "int4":
+        return _int4_refusal(place, spec)
     if precision in ("bnb8", "nf4"):
         return _bnb_refusal(place)
     return None
@@ -98,6 +101,12 @@ def _int8_refusal(place: Device) -> str | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "Dynamic int8 needs an x86 processor."
     return None
+
+
+def _int4_refusal(place: Device, spec: ModelSpec | None) -> str | None:
+    if place.kind != "cpu":
+        return "int4 graphs run on CPUs; on a GPU use NF4."
+    return exported.missing() if spec is None else exported.refusal(spec)
 
 
 def _bnb_refusal(place: Device) -> str | None:

@@ -27,7 +27,7 @@ class Calibration:
     text: str = option(
         texts.MANUAL,
         "Calibration text",
-        f"{texts.MANUAL} (packaged), {texts.WIKITEXT} (from the hub) or the path of a text file.",
+        f"{texts.MANUAL} (packaged), {texts.WIKITEXT} or {texts.C4} (from the hub) or the path of a text file.",
     )
     samples: int = option(64, "Samples", "More see more of the language, and take longer.", low=1, high=4096, step=1)
     length: int = option(

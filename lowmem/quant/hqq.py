@@ -61,7 +61,7 @@ class HalfQuadratic:
 
 def _solve(groups: Tensor, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]:
     """[..., group] -> codes, scales and whole zero points."""
-    from lowmem.quant.grid import fit, keep_better, nearest, refit, squared_error
+    from lowmem.quant.grid import fit, keep_better, nearest, refit
 
     scale, zero = fit(groups, options.bits, options.symmetric)
     if options.symmetric:
@@ -70,14 +70,22 @@ def _solve(groups: Tensor, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]
         solved = _zero_point(groups, scale, zero, options.bits)
         largest = 2**options.bits - 1
         candidates = [solved.floor().clamp_(0, largest), solved.ceil().clamp_(0, largest)]
-    best = scale, zero, squared_error(groups, scale, zero, options.bits)
+    best = scale, zero, _cost(groups, scale, zero, options.bits)
     for tried in candidates:
         fitted = scale
         for _ in range(REFITS):
             fitted = refit(groups, nearest(groups, fitted, tried, options.bits).sub_(tried), fitted)
-        best = keep_better(best, (fitted, tried, squared_error(groups, fitted, tried, options.bits)))
+        best = keep_better(best, (fitted, tried, _cost(groups, fitted, tried, options.bits)))
     scale, zero, _ = best
     return nearest(groups, scale, zero, options.bits), scale, zero
+
+
+def _cost(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The norm that the method minimises, [..., 1]."""
+    from lowmem.quant.grid import nearest
+
+    error = nearest(groups, scale, zero, bits).sub_(zero).mul_(scale).sub_(groups)
+    return error.abs_().pow_(NORM).sum(-1, keepdim=True)
 
 
 def _zero_point(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

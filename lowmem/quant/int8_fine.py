@@ -21,6 +21,9 @@ LOW_DIGITS = 2 * LARGEST_DIGIT
 ZERO_POINT = 128
 """FBGEMM's activations are unsigned."""
 
+OUTPUT_BYTES = 4_000_000
+"""Most of the outputs of many rows that are made at a time, for FBGEMM holds four times as much meanwhile."""
+
 ROWS_AT_ONCE = 256
 """Rows multiplied out at a time on their way from one kind of codes to the other."""
 
@@ -40,7 +43,16 @@ class FineInt8Linear(Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        scale = rows.abs().amax(dim=1, keepdim=True).div_(LARGEST_DIGIT).clamp_min_(torch.finfo(x.dtype).tiny)
+        if len(rows) <= (most := max(1, OUTPUT_BYTES // (4 * self.out_features))):
+            y = self._multiply(rows)
+        else:
+            y = torch.empty(len(rows), self.out_features)
+            for start in range(0, len(rows), most):
+                y[start : start + most] = self._multiply(rows[start : start + most])
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        scale = rows.abs().amax(dim=1, keepdim=True).div_(LARGEST_DIGIT).clamp_min_(torch.finfo(rows.dtype).tiny)
         digits = torch.empty(2, *rows.shape)
         torch.div(rows, scale, out=digits[1])
         torch.round(digits[1], out=digits[0])
@@ -48,5 +60,5 @@ class FineInt8Linear(Int8Linear):
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             digits.view(-1, self.in_features), 1.0, ZERO_POINT, self._packed
         ).view(2, len(rows), self.out_features)
-        y = y[0].add_(y[1], alpha=1 / LOW_DIGITS).mul_(scale).view(*x.shape[:-1], self.out_features)
+        y = y[0].add_(y[1], alpha=1 / LOW_DIGITS).mul_(scale)
         return y if self.bias is None else y.add_(self.bias)

@@ -98,7 +98,10 @@ def with_prompt(receipt: Receipt, plan: Plan, prompt: object, options: GenerateO
 
 
 def _load_snippet(plan: Plan) -> str:
-    goal = f"lowmem.Goal(context={plan.context}, precision={plan.precision!r}, device={plan.device!r}, kv={plan.kv!r})"
+    goal = (
+        f"lowmem.Goal(context={plan.context}, precision={plan.precision!r}, device={plan.device!r}, kv={plan.kv!r}, "
+        f"backend={plan.backend!r})"
+    )
     return (
         "import lowmem\n\n"
         "session = lowmem.Session()\n"

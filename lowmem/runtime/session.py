@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem.errors import BadInput, DoesNotFit, OutOfMemory
+from lowmem.errors import BadInput, CorruptModel, DoesNotFit, MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.limits import check_window, context_of
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.planning.estimate import priced
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lowmem.runtime.loader import Loaded
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 log = logging.getLogger("lowmem.session")
 
@@ -123,13 +125,15 @@ class Session:
         return priced(
             plan,
             hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
-            context=min(prompt_tokens + options.max_new_tokens, plan.spec.context),
+            context=min(prompt_tokens + options.max_new_tokens, context_of(plan.spec.context, options)),
+            window=options.window,
+            sinks=options.sinks if options.window else 0,
             batch=batch * options.num_sequences,
             kv=options.kv if options.use_cache else "none",
             # Several answers to one prompt share one prefill, so its activations exist once.
             prefill_chunk=max(1, options.prefill_chunk // options.num_sequences)
             if options.use_cache
-            else plan.spec.context,
+            else min(plan.spec.context, options.window or plan.spec.context),
         )
 
     def generate(
@@ -155,7 +159,8 @@ class Session:
         try:
             loaded, plan = self._resident()
             ids = encode_prompt(loaded.tokenizer, prompt, raw)
-            room, note = check_length(len(ids), options.max_new_tokens, plan.spec.context)
+            check_window(options, plan.spec.context)
+            room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
             options = replace(options, max_new_tokens=room)
             action = self.price(len(ids), options)
             if not force:
@@ -188,6 +193,7 @@ class Session:
         yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
         try:
             loaded, plan = self._resident()
+            check_window(options, plan.spec.context)
             largest = batch_size or 1
 
             def fits(longest: int, size: int) -> bool:
@@ -204,7 +210,7 @@ class Session:
                     loaded.tokenizer,
                     prompts,
                     options,
-                    context=plan.spec.context,
+                    context=context_of(plan.spec.context, options),
                     cancel=cancel,
                     check=meter.check,
                     batch_size=batch_size,
@@ -221,6 +227,32 @@ class Session:
             self._last_receipt = receipt
             yield receipt
         finally:
+            self._done()
+
+    def work(
+        self,
+        what: str,
+        job: Callable[[Loaded, Plan, Callable[[], None]], Generator[E, None, T]],
+        cancel: CancelToken,
+        *,
+        force: bool = False,
+    ) -> Generator[Step | E, None, tuple[T, dict[str, int]]]:
+        """Let `job` use the resident model in its turn; returns what it returns, and the peak bytes by memory.
+
+        Args:
+            job: gets the model, its plan and a check of the budget to call in every long loop.
+
+        Raises:
+            BadInput: nothing is loaded.
+        """
+        yield from self._turn(what, cancel)
+        try:
+            loaded, plan = self._resident()
+            with self._meter(plan, force) as meter:
+                result = yield from job(loaded, plan, meter.check)
+            return result, meter.peak
+        finally:
+            release_memory()
             self._done()
 
     def _turn(self, what: str, cancel: CancelToken) -> Iterator[Step]:
@@ -265,16 +297,21 @@ class Session:
                 peak = yield from self._attempt(plan, folder, cancel, force)
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
-                if not is_out_of_memory(error):
+                refused = plan.or_torch and isinstance(error, (Unsupported, MissingDependency, CorruptModel))
+                if refused:
+                    log.warning("no graph for %s: %s", plan.spec.name, error)
+                    lower: Plan | None = priced(plan, backend="torch", or_torch=False, reason=f"{error} Torch runs it.")
+                elif is_out_of_memory(error):
+                    lower = lower_load(plan)
+                else:
                     raise
-                lower = lower_load(plan)
                 if lower is None:
                     raise OutOfMemory(
                         f"Loading {plan.spec.name} in {plan.precision} ran out of memory, and nothing smaller is left.",
                         "Close other programs or choose a smaller model.",
                     ) from error
-            log.warning("out of memory loading %s in %s; %s", plan.spec.name, plan.precision, lower.reason)
-            notes.append(f"Memory ran out. {lower.reason}")
+            log.warning("loading %s in %s did not work; %s", plan.spec.name, plan.precision, lower.reason)
+            notes.append(lower.reason if refused else f"Memory ran out. {lower.reason}")
             yield Step(0, 0, notes[-1])
             plan = lower
 
@@ -286,8 +323,13 @@ class Session:
         from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
         from lowmem.runtime import loader
 
+        if plan.backend == "onnx":
+            from lowmem.runtime import onnx_loader
+
+            folder = yield from onnx_loader.graph_folder(plan, folder, cancel)
         with self._meter(plan, force) as meter:
-            loading = loader.load(plan, folder, cancel)
+            on_onnx = plan.backend == "onnx"
+            loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)
             yield next(loading)
             release_memory()
             before = _resident_bytes()
@@ -316,7 +358,7 @@ class Session:
                     loaded.tokenizer,
                     ids,
                     options,
-                    context=plan.spec.context,
+                    context=context_of(plan.spec.context, options),
                     cancel=cancel,
                     check=meter.check,
                 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
-from lowmem.fields import option
+from lowmem.fields import build, option
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, Limits, limits_from
 from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
 from lowmem.ui.strings import say
@@ -35,7 +36,7 @@ class Choice:
     precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
     context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
     device: str = option(AUTO, "Device", "Where the model computes.")
-    kv: str = option("same", "KV cache storage", "int8 takes less memory.", choices=("same", "int8"))
+    kv: str = option("same", "KV cache storage", "Fewer bits take less memory.", choices=KV_STORAGES)
     ram: str = option("", "RAM budget", "Such as 4G; empty for all that is free.")
     vram: str = option("", "GPU memory budget", "Such as 4G; empty for all that is free.")
 
@@ -168,10 +169,22 @@ class Engine:
         """The resident plan for one more answer, None when nothing is resident."""
         return self.session.price(prompt_tokens, options) if self.resident else None
 
+    def price_whole(self, tokens: int) -> Plan | None:
+        """The resident plan with a cache of all of `tokens`, whatever the model's context."""
+        from lowmem.planning.estimate import priced
+
+        plan = self.resident
+        return priced(plan, context=tokens, batch=1, kv="same") if plan else None
+
+    def budget_bytes(self, budgets: Mapping[str, str]) -> dict[str, int | None]:
+        """ "ram" and "vram" budgets in bytes for a process of its own: the RAM that this one holds is not to be had."""
+        limits = self.limits(build(Choice, dict(budgets)))
+        return {"ram": max(0, limits.ram - self.snapshot().process_bytes), "vram": limits.vram}
+
     def generate(
         self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False
     ) -> Iterator[Step | Chunk | Receipt]:
-        self._require_model()
+        self.require_model()
         return self.session.generate(prompt, options, cancel, raw=raw)
 
     def chat(
@@ -184,10 +197,10 @@ class Engine:
         self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken, *, raw: bool, batch_size: int = 0
     ) -> Iterator[Step | Completion | Receipt]:
         """Answer many prompts; batch size 0 takes what the budget allows."""
-        self._require_model()
+        self.require_model()
         return self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None)
 
-    def _require_model(self) -> None:
+    def require_model(self) -> None:
         if self.resident is None:
             raise BadInput(say("nothing_loaded"), say("nothing_loaded_hint"))
 

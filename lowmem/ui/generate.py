@@ -21,7 +21,7 @@ from lowmem.ui.strings import say
 
 MAIN = ("max_new_tokens", "temperature", "top_p")
 REST = tuple(field.name for field in dataclasses.fields(GenerateOptions) if field.name not in MAIN)
-PRICED = ("max_new_tokens", "num_sequences", "kv", "use_cache", "prefill_chunk")
+PRICED = ("max_new_tokens", "num_sequences", "kv", "window", "sinks", "use_cache", "prefill_chunk")
 
 
 class GenerateTab:

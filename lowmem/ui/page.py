@@ -9,7 +9,10 @@ from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.depot import Depot
 from lowmem.ui.engine import AUTO, Engine
+from lowmem.ui.export import ExportTab
 from lowmem.ui.generate import GenerateTab
+from lowmem.ui.longctx import LongContextTab
+from lowmem.ui.longctx_api import add_longctx_endpoints
 from lowmem.ui.offload import OffloadTab
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
@@ -53,14 +56,22 @@ def build_ui(
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
             with gr.Tab(say("offload"), id="offload"):
                 offload = OffloadTab(Depot(engine), jobs, sidebar)
+            with gr.Tab(say("longctx"), id="longctx"):
+                longctx = LongContextTab(engine, jobs, sidebar)
+            with gr.Tab(say("export"), id="export"):
+                export = ExportTab(workshop, jobs, sidebar, tabs, generate.setup)
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
+        add_longctx_endpoints(engine)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
         offload.shown(opened)
+        export.shown(opened)
+        longctx.shown(opened)
+        longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)

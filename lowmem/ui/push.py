@@ -19,25 +19,26 @@ KIND = "push"
 class PushBox:
     """Built where it stands in the layout."""
 
-    def __init__(self, workshop: Workshop, jobs: Jobs) -> None:
+    def __init__(self, workshop: Workshop, jobs: Jobs, key: str = KIND) -> None:
+        """`key` names its elements, for pages with several."""
         self.workshop, self.jobs = workshop, jobs
-        with gr.Accordion(say("push"), open=False, elem_id="push"):
+        with gr.Accordion(say("push"), open=False, elem_id=key):
             self.repo = gr.Textbox(
-                label=say("push_repo"), placeholder=say("push_repo_hint"), max_length=200, elem_id="push-repo"
+                label=say("push_repo"), placeholder=say("push_repo_hint"), max_length=200, elem_id=f"{key}-repo"
             )
             self.token = gr.Textbox(
                 label=say("push_token"),
                 info=say("push_token_help"),
                 type="password",
                 max_length=200,
-                elem_id="push-token",
+                elem_id=f"{key}-token",
                 html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
             )
-            self.private = gr.Checkbox(True, label=say("push_private"), elem_id="push-private")
+            self.private = gr.Checkbox(True, label=say("push_private"), elem_id=f"{key}-private")
             with gr.Row(elem_classes="lm-actions"):
-                self.go = gr.Button(say("push"), size="sm", scale=0, min_width=140, elem_id="push-start")
-                self.stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="push-stop")
-            self.told = gr.HTML(elem_id="push-notice")
+                self.go = gr.Button(say("push"), size="sm", scale=0, min_width=140, elem_id=f"{key}-start")
+                self.stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id=f"{key}-stop")
+            self.told = gr.HTML(elem_id=f"{key}-notice")
 
     def wire(self, receipt: gr.State) -> None:
         """`receipt` holds the last quantization's receipt as a dict."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.longctx.limits import ENDLESS
 from lowmem.machine.monitor import Snapshot
 from lowmem.planning.ladder import remedies
 from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
@@ -290,6 +291,10 @@ def live(chunk: Chunk | None) -> str:
     if chunk.seconds_to_first:
         numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
     parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
+    if limit >= ENDLESS:
+        return (
+            f'<div class="lm-live lm-num">{parts}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
+        )
     bar = _track(f"Context: {used:,} of {limit:,} tokens", ("", _percent(min(used, limit), limit)))
     context = f'<div class="lm-context">{bar}<span><b>{used:,}</b> of {limit:,} context</span></div>'
     return f'<div class="lm-live lm-num">{parts}{context}</div>'

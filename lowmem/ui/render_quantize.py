@@ -25,7 +25,7 @@ def card(expected: Forecast) -> str:
         (say("size"), f"{format_bytes(expected.original_bytes)} → {format_bytes(cost.output_bytes)}"),
         (say("bits_per_weight"), f"{cost.bits_per_weight:.2f}"),
         (say("peak"), format_bytes(cost.ram_bytes)),
-        (say("time"), say("about", time=_rounded(expected.seconds))),
+        (say("time"), say("about", time=rounded(expected.seconds))),
     ]
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
     return (
@@ -36,7 +36,7 @@ def card(expected: Forecast) -> str:
     )
 
 
-def _rounded(seconds: float) -> str:
+def rounded(seconds: float) -> str:
     """A forecast of time has one or two figures."""
     if seconds < 60:
         return f"{max(1, round(seconds)) if seconds < 20 else round(seconds, -1):.0f} s"

@@ -9,6 +9,7 @@ import gradio as gr
 
 from lowmem.events import Step
 from lowmem.fields import build
+from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.ui import render
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
@@ -100,7 +101,7 @@ class Setup:
                     min_width=260,
                 )
                 self.kv = gr.Dropdown(
-                    [(name("choices", key), key) for key in ("same", "int8")],
+                    [(name("choices", key), key) for key in KV_STORAGES],
                     value="same",
                     filterable=False,
                     label=say("kv"),

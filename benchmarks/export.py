@@ -1,0 +1,218 @@
+"""Exported graphs against llama.cpp and onnxruntime-genai: prefill and decode, interleaved, medians; memory; and quality.
+
+    python -m benchmarks.export [--runs 5] [--peers PYTHON] [--gguf FILE] [--genai FOLDER]
+
+The demo model, a prompt of 512 tokens, 128 new ones, greedy. Every engine is a process of its own that waits for its turn;
+a round asks each of them once. `PYTHON` is the interpreter of an environment with llama-cpp-python and onnxruntime-genai
+(a peer that is absent is left out); FOLDER is what `python -m onnxruntime_genai.models.builder -i DEMO -o FOLDER -p int4
+-e cpu -c CACHE` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import median, save, table, text_of
+from benchmarks.memory import demo_folder
+from lowmem.events import Receipt
+from lowmem.export.options import ExportOptions
+from lowmem.export.pipeline import export_model
+from lowmem.units import format_bytes
+
+PROMPT_TOKENS, NEW_TOKENS, THREADS = 512, 128, 2
+
+OURS = """
+import resource, sys, time
+import onnxruntime
+def held(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+import torch, transformers
+from pathlib import Path
+from lowmem.events import CancelToken
+from lowmem.export.onnx_session import OnnxModel
+from lowmem.generate.decoding import decode, Tokens
+from lowmem.generate.options import GenerateOptions
+# What every session of the process shares is not this one's: configuration classes, torch's first operation.
+transformers.AutoConfig.from_pretrained(sys.argv[1]); transformers.GenerationConfig.from_pretrained(sys.argv[1])
+torch.zeros(1, 50_000).argmax()
+start = held()
+model = OnnxModel(Path(sys.argv[1]), threads=2)
+options = GenerateOptions(greedy=True, max_new_tokens=NEW + 1, prefill_chunk=512)
+def run(ids):
+    first = last = 0.0
+    begun = time.perf_counter()
+    for event in decode(model, [ids], options, eos_ids=frozenset(), cancel=CancelToken()):
+        if isinstance(event, Tokens):
+            last = time.perf_counter(); first = first or last
+    return first - begun, last - first
+def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024 - start
+"""
+
+LLAMA = """
+import sys, time
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=1024, n_threads=2, n_threads_batch=2, n_batch=512, verbose=False)
+def run(ids):
+    model.reset()
+    begun = time.perf_counter()
+    model.eval(ids)
+    token = model.sample(temp=0)
+    first = time.perf_counter()
+    for _ in range(NEW):
+        model.eval([token]); token = model.sample(temp=0)
+    return first - begun, time.perf_counter() - first
+def peak(): return 0
+"""
+
+GENAI = """
+import sys, time
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+def run(ids):
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + NEW + 1, min_length=len(ids) + NEW + 1, do_sample=False)
+    generator = og.Generator(model, params)
+    begun = time.perf_counter()
+    generator.append_tokens(ids); generator.generate_next_token()
+    first = time.perf_counter()
+    for _ in range(NEW):
+        generator.generate_next_token()
+    return first - begun, time.perf_counter() - first
+def peak(): return 0
+"""
+
+LOOP = """
+import json
+ids = json.loads(sys.stdin.readline())
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps([*run(ids), peak()]), flush=True)
+"""
+
+
+class Engine:
+    """A process that reads the prompt once and then answers every line with [prefill seconds, decode seconds, peak]."""
+
+    def __init__(self, python: str, code: str, argument: str, ids: list[int]) -> None:
+        program = f"NEW = {NEW_TOKENS}\n{code}{LOOP}"
+        self._process = subprocess.Popen(
+            [python, "-c", program, argument],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._say(json.dumps(ids))
+        self.there = self._hear() == "ready"
+
+    def run(self) -> list[float]:
+        self._say("go")
+        return json.loads(self._hear())
+
+    def end(self) -> None:
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _say(self, text: str) -> None:
+        try:
+            if self._process.stdin:
+                self._process.stdin.write(text + "\n")
+                self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+
+    def _hear(self) -> str:
+        """The next line that is not chatter of a library."""
+        for line in self._process.stdout or ():
+            if line.startswith(("ready", "[")):
+                return line.strip()
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peers", default=sys.executable, help="Python with llama-cpp-python and onnxruntime-genai")
+    parser.add_argument("--gguf", default="")
+    parser.add_argument("--genai", default="")
+    args = parser.parse_args()
+    demo = demo_folder()
+    ids = _ids(demo)
+    with tempfile.TemporaryDirectory() as scratch:
+        exports = {name: _exported(demo, Path(scratch) / name, options) for name, options in VARIANTS.items()}
+        engines = {f"lowmem {name}": Engine(sys.executable, OURS, str(Path(scratch) / name), ids) for name in VARIANTS}
+        engines["llama.cpp Q4_1"] = Engine(args.peers, LLAMA, args.gguf, ids)
+        engines["onnxruntime-genai int4"] = Engine(args.peers, GENAI, args.genai, ids)
+        engines = {name: engine for name, engine in engines.items() if engine.there}
+        measured: dict[str, list[list[float]]] = {name: [] for name in engines}
+        for run in range(args.runs + 1):
+            for name, engine in engines.items():
+                figures = engine.run()
+                if run:  # the first round warms up
+                    measured[name].append(figures)
+        for engine in engines.values():
+            engine.end()
+    rows = [_row(name, figures, measured, exports) for name, figures in measured.items()]
+    print(table(rows))
+    save(
+        "export",
+        rows,
+        [f"{PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, greedy, {THREADS} threads, median of {args.runs}"],
+    )
+
+
+VARIANTS = {
+    "int4": ExportOptions(precision="int4"),
+    "int4, fast prompts": ExportOptions(precision="int4", fast_prefill="on"),
+    "int8": ExportOptions(precision="int8"),
+    "fp32": ExportOptions(precision="fp32"),
+}
+
+
+def _ids(demo: Path) -> list[int]:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(demo)(text_of(demo, PROMPT_TOKENS)).input_ids
+    if len(ids) < PROMPT_TOKENS:
+        raise SystemExit(f"the prompt has {len(ids)} tokens")
+    return ids[:PROMPT_TOKENS]
+
+
+def _exported(demo: Path, out: Path, options: ExportOptions) -> Receipt:
+    *_, receipt = export_model(demo, out, options)
+    if not isinstance(receipt, Receipt):
+        raise SystemExit("no receipt")
+    return receipt
+
+
+def _row(
+    name: str, figures: list[list[float]], measured: dict[str, list[list[float]]], exports: dict[str, Receipt]
+) -> dict[str, Any]:
+    prefill, decode = (median([figure[i] for figure in figures]) for i in (0, 1))
+    peer = measured.get("llama.cpp Q4_1")
+    # Ratios within a round: both saw the same machine at the same moment.
+    ratios = ["", ""] if not peer else [
+        round(median([theirs[i] / ours[i] for ours, theirs in zip(figures, peer, strict=True)]), 2) for i in (0, 1)
+    ]  # fmt: skip
+    export = exports.get(name.removeprefix("lowmem "))
+    proof = export.details["proof"] if export else {}
+    return {
+        "engine": name,
+        "prefill tok/s": round(PROMPT_TOKENS / prefill),
+        "decode tok/s": round(NEW_TOKENS / decode, 1),
+        "prefill / llama.cpp": ratios[0],
+        "decode / llama.cpp": ratios[1],
+        "peak above import": format_bytes(int(figures[-1][2])) if figures[-1][2] else "",
+        "KL": round(max(proof["prefill"]["kl"], proof["decode"]["kl"]), 4) if proof else "",
+        "same best token": f"{min(proof['prefill']['agreement'], proof['decode']['agreement']):.1%}" if proof else "",
+    }
+
+
+if __name__ == "__main__":
+    main()

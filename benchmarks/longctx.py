@@ -1,0 +1,240 @@
+"""Long context in figures: an endless stream, its speed, quantized keys and values against transformers' own, hidden states.
+
+    python -m benchmarks.longctx stream [--tokens 64000]   perplexity, time and memory along a stream
+    python -m benchmarks.longctx speed                     a token with window, with recomputation, with all in the cache
+    python -m benchmarks.longctx kv [--backend quanto]     against QuantizedCache (optimum-quanto or hqq) at 4,000 tokens
+    python -m benchmarks.longctx hidden [--tokens 100000]  peak against a text of 10,000; throughput against transformers
+
+The demo model, greedy or teacher-forced. Every command writes its figures into results/longctx_<command>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from benchmarks.common import save, table
+from benchmarks.memory import demo_folder
+from lowmem.events import CancelToken, Step
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.hidden import hidden_states
+from lowmem.longctx.reading import Reader
+from lowmem.machine.memory_limits import process_bytes
+from lowmem.measure.texts import head, tail
+from lowmem.models.source import read_spec
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.planner import plan
+from lowmem.runtime.isolated import Finished, run_isolated
+from lowmem.runtime.session import Session
+
+WINDOW, SINKS, BLOCK = 1024, 4, 4000
+CONTEXT, TIMED = 4000, 130
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("stream", "speed", "kv", "hidden"))
+    parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--backend", default="quanto", choices=("quanto", "hqq"))
+    args = parser.parse_args()
+    rows, notes = {"stream": stream, "speed": speed, "kv": kv, "hidden": hidden}[args.what](args)
+    print(table(rows))
+    for note in notes:
+        print(note)
+    save(f"longctx_{args.what}", rows, notes)
+
+
+def loaded(precision: str) -> Any:
+    session = Session()
+    hardware = session.hardware()
+    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision))):
+        pass
+    return session._resident()[0]
+
+
+def repeated(tokenizer: Any, tokens: int) -> list[int]:
+    """Text that comes round so that the last block of 4,000 tokens is the one after the first window."""
+    period = (tokens - BLOCK - WINDOW) // max(1, round((tokens - BLOCK - WINDOW) / 15_000))
+    ids = tokenizer(tail().text, add_special_tokens=False)["input_ids"][:period]
+    return [ids[place % len(ids)] for place in range(tokens + 1)]
+
+
+def stream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """One token at a time, as in generation; the text is given, so that its perplexity can be told."""
+    tokens = args.tokens or 64_000
+    model = loaded(args.precision)
+    ids = repeated(model.tokenizer, tokens)
+    reader = Reader(model.model, ids, GenerateOptions(window=WINDOW, sinks=SINKS))
+    rows, surprise, times = [], list[float](), list[float]()
+    for number in range(tokens):
+        started = time.perf_counter()
+        surprise.append(float(reader._pass(1)[0]))
+        times.append(time.perf_counter() - started)
+        if (number + 1) % BLOCK == 0:
+            rows.append(
+                {
+                    "tokens": number + 1,
+                    "ms a token": round(1000 * median(times[-BLOCK:]), 2),
+                    "perplexity": round(_perplexity(surprise[-BLOCK:]), 3),
+                    "RSS MB": round(process_bytes() / 1e6, 1),
+                }
+            )
+            print(rows[-1], flush=True)
+    first, last = surprise[WINDOW : WINDOW + BLOCK], surprise[tokens - BLOCK :]
+    notes = [
+        f"perplexity {_perplexity(first):.3f} of the {BLOCK:,} tokens after the first {WINDOW:,}, "
+        f"{_perplexity(last):.3f} of the last {BLOCK:,}, the same text",
+        f"RSS grew by {rows[-1]['RSS MB'] / rows[0]['RSS MB'] - 1:+.2%} after the first {BLOCK:,}",
+        f"time for a token, last block against first: {rows[-1]['ms a token'] / rows[0]['ms a token'] - 1:+.1%}",
+        f"without sinks: perplexity {_without_sinks(model, ids):.1f} of the same {BLOCK:,} tokens after the first {WINDOW:,}",
+    ]
+    return rows, notes
+
+
+def _without_sinks(model: Any, ids: Sequence[int]) -> float:
+    reader = Reader(model.model, ids[: WINDOW + BLOCK + 1], GenerateOptions(window=WINDOW, sinks=0))
+    surprise = [float(one) for part in reader.read(WINDOW + BLOCK) for one in part]
+    return _perplexity(surprise[WINDOW:])
+
+
+def _perplexity(surprise: Sequence[float]) -> float:
+    return math.exp(sum(surprise) / len(surprise))
+
+
+def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Interleaved in one process, after 2,000 tokens of context."""
+    model = loaded(args.precision)
+    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][:2600]
+    ways = {
+        "full cache": GenerateOptions(),
+        "window 1024 + 4 sinks": GenerateOptions(window=WINDOW, sinks=SINKS),
+        "window 1024 recomputed": GenerateOptions(window=WINDOW, sinks=0, use_cache=False),
+        "full cache, 4 bits": GenerateOptions(kv="int4"),
+        "window 1024 + 4 sinks, 4 bits": GenerateOptions(window=WINDOW, sinks=SINKS, kv="int4"),
+    }
+    readers = {}
+    for way, options in ways.items():
+        readers[way] = Reader(model.model, ids, options)
+        if options.use_cache:
+            list(readers[way].read(2000))
+        else:
+            readers[way].at = 2000
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(6):
+        for way, reader in readers.items():
+            times[way].append(reader.seconds_per_token(2 if way.endswith("recomputed") else 8))
+    rows = [{"way": way, "ms a token": round(1000 * median(found), 2)} for way, found in times.items()]
+    by_way = {way: 1000 * median(found) for way, found in times.items()}
+    notes = [
+        f"recomputation takes {by_way['window 1024 recomputed'] / by_way['window 1024 + 4 sinks']:.1f} times as long as the window",
+        f"the window takes {by_way['window 1024 + 4 sinks'] / by_way['full cache']:.2f} of the full cache at 2,000 tokens",
+    ]
+    return rows, notes
+
+
+def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """fp32 weights on both sides, the same model object; 130 tokens after 4,000, so that every cache stores a block."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers.cache_utils import QuantizedCache
+
+    folder = demo_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(tail().text, add_special_tokens=False)["input_ids"]
+    axes = {"axis_key": 0, "axis_value": 0} if args.backend == "quanto" else {"axis_key": 1, "axis_value": 1}
+    quantized = f"transformers QuantizedCache ({args.backend})"
+    theirs = {
+        quantized: QuantizedCache(backend=args.backend, config=model.config, nbits=4, **axes),
+        "transformers DynamicCache": DynamicCache(config=model.config),
+    }
+    ours = {"lowmem 4 bits": GenerateOptions(kv="int4"), "lowmem full": GenerateOptions()}
+    text, times, stored = torch.tensor([ids]), dict[str, list[float]](), 0
+    with torch.inference_mode():
+        for name, cache in theirs.items():
+            model(input_ids=text[:, :CONTEXT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            times[name] = []
+            for place in range(CONTEXT, CONTEXT + TIMED):
+                started = time.perf_counter()
+                model(input_ids=text[:, place : place + 1], past_key_values=cache, use_cache=True)
+                times[name].append(time.perf_counter() - started)
+        for name, options in ours.items():
+            times[name], held = _read_on(model, ids, options)
+            stored = stored or held
+        fast = "lowmem 4 bits, weights in int8"
+        times[fast], _ = _read_on(loaded("int8").model, ids, ours["lowmem 4 bits"])
+    rows = [
+        {"cache": name, "ms a token, mean": round(1000 * mean(found), 1), "median": round(1000 * median(found), 1)}
+        for name, found in times.items()
+    ]
+    half = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 2 * CONTEXT
+    notes = [
+        f"with the same weights {mean(times[quantized]) / mean(times['lowmem 4 bits']):.1f} times as fast as QuantizedCache "
+        f"({args.backend}), with int8 weights {mean(times[quantized]) / mean(times[fast]):.1f} times",
+        "over a full cache, QuantizedCache takes "
+        f"{1000 * (mean(times[quantized]) - mean(times['transformers DynamicCache'])):.1f} ms more, ours "
+        f"{1000 * (mean(times['lowmem 4 bits']) - mean(times['lowmem full'])):.1f} ms",
+        f"{stored:,} bytes, {stored / half:.3f} of fp16's {half:,}",
+    ]
+    return rows, notes
+
+
+def _read_on(model: Any, ids: Sequence[int], options: GenerateOptions) -> tuple[list[float], int]:
+    """Seconds of each of 130 tokens after 4,000, and the bytes of the cache before them."""
+    reader = Reader(model, ids[: CONTEXT + TIMED + 1], options)
+    list(reader.read(CONTEXT))
+    held = reader.cache_bytes()
+    return [reader.seconds_per_token(1) for _ in range(TIMED)], held
+
+
+def hidden(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for tokens in (10_000, args.tokens or 100_000):
+            arguments = {"tokens": tokens, "precision": args.precision, "out": str(Path(folder) / "states.npy")}
+            for event in run_isolated("benchmarks.longctx:hidden_job", arguments):
+                if isinstance(event, Finished):
+                    rows.append({"tokens": tokens, "peak MB": round(event.peak_bytes["ram"] / 1e6, 1), **event.value})
+    notes = [f"peak of the longer text: {rows[1]['peak MB'] / rows[0]['peak MB']:.3f} of the shorter one's"]
+    ours, plain = _throughput(args.precision)
+    notes.append(
+        f"throughput {ours:,.0f} tokens/s, the same windows through plain transformers {plain:,.0f}: {ours / plain:.2f}"
+    )
+    return rows, notes
+
+
+def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, dict[str, Any]]:
+    model = loaded(precision)
+    text = head().text + tail().text
+    ids = (model.tokenizer(text, add_special_tokens=False)["input_ids"] * 10)[:tokens]
+    started = time.perf_counter()
+    yield from hidden_states(model.model, [ids], 512, 256, Path(out))
+    return {"tokens/s": round(tokens / (time.perf_counter() - started))}
+
+
+def _throughput(precision: str) -> tuple[float, float]:
+    """Interleaved: 4,096 tokens by our windows into a file, and the same windows one by one through the model."""
+    model = loaded(precision)
+    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][:4096]
+    ours, plain = list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for _ in range(3):
+            started = time.perf_counter()
+            list(hidden_states(model.model, [ids], 512, 256, Path(folder) / "states.npy", cancel=CancelToken()))
+            ours.append(len(ids) / (time.perf_counter() - started))
+            started = time.perf_counter()
+            for start in range(0, len(ids) - 256, 256):
+                model.model.base_model(input_ids=torch.tensor([ids[start : start + 512]]), use_cache=False)
+            plain.append(len(ids) / (time.perf_counter() - started))
+    return median(ours), median(plain)
+
+
+if __name__ == "__main__":
+    main()

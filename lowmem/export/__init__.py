@@ -1,0 +1,1 @@
+"""Models as ONNX graphs and TensorRT engines: written, proven equal, and run."""

@@ -1,0 +1,167 @@
+"""An ONNX graph under way: nodes by name, and weights that stream into one file beside it.
+
+Knows protobuf and the layout of external data (https://onnx.ai/onnx/repo-docs/ExternalData.html); nothing of models.
+A weight is written the moment it is given and then forgotten, so a graph of any size takes the memory of one weight.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lowmem.errors import DiskFull
+
+OPSET = 21
+IR_VERSION = 10
+"""What onnxruntime 1.18 and later read."""
+
+CONTRIB = "com.microsoft"
+
+ALIGNMENT = 4096
+"""Large weights begin on a page, so that a runtime can map them instead of copying."""
+
+INLINE_BYTES = 1024
+"""Smaller constants lie in the graph itself, where shape inference sees them."""
+
+Dims = tuple[int | str, ...]
+
+
+class WeightFile:
+    """The external data of one or more graphs of a folder. A name that was written before is not written again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._entries: dict[str, onnx.TensorProto] = {}
+
+    def add(self, name: str, array: np.ndarray) -> onnx.TensorProto:
+        """Write `array` (C-contiguous or not) and describe where it lies."""
+        if name in self._entries:
+            return self._entries[name]
+        array = np.ascontiguousarray(array)
+        self._file.seek(-self._file.tell() % ALIGNMENT, 1)
+        tensor = TensorProto(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            dims=array.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
+        place = {"location": self.path.name, "offset": self._file.tell(), "length": array.nbytes}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._write(array)
+        self._entries[name] = tensor
+        return tensor
+
+    def get(self, name: str) -> onnx.TensorProto | None:
+        return self._entries.get(name)
+
+    def alias(self, name: str, written: str, dims: Dims) -> onnx.TensorProto:
+        """The bytes of a weight that is `written` once more, under another name and shape."""
+        tensor = TensorProto()
+        tensor.CopyFrom(self._entries[written])
+        tensor.name, tensor.dims[:] = name, dims
+        return self._entries.setdefault(name, tensor)
+
+    def _write(self, array: np.ndarray) -> None:
+        try:
+            self._file.write(array.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DiskFull(
+                f"The disk is full after {self._file.tell():,} bytes of weights.",
+                "Free some space, or choose fewer bits.",
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class Graph:
+    """Nodes in the order of computation. Values are their names."""
+
+    def __init__(self, weights: WeightFile) -> None:
+        self.weights = weights
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._names: dict[str, int] = {}
+
+    def input(self, name: str, dtype: type, dims: Dims) -> str:
+        self._inputs.append(_value(name, dtype, dims))
+        return name
+
+    def output(self, name: str, dtype: type, dims: Dims) -> None:
+        self._outputs.append(_value(name, dtype, dims))
+
+    def weight(self, name: str, array: np.ndarray, inline: bool = True) -> str:
+        """A constant by the name of what it is; large ones go to the weight file at once, small ones if not `inline`."""
+        if name not in self._initializers:
+            small = inline and array.nbytes <= INLINE_BYTES and self.weights.get(name) is None
+            self._initializers[name] = numpy_helper.from_array(array, name) if small else self.weights.add(name, array)
+        return name
+
+    def known(self, name: str) -> bool:
+        """Take over a weight that another graph of this folder has written; False when none has."""
+        if name not in self._initializers and (entry := self.weights.get(name)) is not None:
+            self._initializers[name] = entry
+        return name in self._initializers
+
+    def alias(self, name: str, written: str, dims: Dims) -> str:
+        """See `WeightFile.alias`."""
+        self._initializers[name] = self.weights.alias(name, written, dims)
+        return name
+
+    def constant(self, value: Any, dtype: type = np.int64) -> str:
+        """A small constant, named by its value."""
+        array: np.ndarray = np.asarray(value, dtype)
+        return self.weight(
+            f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.flat))}", array
+        )
+
+    def add(
+        self,
+        op: str,
+        inputs: Iterable[str],
+        outputs: str | tuple[str, ...] = "",
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Append a node; returns its first output, which is named after the operator unless `outputs` names it."""
+        count = self._names[op] = self._names.get(op, -1) + 1
+        names = (outputs,) if isinstance(outputs, str) else outputs
+        names = (names[0] or f"{op}_{count}", *names[1:])
+        self._nodes.append(
+            helper.make_node(op, list(inputs), list(names), f"{op}_{count}", domain=domain, **attributes)
+        )
+        return names[0]
+
+    def contrib(self, op: str, inputs: Iterable[str], outputs: str | tuple[str, ...] = "", **attributes: Any) -> str:
+        """A node of ONNX Runtime's own operators."""
+        return self.add(op, inputs, outputs, CONTRIB, **attributes)
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the graph; its weights are written already."""
+        graph = helper.make_graph(self._nodes, path.stem, self._inputs, self._outputs, [*self._initializers.values()])
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="lowmem")
+        helper.set_model_props(model, dict(metadata))
+        path.write_bytes(model.SerializeToString())
+
+
+def _value(name: str, dtype: type, dims: Dims) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims)

@@ -1,0 +1,186 @@
+"""How a linear layer is computed in a graph: dense, in blocks of 4 or 8 bits, or dynamically in int8.
+
+Each way writes the nodes and the weights of one `Matrix` and returns the name of the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional
+
+from lowmem.events import CancelToken
+from lowmem.export.graph import Graph
+from lowmem.export.weights import Matrix
+from lowmem.quant.grid import Quantized
+from lowmem.quant.int8_linear import quantize_rows
+
+LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
+"""Inputs that share a scale inside MatMulNBits: powers of two."""
+
+INT8_ARITHMETIC = 4
+"""The accuracy level at which MatMulNBits rounds activations to int8, block by block: twice as fast as fp32."""
+
+
+class Linear(Protocol):
+    """Writes `y = x W^T + b`; returns the name of y."""
+
+    def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """MatMul in `dtype` (float32 or float16)."""
+
+    dtype: type = np.float32
+
+    def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str:
+        x = _ordered(graph, x, matrix)
+        name = f"{matrix.name}.weight"
+        weight = name if graph.known(name) else graph.weight(name, matrix.dense().t().numpy().astype(self.dtype))
+        y = graph.add("MatMul", (x, weight))
+        return y if matrix.bias is None else graph.add("Add", (y, _bias(graph, matrix, self.dtype)))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """MatMulNBits: codes with a scale, and for 4 bits a zero point, for every block of inputs.
+
+    Codes of a quantized checkpoint are kept; what is dense is put on a grid by `quantize` (weight, bits, group size).
+    """
+
+    quantize: Callable[[Tensor], Quantized]
+    bits: int
+    group_size: int
+    accuracy: int = INT8_ARITHMETIC
+
+    def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str:
+        x = _ordered(graph, x, matrix)
+        weights = self.store(graph, matrix)
+        bias = () if matrix.bias is None else ("", _bias(graph, matrix, np.float32))
+        outputs, inputs = matrix.shape
+        return graph.contrib(
+            "MatMulNBits",
+            (x, *weights, *bias),
+            K=inputs,
+            N=outputs,
+            bits=self.bits_of(matrix),
+            block_size=block_size(self._group(matrix), inputs),
+            accuracy_level=self.accuracy,
+        )
+
+    def store(self, graph: Graph, matrix: Matrix) -> list[str]:
+        """Write codes, scales and zero points, unless they are written already; returns their names."""
+        names = [f"{matrix.name}.int{self.bits_of(matrix)}{part}" for part in ("", "_scales", "_zeros")]
+        if not graph.known(names[0]):
+            packed = matrix.weight if isinstance(matrix.weight, Quantized) else self.quantize(matrix.weight)
+            for name, array in zip(names, block_arrays(packed, self._group(matrix)), strict=True):
+                graph.weight(name, array, inline=False)
+        return [name for name in names if graph.known(name)]
+
+    def gather(self, graph: Graph, ids: str, matrix: Matrix) -> str:
+        """Rows of the matrix, multiplied out: what an embedding does."""
+        codes, scales, zeros = self.store(graph, matrix)
+        bits, (rows, columns) = self.bits_of(matrix), matrix.shape
+        flat = graph.alias(f"{matrix.name}.rows", codes, (rows, columns * bits // 8))
+        block = block_size(self._group(matrix), columns)
+        return graph.contrib(
+            "GatherBlockQuantized", (flat, ids, scales, zeros),
+            bits=bits, block_size=block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def bits_of(self, matrix: Matrix) -> int:
+        return code_width(matrix.weight.bits) if isinstance(matrix.weight, Quantized) else self.bits
+
+    def _group(self, matrix: Matrix) -> int:
+        return matrix.group_size if isinstance(matrix.weight, Quantized) else self.group_size
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Weights in int8 per output channel, activations rounded to uint8 as they come (DynamicQuantizeMatMul).
+
+    Args:
+        largest: codes reach from minus this to this: 127, or 63 where AVX2 without VNNI adds products in 16 bits.
+        per_token: every token is brought to the same size first, and gets a scale of its own that way.
+    """
+
+    largest: int
+    per_token: bool = True
+
+    def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str:
+        x = _ordered(graph, x, matrix)
+        codes, scales = quantize_rows(matrix.dense(), self.largest)
+        weight = graph.weight(f"{matrix.name}.dynamic", codes.t().numpy())
+        factors = graph.weight(f"{matrix.name}.dynamic_scales", scales.numpy())
+        size = ""
+        if self.per_token:
+            size = graph.add("ReduceMax", (graph.add("Abs", (x,)), graph.constant([-1])), keepdims=1)
+            size = graph.add("Max", (size, graph.constant(1e-12, np.float32)))
+            x = graph.add("Div", (x, size))
+        y = graph.contrib("DynamicQuantizeMatMul", (x, weight, factors))
+        if size:
+            y = graph.add("Mul", (y, size))
+        return y if matrix.bias is None else graph.add("Add", (y, _bias(graph, matrix, np.float32)))
+
+
+def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tensor], Quantized]:
+    """Dense weights to codes without calibration: HQQ's grid for 4 bits, the nearest symmetric code for 8."""
+    from lowmem.quant import get
+
+    method = get("hqq" if bits == 4 else "rtn")
+    options = method.Options(bits=bits, group_size=group_size, symmetric=bits == 8)
+
+    def quantize(weight: Tensor) -> Quantized:
+        return method.quantize([weight], None, options, cancel)[0]
+
+    return quantize
+
+
+def code_width(bits: int) -> int:
+    """Codes of 2 and 3 bits live in 4."""
+    return max(4, bits)
+
+
+def block_size(group_size: int, inputs: int) -> int:
+    """The largest block of MatMulNBits that divides a group (a row of `inputs` for -1); 0 when there is none."""
+    size = inputs if group_size < 0 else group_size
+    power = min(size & -size, LARGEST_BLOCK)
+    return power if power >= SMALLEST_BLOCK else 0
+
+
+def block_arrays(weight: Quantized, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """MatMulNBits' inputs: codes [out, blocks, bytes], scales [out, blocks] and zero points [out, bytes].
+
+    Within a byte the first code is in the low bits. Groups become as many equal blocks.
+    """
+    outputs, inputs = weight.codes.shape
+    bits, block = code_width(weight.bits), block_size(group_size, inputs)
+    count = -(-inputs // block)
+    repeats = count if group_size < 0 else group_size // block
+    scales, zeros = (part.repeat_interleave(repeats, 1)[:, :count] for part in (weight.scales.float(), weight.zeros))
+    codes = _bytes(weight.codes, count * block, bits).view(outputs, count, -1)
+    return codes.numpy(), scales.contiguous().numpy(), _bytes(zeros, count, bits).numpy()
+
+
+def _bytes(codes: Tensor, columns: int, bits: int) -> Tensor:
+    """uint8 codes [out, n <= columns], filled up with zeros: [out, ceil(columns * bits / 8)]."""
+    lanes = 8 // bits
+    codes = functional.pad(codes, (0, columns + -columns % lanes - codes.shape[1]))
+    return codes.contiguous() if lanes == 1 else codes[:, 0::2] | codes[:, 1::2] << bits
+
+
+def _ordered(graph: Graph, x: str, matrix: Matrix) -> str:
+    """Inputs in the order of the groups of act-order."""
+    if matrix.order is None:
+        return x
+    return graph.add("Gather", (x, graph.weight(f"{matrix.name}.order", matrix.order.numpy())), axis=-1)
+
+
+def _bias(graph: Graph, matrix: Matrix, dtype: type) -> str:
+    assert matrix.bias is not None  # the caller has looked
+    return graph.weight(f"{matrix.name}.bias", matrix.bias.numpy().astype(dtype))

@@ -1,0 +1,110 @@
+"""ONNX Runtime's transformer optimiser on a generic graph, with what it changed: nodes, fusions, bytes, latency.
+
+Heads and hidden size are the model's own. A graph that comes out slower, or does not load, is not taken.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from lowmem.errors import LowMemError
+from lowmem.events import Step
+from lowmem.export.generic import quiet
+from lowmem.export.manifest import GRAPH
+from lowmem.export.onnx_session import open_session
+
+log = logging.getLogger("lowmem.export")
+
+REPORT = "optimised.json"
+
+TOKENS, RUNS = 64, 5
+"""The latency that is compared: so many tokens read at once, the median of so many runs."""
+
+_TYPES = {"gpt2": "gpt2", "phi": "phi", "t5": "t5", "vit": "vit", "clip": "clip"}
+"""The optimiser's name for a family; the encoders all go by "bert"."""
+
+
+def optimise(folder: Path, source: Path) -> Iterator[Step]:
+    """Optimise the graph in `folder`, of the model in `source`, in place; leaves `REPORT` there."""
+    yield Step(0, 1, "Optimising the graph")
+    path = folder / GRAPH
+    before = figures(path)
+    apart = folder / "optimised"
+    apart.mkdir()
+    report: dict[str, Any] = {"before": before, "kept": False}
+    try:
+        with quiet():
+            report["fusions"] = _optimised(path, apart / GRAPH, source)
+        report["after"] = after = figures(apart / GRAPH)
+        report["kept"] = after["seconds"] <= 1.05 * before["seconds"]
+    except (LowMemError, RuntimeError, ValueError, KeyError, AttributeError, IndexError, AssertionError) as error:
+        # The optimiser matches patterns, and stumbles over graphs it does not know.
+        log.info("the optimiser failed", exc_info=True)
+        report["failed"] = str(error)[:200] or type(error).__name__
+    if report["kept"]:
+        for file in folder.glob(f"{GRAPH}*"):
+            file.unlink()
+    for file in apart.iterdir():
+        if report["kept"]:
+            file.rename(folder / file.name)
+        else:
+            file.unlink()
+    apart.rmdir()
+    (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
+    yield Step(1, 1, "Optimised" if report["kept"] else "The optimiser gained nothing")
+
+
+def _optimised(path: Path, target: Path, source: Path) -> dict[str, int]:
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    decoder = config.get_text_config(decoder=True)
+    model = optimize_model(
+        str(path),
+        model_type=_TYPES.get(config.model_type, "bert"),
+        num_heads=decoder.num_attention_heads,
+        hidden_size=decoder.hidden_size,
+        opt_level=0,
+        use_gpu=False,
+    )
+    model.save_model_to_file(str(target), use_external_data_format=True)
+    return {name: count for name, count in model.get_fused_operator_statistics().items() if count}
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """Nodes, operators, bytes and the median seconds of a run of the graph in `path`."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    operators = Counter(node.op_type for node in graph.node)
+    return {"nodes": len(graph.node), "operators": dict(operators), "bytes": size, "seconds": _seconds(path)}
+
+
+def _seconds(path: Path) -> float:
+    session = open_session(path)
+    feeds = {value.name: _sample(value) for value in session.get_inputs()}
+    times = []
+    for _ in range(RUNS + 1):
+        started = time.perf_counter()
+        session.run(None, feeds)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def _sample(value: Any) -> np.ndarray:
+    if value.name.startswith("past_key_values."):
+        return np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    if value.name == "position_ids":
+        return np.arange(TOKENS, dtype=np.int64)[None]
+    return np.ones((1, TOKENS), np.int64)

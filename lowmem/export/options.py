@@ -1,0 +1,56 @@
+"""What to export and how; read by the form, the command line and the planner. Imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem.fields import option
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+LABELS = {
+    "fp32": "fp32 (exact)",
+    "fp16": "fp16 (for GPUs)",
+    "int8": "int8 (8-bit weights, nearly exact)",
+    "int4": "int4 (4-bit weights, smallest and fastest)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    format: str = option(
+        "onnx",
+        "Format",
+        "ONNX runs everywhere ONNX Runtime does; TensorRT builds an engine for one NVIDIA GPU.",
+        choices=("onnx", "tensorrt"),
+    )
+    precision: str = option("int8", "Precision", "How weights are stored, and what computes them.", choices=PRECISIONS)
+    group_size: int = option(
+        32,
+        "Group size",
+        "int4: weights that share a scale. Smaller is more exact and larger.",
+        low=16,
+        high=128,
+        step=16,
+    )
+    fast_prefill: str = option(
+        "auto",
+        "Fast prompts",
+        "A second graph in dynamic int8 reads prompts about twice as fast, for one more byte a weight. Automatic: with int8.",
+        choices=("auto", "on", "off"),
+    )
+    fused: bool = option(
+        True,
+        "Fused graph",
+        "ONNX Runtime's own operators where the family has them; off writes standard operators only.",
+    )
+    optimise: bool = option(
+        False, "Optimise", "Generic graphs: fuse attention, norms and activations with ONNX Runtime's own optimiser."
+    )
+
+    @property
+    def has_prefill(self) -> bool:
+        """Is there a second graph for prompts? int4 is for those who want little memory, so there it has to be asked for."""
+        if self.precision not in ("int8", "int4"):
+            return False
+        return self.precision == "int8" if self.fast_prefill == "auto" else self.fast_prefill == "on"

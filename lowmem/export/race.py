@@ -1,0 +1,64 @@
+"""A graph against PyTorch in one process, in turns: how fast each reads prompts of several lengths, and writes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Generator
+from typing import Any
+
+from lowmem.events import Receipt, Step
+from lowmem.export.run import RACE_NEW, RACE_PROMPTS, RACE_RUNS
+from lowmem.generate.options import GenerateOptions
+from lowmem.machine.hardware import probe
+from lowmem.measure.texts import tail
+from lowmem.models.source import read_spec
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.planner import plan
+from lowmem.runtime.session import Session
+
+
+def job(ref: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
+    """
+    Raises:
+        LowMemError: one of the two cannot be loaded.
+    """
+    sessions = {}
+    for name, model, goal in (("torch", ref, Goal(precision="fp32", backend="torch")), ("onnx", folder, Goal())):
+        yield Step(0, 0, f"Loading {name}")
+        session = sessions[name] = Session()
+        hardware = probe()
+        yield from _steps(session.load(plan(read_spec(model), hardware, limits_from(hardware), goal), force=True))
+    context = min(session.plan.spec.context for session in sessions.values() if session.plan)
+    lengths = [length for length in RACE_PROMPTS if length + RACE_NEW < context] or [max(1, context // 2)]
+    found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": []} for name in sessions}
+    total = len(lengths) * RACE_RUNS
+    for position, length in enumerate(lengths):
+        prompt = _prompt(sessions["torch"], length)
+        measured: dict[str, list[Receipt]] = {name: [] for name in sessions}
+        for run in range(RACE_RUNS):
+            yield Step(position * RACE_RUNS + run, total, f"{length} prompt tokens, run {run + 1}", "runs")
+            for name, session in sessions.items():
+                measured[name].append(_receipt(session, prompt))
+        for name, receipts in measured.items():
+            found[name]["prefill_tps"].append(statistics.median(receipt.prefill_tps for receipt in receipts))
+            speed = statistics.median(receipt.decode_tps for receipt in receipts)
+            found[name]["token_ms"].append(1000 / speed if speed else None)
+    return {"prompts": lengths, **found}
+
+
+def _steps(events: Any) -> Generator[Step, None, None]:
+    yield from (event for event in events if isinstance(event, Step))
+
+
+def _prompt(session: Session, length: int) -> str:
+    tokenizer = session._resident()[0].tokenizer
+    ids = tokenizer(tail().text[: 16 * length], add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids[:length])
+
+
+def _receipt(session: Session, prompt: str) -> Receipt:
+    options = GenerateOptions(max_new_tokens=RACE_NEW, greedy=True)
+    *_, receipt = session.generate(prompt, options, raw=True, force=True)
+    if not isinstance(receipt, Receipt):
+        raise RuntimeError("an action ended without a receipt")
+    return receipt

@@ -1,0 +1,80 @@
+"""The original as a reference that needs the memory of one layer: weights come with each layer's turn and go after it.
+
+A model of any size can be asked for the logits of one batch of text that way, in fp32, at the price of reading it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.quantization import Quantization
+from lowmem.quant.packed_linear import read
+from lowmem.quant.skeleton import empty_model
+from lowmem.runtime.matching import by_module, match_names, tied_parameters
+
+
+def streamed_model(folder: Path, checkpoint: Checkpoint, stored: Quantization | None) -> Any:
+    """The model of `folder`, computing in fp32 on the CPU; packed layers are multiplied out exactly.
+
+    Raises:
+        CorruptModel, Unsupported: see `match_names`.
+    """
+    model = empty_model(folder)
+    names = match_names(model, checkpoint)
+    for parameter, source in tied_parameters(model).items():
+        if parameter not in names and source in names:
+            names[parameter] = names[source]
+    for owner, members in by_module(names).items():
+        module = model.get_submodule(owner)
+        if "qweight" in members and stored is not None:
+            model.set_submodule(owner, _PackedLayer(checkpoint, owner, members, stored, isinstance(module, Conv1D)))
+        else:
+            _stream(module, checkpoint, members)
+    return model
+
+
+def _stream(module: nn.Module, checkpoint: Checkpoint, members: Mapping[str, str]) -> None:
+    empty = {member: getattr(module, member) for member in members}
+
+    def come(_module: nn.Module, _inputs: object) -> None:
+        for member, name in members.items():
+            _set(module, member, checkpoint.read(name, torch.float32))
+
+    def go(_module: nn.Module, _inputs: object, _output: object) -> None:
+        for member, tensor in empty.items():
+            _set(module, member, tensor)
+
+    module.register_forward_pre_hook(come)
+    module.register_forward_hook(go)
+
+
+def _set(module: nn.Module, member: str, tensor: Tensor) -> None:
+    if member in module._buffers:
+        module._buffers[member] = tensor
+    else:
+        module._parameters[member] = nn.Parameter(tensor, requires_grad=False)
+
+
+class _PackedLayer(nn.Module):
+    """A layer of a GPTQ or AWQ checkpoint that exists only while it computes."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, members: Mapping[str, str], stored: Quantization, transposed: bool
+    ) -> None:
+        super().__init__()
+        self._arguments = checkpoint, name, dict(members), stored
+        self.transposed = transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        checkpoint, name, members, stored = self._arguments
+        parts = {part: checkpoint.read(stored_name) for part, stored_name in members.items()}
+        bias = parts.pop("bias", None)
+        return functional.linear(x, read(stored, name, parts).dequantize(), None if bias is None else bias.float())

@@ -1,0 +1,134 @@
+"""Exporting, and racing a graph against PyTorch, each in a process of its own. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.export.options import ExportOptions
+from lowmem.models.spec import ModelSpec
+from lowmem.planning import exported
+from lowmem.planning.goal import Limits
+from lowmem.runtime.isolated import Finished, run_isolated
+from lowmem.settings import settings
+from lowmem.units import format_bytes
+
+RACE_PROMPTS, RACE_NEW, RACE_RUNS = (32, 128, 512), 24, 3
+"""Prompt tokens, new tokens and runs of a race; medians count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What an export would make and cost.
+
+    Args:
+        disk_bytes, ram_bytes: of the folder, and the peak of the process that writes it.
+        seconds: a guess, to a figure.
+        session_bytes: what running it holds of weights.
+        limit: bytes that the process may hold.
+        generic: why there is no fused graph, "" when there is one.
+    """
+
+    disk_bytes: int
+    ram_bytes: int
+    seconds: float
+    session_bytes: int
+    limit: int
+    generic: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.ram_bytes > self.limit:
+            return "over"
+        return "tight" if self.ram_bytes > 0.9 * self.limit else "fits"
+
+    def sentence(self) -> str:
+        if self.verdict == "over":
+            return f"Needs {format_bytes(self.ram_bytes)} of RAM, the budget leaves {format_bytes(self.limit)}."
+        kind = (
+            f"A generic graph. {self.generic}" if self.generic else "A fused graph: attention, cache and norms in one."
+        )
+        return f"Fits the budget of {format_bytes(self.limit)}. {kind}"
+
+
+def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit: int) -> Forecast:
+    """Predicted from the shape alone.
+
+    Raises:
+        BadInput: an export of an export.
+    """
+    if spec.exported:
+        raise BadInput(f"{spec.name} is an exported graph already.", "Choose the model it came from.")
+    generic = exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
+    seconds = 5 + spec.parameters * exported.SECONDS_PER_PARAMETER[options.precision]
+    if generic:
+        whole = 4 * spec.parameters
+        size = {"fp32": whole, "fp16": whole // 2, "int8": whole // 4, "int4": whole // 7}[options.precision]
+        return Forecast(size, runtime_bytes + 4 * whole, 3 * seconds, size, limit, generic)
+    size = exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
+    return Forecast(size, runtime_bytes + exported.export_peak_bytes(spec) + size, seconds, size, limit)
+
+
+def output_folder(name: str, options: ExportOptions) -> Path:
+    """Where the page puts a result: below `settings().outputs`, named after what it is, and not there yet."""
+    short = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    first = settings().outputs / f"{short}-{options.format}-{options.precision}"
+    names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in range(1, 1000))
+    return next(folder for folder in names if not folder.exists())
+
+
+def export_isolated(
+    ref: str,
+    out: Path,
+    options: Mapping[str, Any],
+    *,
+    ram_limit: int | None = None,
+    allow_paths: bool = True,
+    cancel: CancelToken | None = None,
+) -> Iterator[Step | Receipt]:
+    """Export `ref` into the new folder `out`; the receipt comes last, `details["folder"]` says where it is.
+
+    Raises:
+        LowMemError: see `pipeline.export_model` and `models.fetch.fetch`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    arguments = {"ref": ref, "out": str(out), "options": dict(options), "ram": ram_limit, "allow_paths": allow_paths}
+    limits = None if ram_limit is None else Limits(ram_limit)
+    for event in run_isolated("lowmem.export.run:job", arguments, cancel, limits):
+        if isinstance(event, Finished):
+            given = {field.name: event.value[field.name] for field in fields(Receipt)}
+            receipt = Receipt(**given | {"notes": tuple(given["notes"])})
+            measured = {key: event.peak_bytes[key] for key in receipt.predicted if key in event.peak_bytes}
+            yield replace(receipt, measured=measured, details=receipt.details | {"folder": str(out)})
+        else:
+            yield event
+
+
+def job(
+    ref: str, out: str, options: Mapping[str, Any], ram: int | None = None, allow_paths: bool = True
+) -> Generator[Step, None, dict[str, Any]]:
+    """The child's part: fetch `ref` where it must be, export it, return the receipt as a dict."""
+    from lowmem.export.command import export
+
+    for event in export(ref, Path(out), ExportOptions(**options), ram, allow_paths):
+        if isinstance(event, Receipt):
+            return event.as_dict()
+        yield event
+    raise RuntimeError("an action ended without a receipt")
+
+
+def race(
+    ref: str, folder: Path, cancel: CancelToken | None = None, limits: Limits | None = None
+) -> Iterator[Step | dict[str, Any]]:
+    """Time the graph in `folder` against PyTorch in fp32, the model `ref`, in turns.
+
+    The last event is {"prompts": [tokens, ...], "torch": {"prefill_tps": [...], "token_ms": [...]}, "onnx": {...}}.
+    """
+    arguments = {"ref": ref, "folder": str(folder)}
+    for event in run_isolated("lowmem.export.race:job", arguments, cancel, limits):
+        yield event.value if isinstance(event, Finished) else event

@@ -1,0 +1,136 @@
+"""The weights of a checkpoint as a graph wants them: vectors, and matrices that are dense or codes.
+
+Knows safetensors names, GPTQ and AWQ; one matrix is in memory at a time. Codes of a quantized checkpoint are taken over
+as they are, without a second rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import CorruptModel
+from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.quantization import Quantization
+from lowmem.models.spec import PACKED_PARTS
+from lowmem.quant.grid import Quantized
+from lowmem.quant.packed_linear import check_shapes, group_order, read
+from lowmem.quant.skeleton import all_finite
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of a linear layer [out, in], fp32 or as codes, and its bias [out].
+
+    `order`: inputs in the order of their groups, None where they are (int64 [in]); codes lie in that order.
+    """
+
+    name: str
+    weight: Tensor | Quantized
+    bias: Tensor | None = None
+    group_size: int = 0
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        codes = self.weight.codes if isinstance(self.weight, Quantized) else self.weight
+        return codes.shape[0], codes.shape[1]
+
+    def dense(self) -> Tensor:
+        """fp32 [out, in], inputs in the order of `order`."""
+        return self.weight.dequantize() if isinstance(self.weight, Quantized) else self.weight
+
+
+class Source:
+    """Reads one checkpoint. `stored` describes its quantization, None without one.
+
+    Files of the bare decoder lack the first part of their names; both spellings are found.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stored: Quantization | None) -> None:
+        self._checkpoint, self._stored = checkpoint, stored
+
+    def has(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def tensor(self, name: str) -> Tensor:
+        """fp32, checked to be finite.
+
+        Raises:
+            CorruptModel: it is missing, or holds what is no number.
+        """
+        found = self._find(name)
+        if found is None:
+            raise CorruptModel(f"{name}, which the model needs, is not in its files.", "Fetch the model again.")
+        values = self._checkpoint.read(found, torch.float32)
+        if not all_finite(values):
+            raise CorruptModel(f"{name} holds NaN or infinite values.", "Fetch the model again, or choose another.")
+        return values
+
+    def matrices(self, layers: Sequence[str]) -> list[Matrix]:
+        """Layers that share an input, as few matrices as can be: one, unless their codes are ordered differently."""
+        parts = [self.matrix(layer) for layer in layers]
+        first = parts[0]
+        if any(_kind(part) != _kind(first) or not _same_order(part, first) for part in parts[1:]):
+            return parts
+        return [first if len(parts) == 1 else _stacked(parts)]
+
+    def matrix(self, layer: str) -> Matrix:
+        """The weight and bias of one linear layer."""
+        bias = self.tensor(f"{layer}.bias") if self.has(f"{layer}.bias") else None
+        if bias is not None and not bias.any():
+            bias = None  # AutoGPTQ stores a bias of zeros where the model has none
+        packed = self._find(f"{layer}.qweight")
+        if packed is None or self._stored is None:
+            return Matrix(layer, self.tensor(f"{layer}.weight"), bias)
+        return self._packed(packed.removesuffix(".qweight"), layer, bias)
+
+    def _packed(self, found: str, layer: str, bias: Tensor | None) -> Matrix:
+        assert self._stored is not None  # the caller has looked
+        tensors = self._checkpoint.tensors
+        names = {part[1:]: found + part for part in PACKED_PARTS if found + part in tensors}
+        shapes = {part: tensors[name].shape for part, name in names.items()}
+        if len(shapes.get("qweight", ())) != 2:
+            raise CorruptModel(f"{layer}.qweight is no matrix.", "Fetch the model again.")
+        rows, columns = shapes["qweight"]
+        check_shapes(self._stored, layer, *self._stored.linear_shape((rows, columns)), shapes)
+        weight = read(self._stored, layer, {part: self._checkpoint.read(name) for part, name in names.items()})
+        order = group_order(weight)
+        if order is not None:
+            weight = replace(weight, codes=weight.codes.index_select(1, order), groups=weight.groups[order])
+        return Matrix(layer, weight, bias, self._stored.group_size, order)
+
+    def _find(self, name: str) -> str | None:
+        return next((n for n in (name, name.partition(".")[2]) if n in self._checkpoint.tensors), None)
+
+
+def _kind(matrix: Matrix) -> tuple[type, int, int]:
+    bits = matrix.weight.bits if isinstance(matrix.weight, Quantized) else 0
+    return type(matrix.weight), bits, matrix.group_size
+
+
+def _same_order(one: Matrix, other: Matrix) -> bool:
+    if one.order is None or other.order is None:
+        return one.order is other.order
+    return torch.equal(one.order, other.order)
+
+
+def _stacked(parts: Sequence[Matrix]) -> Matrix:
+    """One matrix of all outputs."""
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = torch.cat([torch.zeros(part.shape[0]) if part.bias is None else part.bias for part in parts])
+    weights = [part.weight for part in parts]
+    name = f"{parts[0].name}+{'+'.join(part.name.rpartition('.')[2] for part in parts[1:])}"
+    first = weights[0]
+    if isinstance(first, Quantized):
+        codes, scales, zeros = (
+            torch.cat([getattr(weight, key) for weight in weights]) for key in ("codes", "scales", "zeros")
+        )
+        whole: Tensor | Quantized = replace(first, codes=codes, scales=scales, zeros=zeros)
+    else:
+        whole = torch.cat([part.dense() for part in parts])
+    return replace(parts[0], name=name, weight=whole, bias=bias)

@@ -1,0 +1,303 @@
+"""What the resident model does with a long text, as actions: hidden states, perplexity, recall; each ends in a receipt.
+
+Imports torch only once an action runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lowmem.errors import BadInput, DoesNotFit
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.limits import check_stride, check_token_window, check_window
+from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
+from lowmem.measure.windows import CHARACTERS_PER_TOKEN
+from lowmem.planning.estimate import priced
+from lowmem.planning.plan import Plan
+from lowmem.runtime.session import Session
+
+if TYPE_CHECKING:
+    from lowmem.runtime.loader import Loaded
+
+T = TypeVar("T")
+
+CURVE_POINTS = 60
+SLIDING_BATCH_TOKENS = 2048
+LEAST_SPAN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Perplexity of a stretch of the text, tokens `start` to `end`."""
+
+    start: int
+    end: int
+    perplexity: float
+
+
+def hidden_states(
+    session: Session,
+    text: str,
+    window: int,
+    stride: int,
+    out: Path,
+    *,
+    layers: Sequence[int] = (-1,),
+    tokens: int | None = None,
+    cancel: CancelToken | None = None,
+    force: bool = False,
+) -> Iterator[Step | Receipt]:
+    """Write the hidden states of `text`, see `longctx.hidden.hidden_states`.
+
+    Args:
+        tokens: read no more of the text than this; the same in all actions here.
+
+    Raises:
+        BadInput, DoesNotFit, DiskFull, CorruptModel, Cancelled.
+    """
+    cancel = cancel or CancelToken()
+
+    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
+        from lowmem.longctx import hidden
+
+        ids = tokens_of(loaded.tokenizer, text, tokens)
+        check_token_window(window, plan.spec.context)
+        action = _sliding_plan(plan, max(window, SLIDING_BATCH_TOKENS if len(ids) > window else 0))
+        _refuse_if_over(action, force, "Use a shorter window.")
+        written = yield from hidden.hidden_states(
+            loaded.model, [ids], window, stride, out, layers=layers, cancel=cancel, check=check
+        )
+        return action, (written, len(ids))
+
+    check_stride(window, stride)
+    started = time.perf_counter()
+    (action, (written, count)), peak = yield from session.work("Computing hidden states", job, cancel, force=force)
+    details = {**asdict(written), "window": window, "stride": stride, "file": str(out)}
+    del details["path"]
+    note = f"{written.windows:,} windows; each state has {window - stride:,} tokens or more in front of it, or the text's beginning."
+    yield _receipt("hidden", action, started, peak, count, details, (note,), disk_bytes=out.stat().st_size)
+
+
+def sliding_perplexity(
+    session: Session,
+    text: str,
+    window: int,
+    stride: int,
+    *,
+    tokens: int | None = None,
+    cancel: CancelToken | None = None,
+    force: bool = False,
+) -> Iterator[Step | Span | Receipt]:
+    """Perplexity by the strided method, token-weighted, see `measure.windows.Passage`; a `Span` for every stretch.
+
+    Raises:
+        BadInput, DoesNotFit, CorruptModel, Cancelled.
+    """
+    cancel = cancel or CancelToken()
+
+    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
+        from lowmem.longctx.curve import Curve
+        from lowmem.measure.perplexity import Perplexity
+        from lowmem.measure.scoring import score
+        from lowmem.measure.windows import Passage, _prefix
+
+        check_token_window(window, plan.spec.context)
+        passage = Passage(tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, _prefix(loaded.tokenizer))
+        action = _sliding_plan(plan, window)
+        _refuse_if_over(action, force, "Use a shorter window.")
+        total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
+        yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
+        return action, (total.value, total.tokens, curve.spans())
+
+    started = time.perf_counter()
+    (action, (value, count, spans)), peak = yield from session.work("Measuring perplexity", job, cancel, force=force)
+    yield from spans
+    details = {
+        "perplexity": value,
+        "tokens": count,
+        "window": window,
+        "stride": stride,
+        "spans": [asdict(s) for s in spans],
+    }
+    yield _receipt("perplexity", action, started, peak, count, details)
+
+
+def reading_perplexity(
+    session: Session,
+    text: str,
+    options: GenerateOptions,
+    *,
+    tokens: int | None = None,
+    cancel: CancelToken | None = None,
+    force: bool = False,
+) -> Iterator[Step | Span | Receipt]:
+    """Perplexity of a text that passes once through the cache that `options` name; a `Span` as each stretch is done.
+
+    Raises:
+        BadInput, DoesNotFit, CorruptModel, Unsupported, Cancelled.
+    """
+    cancel = cancel or CancelToken()
+
+    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step | Span, None, tuple[Plan, Any]]:
+        from lowmem.longctx.reading import Reader
+
+        ids = with_beginning(loaded.tokenizer, tokens_of(loaded.tokenizer, text, tokens))
+        check_window(options, plan.spec.context)
+        if not options.window and len(ids) > plan.spec.context:
+            raise BadInput(
+                f"The text has {len(ids):,} tokens, and the model knows {plan.spec.context:,} positions.",
+                "Set a window, or give a shorter text.",
+            )
+        action = reading_plan(plan, options, len(ids))
+        _refuse_if_over(action, force, "Use a shorter window, or fewer KV bits.")
+        reader, spans, nll = Reader(loaded.model, ids, options), list[Span](), 0.0
+        span = max(LEAST_SPAN, math.ceil(len(ids) / CURVE_POINTS))
+        while reader.at < len(ids) - 1:
+            start, part = reader.at, 0.0
+            for surprise in reader.read(min(start + span, len(ids) - 1), cancel, check):
+                part += float(surprise.sum())
+                yield Step(reader.at, len(ids), "Reading the text", "tokens")
+            nll += part
+            spans.append(Span(start, reader.at, _perplexity(part, reader.at - start)))
+            yield spans[-1]
+        return action, (_perplexity(nll, reader.at), reader.at, spans)
+
+    started = time.perf_counter()
+    (action, (value, count, spans)), peak = yield from session.work("Reading the text", job, cancel, force=force)
+    details = {
+        "perplexity": value,
+        "tokens": count,
+        "window": options.window,
+        "sinks": options.sinks if options.window else 0,
+        "kv": options.kv,
+        "spans": [asdict(span) for span in spans],
+    }
+    yield _receipt("perplexity", action, started, peak, count, details)
+
+
+def recall(
+    session: Session,
+    text: str,
+    options: GenerateOptions,
+    *,
+    distances: Sequence[int] = (),
+    cancel: CancelToken | None = None,
+) -> Iterator[Step | Receipt]:
+    """Tell a fact, read on through `text`, and ask: within the window and beyond, see `longctx.needle`.
+
+    Args:
+        distances: tokens between fact and question; half the window and twice the window when empty.
+
+    Raises:
+        BadInput, CorruptModel, Unsupported, Cancelled.
+    """
+    cancel = cancel or CancelToken()
+
+    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
+        from lowmem.longctx import needle
+
+        check_window(options, plan.spec.context)
+        filler = tokens_of(loaded.tokenizer, text)
+        wanted = distances or ((options.window // 2, 2 * options.window) if options.window else (len(filler) // 2,))
+        found = []
+        for number, distance in enumerate(wanted):
+            yield Step(number, len(wanted), f"Asking for a fact {distance:,} tokens back", "questions")
+            found.append(
+                needle.recall(loaded.model, loaded.tokenizer, filler, options, distance, cancel=cancel, check=check)
+            )
+        return reading_plan(plan, options, max(wanted) + 64), found
+
+    started = time.perf_counter()
+    (action, found), peak = yield from session.work("Asking what is remembered", job, cancel)
+    details = {
+        "recalls": [{**asdict(one), "remembered": one.remembered} for one in found],
+        "window": options.window,
+        "sinks": options.sinks if options.window else 0,
+        "kv": options.kv,
+    }
+    notes = tuple(
+        f"A fact {one.distance:,} tokens back is {'remembered' if one.remembered else 'forgotten'} ({one.probability:.1%} sure)."
+        for one in found
+    )
+    yield _receipt("recall", action, started, peak, 0, details, notes)
+
+
+def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
+    """The first `most` tokens of `text`, without special ones.
+
+    Raises:
+        BadInput: there is nothing in the text.
+    """
+    if most is not None:
+        text = text[: CHARACTERS_PER_TOKEN * most]
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"][:most]) if text.strip() else []
+    if not ids:
+        raise BadInput("The text is empty.", "Give a text with at least one word.")
+    return ids
+
+
+def with_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
+    """`ids` behind the special tokens that the tokenizer puts before every text."""
+    from lowmem.measure.windows import _prefix
+
+    return [*_prefix(tokenizer), *ids]
+
+
+def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
+    """`plan` re-priced for reading `tokens` with the cache that `options` name."""
+    recomputes = bool(options.window) and not options.use_cache
+    return priced(
+        plan,
+        context=min(tokens, options.window) if recomputes else tokens,
+        batch=1,
+        kv=options.kv if options.use_cache else "none",
+        window=options.window,
+        sinks=options.sinks if options.window else 0,
+        prefill_chunk=options.window or tokens if not options.use_cache else options.prefill_chunk,
+    )
+
+
+def _sliding_plan(plan: Plan, tokens: int) -> Plan:
+    return priced(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
+
+
+def _refuse_if_over(plan: Plan, force: bool, hint: str) -> None:
+    if plan.verdict == "over" and not force:
+        raise DoesNotFit(plan.sentence(), hint)
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    mean = nll / max(1, tokens)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _receipt(
+    action: str,
+    plan: Plan,
+    started: float,
+    peak: dict[str, int],
+    tokens: int,
+    details: dict[str, Any],
+    notes: tuple[str, ...] = (),
+    disk_bytes: int = 0,
+) -> Receipt:
+    seconds = time.perf_counter() - started
+    predicted = dict(plan.predicted)
+    if action != "hidden":  # the others look at the logits of every token
+        predicted[plan.main.memory] += LOGITS_COPIES * LOGITS_BYTES
+    return replace(
+        Receipt(action, plan.spec.name, plan.precision, plan.device, seconds),
+        predicted=predicted,
+        measured={memory: peak[memory] for memory in predicted if memory in peak},
+        prompt_tokens=tokens,
+        prefill_tps=tokens / seconds if seconds else 0.0,
+        disk_bytes=disk_bytes,
+        notes=notes,
+        details=details,
+    )

@@ -1,0 +1,246 @@
+"""Hidden states of texts of any length, window by window, straight into a file.
+
+Every token's state comes from the window that reaches it first: there it has at least `window - stride` tokens
+in front of it, or the text's true beginning. Only the states of one pass are in memory; the file is written in
+order and can be opened as a memory map (`numpy.load(path, mmap_mode="r")`, `safetensors.safe_open`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import BadInput, CorruptModel, DiskFull
+from lowmem.events import CancelToken, Step
+from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
+from lowmem.longctx.limits import check_stride, check_token_window
+from lowmem.machine.hardware import disk_free_bytes
+from lowmem.measure.windows import Window, cut
+from lowmem.units import format_bytes
+
+BATCH_TOKENS = 2048
+"""Short windows share a pass up to so many tokens."""
+
+FORMATS = (".npy", ".safetensors")
+LAST = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is in the file.
+
+    Args:
+        offsets: where each text's states begin, and the end of the last: text i has rows offsets[i] to offsets[i + 1].
+        layers: as in transformers' `hidden_states`: 0 the embeddings, i the output of block i, the last one normed.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    layers: tuple[int, ...]
+    offsets: tuple[int, ...]
+    windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A window of one text, and the row of the file where its new tokens go."""
+
+    ids: list[int]
+    first: int
+    row: int
+
+
+@torch.inference_mode()
+def hidden_states(
+    model: Any,
+    texts: Sequence[Sequence[int]],
+    window: int,
+    stride: int,
+    out: Path,
+    *,
+    layers: Sequence[int] = (LAST,),
+    cancel: CancelToken | None = None,
+    check: Callable[[], None] = nothing,
+) -> Generator[Step, None, Written]:
+    """Write the states of `texts`, token ids of any length, one after the other; returns a `Written`.
+
+    A `.npy` file holds [tokens, hidden] for one layer, else [layers, tokens, hidden]; a `.safetensors` file one
+    tensor "layer_<n>" [tokens, hidden] each. States of a half precision model keep theirs, but bf16, which
+    .npy does not know, becomes fp32 there.
+
+    Args:
+        layers: which states, negative ones from the end.
+        check: called before every pass, may raise.
+
+    Raises:
+        BadInput: an empty text, a stride above the window, a window above the model's limit, no such layer, or no
+            file of that kind.
+        DiskFull, CorruptModel, Cancelled: nothing is left on the disk.
+    """
+    cancel = cancel or CancelToken()
+    chosen = _check(model, texts, window, stride, out, layers)
+    offsets = [0]
+    for text in texts:
+        offsets.append(offsets[-1] + len(text))
+    hidden = _decoder_config(model).hidden_size
+    pieces = _pieces(texts, offsets, window, stride)
+    with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, _stoppable(list(model.modules()), cancel):
+        done = windows = 0
+        yield Step(0, offsets[-1], "Computing hidden states", "tokens")
+        for batch in _batches(pieces, max(1, BATCH_TOKENS // window)):
+            check()
+            for layer, states in enumerate(_states(model, batch, chosen)):
+                for piece, row in zip(batch, states, strict=True):
+                    file.write(layer, piece.row, row[piece.first : len(piece.ids)])
+            done += sum(len(piece.ids) - piece.first for piece in batch)
+            windows += len(batch)
+            yield Step(done, offsets[-1], "Computing hidden states", "tokens")
+    return Written(out, file.shape, file.dtype, chosen, tuple(offsets), windows)
+
+
+def _check(
+    model: Any, texts: Sequence[Sequence[int]], window: int, stride: int, out: Path, layers: Sequence[int]
+) -> tuple[int, ...]:
+    if not texts or not all(texts):
+        raise BadInput("The text is empty.", "Give a text with at least one token.")
+    check_stride(window, stride)
+    check_token_window(window, _decoder_config(model).max_position_embeddings)
+    if out.suffix not in FORMATS:
+        raise BadInput(f"{out.name} is neither a .npy nor a .safetensors file.", "End its name in one of the two.")
+    count = _decoder_config(model).num_hidden_layers
+    for layer in layers:
+        if not -count - 1 <= layer <= count:
+            raise BadInput(f"There is no layer {layer}.", f"Use 0, the embeddings, to {count}, or {LAST} for the last.")
+    return tuple(dict.fromkeys(layer % (count + 1) for layer in layers))
+
+
+def _pieces(texts: Sequence[Sequence[int]], offsets: Sequence[int], window: int, stride: int) -> Iterator[_Piece]:
+    for text, offset in zip(texts, offsets, strict=False):
+        for part in cut(len(text), window, stride):
+            yield _piece(text, part, offset)
+
+
+def _piece(text: Sequence[int], part: Window, offset: int) -> _Piece:
+    return _Piece(list(text[part.start : part.end]), part.first - part.start, offset + part.first)
+
+
+def _batches(pieces: Iterator[_Piece], size: int) -> Iterator[Sequence[_Piece]]:
+    while batch := list(itertools.islice(pieces, size)):
+        yield batch
+
+
+def _states(model: Any, batch: Sequence[_Piece], layers: Sequence[int]) -> list[Tensor]:
+    """[windows, tokens, hidden] of each of `layers`. Padding is on the right, where causal attention never looks."""
+    longest = max(len(piece.ids) for piece in batch)
+    ids = torch.tensor([piece.ids + [0] * (longest - len(piece.ids)) for piece in batch], device=model.device)
+    blocks, found = decoder_blocks(model), dict[int, Tensor]()
+    with _listening(blocks, layers, found):
+        found[len(blocks)] = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return [found[layer] for layer in layers]
+
+
+@contextmanager
+def _listening(blocks: Sequence[nn.Module], layers: Sequence[int], found: dict[int, Tensor]) -> Iterator[None]:
+    """Note what goes into the blocks in question: output i of the model is the input of block i."""
+
+    def listen(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found[layer] = inputs[0] if inputs else named["hidden_states"]
+
+        return note
+
+    wanted = [layer for layer in layers if layer < len(blocks)]
+    handles = [blocks[layer].register_forward_pre_hook(listen(layer), with_kwargs=True) for layer in wanted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class _File:
+    """Rows of a matrix per layer, written where they belong.
+
+    Written and not mapped: pages of a map count as this process's memory until the system takes them back.
+    """
+
+    def __init__(self, file: IO[bytes], layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> None:
+        self._file = file
+        self._tokens, self._hidden = tokens, hidden
+        self.shape = (tokens, hidden) if len(layers) == 1 else (len(layers), tokens, hidden)
+        self._dtype = dtype
+        self.dtype = str(dtype).removeprefix("torch.")
+        if Path(file.name).name.endswith(".npy.part"):
+            self._dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+            self.dtype = str(self._dtype).removeprefix("torch.")
+            header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": self.shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        else:
+            file.write(_safetensors_header(layers, tokens, hidden, dtype))
+        self._start = file.tell()
+        file.truncate(self._start + math.prod(self.shape) * self._dtype.itemsize)
+
+    def write(self, layer: int, row: int, states: Tensor) -> None:
+        """`states` [tokens, hidden] from `row` on."""
+        if not bool(states.isfinite().all()):
+            raise CorruptModel(
+                f"The model produced numbers that are not numbers at token {row:,}.",
+                "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+            )
+        self._file.seek(self._start + (layer * self._tokens + row) * self._hidden * self._dtype.itemsize)
+        data = states.to(self._dtype).contiguous().cpu()
+        self._file.write(data.view(torch.uint8).numpy().data)
+
+
+def _safetensors_header(layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> bytes:
+    size = tokens * hidden * dtype.itemsize
+    entries = {
+        f"layer_{layer}": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [tokens, hidden],
+            "data_offsets": [index * size, (index + 1) * size],
+        }
+        for index, layer in enumerate(layers)
+    }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def _writer(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> Iterator[_File]:
+    """A file that is there whole or not at all."""
+    if not out.absolute().parent.is_dir():
+        raise BadInput(f"There is no folder {out.parent}.", "Name a file in a folder that exists.")
+    size, free = _file_bytes(out, layers, tokens, hidden, dtype), disk_free_bytes(out.absolute().parent)
+    if size > free:
+        raise DiskFull(
+            f"The hidden states take {format_bytes(size)}, and {format_bytes(free)} of the disk are free.",
+            "Give a shorter text, fewer layers, or another folder.",
+        )
+    unfinished = out.with_name(f".{out.name}.part")
+    try:
+        with unfinished.open("wb") as file:
+            yield _File(file, layers, tokens, hidden, dtype)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _file_bytes(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> int:
+    itemsize = 4 if out.suffix == ".npy" and dtype == torch.bfloat16 else dtype.itemsize
+    return len(layers) * tokens * hidden * itemsize

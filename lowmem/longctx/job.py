@@ -1,0 +1,89 @@
+"""One way of the exercise, run in a process of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import DoesNotFit, OutOfMemory
+from lowmem.events import CancelToken, Step
+from lowmem.fields import build
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.actions import reading_plan, tokens_of, with_beginning
+from lowmem.longctx.options import ExerciseOptions
+from lowmem.machine.memory_limits import process_bytes
+from lowmem.machine.monitor import trim_heap
+from lowmem.models.source import read_spec
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.planner import plan as make_plan
+from lowmem.runtime.session import Session
+
+LOADED = 20
+"""Per cent of the job that are done when the model is loaded."""
+
+TIMED_TOKENS = 6
+
+
+def read(
+    ref: str,
+    precision: str,
+    text: str,
+    fields: Mapping[str, Any],
+    options: Mapping[str, Any],
+    ram: int | None = None,
+    vram: int | None = None,
+) -> Generator[Step, None, dict[str, Any]]:
+    """Load a model and read a text with one cache, as far as it goes.
+
+    Returns:
+        "points", fields of `Point` without its way; "device" and "precision".
+
+    Raises:
+        LowMemError: of planning, loading and reading.
+    """
+    chosen, cache = build(ExerciseOptions, options), build(GenerateOptions, fields)
+    session, cancel = Session(), CancelToken()  # nobody sets it: the parent kills the process
+    hardware = session.hardware()
+    goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision)
+    plan = make_plan(read_spec(ref), hardware, limits_from(hardware, ram, vram), goal)
+    for event in session.load(plan, cancel):
+        if isinstance(event, Step):
+            share = LOADED * event.done // event.total if event.total else 0
+            yield Step(share, 100, event.note, "%")
+    loaded, resident = session._resident()
+    if resident.precision != plan.precision:
+        raise OutOfMemory(
+            f"Memory ran out while loading {plan.spec.name}.", "Close other programs, or choose fewer bits."
+        )
+    from lowmem.longctx.reading import Reader
+
+    ids = with_beginning(loaded.tokenizer, tokens_of(loaded.tokenizer, Path(text).read_text("utf-8"), chosen.tokens))
+    if not cache.window:
+        ids = ids[: plan.spec.context]
+    action = reading_plan(resident, cache, len(ids))
+    if action.verdict == "over":
+        raise DoesNotFit(action.sentence(), "Read fewer tokens, or use a shorter window.")
+    reader, points = Reader(loaded.model, ids, cache), list[dict[str, Any]]()
+    for number in range(1, chosen.points + 1):
+        until = number * (len(ids) - 1 - TIMED_TOKENS) // chosen.points
+        nll = count = 0.0
+        for surprise in reader.read(until, cancel):
+            nll, count = nll + float(surprise.sum()), count + len(surprise)
+            done = LOADED + (100 - LOADED) * reader.at // len(ids)
+            yield Step(done, 100, f"{reader.at:,} of {len(ids):,} tokens read", "%")
+        if not count:
+            continue
+        trim_heap()
+        at, seconds = reader.at, reader.seconds_per_token(TIMED_TOKENS)
+        points.append(
+            {
+                "tokens": at,
+                "perplexity": math.exp(min(700.0, nll / count)),
+                "token_seconds": seconds,
+                "kv_bytes": reader.cache_bytes(),
+                "ram_bytes": process_bytes(),
+            }
+        )
+    return {"points": points, "device": plan.device, "precision": plan.precision}

@@ -1,0 +1,126 @@
+"""A model reads a long text as a generation would, with any cache, and says how it goes: per-token surprise and time.
+
+With a cache the text passes through it once. Without one, and with a window, every token is predicted from a
+window of its own that is computed anew; to read a whole text so, `RECOMPUTED_SHARE` of the window share a pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import BadInput, CorruptModel
+from lowmem.events import CancelToken
+from lowmem.generate.decoding import _decoder_config, _stoppable, nothing
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import policy
+from lowmem.longctx.sinks import WindowCache
+from lowmem.machine.monitor import trim_heap
+from lowmem.measure.options import LOGITS_BYTES
+
+CHUNK = 128
+RECOMPUTED_SHARE = 0.25
+
+
+class Reader:
+    """Reads `ids` from the beginning, as far as it is told, with the cache that `options` name.
+
+    Raises:
+        BadInput: fewer than two tokens, or a window that cannot be.
+        Unsupported: see `policy.make_cache`.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[int], options: GenerateOptions) -> None:
+        if len(ids) < 2:
+            raise BadInput(f"The text has {len(ids):,} tokens, too few to measure.", "Give a longer text.")
+        self.model, self.options = model, options
+        self.ids = torch.tensor([list(ids)], device=model.device)
+        self.at = 0
+        """Tokens read."""
+        self.cache = None
+        if options.use_cache:
+            self.cache = policy.make_cache(model, options, rows=1, capacity=len(ids), pads=[0])
+        self._recomputes = bool(options.window) and not isinstance(self.cache, WindowCache)
+        if self._recomputes:
+            self.cache = None
+        vocabulary = _decoder_config(model).vocab_size
+        self._chunk = max(1, min(CHUNK, LOGITS_BYTES // (4 * vocabulary)))
+
+    @torch.inference_mode()
+    def read(
+        self, until: int, cancel: CancelToken | None = None, check: Callable[[], None] = nothing
+    ) -> Iterator[Tensor]:
+        """-log p in nats, fp32 [tokens], of what comes after each token read, pass by pass; the last has no successor.
+
+        Raises:
+            CorruptModel, Cancelled.
+        """
+        cancel = cancel or CancelToken()
+        with _stoppable(list(self.model.modules()), cancel):
+            while self.at < until:
+                check()
+                # Logits of passes of different sizes leave holes, in which the next do not fit.
+                trim_heap()
+                yield self._pass(min(self._most(), until - self.at))
+
+    @torch.inference_mode()
+    def seconds_per_token(self, tokens: int) -> float:
+        """Read on one token at a time, as in generation; the median time of a pass."""
+        times = []
+        for _ in range(min(tokens, self.ids.shape[1] - self.at)):
+            started = time.perf_counter()
+            self._pass(1)
+            times.append(time.perf_counter() - started)
+        return sorted(times)[len(times) // 2] if times else 0.0
+
+    def _most(self) -> int:
+        if self._recomputes:
+            return max(1, int(self.options.window * RECOMPUTED_SHARE))
+        return self._chunk
+
+    def _pass(self, tokens: int) -> Tensor:
+        inputs: dict[str, Any] = {"use_cache": False}
+        start = self.at
+        if isinstance(self.cache, WindowCache):
+            tokens = self.cache.stream.most_tokens(tokens)
+            inputs = self.cache.inputs(tokens, self.model.device, self.model.dtype)
+        if self.cache is not None:
+            inputs.update(past_key_values=self.cache, use_cache=True)
+        else:
+            start = max(0, self.at + tokens - self.options.window) if self._recomputes else 0
+        end = self.at + tokens
+        logits = self.model(input_ids=self.ids[:, start:end], **inputs).logits[0, self.at - start :]
+        targets = self.ids[0, self.at + 1 : end + 1]
+        self.at = end
+        logits = logits[: len(targets)].float()
+        nll = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
+        if bool(nll.isnan().any()):
+            raise CorruptModel(
+                f"The model produced numbers that are not numbers within the first {end:,} tokens of the text.",
+                "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+            )
+        return nll.cpu()
+
+    def cache_bytes(self) -> int:
+        """What the cache holds now; pages of it that were never written are not counted on a CPU."""
+        return 0 if self.cache is None else stored_bytes(self.cache, self.at)
+
+
+def stored_bytes(cache: Any, tokens: int) -> int:
+    """Bytes of keys, values and their scales that a cache holds after `tokens` tokens, buffers for unfolding aside."""
+    total = 0
+    for layer in cache.layers:
+        if not getattr(layer, "is_initialized", False):
+            continue
+        filled = 1.0
+        if hasattr(layer, "capacity"):
+            filled = min(1.0, tokens / layer.capacity)
+        elif hasattr(layer, "ring"):
+            filled = min(1.0, tokens / layer.ring.slots)
+        stores = layer._stores() if hasattr(layer, "_stores") else (layer.keys, layer.values)
+        total += int(filled * sum(store.nbytes for store in stores))
+    return total

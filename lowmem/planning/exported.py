@@ -1,0 +1,144 @@
+"""Bytes of exported graphs: on disk, in a session, and while they are written. Imports neither torch nor onnxruntime.
+
+Layouts are those of `lowmem.export`: MatMulNBits' blocks, dynamic int8 matrices, fp32 for the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.units import MB
+
+HEAD_BITS, HEAD_GROUP = 8, 64
+"""Embedding and output head of int8 and int4 graphs, and all layers of int8: blocks of 64 inputs, symmetric."""
+
+RUNTIME_BYTES = 34 * MB
+"""ONNX Runtime's code and its first session (1.32, measured)."""
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
+"""What `lowmem.export.fused` writes."""
+
+SECONDS_PER_PARAMETER = {"fp32": 6e-9, "fp16": 6e-9, "int8": 4e-8, "int4": 6e-8}
+"""Writing and proving on one core of 2024 (measured with the demo model); a first guess at the time."""
+
+
+def missing() -> str | None:
+    """The packages without which no graph is written or run, in a sentence; None when they are here."""
+    if absent := [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
+        return f"{' and '.join(absent)} is not installed: pip install {' '.join(absent)}."
+    return None
+
+
+def refusal(spec: ModelSpec) -> str | None:
+    """Why `spec` has no fused graph, as far as its shape tells; None when it may have one."""
+    if absent := missing():
+        return absent
+    if spec.exported:
+        return None
+    if spec.model_type not in FAMILIES:
+        return f"There is no fused ONNX graph for models of type {spec.model_type!r}."
+    if spec.head_dim % 8:
+        return f"The fused attention needs heads of a multiple of 8 channels, not {spec.head_dim}."
+    return None
+
+
+def block_bytes(rows: int, columns: int, bits: int, group: int) -> int:
+    """MatMulNBits' codes, fp32 scales and zero points."""
+    blocks = math.ceil(columns / (columns if group < 0 else group))
+    return rows * (columns * bits // 8 + 4 * blocks + math.ceil(blocks * bits / 8))
+
+
+def matrix_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every linear layer of the blocks."""
+    shapes = [
+        (t.shape[0], t.shape[1]) for t in spec.tensors if len(t.shape) == 2 and _is_layer(t) and not t.packed_layer
+    ]
+    return shapes + list(spec.packed_layers.values())
+
+
+def _is_layer(tensor: Tensor) -> bool:
+    return any(part.isdigit() for part in tensor.name.split("."))
+
+
+def graph_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
+    """Weights of the main graph, as written and as a session packs them."""
+    layers = matrix_shapes(spec)
+    copies = 1 if spec.tied else 2
+    rotary = 4 * spec.context * spec.head_dim
+    if precision in ("fp32", "fp16"):
+        size = DTYPE_BYTES[precision]
+        # A tied embedding is gathered from rows and multiplied by columns.
+        return size * (sum(r * c for r, c in layers) + 2 * spec.vocab * spec.hidden) + rotary
+    bits, group = (HEAD_BITS, HEAD_GROUP) if precision == "int8" else (4, group_size)
+    if spec.stored is not None:
+        bits, group = max(4, spec.stored.bits), spec.stored.group_size
+    return sum(block_bytes(*shape, bits, group) for shape in layers) + copies * head_bytes(spec) + rotary
+
+
+def head_bytes(spec: ModelSpec) -> int:
+    return block_bytes(spec.vocab, spec.hidden, HEAD_BITS, HEAD_GROUP)
+
+
+def prefill_bytes(spec: ModelSpec) -> int:
+    """Weights of the second graph: a byte each and a scale a row."""
+    return sum(rows * columns + 4 * rows for rows, columns in matrix_shapes(spec))
+
+
+def disk_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
+    """What an export writes, tokenizer and companions not counted; `fast_prefill` as `ExportOptions` decides when None."""
+    if fast_prefill is None:
+        bits = spec.stored.bits if precision == "stored" and spec.stored else 0
+        fast_prefill = precision == "int8" or bits > 4
+    return graph_bytes(spec, precision, group_size) + (prefill_bytes(spec) if fast_prefill else 0)
+
+
+def session_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
+    """What both sessions hold of the weights once loaded."""
+    if spec.exported:
+        return spec.size_on_disk
+    return disk_bytes(spec, precision, group_size, fast_prefill)
+
+
+def kv_bytes(spec: ModelSpec, context: int, batch: int) -> int:
+    """Keys and values in fp32; the graph keeps all of them, also those that a sliding layer has forgotten."""
+    return 2 * 4 * spec.layers * spec.kv_heads * spec.head_dim * context * batch
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int) -> int:
+    """Peak of one block over `tokens` of one row, or one token of each of `batch` rows, that see `context` tokens.
+
+    Counted: residual and normed input; query, key, value and their rotated copies; gate, up and their product; and
+    the scores of all heads, which exist at once.
+    """
+    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    rows = max(tokens, batch)
+    wide = rows * max(3 * (q_width + 2 * kv_width), 4 * spec.intermediate)
+    scores = spec.heads * rows * context
+    return 4 * (3 * rows * spec.hidden + wide + scores + 2 * batch * spec.vocab)
+
+
+def export_peak_bytes(spec: ModelSpec) -> int:
+    """What writing holds beside the process itself: the largest matrix in fp32, its codes, and the proof's logits.
+
+    Layers that share an input are stacked: twice the largest of those.
+    """
+    largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
+    return 4 * largest + 3 * largest + PROOF_BYTES
+
+
+PROOF_BYTES = 400 * MB
+"""Logits of the original and of the graph over the proof's text, and their logarithms."""
+
+
+@functools.cache
+def runtime_version() -> str:
+    """Of ONNX Runtime, without importing it; "" when it is absent."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:
+        return ""

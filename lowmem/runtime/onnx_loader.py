@@ -1,0 +1,96 @@
+"""From a plan to an exported model in memory: its graph from the cache, or written there first.
+
+Graphs are kept under LOWMEM_HOME by what they were made from and how, so a model is exported once. Writing runs
+in a process of its own, whose memory ends with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import lowmem
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.export.manifest import is_exported, read_manifest
+from lowmem.export.onnx_session import OnnxModel
+from lowmem.export.options import ExportOptions
+from lowmem.planning.exported import runtime_version
+from lowmem.planning.plan import Plan
+from lowmem.runtime.isolated import Finished, run_isolated
+from lowmem.runtime.loader import Loaded, _check_vocabulary, _tokenizer
+from lowmem.settings import settings
+
+log = logging.getLogger("lowmem.export")
+
+
+def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
+    """Open the exported `folder`; the generator's return value is a `Loaded` whose model is an `OnnxModel`.
+
+    Raises:
+        CorruptModel, Unsupported, BadInput, MissingDependency: see `OnnxModel`.
+    """
+    read_manifest(folder)
+    tokenizer = _tokenizer(folder)
+    yield Step(0, 0, "Opening the graph")
+    model = OnnxModel(folder)
+    yield Step(1, 1, "Loading weights")
+    loaded = Loaded(model, tokenizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]  # its duck
+    _check_vocabulary(tokenizer, loaded.model, plan)
+    return loaded
+
+
+def graph_folder(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
+    """The exported model for `plan`: `folder` itself where it is one, else one in the cache, written when it is not there.
+
+    Raises:
+        Unsupported: there is no graph for the model, or it fails its proof.
+        DoesNotFit, DiskFull, OutOfMemory, Cancelled: while writing it.
+    """
+    if is_exported(folder):
+        return folder
+    options = _options(plan)
+    kept = settings().home / "graphs" / f"{plan.spec.name.replace('/', '--')}-{_key(folder, options)}"
+    if is_exported(kept):
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": plan.spec.ref}
+    yield Step(0, 0, "Writing its graph, once")
+    for event in run_isolated("lowmem.runtime.onnx_loader:export_job", arguments, cancel):
+        if not isinstance(event, Finished):
+            yield event
+    return kept
+
+
+def export_job(folder: str, out: str, options: dict[str, object], ref: str) -> Generator[Step, None, dict[str, object]]:
+    """`export_model` as a job of `run_isolated`; returns the receipt as a dict."""
+    from lowmem.export.pipeline import export_model
+
+    events = export_model(Path(folder), Path(out), ExportOptions(**options), ref=ref)  # type: ignore[arg-type]
+    for event in events:
+        if isinstance(event, Receipt):
+            return event.as_dict()
+        yield event
+    raise RuntimeError("an export ended without a receipt")
+
+
+def _options(plan: Plan) -> ExportOptions:
+    stored = plan.spec.stored
+    if plan.precision == "stored" and stored is not None:
+        return ExportOptions(precision="int4" if stored.bits <= 4 else "int8")
+    return ExportOptions(precision=plan.precision)
+
+
+def _key(folder: Path, options: ExportOptions) -> str:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    content = {
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "options": asdict(options),
+        "versions": [lowmem.__version__, runtime_version().split(".")[:2]],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -1,0 +1,144 @@
+"""Forecasts, proofs and races of exports as HTML and pictures. Pure functions of data; everything from outside is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lowmem.events import Receipt
+from lowmem.export.run import Forecast
+from lowmem.measure.drawing import GREY, Bar, Label, Shape, Sheet
+from lowmem.ui import render
+from lowmem.ui.render_quantize import figures, files, rounded
+from lowmem.ui.strings import name, say
+from lowmem.units import format_bytes, format_seconds
+
+COLORS = {"torch": "#d9822b", "onnx": "#4c8bd6"}
+NAMES = {"torch": "PyTorch fp32", "onnx": "ONNX Runtime"}
+
+WIDTH, MARGIN, GAP, ROW, BAR = 1000, 24, 48, 26, 16
+
+
+def card(expected: Forecast, original_bytes: int) -> str:
+    """What would be made and what it would cost."""
+    facts = [
+        (say("size"), f"{format_bytes(original_bytes)} → {format_bytes(expected.disk_bytes)}"),
+        (say("peak"), format_bytes(expected.ram_bytes)),
+        (say("export_session"), format_bytes(expected.session_bytes)),
+        (say("time"), say("about", time=rounded(expected.seconds))),
+    ]
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
+    pill = (
+        f'<span class="lm-pill" data-verdict="{expected.verdict}">{escape(name("verdicts", expected.verdict))}</span>'
+    )
+    return (
+        f'<section class="lm-forecast" data-verdict="{expected.verdict}">'
+        f'<div class="lm-head"><h2>{escape(say("predicted"))}</h2>{pill}</div><dl class="lm-pairs">{cells}</dl>'
+        f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p></section>'
+    )
+
+
+def receipt(one: Receipt) -> str:
+    """The proof, predicted against measured, what the optimiser did, and the files."""
+    details = one.details
+    pairs = [
+        (say("on_disk_size"), details["predicted_bytes"], one.disk_bytes),
+        *((say("peak"), one.predicted[key], one.measured[key]) for key in one.measured if key in one.predicted),
+    ]
+    bars = "".join(render.against(*pair) for pair in pairs)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
+    folder = Path(details["folder"])
+    facts = f"{escape(say('time'))} {escape(format_seconds(one.seconds))} · {escape(folder.name)}"
+    return (
+        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"])}'
+        f"{optimised(details.get('optimised') or {})}{bars}"
+        f'<p class="lm-muted lm-small">{facts}</p><ul class="lm-notes">{notes}</ul>{files(folder)}</section>'
+    )
+
+
+def proof(proven: dict[str, Any]) -> str:
+    """Agreement with the original, read at once and token by token."""
+    rows = [
+        (
+            say(f"export_{way}"),
+            f"{proven[way]['max_difference']:.2g}",
+            f"{proven[way]['kl']:.4f}",
+            f"{proven[way]['agreement']:.1%}",
+            f"{proven[way]['tokens']:,}",
+        )
+        for way in ("prefill", "decode")
+    ]
+    return figures(say("export_proof").split("|"), rows)
+
+
+def optimised(report: dict[str, Any]) -> str:
+    """Before and after the optimiser."""
+    if not report.get("after"):
+        return render.quiet(say("export_not_optimised")) if report else ""
+    before, after = report["before"], report["after"]
+    fusions = ", ".join(f"{count} {kind}" for kind, count in report.get("fusions", {}).items()) or "none"
+    rows = [
+        (say("export_nodes"), f"{before['nodes']:,}", f"{after['nodes']:,}"),
+        (say("size"), format_bytes(before["bytes"]), format_bytes(after["bytes"])),
+        (say("export_latency"), f"{1000 * before['seconds']:.1f} ms", f"{1000 * after['seconds']:.1f} ms"),
+        (say("export_fusions"), "", fusions),
+    ]
+    return figures(say("export_optimised").split("|"), rows)
+
+
+def race(result: dict[str, Any]) -> Sheet:
+    """Prefill speed and latency per token by prompt length, the graph beside PyTorch."""
+    lengths: list[int] = result["prompts"]
+    panel = (WIDTH - 2 * MARGIN - GAP) / 2
+    height = 84 + len(lengths) * (2 * ROW + 18)
+    shapes = [
+        *_panel(result, "prefill_tps", "Prefill", "prompt tokens a second; longer is better", MARGIN, panel, "{:,.0f}"),
+        *_panel(
+            result,
+            "token_ms",
+            "Each new token",
+            "milliseconds; shorter is better",
+            MARGIN + panel + GAP,
+            panel,
+            "{:.1f} ms",
+        ),
+    ]
+    return Sheet(WIDTH, height, tuple(shapes), "The graph against PyTorch")
+
+
+def _panel(
+    result: dict[str, Any], key: str, title: str, unit: str, x: float, width: float, form: str
+) -> Iterator[Shape]:
+    yield Label(x, 20, title, 15, bold=True)
+    yield Label(x, 42, unit, 12)
+    series: dict[str, Sequence[float | None]] = {engine: result[engine][key] for engine in COLORS}
+    largest = max((value or 0 for values in series.values() for value in values), default=0) or 1
+    named, room = 110, width - 110 - 80
+    y = 76.0
+    for position, length in enumerate(result["prompts"]):
+        yield Label(x, y - 2, f"{length} tokens", 12, bold=True)
+        for engine, values in series.items():
+            y += ROW if engine == "onnx" else 18
+            value = values[position]
+            yield Label(x, y, NAMES[engine], 12)
+            if value is None:
+                yield Label(x + named, y, "no figure", 12)
+                continue
+            yield Bar(x + named, y - BAR / 2, room * value / largest, BAR, COLORS[engine])
+            yield Label(x + named + room * value / largest + 6, y, form.format(value), 12, color=GREY)
+        y += 26
+
+
+def race_table(result: dict[str, Any]) -> str:
+    """The figures of a race."""
+    rows = [
+        (
+            f"{length}",
+            *(f"{result[engine]['prefill_tps'][index]:,.0f}" for engine in COLORS),
+            *(f"{result[engine]['token_ms'][index] or 0:.1f} ms" for engine in COLORS),
+        )
+        for index, length in enumerate(result["prompts"])
+    ]
+    return figures(say("export_race_table").split("|"), rows)

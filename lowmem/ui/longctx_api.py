@@ -1,0 +1,81 @@
+"""Named endpoints of long texts, like those in `api`. Streams and batches with a window are options of /generate and /batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+
+from lowmem.events import CancelToken, Receipt
+from lowmem.fields import build
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import actions
+from lowmem.longctx.exercise import exercise
+from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.sources import long_text
+from lowmem.ui.api import told_stream
+from lowmem.ui.bind import ENGINE, pump
+from lowmem.ui.engine import Engine
+from lowmem.ui.runner import new_folder
+
+Json = dict[str, Any]
+
+
+def add_longctx_endpoints(engine: Engine) -> None:
+    """Add /perplexity, /hidden_states and /exercise to the Blocks that is being built."""
+    for stream in (_perplexity(engine), _hidden_states(engine), _exercise(engine)):
+        gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
+
+
+def _perplexity(engine: Engine) -> Callable[..., Iterator[Json]]:
+    def perplexity(text: str, window: int = 1024, stride: int = 0, sinks: int = 4, kv: str = "same") -> Iterator[dict]:
+        """Perplexity along a text: by windows with a stride, or read once through the cache where stride is 0."""
+        engine.require_model()
+        token, given = CancelToken(), long_text(text).text
+        options = build(GenerateOptions, {"window": window, "sinks": sinks, "kv": kv})
+        if stride:
+            events = actions.sliding_perplexity(engine.session, given, window, stride, cancel=token)
+        else:
+            events = actions.reading_perplexity(engine.session, given, options, cancel=token)
+        yield from _as_json(engine, events, token)
+
+    return perplexity
+
+
+def _hidden_states(engine: Engine) -> Callable[..., Iterator[Json]]:
+    def hidden_states(
+        text: str, window: int = 1024, stride: int = 512, layers: list | None = None, format: str = "npy"
+    ) -> Iterator[dict]:
+        """Hidden states window by window into a file, which the receipt's details name ("file")."""
+        engine.require_model()
+        token, given = CancelToken(), long_text(text).text
+        kind = "safetensors" if format == "safetensors" else "npy"
+        path = new_folder("hidden") / f"hidden_states.{kind}"
+        chosen = [int(layer) for layer in layers or (-1,)]
+        events = actions.hidden_states(engine.session, given, window, stride, path, layers=chosen, cancel=token)
+        yield from _as_json(engine, events, token)
+
+    return hidden_states
+
+
+def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
+    def exercise_(model: str = "demo", options: dict | None = None, ram: str = "") -> Iterator[dict]:
+        """Five ways to read on, each in a process of its own; yields steps and points, last of all the receipt."""
+        engine.spec(model)  # refuses paths that strangers may not name
+        token, chosen = CancelToken(), build(ExerciseOptions, options or {})
+        budget = engine.budget_bytes({"ram": ram})
+        events = exercise(model, options=chosen, ram=budget["ram"], vram=budget["vram"], cancel=token)
+        yield from _as_json(engine, events, token)
+
+    exercise_.__name__ = "exercise"
+    return exercise_
+
+
+def _as_json(engine: Engine, events: Iterator[Any], token: CancelToken) -> Iterator[Json]:
+    for gathered in pump(events, token):
+        for event in gathered:
+            if isinstance(event, Receipt):
+                engine.note(event)
+            yield {"receipt": event.as_dict()} if isinstance(event, Receipt) else asdict(event)

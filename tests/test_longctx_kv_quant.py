@@ -1,0 +1,132 @@
+"""Packed keys and values: what they lose, what they take, and that they do not change what is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_longctx_sinks import GREEDY, ours, windowed_logits
+from toys import prompt, toy
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache
+
+from lowmem.errors import Unsupported
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import policy
+from lowmem.longctx.kv_quant import BlockLayer, pack, quantize, unpack
+from lowmem.planning.cache import BLOCK, block_bytes
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_packed_comes_back(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 5, 16), dtype=torch.uint8)
+    out = torch.empty(3, 5, 16)
+    unpack(pack(codes, bits), bits, out)
+    assert torch.equal(out, codes.float())
+
+
+@pytest.mark.parametrize(("bits", "over"), [(8, -1), (4, -2), (2, -1)])
+def test_rounding_is_within_half_a_step(bits: int, over: int) -> None:
+    states = torch.randn(2, 3, 64, 16)
+    codes, scales, lows = quantize(states, bits, over)
+    assert scales.dtype == lows.dtype == torch.float16
+    error = (lows.float() + scales.float() * codes - states).abs()
+    assert bool((error <= 0.51 * scales.float() + 2e-3).all())
+
+
+def full_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids]), past_key_values=DynamicCache(config=model.config)).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "phi"])
+@pytest.mark.parametrize(("kv", "error"), [("int4", 0.2), ("int2", 0.95)])
+def test_logits_stay_near_the_exact_ones(name: str, kv: str, error: float) -> None:
+    model, ids = toy(name), prompt(300)
+    expected = full_logits(model, ids)
+    cache = policy.make_cache(model, replace(GREEDY, kv=kv), rows=1, capacity=300, pads=[0])
+    found = []
+    with torch.inference_mode():
+        for part in torch.tensor([ids]).split([100, 1, 1, 100, 98], dim=1):
+            inputs = cache.inputs(part.shape[1], model.device, model.dtype)
+            found.append(model(input_ids=part, past_key_values=cache, use_cache=True, **inputs).logits)
+    got = torch.cat(found, dim=1)
+    torch.testing.assert_close(got[:, :100], expected[:, :100], atol=1e-4, rtol=1e-4)
+    assert (got - expected).norm() < error * expected.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_eight_bits_with_a_window_are_the_exact_window_but_for_rounding(chunk: int) -> None:
+    model, ids, options = toy("llama"), prompt(400), replace(GREEDY, sinks=4, window=150)
+    exact = windowed_logits(model, [ids], options, chunk)
+    rounded = windowed_logits(model, [ids], replace(options, kv="int8"), chunk)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_positions_that_come_back_change_nothing_but_rounding(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, options = toy("llama"), prompt(500), replace(GREEDY, sinks=4, window=100, kv=kv)
+    expected = windowed_logits(model, [ids], options, 1)
+    monkeypatch.setattr(policy, "position_limit", lambda _config: 160)
+    got = windowed_logits(model, [ids], options, 1)
+    assert (got - expected).norm() < (0.02 if kv == "int8" else 0.4) * expected.norm()
+
+
+def test_unequal_rows_of_a_batch_are_near_what_they_are_alone() -> None:
+    prompts = [prompt(150), prompt(3, 1), prompt(90, 2)]
+    for options in (replace(GREEDY, kv="int8", sinks=4, window=100), replace(GREEDY, kv="int4", max_new_tokens=100)):
+        model = toy("llama")
+        pads = [150 - len(one) for one in prompts]
+        cache = policy.make_cache(model, options, rows=3, capacity=250, pads=pads)
+        padded = torch.tensor([[0] * pad + one for one, pad in zip(prompts, pads, strict=True)])
+        start = 0
+        with torch.inference_mode():
+            for tokens in [*cache.parts(149, 64), 1]:
+                inputs = cache.inputs(tokens, model.device, model.dtype)
+                part = padded[:, start : start + tokens]
+                logits = model(input_ids=part, past_key_values=cache, use_cache=True, **inputs).logits[:, -1]
+                start += tokens
+        for row, one in enumerate(prompts):
+            alone = windowed_logits(model, [one], replace(options, window=options.window or 246), 64)[0, -1]
+            assert (logits[row] - alone).norm() < (0.05 if options.kv == "int8" else 0.4) * alone.norm()
+
+
+def test_rows_that_end_leave_the_others_alone() -> None:
+    options = GenerateOptions(max_new_tokens=120, sinks=4, window=80, kv="int4", num_sequences=3, seed=3)
+    three = ours(toy("llama"), [prompt(100)], options)
+    alone = [ours(toy("llama"), [prompt(100)], replace(options, num_sequences=1, seed=seed))[0] for seed in (3, 4, 5)]
+    assert three == alone
+
+
+@pytest.mark.parametrize(("bits", "share"), [(4, 0.32), (2, 0.20)])
+def test_bytes_are_what_the_planner_says(bits: int, share: float) -> None:
+    model = toy("llama")
+    cache = policy.make_cache(model, replace(GREEDY, kv=f"int{bits}"), rows=1, capacity=4096, pads=[0])
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([prompt(8)]), past_key_values=cache, use_cache=True)
+    layer = cache.layers[0]
+    assert isinstance(layer, BlockLayer)
+    packed = sum(store.nbytes for store in (*layer.packed_keys.stores, *layer.packed_values.stores))
+
+    class Spec:
+        kv_heads, head_dim = 2, 16
+
+    assert packed == 4096 // BLOCK * block_bytes(Spec, bits)  # type: ignore[arg-type]
+    wide = {"kv_heads": 3, "head_dim": 64}
+    assert block_bytes(type("Spec", (), wide), bits) <= share * BLOCK * 2 * 3 * 64 * 2  # type: ignore[arg-type]
+
+
+def test_a_block_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    retire = BlockLayer._retire
+    monkeypatch.setattr(BlockLayer, "_retire", lambda self, block: (made.append(block), retire(self, block))[1])
+    ours(toy("llama"), [prompt(200)], replace(GREEDY, kv="int4", max_new_tokens=100))
+    assert sorted(made) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_schemes_that_go_by_order_are_refused_by_name() -> None:
+    bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=260)).eval()
+    with pytest.raises(Unsupported, match="bloom"):
+        policy.make_cache(bloom, replace(GREEDY, kv="int4"), rows=1, capacity=8, pads=[0])

@@ -1,0 +1,56 @@
+"""Windows and packed caches as the planner prices them, against the bytes of the layers themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import machine
+from test_longctx_sinks import GREEDY
+from toys import prompt, save_toy, toy
+
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import policy
+from lowmem.longctx.limits import context_of
+from lowmem.models.source import read_spec
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.cache import kv_bytes
+from lowmem.planning.estimate import priced
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.planner import plan
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return read_spec(str(save_toy("llama", tmp_path_factory.mktemp("toy"))))
+
+
+def held(options: GenerateOptions, capacity: int) -> int:
+    model = toy("llama")
+    cache = policy.make_cache(model, options, rows=1, capacity=capacity, pads=[0])
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([prompt(4)]), past_key_values=cache, use_cache=True)
+    return sum(store.nbytes for layer in cache.layers for store in layer._stores())
+
+
+@pytest.mark.parametrize("kv", ["same", "int8", "int4", "int2"])
+def test_a_window_costs_what_its_layers_hold_however_long_the_text(kv: str, spec: ModelSpec) -> None:
+    options = GenerateOptions(window=200, sinks=4, kv=kv)
+    expected = held(options, 0)
+    for context in (1_000, 1_000_000):
+        assert kv_bytes(spec, context, 1, "fp32", kv, window=200, sinks=4) == expected
+    assert kv_bytes(spec, 1000, 3, "fp32", kv, window=200, sinks=4) == 3 * expected
+
+
+@pytest.mark.parametrize("kv", ["int4", "int2"])
+def test_packed_caches_cost_what_their_layers_hold(kv: str, spec: ModelSpec) -> None:
+    for capacity in (64, 300, 512):
+        assert kv_bytes(spec, capacity, 1, "fp32", kv) == held(GenerateOptions(kv=kv), capacity)
+
+
+def test_plans_with_a_window_do_not_grow_with_the_text(spec: ModelSpec) -> None:
+    hardware = machine()
+    first = plan(spec, hardware, limits_from(hardware), Goal(precision="fp32"))
+    peaks = [priced(first, context=context, window=64, sinks=4).main.peak for context in (10_000, 10_000_000)]
+    assert peaks[0] == peaks[1] < priced(first, context=10_000).main.peak
+    assert context_of(512, GREEDY) == 512
+    assert context_of(512, GenerateOptions(window=64)) > 10**9

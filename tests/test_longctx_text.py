@@ -1,0 +1,218 @@
+"""Long texts from people, curves and tables, the command line, and the exercise on a toy."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from toys import save_toy
+
+from lowmem.__main__ import main
+from lowmem.errors import BadInput, Offline
+from lowmem.events import CancelToken, Receipt
+from lowmem.longctx import sources
+from lowmem.longctx.curve import Curve
+from lowmem.longctx.exercise import Point, exercise, ways
+from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.plots import perplexity_sheet, picture, to_csv
+from lowmem.longctx.sources import MOST_CHARACTERS, fetched, long_text, plain
+from lowmem.measure.drawing import Line, to_svg
+from lowmem.measure.scoring import Slab
+
+
+def test_the_first_source_that_is_given_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "story.txt"
+    file.write_text("a story", encoding="utf-8")
+    assert long_text("pasted", str(file), "manual").text == "a story"
+    assert long_text("pasted", None, "manual").name == "manual (tail)"
+    assert long_text("pasted").text == "pasted"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "The text is empty."),
+        (" \n", "The text is empty."),
+        ("a\0b", "The text holds binary data."),
+        ("x" * (MOST_CHARACTERS + 1), r"2,000,001 characters, more than the 2,000,000 that are accepted"),
+    ],
+)
+def test_what_is_no_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        long_text(text)
+
+
+def test_binary_and_huge_files_are_refused_with_the_bound(tmp_path: Path) -> None:
+    for content, message in ((b"\xff\xfe\x00", "not UTF-8"), (b"a\0b", "binary"), (b"a" * 17_000_000, "16.0 MB")):
+        (tmp_path / "file.txt").write_bytes(content)
+        with pytest.raises(BadInput, match=message):
+            long_text(file=tmp_path / "file.txt")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:1/x", "http://localhost/", "http://[::1]/", "http://169.254.169.254/latest", "http://10.0.0.1/"],
+)
+def test_the_servers_own_network_is_not_looked_into(address: str) -> None:
+    with pytest.raises(BadInput, match="not on the public network"):
+        fetched(address, CancelToken())
+
+
+def test_paths_are_no_addresses() -> None:
+    for address in ("/etc/passwd", "file:///etc/passwd", "ftp://example.org/x"):
+        with pytest.raises(BadInput, match="is no address of a text"):
+            long_text(source=address)
+
+
+CLIENT = httpx.Client
+
+
+def served(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    transport = httpx.MockTransport(answer)
+    monkeypatch.setattr(sources.httpx, "Client", lambda **options: CLIENT(transport=transport, **options))
+    monkeypatch.setattr(sources, "_check_public", lambda _address: None)
+
+
+def test_pages_are_read_as_people_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "<html><head><title>x</title></head><script>bad()</script><p>Caf&eacute;</p><p>au<b>l</b>ait</p>"
+    assert plain(page) == "Café\n\naulait"
+    served(monkeypatch, lambda _request: httpx.Response(200, html=page))
+    assert fetched("https://example.org/a", CancelToken()).text == "Café\n\naulait"
+
+
+def test_what_an_address_gives_is_bounded_and_must_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [
+        (httpx.Response(200, content=b"a" * 5_000_000, headers={"content-type": "text/plain"}), "4.00 MB"),
+        (
+            httpx.Response(200, content=b"%PDF", headers={"content-type": "application/pdf"}),
+            "application/pdf, not text",
+        ),
+        (httpx.Response(404), "status 404"),
+        (httpx.Response(302, headers={"location": "/again"}), "redirects more than"),
+    ]
+    for answer, message in answers:
+        served(monkeypatch, lambda _request, answer=answer: answer)
+        with pytest.raises(BadInput, match=message):
+            fetched("https://example.org/a", CancelToken())
+
+    def broken(_request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("no route")
+
+    served(monkeypatch, broken)
+    with pytest.raises(Offline, match="cannot be reached: no route"):
+        fetched("https://example.org/a", CancelToken())
+
+
+def test_a_curve_is_the_mean_surprise_of_each_stretch() -> None:
+    curve = Curve(100, 4)
+    surprise = torch.arange(100) / 100
+    for part in surprise.split([30, 1, 69]):
+        log_probs = torch.full((len(part), 3), -9.0)
+        log_probs[:, 1] = -part
+        curve.add(Slab(log_probs, torch.ones(len(part), dtype=torch.long)))
+    spans = curve.spans()
+    assert [(span.start, span.end) for span in spans] == [(0, 25), (25, 50), (50, 75), (75, 100)]
+    for span in spans:
+        assert span.perplexity == pytest.approx(math.exp(float(surprise[span.start : span.end].mean())))
+
+
+def test_plots_and_tables_hold_every_point() -> None:
+    points = [Point("a", 10 * n, 5.0 + n, 0.01, 100 * n, 1000) for n in range(1, 5)] + [Point("b", error="too large")]
+    sheet = picture(points, "model")
+    assert sum(isinstance(shape, Line) and shape.width == 2.5 for shape in sheet.shapes) == 9
+    assert "model" in to_svg(sheet)
+    assert len(to_csv(points).splitlines()) == 6
+    assert to_svg(perplexity_sheet([(1, math.inf)])).count("no figures") == 1
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy("llama", tmp_path_factory.mktemp("toy"))
+
+
+def receipt_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--stride", "16"], ["--sinks", "4"], ["--kv-bits", "4"], ["--sinks", "4", "--kv-bits", "2"]]
+)
+def test_perplexity_on_the_command_line(flags: list[str], toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "longctx",
+        "perplexity",
+        str(toy_folder),
+        "--window",
+        "64",
+        "--tokens",
+        "700",
+        "--precision",
+        "fp32",
+        "--json",
+    ]
+    assert main([*arguments, *flags]) == 0
+    details = receipt_of(capsys)["details"]
+    assert details["tokens"] in (699, 700)
+    assert details["perplexity"] > 1
+    assert details["spans"][-1]["end"] == details["tokens"]
+
+
+def test_hidden_states_and_streams_on_the_command_line(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [str(toy_folder), "--window", "64", "--tokens", "300", "--precision", "fp32", "--json"]
+    out = tmp_path / "states.npy"
+    assert main(["longctx", "hidden", *common, "--stride", "32", "--out", str(out)]) == 0
+    assert receipt_of(capsys)["details"]["shape"] == [300, 64]
+    assert out.stat().st_size == 128 + 300 * 64 * 4
+    assert main(["longctx", "stream", *common, "--sinks", "4", "--kv-bits", "8", "--max-new-tokens", "700"]) == 0
+    receipt = receipt_of(capsys)
+    assert (receipt["new_tokens"], receipt["details"]["kv"]) == (700, "int8")
+    assert main(["longctx", "recall", *common[:3], "--precision", "fp32", "--json"]) == 0
+    assert [one["distance"] for one in receipt_of(capsys)["details"]["recalls"]] == [32, 128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["hidden", "--window", "64", "--stride", "65", "--out", "x.npy"],
+            "A stride of 65 does not go with a window of 64",
+        ),
+        (["hidden", "--window", "64"], "There is no file to write to."),
+        (["perplexity", "--window", "8", "--sinks", "8"], "8 sinks leave nothing of a window of 8 tokens."),
+        (["perplexity", "--window", "4096", "--sinks", "4"], "A window of 4,096 tokens with 4 sinks"),
+        (["stream", "--text", "nowhere.txt"], "There is no file nowhere.txt."),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    arguments: list[str], message: str, toy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, *flags = arguments
+    assert main(["longctx", kind, str(toy_folder), "--precision", "fp32", *flags]) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_the_exercise_reads_every_way_in_a_process_of_its_own(toy_folder: Path) -> None:
+    options = ExerciseOptions(tokens=400, window=64, points=2)
+    events = list(exercise(str(toy_folder), options=options, precision="fp32"))
+    points = [event for event in events if isinstance(event, Point)]
+    assert [point.error for point in points] == [""] * 10
+    assert [point.way for point in points[::2]] == list(ways(options))
+    receipt = events[-1]
+    assert isinstance(receipt, Receipt)
+    assert len(receipt.details["points"]) == 10
+    windowed = [point.kv_bytes for point in points if point.way == "window with sinks"]
+    assert windowed[0] == windowed[1]
+
+
+def test_the_exercise_stops(toy_folder: Path) -> None:
+    cancel = CancelToken()
+    cancel.set()
+    with pytest.raises(Exception, match="Stopped"):
+        list(exercise(str(toy_folder), options=ExerciseOptions(tokens=400, window=64), cancel=cancel))
