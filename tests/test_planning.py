@@ -9,7 +9,8 @@ import pytest
 from lowmem.errors import BadInput
 from lowmem.models.catalog import CATALOG, find, synthetic
 from lowmem.planning import exported
-from lowmem.planning.estimate import kv_bytes, priced, weight_bytes
+from lowmem.planning.cache import kv_bytes
+from lowmem.planning.estimate import priced, weight_bytes
 from lowmem.planning.goal import Goal, detected_limits, limits_from
 from lowmem.planning.ladder import LADDER, descend, next_rung, remedies
 from lowmem.planning.plan import Plan

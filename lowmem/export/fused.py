@@ -20,9 +20,12 @@ import torch
 from lowmem.events import CancelToken, Step
 from lowmem.export.graph import Graph
 from lowmem.export.linears import Blocks, Linear
+from lowmem.export.manifest import KEEP
 from lowmem.export.weights import Matrix, Source
 from lowmem.models.blocks import Layout
 from lowmem.planning.exported import FAMILIES
+
+EVERYTHING = 2**31 - 1
 
 _ACTIVATIONS = {"silu": "QuickGelu", "swish": "QuickGelu", "gelu_pytorch_tanh": "FastGelu", "gelu_new": "FastGelu"}
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -78,7 +81,7 @@ class FusedDecoder:
     """Writes the graph of `model` (empty, of transformers) with the weights of `source`.
 
     Inputs: input_ids [batch, new], attention_mask [batch, all], position_ids [batch, new] (int64), and for every layer
-    past_key_values.N.key and .value [batch, heads, past, head_dim]. Outputs: logits [batch, new, vocabulary] and
+    past_key_values.N.key and .value [batch, heads, past, head_dim]; `KEEP` may be given too. Outputs: logits [batch, new, vocabulary] and
     present.N.key and .value.
     """
 
@@ -144,7 +147,11 @@ class FusedDecoder:
         assert self._ways.head is not None  # the caller has looked
         graph = self._graph
         matrix = self._embedding_matrix() if self._tied else self._source.matrix("lm_head")
-        logits = self._ways.head(graph, hidden, matrix)
+        # Logits of a whole prompt, of which one row is wanted, would take more memory and time than a block.
+        keep = graph.optional_input(KEEP, np.array([EVERYTHING]))
+        end = graph.constant([EVERYTHING])
+        kept = graph.add("Slice", (hidden, graph.add("Neg", (keep,)), end, graph.constant([1])))
+        logits = self._ways.head(graph, kept, matrix)
         capped = getattr(self.config, "final_logit_softcapping", None)
         if capped:
             cap = graph.constant(capped, self._ways.dtype)
@@ -152,7 +159,7 @@ class FusedDecoder:
         if self._ways.dtype is not np.float32:
             logits = graph.add("Cast", (logits,), to=1)
         graph.add("Identity", (logits,), "logits")
-        graph.output("logits", np.float32, ("batch", "new", self.config.vocab_size))
+        graph.output("logits", np.float32, ("batch", "kept", self.config.vocab_size))
 
     def _block(self, index: int, kind: str, residual: str, branch: str) -> tuple[str, str]:
         """One block on `residual` + `branch` ("" before the first); returns both again, not yet added."""

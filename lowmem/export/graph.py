@@ -105,6 +105,11 @@ class Graph:
         self._inputs.append(_value(name, dtype, dims))
         return name
 
+    def optional_input(self, name: str, default: np.ndarray) -> str:
+        """An input that may be left out: an initializer that a caller can override."""
+        self._initializers[name] = numpy_helper.from_array(default, name)
+        return self.input(name, default.dtype.type, default.shape)
+
     def output(self, name: str, dtype: type, dims: Dims) -> None:
         self._outputs.append(_value(name, dtype, dims))
 

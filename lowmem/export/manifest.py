@@ -14,6 +14,9 @@ VERSION = 1
 
 GRAPH, PREFILL, DATA = "model.onnx", "prefill.onnx", "model.onnx.data"
 
+KEEP = "logits_to_keep"
+"""An optional input [1] of fused graphs: of how many tokens, counted from the end, the logits are computed."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -37,7 +40,6 @@ class Manifest:
     files: dict[str, int]
     weights_bytes: int
     int8_range: int = 0
-    tokens_type: str = ""
     licence: str = ""
     model_tensors: list[list[Any]] = field(default_factory=list)
     proof: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMemory, Unsupported
-from lowmem.export.manifest import GRAPH, PREFILL, Manifest, read_manifest
+from lowmem.export.manifest import GRAPH, KEEP, PREFILL, Manifest, read_manifest
 from lowmem.machine.processor import cores, has_vnni
 
 log = logging.getLogger("lowmem.onnx")
@@ -49,7 +49,7 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or cores(), 1
     options.log_severity_level = 3
-    # Arena extensions are powers of two by default, which holds up to twice what is needed.
+    # Initializers beside the arena, which grows in powers of two and never shrinks.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if saturates:
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -105,6 +105,7 @@ class OnnxModel:
             )
         shape = self.session.get_inputs()[inputs.index(self.past[0])].shape
         self.kv_heads, self.head_dim = int(shape[1]), int(shape[3])
+        self.keeps_logits = KEEP in [value.name for value in self.session.get_overridable_initializers()]
         self.has_positions = "position_ids" in inputs
         self.cache_type = {"tensor(float16)": np.float16}.get(
             self.session.get_inputs()[inputs.index(self.past[0])].type, np.float32
@@ -152,7 +153,7 @@ class OnnxModel:
 
     __call__ = forward
 
-    def run(self, session: Any, binding: _Binding, options: Any = None) -> None:
+    def run(self, session: Any, binding: _Binding) -> None:
         """One run of a graph, preceded by the hooks.
 
         Raises:
@@ -161,7 +162,7 @@ class OnnxModel:
         for hook in self._hooks:
             hook(self, ())
         try:
-            session.run_with_iobinding(binding.io, options)
+            session.run_with_iobinding(binding.io)
         except Exception as error:
             if "alloc" in str(error).lower():
                 raise OutOfMemory(
@@ -220,11 +221,7 @@ class InPlaceCache:
         self._bound = None
 
     def _read(self, row: int, ids: np.ndarray) -> None:
-        """Fill the cache of a row; no logits."""
-        import onnxruntime as ort
-
-        path = ort.RunOptions()
-        path.only_execute_path_to_fetches = True
+        """Fill the cache of a row; its logits are not fetched, and but for one token not computed."""
         session = self._model.prefill or self._model.session
         done = 0
         while done < len(ids):
@@ -232,7 +229,9 @@ class InPlaceCache:
             part = ids[done : done + max(16, piece)]
             started = time.perf_counter()
             binding = self._binding(session, slice(row, row + 1), part[None])
-            self._model.run(session, binding, path)
+            if session is self._model.session and self._model.keeps_logits:
+                binding.input(KEEP, np.ones(1, np.int64))
+            self._model.run(session, binding)
             self._seconds_per_token = (time.perf_counter() - started) / len(part)
             self.lengths[row] += len(part)
             done += len(part)

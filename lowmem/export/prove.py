@@ -29,7 +29,7 @@ from lowmem.units import MB
 EXACT = 1e-3
 """Largest difference of a logit that fp32 may show."""
 
-GATES = {"fp16": 0.02, "int8": 0.1, "int4": 0.6}
+GATES = {"fp16": 0.02, "int8": 0.05, "int4": 0.6}
 """Mean KL divergence in nats up to which a graph is offered. What 4 bits cost depends on the model; more than this is no model."""
 
 TAKEN_OVER = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
-from lowmem.planning.plan import Plan
+from lowmem.planning.plan import Line, Plan
 from lowmem.units import format_bytes
 
 KV_STORAGES = ("same", "int8", "int4", "int2", "ram")
@@ -28,7 +28,7 @@ def kv_bytes(
 
     `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token), "int4" or "int2" (blocks of
     tokens with fp16 scales and offsets, beside exact first and latest tokens) or "none";
-    "ram" is "same", see `estimate.kv_on_device` for where.
+    "ram" is "same", see `device_bytes` for where.
     """
     if kv == "none":
         return 0
@@ -42,6 +42,30 @@ def kv_bytes(
     token = 2 * spec.kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
     native = token * min(context, spec.sliding_window)
     return batch * sum(native if kind == "sliding" else full for kind in spec.layer_types)
+
+
+def plan_bytes(plan: Plan, dtype: str) -> int:
+    """The KV cache of a plan, with its window or without."""
+    sinks = plan.sinks if plan.window else EXACT_FIRST
+    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv, plan.window, sinks)
+
+
+def device_bytes(plan: Plan, dtype: str) -> int:
+    """What of it lies where the model computes: all, or two layers of one that a GPU keeps in RAM."""
+    every = plan_bytes(plan, dtype)
+    return min(every, 2 * every // plan.spec.layers) if _waits(plan) else every
+
+
+def ram_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    """The KV cache that a GPU keeps in RAM."""
+    if not _waits(plan):
+        return ()
+    return (Line("kv", plan_bytes(plan, dtype), "The KV cache; each layer's crosses to the GPU in its turn."),)
+
+
+def _waits(plan: Plan) -> bool:
+    """Does the KV cache wait in RAM? That of a window is small and stays on the GPU."""
+    return plan.kv == "ram" and plan.place.kind == "cuda" and not plan.window
 
 
 def bits_of(kv: str) -> int:

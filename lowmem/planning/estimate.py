@@ -15,7 +15,6 @@ from typing import Any
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache, exported, packed
-from lowmem.planning.cache import kv_bytes
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.units import MB, format_bytes
 
@@ -144,6 +143,14 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> 
     return residual + max(attention, mlp) + _masked_attention_bytes(spec, tokens, context, size)
 
 
+def attending_bytes(plan: Plan, dtype: str) -> int:
+    """Activations of the widest pass over a prompt, or of a token, that `plan` makes."""
+    chunk = min(plan.prefill_chunk, plan.context)
+    return max(
+        activation_bytes(plan.spec, min(chunk, most) * plan.batch, seen, dtype) for most, seen in cache.passes(plan)
+    )
+
+
 def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
     if context <= tokens and spec.model_type not in EAGER_ATTENTION:
         return 0
@@ -171,7 +178,7 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     on_gpu = plan.place.kind == "cuda"
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
     lines = _run_lines(plan, dtype)
-    waiting = kv_in_ram(plan, dtype)
+    waiting = cache.ram_lines(plan, dtype)
     runtime = Line(
         "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
     )
@@ -184,39 +191,14 @@ def estimate(plan: Plan) -> tuple[Budget, ...]:
     return (Budget("ram", (*waiting, runtime, driver, slab), plan.limits.ram), vram)
 
 
-def kv_on_device(plan: Plan, dtype: str) -> int:
-    """KV cache in the memory of the device that computes: all of it, or two layers of one that a GPU keeps in RAM."""
-    every = _every_kv(plan, dtype)
-    return min(every, 2 * every // plan.spec.layers) if _kv_waits(plan) else every
-
-
-def _kv_waits(plan: Plan) -> bool:
-    """Does the KV cache wait in RAM? That of a window is small and stays on the GPU."""
-    return plan.kv == "ram" and plan.place.kind == "cuda" and not plan.window
-
-
-def kv_in_ram(plan: Plan, dtype: str) -> tuple[Line, ...]:
-    """The KV cache that a GPU keeps in RAM."""
-    if not _kv_waits(plan):
-        return ()
-    return (Line("kv", _every_kv(plan, dtype), "The KV cache; each layer's crosses to the GPU in its turn."),)
-
-
-def _every_kv(plan: Plan, dtype: str) -> int:
-    sinks = plan.sinks or cache.EXACT_FIRST
-    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv, plan.window, sinks)
-
-
 def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     if plan.backend == "onnx":
         return _graph_lines(plan)
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = kv_on_device(plan, dtype)
-    activations = max(
-        activation_bytes(spec, min(chunk, most) * batch, seen, dtype) for most, seen in cache.passes(plan)
-    ) + logits_bytes(spec, batch, dtype)
+    kv = cache.device_bytes(plan, dtype)
+    activations = attending_bytes(plan, dtype) + logits_bytes(spec, batch, dtype)
     dequantized = cache.unfolded_bytes(plan, dtype)
     loading = loading_peak(spec, plan.precision, dtype) - weights
     dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0

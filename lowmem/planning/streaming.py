@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import estimate
+from lowmem.planning import cache, estimate
 from lowmem.planning.placement import (
     PAGE,
     SLOTS,
@@ -25,7 +25,6 @@ from lowmem.planning.placement import (
 )
 from lowmem.planning.plan import Budget, Line, Plan
 from lowmem.planning.precision import available
-from lowmem.units import format_bytes
 
 
 def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
@@ -64,7 +63,7 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
     sizes = stored_block_bytes(plan.spec)
     waiting = placement.indices("ram")
     ram_lines = (
-        *estimate.kv_in_ram(plan, dtype),
+        *cache.ram_lines(plan, dtype),
         Line("weights", sum(sizes[index] for index in waiting), f"{len(waiting)} blocks in RAM, as they are stored."),
         Line("scratch", _ring_bytes(plan.spec, placement.indices("disk")), f"{SLOTS} blocks on their way from disk."),
         Line("overhead", estimate.CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
@@ -103,21 +102,15 @@ def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
 def _action_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
-    activations = estimate.activation_bytes(spec, chunk * batch, plan.context, dtype)
-    dequantized = spec.kv_bytes(plan.context, batch, dtype) // spec.layers if plan.kv == "int8" else 0
-    per_token = format_bytes(estimate.kv_bytes(spec, 1, 1, dtype, plan.kv))
+    activations = estimate.attending_bytes(plan, dtype)
     return (
-        Line(
-            "kv",
-            estimate.kv_on_device(plan, dtype),
-            f"{plan.context:,} tokens x {batch} at {per_token} a token ({'int8' if plan.kv == 'int8' else dtype}).",
-        ),
+        Line("kv", cache.device_bytes(plan, dtype), cache.sentence(plan, dtype)),
         Line(
             "activations",
             activations + estimate.logits_bytes(spec, batch, dtype),
             f"One block at work on {chunk:,} tokens x {batch}, and the logits.",
         ),
-        Line("scratch", dequantized, "A layer of the quantized cache, unfolded."),
+        Line("scratch", cache.unfolded_bytes(plan, dtype), "A layer of the quantized cache, unfolded."),
     )
 
 

@@ -52,7 +52,7 @@ class Gptq:
     name = "gptq"
     label = "GPTQ"
     calibrated = True
-    matrices = 6  # second moments, in order and damped, the factor, and what LAPACK holds to find it
+    matrices = 2  # second moments, and the factor of their inverse
     Options = GptqOptions
 
     def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere

@@ -1,0 +1,130 @@
+"""The Export tab without a browser: what it forecasts, shows and refuses; and its jobs in processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+import toys
+from ui_stub import StubEngine
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Receipt
+from lowmem.export.options import ExportOptions
+from lowmem.export.run import export_isolated, forecast, output_folder, race
+from lowmem.measure.drawing import to_svg
+from lowmem.models.catalog import find
+from lowmem.models.source import read_spec
+from lowmem.settings import settings
+from lowmem.ui import export_render
+from lowmem.ui.bind import Jobs
+from lowmem.ui.export import ExportTab, _own_result
+from lowmem.ui.page import build_ui
+from lowmem.units import GB, MB
+
+DEMO = find("demo").spec()
+PROOF = {way: {"max_difference": 0.5, "kl": 0.0123, "agreement": 0.987, "tokens": 480} for way in ("prefill", "decode")}
+
+
+def made(folder: str, **details: Any) -> Receipt:
+    return Receipt(
+        "export", "Toy", "int8", "cpu", 9.0, {"ram": 500 * MB}, {"ram": 480 * MB}, disk_bytes=101 * MB,
+        notes=("Proven: <well>.",),
+        details={"folder": folder, "predicted_bytes": 100 * MB, "proof": PROOF, "kind": "fused"} | details,
+    )  # fmt: skip
+
+
+def test_the_page_has_the_tab_and_one_of_each_element() -> None:
+    page = build_ui(StubEngine())
+    ids = [block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)]
+    assert {"export-model", "export-start", "export-card", "race-start", "export-push-token"} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_forecast_says_what_it_will_cost() -> None:
+    small, large = (forecast(DEMO, ExportOptions(precision=p), 400 * MB, 2 * GB) for p in ("int4", "fp32"))
+    assert small.disk_bytes < large.disk_bytes
+    assert small.verdict == "fits"
+    assert "fused graph" in small.sentence()
+    assert forecast(DEMO, ExportOptions(), 400 * MB, 500 * MB).verdict == "over"
+    generic = forecast(DEMO, ExportOptions(fused=False), 400 * MB, 9 * GB)
+    assert "generic" in generic.sentence()
+    card = export_render.card(small, 538 * MB)
+    assert "538 MB" in card
+    assert "Fits" in card
+
+
+def test_the_result_shows_proof_files_and_escapes(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    shown = export_render.receipt(made(str(tmp_path)))
+    assert "0.0123" in shown
+    assert "98.7%" in shown
+    assert "&lt;well&gt;" in shown
+    assert f"gradio_api/file={tmp_path}/model.onnx" in shown
+
+
+def test_the_optimisers_table_and_its_failure() -> None:
+    side = {"nodes": 200, "bytes": 3 * MB, "seconds": 0.004, "operators": {}}
+    shown = export_render.optimised(
+        {"before": side, "after": side | {"nodes": 90}, "fusions": {"Attention": 3}, "kept": True}
+    )
+    assert "3 Attention" in shown
+    assert "200" in shown
+    assert "gained nothing" in export_render.optimised({"before": side, "kept": False, "failed": "x"})
+    assert export_render.optimised({}) == ""
+
+
+def test_a_race_is_drawn_for_every_length() -> None:
+    side = {"prefill_tps": [100.0, 200.0], "token_ms": [10.0, None]}
+    result = {"prompts": [32, 128], "torch": side, "onnx": side}
+    drawn = to_svg(export_render.race(result))
+    assert drawn.count("<rect") == 6  # the missing figures have no bar
+    assert "128 tokens" in drawn
+    assert "200" in export_render.race_table(result)
+
+
+def test_only_results_of_the_page_are_loaded(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="Only results"):
+        _own_result(made(str(tmp_path)).as_dict())
+
+
+def test_pricing_explains_a_bad_choice() -> None:
+    with gr.Blocks():
+        tab = _tab()
+    card, button, problem = tab._price("demo", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits))
+    assert "Predicted" in card or problem
+    assert problem == "" or button.interactive is False
+    *_, problem = tab._price("no/such model", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits))
+    assert problem
+
+
+def _tab() -> ExportTab:
+    from lowmem.ui.sidebar import Sidebar
+    from lowmem.ui.workshop import Workshop
+
+    engine, jobs = StubEngine(), Jobs()
+    sidebar = Sidebar(engine, None)
+    with gr.Tabs() as tabs, gr.Tab("generate", id="generate"):
+        controls = {name: gr.Textbox() for name in ("model", "precision", "device", "context")}
+    setup: Any = SimpleNamespace(**controls, fit_context=lambda *_: None, load_on=lambda trigger: None)
+    return ExportTab(Workshop(engine), jobs, sidebar, tabs, setup)
+
+
+def test_the_jobs_export_and_race_in_processes_of_their_own(tmp_path: Path) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    spec = read_spec(str(source))
+    out = output_folder(spec.name, ExportOptions(precision="int8"))
+    assert out.is_relative_to(settings().outputs)
+    *_, receipt = export_isolated(str(source), out, {"precision": "int8"}, cancel=CancelToken())
+    assert isinstance(receipt, Receipt)
+    assert receipt.details["folder"] == str(out)
+    assert receipt.measured["ram"] > 0
+    assert output_folder(spec.name, ExportOptions(precision="int8")) != out
+    assert _own_result(receipt.as_dict()) == out.resolve()
+    *_, result = race(str(source), out)
+    assert isinstance(result, dict)
+    assert all(value > 0 for value in result["onnx"]["prefill_tps"])
+    assert len(result["torch"]["token_ms"]) == len(result["prompts"])
