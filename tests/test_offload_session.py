@@ -19,7 +19,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.models.source import read_spec
 from lowmem.offload import command
-from lowmem.offload.planned import by_budget, largest_batch, placed
+from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.run import Where, plan_for, run
 from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.ladder import offload
@@ -182,8 +182,18 @@ def test_the_rung_offloads_only_what_does_not_fit(seven_billion: Plan) -> None:
 
 
 def test_a_batch_grows_with_the_budget(seven_billion: Plan) -> None:
-    made = placed(big(seven_billion, 4_000_000_000), Placement(("disk",) * 32))
-    assert 1 < largest_batch(made) < largest_batch(big(made, 9_000_000_000))
+    sizes = [most_answers(big(seven_billion, ram), by_budget).batch for ram in (3_000_000_000, 4_000_000_000)]
+    assert 1 < sizes[0] < sizes[1]
+    chosen_places = [
+        most_answers(big(seven_billion, ram), lambda plan: placed(plan, Placement(("disk",) * 32))).batch
+        for ram in (3_000_000_000, 9_000_000_000)
+    ]
+    assert 1 < chosen_places[0] < chosen_places[1]
+
+
+def test_a_model_that_cannot_be_placed_has_no_batch(seven_billion: Plan) -> None:
+    with pytest.raises(DoesNotFit):
+        most_answers(big(seven_billion, 700_000_000), by_budget)
 
 
 def test_lists_of_blocks_are_read_and_refused() -> None:

@@ -5,8 +5,9 @@ The command line, the tab and the benchmark run this; `job` is the same in a pro
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lowmem.models.fetch import fetch
 from lowmem.models.files import LocalFolder
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.offload.planned import by_budget, placed
+from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.predict import predict
 from lowmem.offload.receipt import completed, repeating
 from lowmem.planning.estimate import priced
@@ -64,8 +65,12 @@ def plan_for(
     ram: int | None = None,
     vram: int | None = None,
     where: Where | None = None,
+    most: bool = False,
 ) -> Plan:
     """The plan of an offloaded run, by budget unless `where` chooses.
+
+    Args:
+        most: for as many sequences at once as pay, whatever `goal.batch` says.
 
     Raises:
         DoesNotFit: the budget is below what one block at a time takes; says which would do.
@@ -79,28 +84,21 @@ def plan_for(
         base = priced(base, precision=offload_precision(base), reason="Everything at home, as without offloading.")
     if where is not None and where.resident:
         return base
-    if where is None or not where.chosen:
-        return by_budget(base)
-    placement = all_at_home(base.spec, base.place.kind)
-    for place, indices in (("ram", where.ram), ("disk", where.disk)):
-        placement = chosen(placement, place, indices or ())
-    return placed(base, placement, may_map=where.may_map)
+    place: Callable[[Plan], Plan] = by_budget
+    if where is not None and where.chosen:
+        placement = all_at_home(base.spec, base.place.kind)
+        for name, indices in (("ram", where.ram), ("disk", where.disk)):
+            placement = chosen(placement, name, indices or ())
+        place = partial(placed, placement=placement, may_map=where.may_map)
+    return most_answers(base, place) if most else place(base)
 
 
 def measure(
-    model: str,
-    ram: int | None = None,
-    vram: int | None = None,
-    context: int = 512,
-    batch: int = 1,
-    disk: list[int] | None = None,
-    in_ram: list[int] | None = None,
-    again: bool = False,
+    model: str, disk: list[int], in_ram: list[int], mapped: bool, again: bool = False
 ) -> Generator[Step, None, None]:
-    """A job of its own that measures what predicting this plan takes, for processes that shall not load torch for it."""
+    """A job of its own that measures what predicting this placement takes: its caller need not load torch for it."""
     yield Step(0, 0, "Measuring how fast this machine reads")
-    places = Where(None if in_ram is None else tuple(in_ram), None if disk is None else tuple(disk))
-    plan = plan_for(Session(), model, Goal(context=context, batch=batch), ram, vram, places)
+    plan = plan_for(Session(), model, Goal(), where=Where(tuple(in_ram), tuple(disk), may_map=mapped))
     folder = yield from fetch(plan.spec.ref, CancelToken())
     predict(plan, _first_weights(folder), again)
 
