@@ -12,25 +12,17 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import ROOT, merged, save, table
 from benchmarks.memory import demo_folder
-from lowmem.models.catalog import synthetic
-from lowmem.models.checkpoint_writer import write_shards
-from lowmem.models.quantization import Quantization
-from lowmem.models.synthetic import write_random_model
-from lowmem.planning.placement import block_index
+from lowmem.models.synthetic import write_random_gptq, write_random_model
 from lowmem.units import GiB, MiB, format_bytes
 from tests import memlimit
 
 SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
 PROMPT = "The history of the steam engine begins"
-GROUP = 128
 
 ON_DISK = ("--disk-blocks", "all")
 DEMO = ("--precision", "fp32", "--context", 128, "--raw")
@@ -72,10 +64,8 @@ def written(folder: Path, name: str, demo: Path) -> Path:
     """A 7B model, which is written where it is not there yet."""
     model = folder / name
     if not (model / "config.json").exists():
-        if name == PACKED:
-            write_packed(model, demo)
-        else:
-            write_random_model(model, **SEVEN, dtype="fp16", tokenizer_from=demo)
+        write = write_random_gptq if name == PACKED else write_random_model
+        write(model, **SEVEN, tokenizer_from=demo)
     return model
 
 
@@ -103,43 +93,6 @@ def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[
         "predicted_peak": receipt["predicted"].get("ram", 0),
         "killed": result.oom_killed,
     }
-
-
-def write_packed(folder: Path, tokenizer: Path) -> None:
-    """The 7B shape with random GPTQ codes: 4 bits in groups of 128, scales that keep activations in range."""
-    spec = synthetic(**SEVEN, dtype="fp16", name=folder.name)
-    write_random_model(folder, **{**SEVEN, "layers": 1}, dtype="fp16", tokenizer_from=tokenizer)
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    stored = Quantization("gptq", 4, GROUP, "gptq")
-    write_shards(folder, _packed_tensors(spec.tensors, stored))
-    config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] = SEVEN["layers"]
-    config["quantization_config"] = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": GROUP,
-        "desc_act": False,
-        "sym": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _packed_tensors(tensors: Any, stored: Quantization) -> Iterator[tuple[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    for tensor in tensors:
-        if len(tensor.shape) == 1:
-            yield tensor.name, torch.ones(tensor.shape, dtype=torch.float16)
-        elif block_index(tensor.name) is None:
-            yield tensor.name, (torch.randn(tensor.shape, generator=generator) * 0.02).half()
-        else:
-            (outputs, inputs), layer = tensor.shape, tensor.name.removesuffix(".weight")
-            words = torch.randint(-(2**31), 2**31 - 1, stored.qweight_shape(outputs, inputs), generator=generator)
-            yield f"{layer}.qweight", words.to(torch.int32)
-            # Zero points of 8, stored less one; codes of 0 to 15 then spread around 0 by 4.6.
-            yield f"{layer}.qzeros", torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
-            yield f"{layer}.scales", torch.full((inputs // GROUP, outputs), 0.02 / 4.6, dtype=torch.float16)
-            yield f"{layer}.g_idx", torch.arange(inputs, dtype=torch.int32) // GROUP
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

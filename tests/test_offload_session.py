@@ -32,6 +32,13 @@ OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
 ALL = Where(disk=(0, 1))
 
 
+@pytest.fixture(autouse=True)
+def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test measures its machine anew."""
+    for name in ("SECONDS", "PROBE_SECONDS"):
+        monkeypatch.setattr(bandwidth, name, 0.01)
+
+
 @pytest.fixture
 def session() -> Iterator[Session]:
     session = Session()
@@ -207,7 +214,6 @@ def test_lists_of_blocks_are_read_and_refused() -> None:
 
 def test_a_disk_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWMEM_HOME", str(tmp_path))
-    monkeypatch.setattr(bandwidth, "SECONDS", 0.05)
     file = tmp_path / "weights"
     file.write_bytes(bytes(8 << 20))
     first = bandwidth.disk_bandwidth(file)

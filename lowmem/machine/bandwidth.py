@@ -24,6 +24,9 @@ log = logging.getLogger("lowmem.machine")
 SECONDS = 2.0
 """Long enough for a disk to leave its burst of credit behind, short enough to wait for."""
 
+PROBE_SECONDS = 0.3
+"""Of everything else, which needs no more to be steady."""
+
 CHUNK_BYTES = 4 << 20
 READERS = 2
 
@@ -140,11 +143,11 @@ def _measure_bus(device: str) -> float:
     return rate(copy, PROBE_BYTES)
 
 
-def rate(action: Callable[[], Any], nbytes: int, seconds: float = 0.3) -> float:
-    """Bytes per second of an action on `nbytes`: the median of the runs that fit into `seconds`, at least three."""
+def rate(action: Callable[[], Any], nbytes: int) -> float:
+    """Bytes per second of an action on `nbytes`: the median of the runs in `PROBE_SECONDS`, at least three."""
     action()
     runs: list[float] = []
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + PROBE_SECONDS
     while len(runs) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         action()
