@@ -65,9 +65,9 @@ class Depot:
         if not 0 <= ask.answers <= MOST_ANSWERS:
             raise BadInput(f"{ask.answers:,} answers at once are not possible here.", f"Choose 0 to {MOST_ANSWERS}.")
         spec = self.engine.spec(ask.model)
-        sizes = (parse_bytes(size) if size else None for size in (ask.ram, ask.vram))
+        ram, vram = (parse_bytes(size) if size else None for size in (ask.ram, ask.vram))
         goal = Goal(context=CONTEXT, batch=max(1, ask.answers))
-        return plan_for(self.engine.session, spec, goal, *sizes, _where(ask, spec), most=not ask.answers)
+        return plan_for(self.engine.session, spec, goal, ram, vram, _where(ask, spec), most=not ask.answers)
 
     def here(self, plan: Plan) -> bool:
         """Is the model on this machine?"""

@@ -123,9 +123,15 @@ class OffloadTab:
 
     def _ask(self, values: Sequence[Any]) -> Ask:
         model, ram, vram, where, disk, in_ram, answers = values
-        sizes = (_size(ram, self.ram.maximum), _size(vram, self.vram.maximum))
-        lists = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
-        return Ask((model or "").strip(), *sizes, *lists, int(answers))
+        disk, in_ram = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
+        return Ask(
+            model=(model or "").strip(),
+            ram=_size(ram, self.ram.maximum),
+            vram=_size(vram, self.vram.maximum),
+            disk_blocks=disk,
+            ram_blocks=in_ram,
+            answers=int(answers),
+        )
 
     def _price(self, *values: Any) -> list[Any]:
         try:
