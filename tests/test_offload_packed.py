@@ -127,7 +127,7 @@ def test_the_reference_refuses_them(packed: Path) -> None:
 def test_a_live_quantized_model_is_not_offloaded(packed: Path, session: Session) -> None:
     list(session.load(plan_for(session, str(packed), Goal(context=64), where=PLACES["resident"]), CancelToken()))
     assert session._loaded is not None
-    with pytest.raises(Unsupported, match="quantized in memory"):
+    with pytest.raises(Unsupported, match="cannot be moved once they are loaded"):
         apply(session._loaded.model, packed, Placement(("disk", "disk")))
 
 

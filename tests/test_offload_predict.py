@@ -23,7 +23,7 @@ from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.models.source import read_spec
 from lowmem.offload import blocks, probes, reference
 from lowmem.offload.planned import placed
-from lowmem.offload.predict import predict
+from lowmem.offload.predict import predict, weights
 from lowmem.offload.run import Where, job, measure, plan_for, run
 from lowmem.offload.shards import Shard
 from lowmem.planning.goal import Goal, Limits
@@ -57,17 +57,15 @@ def result(steps: Generator[Any, None, Any]) -> Any:
             return end.value
 
 
-def weights(folder: Path) -> Path:
-    return next(folder.glob("*.safetensors"))
-
-
 def test_what_is_not_known_is_not_measured_unasked(session: Session, tmp_path: Path) -> None:
     folder = toys.save_toy("llama", tmp_path)
     made = plan_for(session, str(folder), Goal(context=64), where=Where(disk=(0, 1), may_map=False))
+    file = weights(folder)
+    assert file is not None
     with pytest.raises(bandwidth.Unmeasured):
-        predict(made, weights(folder), None)
+        predict(made, file, None)
     list(measure(str(folder), [0, 1], [], mapped=False))
-    speed = predict(made, weights(folder), None)
+    speed = predict(made, file, None)
     assert speed.seconds_per_token > 0
     assert speed.disk_bytes > 0
 

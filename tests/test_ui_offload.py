@@ -194,7 +194,7 @@ def test_a_file_that_is_taken_away_leaves_the_page_standing(tmp_path: Path, clie
     made = list(depot.run(Ask(str(own), disk_blocks="all"), PROMPT, 3, CancelToken()))
     assert isinstance(made[-1], Receipt)
     (own / "model.safetensors").rename(own / "elsewhere")
-    with pytest.raises(AppError, match=r"safetensors|has no|not there"):
+    with pytest.raises(AppError, match="no weights"):
         client.predict(PROMPT, model=str(own), new_tokens=3, disk_blocks="all", api_name="/offload")
     (own / "elsewhere").rename(own / "model.safetensors")
     told = client.predict(PROMPT, model=str(own), new_tokens=3, disk_blocks="all", api_name="/offload")

@@ -44,9 +44,11 @@ Again = bool | None
 def disk_bandwidth(file: Path, again: Again = False) -> float:
     """Bytes per second of sequential reads on the disk where `file` lies, about 2 s the first time.
 
-    Reads `file` itself: nothing is written. 0.0 when the file is empty or cannot be read.
+    Reads `file` itself: nothing is written. 0.0 when the file is empty or cannot be read. A file that is smaller than
+    one read says nothing of others, and has a figure of its own.
     """
-    key = f"disk {file.stat().st_dev}"
+    found = file.stat()
+    key = f"disk {found.st_dev}" + (f" with {found.st_size} bytes" if found.st_size < CHUNK_BYTES else "")
     return _kept(key, again, lambda: _measure_disk(file))
 
 
@@ -88,23 +90,26 @@ def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
 
 def _measure_disk(file: Path) -> float:
     from lowmem.offload.shards import Shard  # the same reads as those that are predicted
+    from lowmem.planning.placement import PAGE
 
-    size = file.stat().st_size // CHUNK_BYTES * CHUNK_BYTES
-    if not size:
+    size = file.stat().st_size
+    chunk = min(CHUNK_BYTES, size // PAGE * PAGE)
+    if not chunk:
         return 0.0
+    size -= size % chunk
     shard = Shard(file)
     deadline = time.perf_counter() + SECONDS
-    started, offsets = time.perf_counter(), iter(range(0, 1 << 62, CHUNK_BYTES))
+    started, offsets = time.perf_counter(), iter(range(0, 1 << 62, chunk))
 
     def work(_: int) -> int:
         import mmap
 
         read = 0
-        with mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as memory:
+        with mmap.mmap(-1, chunk) as buffer, memoryview(buffer) as memory:
             while time.perf_counter() < deadline:
                 # Counting up is atomic; two readers never take the same chunk.
-                shard.read(next(offsets) % size, memory, CHUNK_BYTES)
-                read += CHUNK_BYTES
+                shard.read(next(offsets) % size, memory, chunk)
+                read += chunk
         return read
 
     try:

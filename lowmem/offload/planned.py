@@ -48,7 +48,8 @@ def placed(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
     if may_map and _may_map(chosen) and placement.indices("disk"):
         mapped = priced(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
-            return replace(mapped, reason=f"{mapped.reason} The RAM budget holds them, so they are used in place.")
+            why = "The RAM budget holds them, so they are used in place and count as RAM."
+            return replace(mapped, reason=f"{mapped.reason} {why}")
     return priced(chosen, placement=placement)
 
 

@@ -48,6 +48,11 @@ class Speed:
         return max((self.disk, "the disk"), (self.bus, "the bus"), (self.compute, "the computation"))[1]
 
 
+def weights(folder: Path) -> Path | None:
+    """The file of a model that its disk is measured with: the largest. None where there is none."""
+    return max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, default=None)
+
+
 def predict(plan: Plan, file: Path, again: bandwidth.Again = False) -> Speed:
     """The speed of `plan`, whose weights lie on the disk of `file`.
 

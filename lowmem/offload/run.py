@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.models.describe import weight_files
 from lowmem.models.fetch import fetch
-from lowmem.models.files import LocalFolder
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.offload.planned import by_budget, most_answers, placed
-from lowmem.offload.predict import predict
+from lowmem.offload.predict import predict, weights
 from lowmem.offload.receipt import completed, repeating
 from lowmem.planning.estimate import priced
 from lowmem.planning.goal import Goal, limits_from
@@ -100,11 +97,7 @@ def measure(
     yield Step(0, 0, "Measuring how fast this machine reads")
     plan = plan_for(Session(), model, Goal(), where=Where(tuple(in_ram), tuple(disk), may_map=mapped))
     folder = yield from fetch(plan.spec.ref, CancelToken())
-    predict(plan, _first_weights(folder), again)
-
-
-def _first_weights(folder: Path) -> Path:
-    return folder / weight_files(LocalFolder(folder))[0]
+    predict(plan, weights(folder) or folder, again)
 
 
 def where(method: str, layers: int) -> Where:
@@ -137,7 +130,7 @@ def run(
     cancel = cancel or CancelToken()
     folder = yield from fetch(plan.spec.ref, cancel)
     yield Step(0, 0, "Measuring how fast this machine reads")
-    speed = predict(plan, _first_weights(folder), again)
+    speed = predict(plan, weights(folder) or folder, again)
     loading: dict[str, int] = {}
     if session.plan is None or replace(session.plan, budgets=(), hardware=plan.hardware) != replace(plan, budgets=()):
         for event in session.load(plan, cancel, force=force):

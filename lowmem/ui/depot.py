@@ -15,7 +15,7 @@ from lowmem.machine.bandwidth import Unmeasured
 from lowmem.models.source import local_folder
 from lowmem.models.spec import ModelSpec
 from lowmem.offload.command import blocks
-from lowmem.offload.predict import Speed, predict
+from lowmem.offload.predict import Speed, predict, weights
 from lowmem.offload.run import METHODS, Where, plan_for, run, together
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
@@ -150,4 +150,4 @@ def _checked(new_tokens: int) -> int:
 def _weights(spec: ModelSpec) -> Path | None:
     """A weight file of a model that is on this machine."""
     folder = local_folder(spec.ref)
-    return next(iter(sorted(folder.glob("*.safetensors"))), None) if folder else None
+    return weights(folder) if folder else None

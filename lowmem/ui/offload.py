@@ -43,7 +43,7 @@ class OffloadTab:
                 self.picture = gr.HTML(elem_id="offload-picture")
                 self.again = gr.Button(say("offload_again"), size="sm", elem_id="offload-again")
         with gr.Column(elem_id="offload-exercise"):
-            gr.HTML(render.quiet(say("offload_exercise_help")))
+            gr.HTML(render_offload.section(say("offload_exercise_title"), say("offload_exercise_help")))
             self.exercise = Runner(depot.engine, jobs, "offload-compare", say("offload_exercise"))
             self.table = gr.HTML(elem_id="offload-table")
             self.plot = gr.HTML(elem_id="offload-plot")
@@ -81,7 +81,15 @@ class OffloadTab:
         )
         with gr.Row():
             self.tokens = gr.Slider(
-                1, MOST_TOKENS, value=16, step=1, label=say("offload_tokens"), elem_id="offload-tokens", buttons=[]
+                1,
+                MOST_TOKENS,
+                value=16,
+                step=1,
+                label=say("offload_tokens"),
+                info=say("offload_tokens_help"),
+                elem_id="offload-tokens",
+                min_width=220,
+                buttons=[],
             )
             self.answers = gr.Slider(
                 0,
@@ -91,6 +99,7 @@ class OffloadTab:
                 label=say("offload_answers"),
                 info=say("offload_answers_help"),
                 elem_id="offload-answers",
+                min_width=220,
                 buttons=[],
             )
 

@@ -35,6 +35,11 @@ def picture(plan: Plan, speed: Speed | None, *, here: bool = True) -> str:
     )
 
 
+def section(title: str, text: str) -> str:
+    """The head of a part of the tab."""
+    return f'<div class="lm-part"><h2>{escape(title)}</h2><p class="lm-muted">{escape(text)}</p></div>'
+
+
 def _kinds(placement: Placement) -> list[str]:
     return ["mapped" if place == "disk" and placement.mapped else place for place in placement.blocks]
 
@@ -65,8 +70,6 @@ def _legend(placement: Placement) -> str:
 def _prediction(plan: Plan, speed: Speed | None, here: bool) -> str:
     budgets = render.budget(plan, f"{plan.spec.name} · {plan.precision_label}")
     lines = [plan.reason]
-    if plan.placement is not None and plan.placement.mapped:
-        lines.append(say("offload_mapped"))
     if speed is None:
         lines.append(say("offload_unknown" if here else "offload_later"))
         return budgets + _quiet(lines)
