@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import packed_toys
@@ -185,7 +186,17 @@ def test_the_rung_offloads_only_what_does_not_fit(seven_billion: Plan) -> None:
     assert lower.placement is not None
     assert lower.verdict != "over"
     assert "on disk" in lower.reason
-    assert offload(lower) is None
+
+
+def test_the_rung_after_it_halves_what_stays(seven_billion: Plan) -> None:
+    plan = by_budget(big(seven_billion, 10_000_000_000))
+    counts = []
+    while (lower := offload(plan)) is not None:
+        assert lower.main.peak < plan.main.peak
+        counts.append(lower.placement.blocks.count("ram"))  # type: ignore[union-attr]
+        plan = lower
+    assert counts[-1] == 0
+    assert all(after == before // 2 for before, after in pairwise(counts))
 
 
 def test_a_batch_grows_with_the_budget(seven_billion: Plan) -> None:

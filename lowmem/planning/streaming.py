@@ -157,6 +157,15 @@ def offloaded(plan: Plan) -> Plan | None:
     return _most(base, lambda count: _on_gpu(base, count))
 
 
+def further(plan: Plan) -> Plan | None:
+    """An offloaded plan with half as many blocks at home; None when there is none left."""
+    if plan.placement is None:
+        return None
+    count = plan.placement.blocks.count(home(plan.place.kind))
+    place = _on_cpu if plan.place.kind == "cpu" else _on_gpu
+    return estimate.priced(plan, placement=place(plan, count // 2)) if count else None
+
+
 def smallest(plan: Plan) -> Plan:
     """`plan` with every block on disk: nothing takes less memory."""
     precision = offload_precision(plan)
