@@ -265,6 +265,8 @@ class Session:
             cancel.check()
             yield Step(0, 0, f"Waiting for: {self._busy or 'other work'}")
         self._busy = what
+        if self._loaded is not None and self._loaded.streamer is not None:
+            self._loaded.streamer.check = cancel.check
 
     def _done(self) -> None:
         self._busy = ""

@@ -130,6 +130,7 @@ class ExportTab:
 
     def shown(self, event: Any) -> Any:
         """After `event`, price the controls as they stand."""
+        self.push.shown(event)
         return event.then(self._price, self.controls, [self.card, self.runner.run, self.problem], **QUICK)
 
     def _options(self, values: Sequence[Any]) -> tuple[str, ExportOptions, int]:
