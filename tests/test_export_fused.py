@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import toys
 
+from lowmem.__main__ import main
 from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Receipt
 from lowmem.export import prove
@@ -149,6 +151,16 @@ def test_the_program_runs_with_nothing_else(folders: dict[str, Path]) -> None:
     events = decode(toys.toy("llama"), [ids], options, eos_ids=frozenset({toys.EOS}), cancel=CancelToken())
     made = [event.ids[0] for event in events if isinstance(event, Tokens)]
     assert done.stdout.strip("\n") == toys.tokenizer().decode([t for t in made if t != toys.EOS]).strip("\n")
+
+
+def test_the_command_line_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    for out, flags in (("a", ["--precision", "int4", "--group-size", "16"]), ("b", ["--no-fused", "--optimise"])):
+        assert main(["export", str(source), str(tmp_path / out), *flags, "--json"]) == 0
+        receipt = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert receipt["details"]["kind"] == ("fused" if out == "a" else "decoder")
+    assert main(["export", str(source), str(tmp_path / "a")]) == 3
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_a_graph_that_fails_its_proof_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
