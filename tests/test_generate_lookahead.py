@@ -66,6 +66,14 @@ def test_wrong_guesses_leave_no_trace(family: str) -> None:
         assert written(model, prompt, lookahead=8)[0] == written(model, prompt)[0]
 
 
+def test_activations_that_are_rounded_rule_it_out(repeating: Any, tmp_path: Path) -> None:
+    repeating.save_pretrained(tmp_path / "m")
+    toys.tokenizer().save_pretrained(tmp_path / "m")
+    list(export_model(tmp_path / "m", tmp_path / "out", ExportOptions(precision="int8")))
+    graph = OnnxModel(tmp_path / "out")
+    assert written(graph, toys.prompt(12), lookahead=8)[1] == written(graph, toys.prompt(12))[1]
+
+
 def test_the_end_of_the_text_ends_it(graph: OnnxModel) -> None:
     prompt = toys.prompt(12) * 3
     plain, _ = written(graph, prompt)

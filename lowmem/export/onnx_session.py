@@ -115,6 +115,11 @@ class OnnxModel:
         self._hooks: list[Callable[[Any, tuple[object, ...]], None]] = []
 
     @property
+    def exact(self) -> bool:
+        """Does it compute in fp32 throughout? Other graphs round activations."""
+        return self.manifest.precision == "fp32"
+
+    @property
     def base_model(self) -> OnnxModel:
         """The decoder is not apart from the head."""
         return self

@@ -86,7 +86,7 @@ def decode(
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
     # One token through one block is quick, and every hook costs a little of each token.
     with _stoppable(blocks if options.use_cache else parts, cancel):
-        if lookahead.applies(options, count, model.dtype) and rows.can_go_back:
+        if lookahead.applies(options, count, model) and rows.can_go_back:
             yield from _write_ahead(rows, logits, options, eos_ids, cancel, check, ended)
             return
         yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
