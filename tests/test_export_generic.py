@@ -23,7 +23,6 @@ from lowmem.export.pipeline import export_model
 from lowmem.export.run import export_isolated, forecast, race
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
-from lowmem.measure.drawing import to_svg
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.ui import export_render
@@ -104,7 +103,7 @@ def test_an_encoder_is_exported_by_name_though_nothing_else_takes_it(bert: Path,
     assert isinstance(result, dict)
     assert len(result["torch"]["prefill_tps"]) == len(result["onnx"]["prefill_tps"]) == len(result["prompts"])
     assert result["onnx"]["token_ms"] == [None] * len(result["prompts"])
-    assert "writes nothing" in to_svg(export_render.race(result))
+    assert len(export_render.race(result)) == 1
     assert "Relative error" in export_render.receipt(receipt)
 
 

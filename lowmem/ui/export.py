@@ -189,8 +189,8 @@ class ExportTab:
             found.extend(event for event in gathered if isinstance(event, dict))
             if not found:
                 return [gr.skip()]
-            drawn = render_quantize.drawing(to_svg(export_render.race(found[-1])))
-            return [drawn + export_render.race_table(found[-1])]
+            drawn = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in export_render.race(found[-1]))
+            return [f'<div class="lm-side">{drawn}</div>{export_render.race_table(found[-1])}']
 
         return events, view
 
