@@ -237,8 +237,7 @@ def test_long_prompts_are_read_in_pieces_and_stop_is_heard(
 ) -> None:
     from lowmem.export import onnx_session
 
-    monkeypatch.setattr(onnx_session, "FIRST_PIECE", 16)
-    monkeypatch.setattr(onnx_session, "PIECE_SECONDS", 1e-9)
+    monkeypatch.setattr(onnx_session, "LARGEST_PIECE", 32)
     graph, ids = OnnxModel(folders["llama"]), torch.tensor([toys.prompt(100)])
     wanted = toys.toy("llama")(input_ids=ids).logits[:, -1:]
     assert torch.allclose(graph(ids, logits_to_keep=1).logits, wanted, atol=1e-4)

@@ -9,7 +9,7 @@ every row goes through the output head. A generic graph returns its cache anew i
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +25,9 @@ from lowmem.machine.processor import cores, has_vnni
 
 log = logging.getLogger("lowmem.onnx")
 
-FIRST_PIECE, PIECE_SECONDS = 256, 0.5
-"""Prompt tokens of the first pass; later ones are as long as half a second takes, so that Stop is heard."""
+SMALLEST_PIECE, LARGEST_PIECE, PIECE_WORK = 32, 512, 40e9
+"""Prompt tokens of a pass, and multiplications: less than a second of two slow cores, so that Stop is heard. By
+the model and not by the clock, since sums that are cut elsewhere are rounded elsewhere: the same seed gives the same answer."""
 
 _VNNI_RANGE = 127
 _AGAIN = "Export the model again."
@@ -112,6 +113,8 @@ class OnnxModel:
         )
         self.in_place = self.manifest.kind == "fused"
         self.prefill = open_session(folder / PREFILL, **arguments) if PREFILL in self.manifest.files else None
+        parameters = sum(math.prod(shape) for _, _, shape, _ in self.manifest.model_tensors)
+        self.piece = max(SMALLEST_PIECE, min(LARGEST_PIECE, 2 ** round(math.log2(PIECE_WORK / max(1, parameters)))))
         self._hooks: list[Callable[[Any, tuple[object, ...]], None]] = []
 
     @property
@@ -187,7 +190,6 @@ class InPlaceCache:
         shape = (rows, model.kv_heads, capacity, model.head_dim)
         self._stores = {name: np.zeros(shape, model.cache_type) for name in model.past}
         self.lengths = np.zeros(0, np.int64)
-        self._seconds_per_token = 0.0
         self._bound: tuple[int, _Binding, dict[str, np.ndarray]] | None = None
 
     def extend(self, ids: np.ndarray, mask: np.ndarray | None, keep_all: bool) -> np.ndarray:
@@ -234,14 +236,11 @@ class InPlaceCache:
         session = self._model.prefill or self._model.session
         done = 0
         while done < len(ids):
-            piece: int = FIRST_PIECE if not self._seconds_per_token else int(PIECE_SECONDS / self._seconds_per_token)
-            part = ids[done : done + max(16, piece)]
-            started = time.perf_counter()
+            part = ids[done : done + self._model.piece]
             binding = self._binding(session, slice(row, row + 1), part[None])
             if session is self._model.session and self._model.keeps_logits:
                 binding.input(KEEP, np.ones(1, np.int64))
             self._model.run(session, binding)
-            self._seconds_per_token = (time.perf_counter() - started) / len(part)
             self.lengths[row] += len(part)
             done += len(part)
 
