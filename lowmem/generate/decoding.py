@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random, SystemRandom
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,7 @@ def decode(
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
     # One token through one block is quick, and every hook costs a little of each token.
     with _stoppable(blocks if options.use_cache else parts, cancel):
-<<<<<<< HEAD
         if lookahead.applies(options, count, model) and rows.can_go_back:
-=======
-        if lookahead.applies(options, count, cast(torch.dtype, model.dtype)) and rows.can_go_back:
->>>>>>> d991152ce56015eeb80ea6606f766d2e476bb4a5
             yield from _write_ahead(rows, logits, options, eos_ids, cancel, check, ended)
             return
         yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
