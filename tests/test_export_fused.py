@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import packed_toys
 import pytest
 import torch
 import toys
 
 from lowmem.__main__ import main
-from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
+from lowmem.errors import BadInput, CorruptModel, DiskFull, LowMemError, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.export import prove
+from lowmem.export import pipeline, prove
+from lowmem.export.graph import WeightFile
 from lowmem.export.manifest import DATA, GRAPH, MANIFEST, PREFILL, read_manifest
 from lowmem.export.onnx_session import OnnxModel, open_session
 from lowmem.export.options import ExportOptions
@@ -179,6 +182,24 @@ def test_stop_ends_an_export_and_leaves_nothing(tmp_path: Path) -> None:
     cancel.set()
     with pytest.raises(LowMemError, match="Stopped"):
         list(events)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    with pytest.raises(DiskFull, match="full after"), WeightFile(Path("/dev/full")) as weights:
+        weights.add("large", np.zeros(1_000_000, np.float32))
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_companions", fails)
+    with pytest.raises(DiskFull, match="was not finished"):
+        export(source, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "disk_free_bytes", lambda folder: 1000)
+    with pytest.raises(DiskFull, match="1 kB are free"):
+        export(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 

@@ -1,7 +1,7 @@
 """A causal model that can be traced without its weights: matrices take no memory, and are read when the graph is written.
 
-A matrix is one zero that is seen everywhere, so that PyTorch's exporter finds a tensor of the right shape; vectors are real, since
-the exporter compares and folds what is small. `put` gives the graph its weights back, each read from the checkpoint
+A matrix is one number that is seen everywhere, so that PyTorch's exporter finds a tensor of the right shape; vectors are real,
+since the exporter compares and folds what is small. `put` gives the graph its weights back, each read from the checkpoint
 the moment it is written.
 """
 
@@ -25,6 +25,9 @@ Reader = Callable[[], Tensor]
 LARGE = 65_536
 """Elements from which a weight is left out while the model is traced."""
 
+STANDING_IN = 0.123
+"""Nothing that an optimiser has a rule for, as it has for 0 and 1."""
+
 
 class LazyModel:
     """`model` is the traceable one; `readers` read its matrices in fp32, by the names of its parameters.
@@ -45,15 +48,12 @@ class LazyModel:
                 _set(self.model, name, self.model.get_parameter(source))
 
     def _fill(self, name: str, read: Reader) -> None:
-        shape = self.model.get_parameter(name).shape if name in dict(self.model.named_parameters()) else None
-        if shape is None:  # a buffer that the files hold
-            owner, _, member = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[member] = read()
-        elif shape.numel() < LARGE:
+        shape = self.model.get_parameter(name).shape
+        if shape.numel() < LARGE:
             _set(self.model, name, nn.Parameter(read(), requires_grad=False))
         else:
             self.readers[name] = read
-            _set(self.model, name, nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False))
+            _set(self.model, name, nn.Parameter(torch.full((1,), STANDING_IN).expand(shape), requires_grad=False))
 
 
 def _reader(checkpoint: Checkpoint, name: str, turned: bool) -> Reader:

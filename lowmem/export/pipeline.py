@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -71,6 +72,12 @@ def export_model(
                 yield step
         receipt = job.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
         job.publish(part, receipt)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFull(
+            f"The disk is full; {out.name} was not finished.", "Free some space, or choose fewer bits."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     yield receipt
