@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DiskFull, match="was not finished"):
         export(source, tmp_path / "out")
     monkeypatch.setattr(pipeline, "disk_free_bytes", lambda folder: 1000)
-    with pytest.raises(DiskFull, match="1 kB are free"):
+    with pytest.raises(DiskFull, match=r"1\.00 KB are free"):
         export(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

@@ -44,7 +44,7 @@ class ExportTab:
         self.workshop, self.engine, self.sidebar = workshop, workshop.engine, sidebar
         self.receipt = gr.State(None)
         with gr.Row(elem_id="export"):
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(scale=3, min_width=300, elem_id="export-form"):
                 self._build_form()
             with gr.Column(scale=2, min_width=300, elem_id="export-side"):
                 self.card = gr.HTML(elem_id="export-card")
