@@ -105,7 +105,8 @@ def put(graph: ir.Graph, readers: dict[str, Reader]) -> None:
             if node.op_type == "Transpose" and value.shape is not None and len(value.shape) == 2:
                 _put_transposed(graph, node, name, read)
         if value.uses():
-            value.const_value = _lazy(name, read, value.const_value, value.const_value.shape)
+            held: Any = value.const_value
+            value.const_value = _lazy(name, read, held, held.shape)
         else:
             del graph.initializers[name]
 
@@ -114,7 +115,7 @@ def _put_transposed(graph: ir.Graph, node: ir.Node, name: str, read: Reader) -> 
     other = f"{name}.transposed"
     found = graph.initializers.get(other)
     if found is None:
-        old = graph.initializers[name].const_value
+        old: Any = graph.initializers[name].const_value
         shape = ir.Shape([old.shape[1], old.shape[0]])
         found = ir.Value(name=other, shape=shape, type=ir.TensorType(old.dtype))
         found.const_value = _lazy(other, lambda: read().t(), old, shape)

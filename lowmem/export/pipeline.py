@@ -150,12 +150,13 @@ class _Job:
         return runtime + exported.writing_bytes(self.spec, options.precision, options.group_size, options.has_prefill)
 
     def run(self, part: Path, cancel: CancelToken) -> Iterator[Step]:
-        from lowmem.export.decoder import write_decoder
-        from lowmem.export.generic import write_generic
-
         if self.spec is not None and not self.fused_refusal:
+            from lowmem.export.decoder import write_decoder
+
             yield from write_decoder(self.folder, part, self.spec, self.options, cancel)
         else:
+            from lowmem.export.generic import write_generic
+
             yield from write_generic(self.folder, part, self.options, cancel)
         release_memory()
         if self.options.optimise and self.fused_refusal:
