@@ -17,7 +17,6 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
 from lowmem.export.manifest import PREFILL, Manifest
-from lowmem.export.optimise import optimise
 from lowmem.export.options import ExportOptions
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
@@ -160,6 +159,8 @@ class _Job:
             yield from write_generic(self.folder, part, self.options, cancel)
         release_memory()
         if self.options.optimise and self.fused_refusal:
+            from lowmem.export.optimise import optimise
+
             yield from optimise(part, self.folder)
         write_companions(self.folder, part)
         self._describe(part)
