@@ -37,14 +37,14 @@ IGNORED = re.compile(
 )
 CODE = re.compile(
     r"^pip install|rotary\{\}|^\\\(|=\"|@media|-\{\}bit|^\{\{:|^PyTorch fp32$|^ONNX Runtime$|tokens  perplexity"
-    r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^Where\(|^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
+    r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^Where\(|^[\d.]+ [KMG]B$|^Quantização |^GPTQ: |^Inferência |^Otimização |^GPT-2 Small|^BERT |^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
 )
 """Patterns, file names, styles and names of products, in any language the same."""
 
 WORDS = (
     "load", "unload", "generate", "batch", "quantize", "compare", "export", "exercise", "offload",
     "time", "decode", "prefill", "perplexity", "tokens", "shape", "dtype", "windows", "tokens/s",
-    "Prompt", "Answer", "Speed", "Memory", "Prefill", "none",
+    "Prompt", "Answer", "Speed", "Memory", "Prefill", "Parameters", "none",
 )  # fmt: skip
 """Single words, which cannot be told from keys: shown all the same."""
 
@@ -170,9 +170,11 @@ def _of_html(template: str, line: int) -> Iterator[tuple[str, int]]:
 
 def _is_sentence(template: str) -> bool:
     bare = template.replace("{}", " ").strip()
-    return bool(re.search(r"[A-Za-z]{2,}[,:;]? +\S", bare) or re.search(r"\S +[A-Za-z]{2,}", bare) or (
-        "{}" in template and re.search(r"[A-Za-z]{4,}", bare) and " " in template.strip()
-    )) and not IGNORED.search(template)
+    return bool(
+        re.search(r"[A-Za-z]{2,}[,:;]? +\S", bare)
+        or re.search(r"\S +[A-Za-z]{2,}", bare)
+        or ("{}" in template and re.search(r"[A-Za-z]{4,}", bare) and " " in template.strip())
+    ) and not IGNORED.search(template)
 
 
 def _lettered(template: str, line: int) -> Iterator[tuple[str, int]]:

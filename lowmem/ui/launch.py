@@ -7,13 +7,13 @@ import secrets
 import threading
 from typing import Any
 
-import gradio as gr
 from starlette.middleware import Middleware
 
 from lowmem.errors import BadInput
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.access import Access
+from lowmem.ui.edge import Languages, Page
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.limits import VisitorLimits
 from lowmem.ui.page import build_ui
@@ -40,7 +40,7 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "max_file_size": UPLOAD_LIMIT,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
-        "app_kwargs": {"middleware": [Middleware(VisitorLimits)]} if public else None,
+        "app_kwargs": {"middleware": [*([Middleware(VisitorLimits)] if public else []), Middleware(Languages)]},
     }
 
 
@@ -53,7 +53,8 @@ def serve(
     model: str | None = None,
     *,
     listed_only: bool = False,
-    demo: gr.Blocks | None = None,
+    lang: str | None = None,
+    demo: Page | None = None,
     **launching: Any,
 ) -> tuple[str, str]:
     """Serve until interrupted; in a notebook's kernel return at once. Returns the local and the public address.
@@ -68,6 +69,7 @@ def serve(
         budget: memory that may be used on the computing device, such as "4G".
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
+        lang: the language of the page, whatever a browser asks for.
         demo: a page that is built already.
         launching: more for gradio's `launch`.
 
@@ -82,6 +84,7 @@ def serve(
         access = Access(public, owner, any_model=not (listed_only or here.hub_token))
         cap = parse_bytes(budget) if budget else None
         demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
+    demo.language = lang or demo.language
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
     measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)
     measuring.daemon = True
