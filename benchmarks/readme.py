@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "quantize": quantize.shown,
     "quantize_7b": dict,
     "crossload": dict,
+    "export": dict,
 }
 """Results files in the README's order, each with how a row is shown; those that are missing are left out."""
 

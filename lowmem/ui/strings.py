@@ -356,6 +356,8 @@ ENGLISH: dict[str, Any] = {
     "export_prefill": "Read at once",
     "export_decode": "Token by token, with cache",
     "export_proof": "Against the original|Largest difference|KL divergence|Same best token|Tokens",
+    "export_program": "Python that runs it, with onnxruntime, numpy and tokenizers alone",
+    "export_proof_encoder": "Against the original|Largest difference|Relative error|Same direction|States",
     "export_optimised": "Optimiser|Before|After",
     "export_not_optimised": "The optimiser gained nothing, and the graph was kept as it was.",
     "export_nodes": "Nodes",
