@@ -76,7 +76,7 @@ def plan_for(
     hardware = session.hardware()
     # The precision of a resident model is another question: what streams is what is stored.
     spec = read_spec(model) if isinstance(model, str) else model
-    base = make_plan(spec, hardware, limits_from(hardware, ram, vram), goal)
+    base = make_plan(spec, hardware, limits_from(hardware, ram, vram), replace(goal, backend="torch"))
     if goal.precision == "auto":
         base = priced(base, precision=offload_precision(base), reason="Everything at home, as without offloading.")
     if where is not None and where.resident:
