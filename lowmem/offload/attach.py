@@ -242,8 +242,8 @@ def _check_dense(checkpoint: Checkpoint, blocks: Mapping[int, Names]) -> None:
     """Is every matrix of these blocks a parameter of the model? Codes are not, neither in the files nor in memory."""
     found = {stored for names in blocks.values() for stored in names.values()}
     for name, entry in checkpoint.tensors.items():
-        codes = name.endswith(".qweight") or entry.dtype in CODE_DTYPES
-        if block_index(name) in blocks and (codes or (name.endswith(".weight") and name not in found)):
+        missing = name.endswith(".weight") and (entry.dtype in CODE_DTYPES or name not in found)
+        if block_index(name) in blocks and (missing or name.endswith(".qweight")):
             raise Unsupported(*QUANTIZED)
 
 
