@@ -254,6 +254,7 @@ ENGLISH: dict[str, Any] = {
     "offload_speed": "Time per token",
     "offload_speed_is": "{seconds} per token, bound by {bound}",
     "offload_moves": "{size} from disk for every token, at {rate}/s",
+    "offload_stale": "This machine is not as fast as it was when it was measured, or faster: measure it again.",
     "offload_unknown": "The time per token is predicted once this machine has been measured, which takes some seconds.",
     "offload_later": "The time per token is predicted once the model is on this machine.",
     "places": {"gpu": "GPU", "ram": "RAM", "disk": "disk", "mapped": "disk, in place"},
