@@ -105,6 +105,12 @@ class Engine:
 
         return read_spec(ref, allow_paths=not self.public)
 
+    def exportable(self, ref: str) -> ModelSpec:
+        """The model behind a reference, which may be an encoder here."""
+        from lowmem.models.source import read_spec
+
+        return read_spec(ref, allow_paths=not self.public, encoders=True)
+
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:
         """Every precision with None, or with the reason why it does not run here."""
         from lowmem.planning.planner import available
