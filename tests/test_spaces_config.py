@@ -144,12 +144,8 @@ def test_a_space_of_two_cores_starts_from_its_folder_alone(tmp_path: Path, home:
     folder = build("cpu-basic", tmp_path / "space")
     lines = [*(folder / "requirements.txt").read_text().splitlines(), "gradio"]
     python = clean_venv.make(tmp_path / "venv", lines)
-    seen = subprocess.run(
-        [python, "-c", "import lowmem, sys; print(lowmem.__file__, *sys.path)"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    ).stdout
+    code = "import lowmem, sys; print(lowmem.__file__, *sys.path)"
+    seen = subprocess.run([python, "-c", code], cwd=folder, env={}, capture_output=True, text=True).stdout
     assert seen.startswith(str(folder))
     assert str(ROOT) not in seen
     toy = str(home / "outputs" / "toy")
