@@ -8,7 +8,7 @@ FROM python:3.12-slim
 
 RUN useradd --create-home --uid 1000 lowmem \
     && install -d -o lowmem -g lowmem /home/lowmem/app /home/lowmem/data
-USER lowmem
+USER 1000
 WORKDIR /home/lowmem/app
 ENV PATH=/home/lowmem/.local/bin:$PATH \
     PYTHONUNBUFFERED=1 \
