@@ -173,6 +173,9 @@ def test_a_zerogpu_space_answers_from_its_worker(tmp_path: Path, home: Path) -> 
         client = Client(url, verbose=False)
         (card,) = client.predict(api_name="/machine")["hardware"]["gpus"]
         assert card["total_bytes"] == 48_000_000_000
+        pretend = next(one["props"] for one in client.config["components"] if one["props"].get("elem_id") == "pretend")
+        assert [size for _, size in pretend["choices"]] == [4, 6, 8, 12, 16, 0]
+        assert pretend["value"] == 6
         loaded = client.predict(toy, "fp16", 256, "cuda:0", "same", "", "4G", api_name="/load")["receipt"]
         assert loaded["measured"] == {}  # nothing is on the GPU yet
         first = client.predict("Hello", options, api_name="/generate")["receipt"]
@@ -193,6 +196,28 @@ def test_a_zerogpu_space_answers_from_its_worker(tmp_path: Path, home: Path) -> 
         next(iter(job))
         job.cancel()
         assert client.predict("Hello", options, api_name="/generate")["new_tokens"] == 4
+
+
+def test_seconds_grow_with_the_model_and_the_answer_and_end_below_a_visitors_day(tmp_path: Path) -> None:
+    code = """
+import lowmem
+from lowmem.machine.gpu import ZEROGPU
+from lowmem.models.catalog import find
+from lowmem.runtime.zerogpu import predicted_seconds
+from dataclasses import replace
+hardware = replace(lowmem.probe(), gpus=(ZEROGPU,))
+for ref in ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
+    plan = lowmem.plan(find(ref).spec(), hardware, lowmem.limits_from(hardware), lowmem.Goal(device="cuda:0"))
+    for tokens in (64, 1024, 100000):
+        print(predicted_seconds(plan, "Hello", lowmem.GenerateOptions(max_new_tokens=tokens)))
+"""
+    paths = os.pathsep.join((str(ROOT), str(FAKE_SPACES)))
+    env = os.environ | {"PYTHONPATH": paths, "LOWMEM_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    small, more, most, large, larger, largest = map(int, done.stdout.split())
+    assert small < more < most
+    assert small < large < larger
+    assert most == largest == 110
 
 
 def test_a_visitor_without_seconds_left_is_told(tmp_path: Path, home: Path) -> None:
