@@ -218,8 +218,9 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
 def layer_kinds(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     """What each layer remembers in transformers' words ("sliding_attention"), and its layer's arguments."""
     kinds, arguments = get_layer_types_and_kwargs(decoder)
-    shared = isinstance(arguments, dict)  # by all layers, until transformers 5.15
-    return list(zip(kinds, [arguments] * len(kinds) if shared else arguments, strict=True))
+    if isinstance(arguments, dict):  # the same for all layers, until transformers 5.15
+        return [(kind, arguments) for kind in kinds]
+    return list(zip(kinds, arguments, strict=True))
 
 
 def check_supported(model: Any) -> None:

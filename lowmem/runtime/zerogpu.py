@@ -211,7 +211,7 @@ class LentSession(Session):
                 else:
                     return
             finally:
-                events.close()  # type: ignore[attr-defined]
+                events.close()
             if not last:
                 raise Cancelled()
             ended = [replace(chunk, finish="cancelled") for chunk in last.values()]
