@@ -21,7 +21,10 @@ import httpx
 from benchmarks.common import save, table
 
 ROOT = Path(__file__).parents[1]
-NOTES = ["One run of the first command above; packages from a mirror nearby, torch's wheel from this disk, no caches."]
+NOTES = [
+    "One run of the first command above, without caches, while other programs worked on the same two cores; torch's wheel "
+    "came from this disk, everything else from the package index."
+]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "screenshots")
 
 

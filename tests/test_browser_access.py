@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from test_browser import Visit, browser, pytestmark, stub_url  # noqa: F401  fixtures, and what marks this file
 
+from lowmem.ui.strings import say
+
 axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 TABS = {
@@ -150,4 +152,17 @@ def test_the_first_answer_needs_no_mouse(browser: Any, stub_url: str) -> None:  
     page.keyboard.type("What is a KV cache?")
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#chat .bot')?.innerText.trim().length > 10")
+    visit.close()
+
+
+def test_without_a_hub_the_page_says_so_once_and_goes_on(browser: Any, stub_url: str) -> None:  # noqa: F811
+    """The tests' own state: `HF_HUB_OFFLINE` is set."""
+    visit = Visit(browser, stub_url, "desktop", "light", "access-no-hub")
+    page = visit.page
+    page.wait_for_selector("#hub-notice p")
+    load(visit)
+    for _ in views(page):
+        pass
+    assert page.locator(f"text={say('no_hub')}").count() == 1
+    assert page.locator("[role=alert]:visible").count() == 0
     visit.close()
