@@ -17,6 +17,9 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+if os.environ.get("SPACES_ZERO_GPU"):
+    import spaces  # noqa: F401  it stands in for CUDA, so it comes before whatever could start that
+
 from lowmem.errors import LowMemError  # noqa: E402
 from lowmem.ui.launch import serve  # noqa: E402
 from lowmem.ui.page import build_ui  # noqa: E402

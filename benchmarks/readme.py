@@ -16,6 +16,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "memory": memory.shown,
     "speed": dict,
     "app": dict,
+    "first_token": dict,
     "offload": offload.shown,
     "quantize": quantize.shown,
     "quantize_7b": dict,

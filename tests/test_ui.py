@@ -42,6 +42,9 @@ ENDPOINTS = {
     "/perplexity",
     "/hidden_states",
     "/exercise",
+    "/offload",
+    "/offload_compare",
+    "/offload_plan",
 }
 
 

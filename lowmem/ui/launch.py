@@ -23,6 +23,7 @@ from lowmem.units import parse_bytes
 log = logging.getLogger("lowmem.ui")
 
 VISITOR, OWNER = "lowmem", "owner"
+ZEROGPU_BUDGET = "6G"  # what loads within a visitor's few seconds
 UPLOAD_LIMIT = "2mb"
 MEASURE_AFTER_SECONDS = 6.0
 
@@ -80,7 +81,8 @@ def serve(
     owner = OWNER if len(sign_ins) > 1 else ""
     if demo is None or budget or model or public:
         access = Access(public, owner, any_model=not (listed_only or here.hub_token))
-        cap = parse_bytes(budget) if budget else None
+        small = ZEROGPU_BUDGET if here.host == "zerogpu" else ""
+        cap = parse_bytes(budget or small) if budget or small else None
         demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
     measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
+from lowmem.models.choices import hub_reachable
 from lowmem.ui import render
 from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
@@ -49,6 +50,7 @@ def build_ui(
     jobs = Jobs()
     with gr.Blocks(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(render.header(), elem_id="header")
+        hub = gr.HTML(elem_id="hub-notice")
         sidebar = Sidebar(engine, budget_bytes)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(say("generate"), id="generate"):
@@ -76,6 +78,8 @@ def build_ui(
         export.shown(opened)
         longctx.shown(opened)
         longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
+        # Said here once, and not with every model that cannot be had.
+        opened.then(lambda: "" if hub_reachable() else render.quiet(say("no_hub")), None, hub, **QUICK)
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     return demo.queue(max_size=32)

@@ -7,6 +7,7 @@ from typing import Any
 ENGLISH: dict[str, Any] = {
     "title": "lowmem",
     "tagline": "Language models inside a memory budget",
+    "no_hub": "The hub cannot be reached: models on this machine, the demo and .gguf files can be used.",
     "shares": {
         "weights": "Weights",
         "kv": "KV cache",
