@@ -257,8 +257,7 @@ class BlockLayer(WindowLayer):
 
     def _move_back(self, shifts: Tensor) -> None:
         """Only the latest tokens are turned; packed blocks when they are unfolded."""
-        latest = self.keys[: self.batch]
-        latest.copy_(self.turn(latest, -shifts))
+        self.turn.move(self.keys[: self.batch], -shifts)
 
     def _stores(self) -> tuple[Tensor, ...]:
         exact = (self.keys, self.values, self.first_keys, self.mixed_keys, self.first_values)
