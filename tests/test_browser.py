@@ -23,6 +23,7 @@ from ui_stub import StubEngine
 
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
+from lowmem.ui.strings import say
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -76,7 +77,7 @@ class Visit:
         self.page.on("console", lambda message: self._complain(message.type, message.text))
         self.page.on("pageerror", lambda error: self._complain("error", str(error)))
         self.page.goto(f"{url.rstrip('/')}/?__theme={scheme}")
-        self.page.wait_for_selector("#load:not([disabled])")
+        self.page.wait_for_selector(f"#load:not([disabled]):not(:has-text('{say('planning')}'))")
         self.page.wait_for_selector("body.lm-settled")
 
     def _complain(self, kind: str, text: str) -> None:
@@ -107,6 +108,11 @@ class Visit:
     def set_budget(self, gigabytes: float) -> None:
         field = self.page.locator("#ram-budget input[type=number]")
         field.fill(str(gigabytes))
+        field.blur()
+
+    def limit_answer(self, tokens: int) -> None:
+        field = self.page.locator("#option-max_new_tokens input[type=number]")
+        field.fill(str(tokens))
         field.blur()
 
     def send(self, message: str) -> None:
@@ -145,7 +151,8 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
     assert not page.is_visible("#load")
     visit.shot("loaded")
 
-    visit.send("What is a KV cache?")
+    visit.limit_answer(1500)  # longer than it takes to press Stop
+    visit.send("Tell a very long story about the keeper of a lighthouse.")
     page.wait_for_function("document.querySelector('#chat .bot')?.innerText.trim().length > 10")
     page.wait_for_selector("#chat-live .lm-context")
     visit.shot("streaming")
@@ -167,8 +174,7 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
 
     page.click("#modes button[role=tab]:has-text('Batch')")
     page.fill("#prompts textarea", "Name a river.\nName <b>two</b> colours.")
-    page.locator("#option-max_new_tokens input[type=number]").fill("8")
-    page.locator("#option-max_new_tokens input[type=number]").blur()
+    visit.limit_answer(8)
     page.click("#run-batch")
     page.wait_for_selector("#csv", timeout=60_000)
     assert page.locator("#batch-table tbody tr").count() == 2

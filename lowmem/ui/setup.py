@@ -41,7 +41,7 @@ class Setup:
                 self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
                 with gr.Row(elem_id="load-row"):
                     self.load = gr.Button(
-                        say("load", model="", precision=""),
+                        say("planning"),
                         variant="primary",
                         size="lg",
                         interactive=False,
@@ -196,7 +196,7 @@ class Setup:
         return [
             card,
             gr.Button(label, interactive=not over),
-            gr.Button(visible=over, interactive=True),
+            gr.Button(visible=over and self.engine.access.owned, interactive=True),
             gr.Accordion(say("declined", count=len(declined)), visible=bool(declined)),
             render.pairs(declined),
             render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),
