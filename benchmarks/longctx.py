@@ -63,7 +63,7 @@ def main() -> None:
 def loaded(precision: str) -> Any:
     session = Session()
     hardware = session.hardware()
-    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision))):
+    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision, backend="torch"))):
         pass
     return session._resident()[0]
 

@@ -31,6 +31,9 @@ CURVE_POINTS = 60
 SLIDING_BATCH_TOKENS = 2048
 LEAST_SPAN = 16
 
+RECALLED_AT = 2048
+"""Tokens back of the fact that is asked for where nothing is forgotten."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -192,7 +195,7 @@ def recall(
     """Tell a fact, read on through `text`, and ask: within the window and beyond, see `longctx.needle`.
 
     Args:
-        distances: tokens between fact and question; half the window and twice the window when empty.
+        distances: tokens between fact and question; when empty half the window and twice the window, or a few without.
 
     Raises:
         BadInput, CorruptModel, Unsupported, Cancelled.
@@ -203,15 +206,18 @@ def recall(
         from lowmem.longctx import needle
 
         check_window(options, plan.spec.context)
+        wanted = distances or _recalled_at(options, plan.spec.context)
+        action = reading_plan(plan, options, max(wanted) + needle.REST)
+        _refuse_if_over(action, False, "Use a shorter window, or fewer KV bits.")
         filler = tokens_of(loaded.tokenizer, text)
-        wanted = distances or ((options.window // 2, 2 * options.window) if options.window else (len(filler) // 2,))
+        filler *= 1 + max(wanted) // len(filler)
         found = []
         for number, distance in enumerate(wanted):
             yield Step(number, len(wanted), f"Asking for a fact {distance:,} tokens back", "questions")
             found.append(
                 needle.recall(loaded.model, loaded.tokenizer, filler, options, distance, cancel=cancel, check=check)
             )
-        return reading_plan(plan, options, max(wanted) + 64), found
+        return action, found
 
     started = time.perf_counter()
     (action, found), peak = yield from session.work("Asking what is remembered", job, cancel)
@@ -226,6 +232,12 @@ def recall(
         for one in found
     )
     yield _receipt("recall", action, started, peak, 0, details, notes)
+
+
+def _recalled_at(options: GenerateOptions, context: int) -> tuple[int, ...]:
+    from lowmem.longctx.needle import REST
+
+    return (options.window // 2, 2 * options.window) if options.window else (min(RECALLED_AT, context - REST),)
 
 
 def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:

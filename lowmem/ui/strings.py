@@ -300,7 +300,7 @@ ENGLISH: dict[str, Any] = {
     "long_recall_help": "The model is told a secret word, reads on through other text, and is asked for it: half a window later, and two windows later.",
     "long_recall_start": "Test what is remembered",
     "long_exercise": "Exercise",
-    "long_exercise_help": "The same text read with a full cache, a window without sinks, a window with sinks, a window computed anew for every token, and a quantized cache, each in a process of its own; with the resident model, or the demo model. A few minutes.",
+    "long_exercise_help": "The text above, or the manual where there is none, read with a full cache, a window without sinks, a window with sinks, a window computed anew for every token, and a quantized cache, each in a process of its own; with the resident model, or the demo model. A few minutes.",
     "long_exercise_start": "Run the exercise",
     "long_explain": "What is remembered, and what is forgotten",
     "long_load_first": "Load a model in the Generate tab first; the exercise runs without.",
