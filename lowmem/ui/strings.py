@@ -297,7 +297,7 @@ ENGLISH: dict[str, Any] = {
     "long_layers_help": "0 the embeddings, i after block i, -1 the last; commas between.",
     "long_format": "File",
     "long_recall": "Memory test",
-    "long_recall_help": "The model is told a secret word, reads on through other text, and is asked for it: half a window later, and two windows later.",
+    "long_recall_help": "The model is told a secret word, reads on through other text, and is asked for it: half a window later, and two windows later; 2,048 tokens later where no window forgets.",
     "long_recall_start": "Test what is remembered",
     "long_exercise": "Exercise",
     "long_exercise_help": "The text above, or the manual where there is none, read with a full cache, a window without sinks, a window with sinks, a window computed anew for every token, and a quantized cache, each in a process of its own; with the resident model, or the demo model. A few minutes.",
