@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lowmem.errors import BadInput, DoesNotFit
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.limits import check_stride, check_token_window, check_window
+from lowmem.longctx.limits import PASS_TOKENS, check_stride, check_token_window, check_window
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.measure.windows import CHARACTERS_PER_TOKEN
 from lowmem.planning.estimate import priced
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CURVE_POINTS = 60
-SLIDING_BATCH_TOKENS = 2048
 LEAST_SPAN = 16
 
 RECALLED_AT = 2048
@@ -71,10 +70,18 @@ def hidden_states(
 
         ids = tokens_of(loaded.tokenizer, text, tokens)
         check_token_window(window, plan.spec.context)
-        action = _sliding_plan(plan, max(window, SLIDING_BATCH_TOKENS if len(ids) > window else 0))
+        action = sliding_plan(plan, window, len(ids))
         _refuse_if_over(action, force, "Use a shorter window.")
         written = yield from hidden.hidden_states(
-            loaded.model, [ids], window, stride, out, layers=layers, cancel=cancel, check=check
+            loaded.model,
+            [ids],
+            window,
+            stride,
+            out,
+            layers=layers,
+            pass_tokens=action.context,
+            cancel=cancel,
+            check=check,
         )
         return action, (written, len(ids))
 
@@ -112,7 +119,7 @@ def sliding_perplexity(
 
         check_token_window(window, plan.spec.context)
         passage = Passage(tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, _prefix(loaded.tokenizer))
-        action = _sliding_plan(plan, window)
+        action = _pass_plan(plan, window)
         _refuse_if_over(action, force, "Use a shorter window.")
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
         yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
@@ -275,7 +282,13 @@ def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
     )
 
 
-def _sliding_plan(plan: Plan, tokens: int) -> Plan:
+def sliding_plan(plan: Plan, window: int, tokens: int) -> Plan:
+    """`plan` re-priced for windows over `tokens`: its context is the tokens of a pass, several windows where memory allows."""
+    several = _pass_plan(plan, max(window, PASS_TOKENS if tokens > window else 0))
+    return several if several.verdict != "over" else _pass_plan(plan, window)
+
+
+def _pass_plan(plan: Plan, tokens: int) -> Plan:
     return priced(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
 
 
