@@ -10,8 +10,8 @@ from toys import prompt, save_toy, toy
 
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import policy
-from lowmem.longctx.actions import sliding_plan
 from lowmem.longctx.limits import context_of
+from lowmem.longctx.pricing import sliding_plan
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import kv_bytes

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lowmem.errors import BadInput, DoesNotFit
+from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.limits import PASS_TOKENS, check_stride, check_token_window, check_window
+from lowmem.longctx.limits import check_stride, check_token_window, check_window
+from lowmem.longctx.pricing import pass_plan, reading_plan, refuse_if_over, sliding_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.measure.windows import CHARACTERS_PER_TOKEN
-from lowmem.planning.estimate import priced
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
@@ -71,7 +71,7 @@ def hidden_states(
         ids = tokens_of(loaded.tokenizer, text, tokens)
         check_token_window(window, plan.spec.context)
         action = sliding_plan(plan, window, len(ids))
-        _refuse_if_over(action, force, "Use a shorter window.")
+        refuse_if_over(action, force, "Use a shorter window.")
         written = yield from hidden.hidden_states(
             loaded.model,
             [ids],
@@ -119,8 +119,8 @@ def sliding_perplexity(
 
         check_token_window(window, plan.spec.context)
         passage = Passage(tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, _prefix(loaded.tokenizer))
-        action = _pass_plan(plan, window)
-        _refuse_if_over(action, force, "Use a shorter window.")
+        action = pass_plan(plan, window)
+        refuse_if_over(action, force, "Use a shorter window.")
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
         yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
         return action, (total.value, total.tokens, curve.spans())
@@ -165,7 +165,7 @@ def reading_perplexity(
                 "Set a window, or give a shorter text.",
             )
         action = reading_plan(plan, options, len(ids))
-        _refuse_if_over(action, force, "Use a shorter window, or fewer KV bits.")
+        refuse_if_over(action, force, "Use a shorter window, or fewer KV bits.")
         reader, spans, nll = Reader(loaded.model, ids, options), list[Span](), 0.0
         span = max(LEAST_SPAN, math.ceil(len(ids) / CURVE_POINTS))
         while reader.at < len(ids) - 1:
@@ -215,7 +215,7 @@ def recall(
         check_window(options, plan.spec.context)
         wanted = distances or _recalled_at(options, plan.spec.context)
         action = reading_plan(plan, options, max(wanted) + needle.REST)
-        _refuse_if_over(action, False, "Use a shorter window, or fewer KV bits.")
+        refuse_if_over(action, False, "Use a shorter window, or fewer KV bits.")
         filler = tokens_of(loaded.tokenizer, text)
         filler *= 1 + max(wanted) // len(filler)
         found = []
@@ -266,35 +266,6 @@ def with_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
     from lowmem.measure.windows import _prefix
 
     return [*_prefix(tokenizer), *ids]
-
-
-def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
-    """`plan` re-priced for reading `tokens` with the cache that `options` name."""
-    recomputes = bool(options.window) and not options.use_cache
-    return priced(
-        plan,
-        context=min(tokens, options.window) if recomputes else tokens,
-        batch=1,
-        kv=options.kv if options.use_cache else "none",
-        window=options.window,
-        sinks=options.sinks if options.window else 0,
-        prefill_chunk=options.window or tokens if not options.use_cache else options.prefill_chunk,
-    )
-
-
-def sliding_plan(plan: Plan, window: int, tokens: int) -> Plan:
-    """`plan` re-priced for windows over `tokens`: its context is the tokens of a pass, several windows where memory allows."""
-    several = _pass_plan(plan, max(window, PASS_TOKENS if tokens > window else 0))
-    return several if several.verdict != "over" else _pass_plan(plan, window)
-
-
-def _pass_plan(plan: Plan, tokens: int) -> Plan:
-    return priced(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
-
-
-def _refuse_if_over(plan: Plan, force: bool, hint: str) -> None:
-    if plan.verdict == "over" and not force:
-        raise DoesNotFit(plan.sentence(), hint)
 
 
 def _perplexity(nll: float, tokens: int) -> float:
