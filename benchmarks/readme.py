@@ -22,6 +22,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "quantize_7b": dict,
     "crossload": dict,
     "export": dict,
+    "longctx_stream": dict,
+    "longctx_speed": dict,
+    "longctx_kv": dict,
+    "longctx_quality": dict,
+    "longctx_hidden": dict,
 }
 """Results files in the README's order, each with how a row is shown; those that are missing are left out."""
 

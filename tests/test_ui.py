@@ -41,6 +41,7 @@ ENDPOINTS = {
     "/compare",
     "/perplexity",
     "/hidden_states",
+    "/recall",
     "/exercise",
     "/offload",
     "/offload_compare",
