@@ -33,9 +33,10 @@ def main() -> int:
     parser.add_argument("--auth", metavar="USER:PASS", help="ask for this sign-in")
     parser.add_argument("--budget", metavar="SIZE", help="memory to use on the computing device, such as 4G")
     parser.add_argument("--model", metavar="REF", help="model to propose: a hub id, a folder, a .gguf file")
+    parser.add_argument("--listed-only", action="store_true", help="visitors run the listed models and no others")
     flags = parser.parse_args()
     try:
-        serve(flags.share, flags.auth, flags.host, flags.port, flags.budget, flags.model, demo=demo)
+        serve(**vars(flags), demo=demo)
     except LowMemError as error:
         print(error, file=sys.stderr)
         return 3

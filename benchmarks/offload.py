@@ -1,9 +1,9 @@
 """Offloading: how much of the disk's speed reaches the tokens, in how much memory, against accelerate and against the prediction.
 
-    python -m benchmarks.offload [--quick] [--keep FOLDER]
+    python -m benchmarks.offload [CASE ...] [--models FOLDER]
 
-Needs root for memory cgroups, and 20 GB of disk for random weights in the shape of a 7B model (deleted at the end unless they
-are in the folder to keep). `--quick` runs the demo model only.
+Every case runs in a process and a memory cgroup of its own, which needs root. Those named 7b want 18 GB of disk for random
+weights in the shape of a 7B model, deleted at the end unless they are in the folder that is named.
 """
 
 from __future__ import annotations
@@ -12,72 +12,61 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common import ROOT, save, table
+from benchmarks.common import ROOT, merged, save, table
 from benchmarks.memory import demo_folder
-from lowmem.models.catalog import synthetic
-from lowmem.models.checkpoint_writer import write_shards
-from lowmem.models.quantization import Quantization
-from lowmem.models.synthetic import write_random_model
-from lowmem.planning.placement import block_index
+from lowmem.models.synthetic import write_random_gptq, write_random_model
 from lowmem.units import GiB, MiB, format_bytes
 from tests import memlimit
 
 SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
 PROMPT = "The history of the steam engine begins"
-GROUP = 128
+
+ON_DISK = ("--disk-blocks", "all")
+DEMO = ("--precision", "fp32", "--context", 128, "--raw")
+BIG = ("--context", 32, "--raw", "--measure")
+PACKED, HALF = "7b-4bit", "7b-fp16"
+
+CASES: dict[str, tuple[str, str, int, int, tuple[object, ...]]] = {
+    "demo": ("demo fp32, resident", "demo", 1536 * MiB, 64, (*DEMO, "--ram-blocks", "")),
+    "demo-disk": ("demo fp32, all on disk, cache allowed", "demo", 1536 * MiB, 64, (*DEMO, *ON_DISK)),
+    "demo-accelerate": ("accelerate, same memory", "demo", 1536 * MiB, 64, (*DEMO, "--reference", "accelerate")),
+    "demo-uncached": ("demo fp32, all on disk, no cache", "demo", 820 * MiB, 32, (*DEMO, *ON_DISK)),
+    "7b-4bit": ("7B 4-bit in 2 GiB", PACKED, 2 * GiB, 8, BIG),
+    "7b-fp16": ("7B fp16 in 3 GiB", HALF, 3 * GiB, 4, (*BIG, "--precision", "fp32")),
+    "7b-batch-1": ("7B 4-bit, all on disk, batch 1", PACKED, 3 * GiB, 8, (*BIG, *ON_DISK)),
+    "7b-batch-16": ("7B 4-bit, all on disk, batch 16", PACKED, 3 * GiB, 8, (*BIG, *ON_DISK, "--batch", 16)),
+}
+"""Name -> what it is called, model, bytes of the cgroup, tokens, and options of `lowmem offload`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="the demo model only")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the 7B models are, or are left")
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="where the 7B models are, or are left")
     args = parser.parse_args()
+    if unknown := [name for name in args.cases if name not in CASES]:
+        raise SystemExit(f"There is no case {unknown[0]}; there are {', '.join(CASES)}.")
     demo = demo_folder()
-    rows = list(demo_rows())
-    if not args.quick:
-        with tempfile.TemporaryDirectory() as scratch:
-            rows += seven_rows(args.keep or Path(scratch), demo)
-    print(table([shown(row) for row in rows]))
-    if not args.quick:
-        save("offload", rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.cases:
+            what, model, limit, tokens, flags = CASES[name]
+            if model != "demo":
+                model = str(written(args.models or Path(scratch), model, demo))
+            found = row(what, model, limit, tokens, *flags)
+            print(table([shown(found)]), flush=True)
+            save("offload", merged("offload", "case", [found], [case[0] for case in CASES.values()]))
 
 
-def demo_rows() -> Iterator[dict[str, Any]]:
-    """The demo model in fp32, every block on disk, on a machine whose page cache can hold it; then on one where it cannot."""
-    flags = ("--precision", "fp32", "--context", "128", "--raw")
-    yield row("demo, resident", "demo", 1536 * MiB, 64, *flags, "--ram-blocks", "")
-    yield row("demo, disk, cache allowed", "demo", 1536 * MiB, 64, *flags, "--disk-blocks", "all")
-    yield row("demo, accelerate, same memory", "demo", 1536 * MiB, 64, *flags, "--reference", "accelerate")
-    yield row("demo, disk, no cache", "demo", 720 * MiB, 32, *flags, "--disk-blocks", "all", "--ram", "700M")
-
-
-def seven_rows(folder: Path, demo: Path) -> Iterator[dict[str, Any]]:
-    packed, half = folder / "7b-4bit", folder / "7b-fp16"
-    if not (packed / "config.json").exists():
-        write_packed(packed, demo)
-    if not (half / "config.json").exists():
-        write_random_model(half, **SEVEN, dtype="fp16", tokenizer_from=demo)
-    flags = ("--context", 32, "--raw", "--measure")
-    yield row("7B 4-bit in 2 GiB", str(packed), 2 * GiB, 8, *flags)
-    yield row("7B fp16 in 3 GiB", str(half), 3 * GiB, 4, *flags, "--precision", "fp32")
-    for batch in (1, 16):
-        yield row(
-            f"7B 4-bit, all on disk, batch {batch}",
-            str(packed),
-            3 * GiB,
-            8,
-            *flags,
-            "--disk-blocks",
-            "all",
-            "--batch",
-            batch,
-        )
+def written(folder: Path, name: str, demo: Path) -> Path:
+    """A 7B model, which is written where it is not there yet."""
+    model = folder / name
+    if not (model / "config.json").exists():
+        write = write_random_gptq if name == PACKED else write_random_model
+        write(model, **SEVEN, tokenizer_from=demo)
+    return model
 
 
 def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[str, Any]:
@@ -104,43 +93,6 @@ def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[
         "predicted_peak": receipt["predicted"].get("ram", 0),
         "killed": result.oom_killed,
     }
-
-
-def write_packed(folder: Path, tokenizer: Path) -> None:
-    """The 7B shape with random GPTQ codes: 4 bits in groups of 128, scales that keep activations in range."""
-    spec = synthetic(**SEVEN, dtype="fp16", name=folder.name)
-    write_random_model(folder, **{**SEVEN, "layers": 1}, dtype="fp16", tokenizer_from=tokenizer)
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    stored = Quantization("gptq", 4, GROUP, "gptq")
-    write_shards(folder, _packed_tensors(spec.tensors, stored))
-    config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] = SEVEN["layers"]
-    config["quantization_config"] = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": GROUP,
-        "desc_act": False,
-        "sym": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _packed_tensors(tensors: Any, stored: Quantization) -> Iterator[tuple[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    for tensor in tensors:
-        if len(tensor.shape) == 1:
-            yield tensor.name, torch.ones(tensor.shape, dtype=torch.float16)
-        elif block_index(tensor.name) is None:
-            yield tensor.name, (torch.randn(tensor.shape, generator=generator) * 0.02).half()
-        else:
-            (outputs, inputs), layer = tensor.shape, tensor.name.removesuffix(".weight")
-            words = torch.randint(-(2**31), 2**31 - 1, stored.qweight_shape(outputs, inputs), generator=generator)
-            yield f"{layer}.qweight", words.to(torch.int32)
-            # Zero points of 8, stored less one; codes of 0 to 15 then spread around 0 by 4.6.
-            yield f"{layer}.qzeros", torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
-            yield f"{layer}.scales", torch.full((inputs // GROUP, outputs), 0.02 / 4.6, dtype=torch.float16)
-            yield f"{layer}.g_idx", torch.arange(inputs, dtype=torch.int32) // GROUP
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

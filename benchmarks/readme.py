@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import memory, quantize
+from benchmarks import memory, offload, quantize
 from benchmarks.common import ROOT, saved, table
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -16,6 +16,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "memory": memory.shown,
     "speed": dict,
     "app": dict,
+    "offload": offload.shown,
     "quantize": quantize.shown,
     "quantize_7b": dict,
     "crossload": dict,

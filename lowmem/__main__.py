@@ -96,6 +96,7 @@ def _serve_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=None)
     parser.add_argument("--budget", metavar="SIZE", help="the most memory to use, e.g. 4G")
     parser.add_argument("--model", metavar="MODEL", help="recommend this model")
+    parser.add_argument("--listed-only", action="store_true", help="visitors run the listed models and no others")
     parser.set_defaults(run=_run_serve)
 
 
@@ -274,7 +275,7 @@ def _print_receipt(receipt: Receipt) -> None:
 def _run_serve(args: argparse.Namespace) -> int:
     from lowmem.ui.launch import serve
 
-    serve(share=args.share, auth=args.auth, host=args.host, port=args.port, budget=args.budget, model=args.model)
+    serve(**{name: value for name, value in vars(args).items() if name != "run"})
     return 0
 
 

@@ -63,6 +63,10 @@ class Unsupported(LowMemError):
     """A model, device or option that this version cannot serve."""
 
 
+class NotAllowed(LowMemError):
+    """Left to the owner of a page, or more than a visitor may ask for."""
+
+
 class MissingDependency(LowMemError):
     """An optional package is absent; the hint carries the pip line."""
 

@@ -16,7 +16,7 @@ class Settings:
 
     `memory` is the host's own statement of its RAM (Spaces set `MEMORY`, e.g. "15Gi").
     `hub_token` is used for requests and never written anywhere. `visible_gpus` is
-    `CUDA_VISIBLE_DEVICES`, None when every GPU may be used.
+    `CUDA_VISIBLE_DEVICES`, None when every GPU may be used; `threads` is `OMP_NUM_THREADS`, which torch obeys.
     """
 
     home: Path
@@ -26,6 +26,7 @@ class Settings:
     hub_offline: bool
     hub_token: str | None = field(default=None, repr=False)
     visible_gpus: str | None = None
+    threads: str = ""
 
     @property
     def models(self) -> Path:
@@ -50,6 +51,7 @@ def settings() -> Settings:
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"},
         hub_token=env.get("HF_TOKEN") or None,
         visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
+        threads=env.get("OMP_NUM_THREADS", ""),
     )
 
 

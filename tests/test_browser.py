@@ -109,6 +109,11 @@ class Visit:
         field.fill(str(gigabytes))
         field.blur()
 
+    def limit_answer(self, tokens: int) -> None:
+        field = self.page.locator("#option-max_new_tokens input[type=number]")
+        field.fill(str(tokens))
+        field.blur()
+
     def send(self, message: str) -> None:
         self.page.fill("#message textarea", message)
         self.page.keyboard.press("Enter")
@@ -145,7 +150,8 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
     assert not page.is_visible("#load")
     visit.shot("loaded")
 
-    visit.send("What is a KV cache?")
+    visit.limit_answer(1500)  # longer than it takes to press Stop
+    visit.send("Tell a very long story about the keeper of a lighthouse.")
     page.wait_for_function("document.querySelector('#chat .bot')?.innerText.trim().length > 10")
     page.wait_for_selector("#chat-live .lm-context")
     visit.shot("streaming")
@@ -167,8 +173,7 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
 
     page.click("#modes button[role=tab]:has-text('Batch')")
     page.fill("#prompts textarea", "Name a river.\nName <b>two</b> colours.")
-    page.locator("#option-max_new_tokens input[type=number]").fill("8")
-    page.locator("#option-max_new_tokens input[type=number]").blur()
+    visit.limit_answer(8)
     page.click("#run-batch")
     page.wait_for_selector("#csv", timeout=60_000)
     assert page.locator("#batch-table tbody tr").count() == 2

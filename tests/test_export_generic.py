@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -14,13 +15,16 @@ import transformers
 
 from lowmem.errors import MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.export import tensorrt
+from lowmem.export import segments, tensorrt
 from lowmem.export.manifest import GRAPH, read_manifest
-from lowmem.export.onnx_session import OnnxModel
+from lowmem.export.onnx_session import OnnxModel, open_session
 from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
+from lowmem.export.run import export_isolated, forecast
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
+from lowmem.models.catalog import find
+from lowmem.models.source import read_spec
 from lowmem.units import GB, MB
 
 
@@ -30,9 +34,9 @@ def export(source: Path, out: Path, **options: object) -> Receipt:
     return receipt
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi"])
+@pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "qwen2", "qwen3", "gemma", "gemma3"])
 def test_any_decoder_becomes_a_graph_with_a_cache(tmp_path: Path, family: str) -> None:
-    receipt = export(toys.save_toy(family, tmp_path / "m"), tmp_path / "out", precision="fp32")
+    receipt = export(toys.save_toy(family, tmp_path / "m"), tmp_path / "out", precision="fp32", fused=False)
     assert receipt.details["kind"] == "decoder"
     prompts = [toys.prompt(length, seed=length) for length in (4, 19)]
     options = GenerateOptions(greedy=True, max_new_tokens=8, num_sequences=2, prefill_chunk=16)
@@ -84,6 +88,18 @@ def test_an_encoder_is_exported_and_proven(bert: Path, tmp_path: Path, precision
         OnnxModel(tmp_path / "out")
 
 
+def test_an_encoder_is_exported_by_name_though_nothing_else_takes_it(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="is an encoder"):
+        read_spec(str(bert))
+    spec = read_spec(str(bert), encoders=True)
+    expected = forecast(spec, ExportOptions(precision="int8"), 400 * MB, 9 * GB)
+    assert "encoder" in expected.sentence()
+    *_, receipt = export_isolated(str(bert), tmp_path / "out", {"precision": "int8"})
+    assert isinstance(receipt, Receipt)
+    assert receipt.details["kind"] == "encoder"
+    assert receipt.measured["ram"] <= receipt.predicted["ram"]
+
+
 def test_the_optimiser_reads_heads_and_shows_what_it_did(bert: Path, tmp_path: Path) -> None:
     receipt = export(bert, tmp_path / "out", precision="fp32", optimise=True)
     report = receipt.details["optimised"]
@@ -115,13 +131,59 @@ def test_the_workspace_leaves_room(made_up) -> None:
     assert tensorrt.workspace_bytes(made_up(vram_gb=0.3).gpus[0]) >= 256 * MB
 
 
-def test_a_model_is_cut_into_runs_of_blocks_that_fit() -> None:
-    runs = tensorrt.segments([100] * 10, ends_bytes=50, limit=330)
+def test_a_model_is_cut_into_runs_of_blocks_that_fit(made_up) -> None:
+    runs = segments.segments([100] * 10, ends_bytes=50, limit=330)
     assert [(run.first, run.last) for run in runs] == [(0, 2), (2, 5), (5, 8), (8, 10)]
     assert all(run.weight_bytes <= 330 for run in runs)
-    assert tensorrt.segments([100] * 3, 10, GB) == [tensorrt.Segment(0, 3, 310)]
+    assert segments.segments([100] * 3, 10, GB) == [segments.Segment(0, 3, 310)]
     with pytest.raises(OutOfMemory, match="One block"):
-        tensorrt.segments([500 * MB], 0, 300 * MB)
+        segments.segments([500 * MB], 0, 300 * MB)
+    spec = find("Qwen/Qwen2.5-7B-Instruct").spec()
+    small, large = (tensorrt.model_segments(spec, made_up(vram_gb=size).gpus[0]) for size in (6, 80))
+    assert len(large) == 1
+    assert len(small) > 4
+    assert sum(run.weight_bytes for run in small) == large[0].weight_bytes == 2 * sum(t.elements for t in spec.tensors)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_pieces_of_a_graph_compute_what_it_computes(tmp_path: Path, family: str, precision: str) -> None:
+    export(toys.save_toy(family, tmp_path / "m"), tmp_path / "out", precision=precision, fused=False)
+    graph = tmp_path / "out" / GRAPH
+    runs = [segments.Segment(0, 1, 0), segments.Segment(1, 2, 0)]
+    pieces = [open_session(path) for path in segments.cut(graph, runs)]
+    whole = open_session(graph)
+    shapes = {value.name: value.shape for value in whole.get_inputs()}
+    random = np.random.default_rng(0)
+    feeds = {
+        name: random.standard_normal((1, shape[1], 4, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if name.startswith("past")
+    }
+    feeds |= {
+        "input_ids": np.array([[5, 6, 7]]),
+        "attention_mask": np.ones((1, 7), np.int64),
+        "position_ids": np.array([[4, 5, 6]]),
+    }
+    names = [value.name for value in whole.get_outputs()]
+    found = segments.chained(pieces, feeds)
+    for name, wanted in zip(names, whole.run(names, feeds), strict=True):
+        np.testing.assert_allclose(found[name], wanted, atol=1e-5 if precision == "fp32" else 0.02)
+    ranges = [
+        tensorrt.shape_ranges(tensorrt.graph_inputs(path), tensorrt.Profile())
+        for path in graph.parent.glob("model-*.onnx")
+    ]
+    assert all(
+        all(size > 0 or name.startswith("past") for size in shape)
+        for part in ranges
+        for name, three in part.items()
+        for shape in three
+    )
+
+
+def test_a_graph_without_names_of_blocks_cannot_be_cut(small_graph: Path) -> None:
+    with pytest.raises(Unsupported, match="cannot be cut"):
+        segments.cut(small_graph, [segments.Segment(0, 1, 0), segments.Segment(1, 2, 0)])
 
 
 def test_engines_are_kept_by_gpu_version_shapes_and_content(made_up, tmp_path: Path) -> None:
@@ -244,3 +306,38 @@ def test_what_tensorrt_refuses_is_one_sentence(made_up, small_graph: Path, monke
 def test_the_receipt_is_json(tmp_path: Path) -> None:
     receipt = export(toys.save_toy("llama", tmp_path / "m"), tmp_path / "out", precision="int8")
     assert json.loads(json.dumps(receipt.as_dict()))["action"] == "export"
+
+
+def test_engines_come_from_the_cache_or_from_who_can_build(made_up, small_graph: Path, monkeypatch) -> None:
+    asked = []
+
+    def build(graph: Path, engine: Path, *_: object) -> None:
+        asked.append(engine)
+        engine.parent.mkdir(parents=True, exist_ok=True)
+        engine.mkdir() if engine.suffix == "" else engine.write_bytes(b"engine")
+
+    gpu, profile = made_up(vram_gb=16).gpus[0], tensorrt.Profile()
+    for who, there, suffix in (("build_engine", types.SimpleNamespace(), ".plan"), ("build_by_provider", None, "")):
+        monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name, there=there: there)
+        monkeypatch.setattr(tensorrt, who, build)
+        assert tensorrt.engine_of(small_graph, gpu, profile).suffix == suffix
+        assert tensorrt.engine_of(small_graph, gpu, profile) == asked[-1]
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("free_gb", [16, 0.1])
+def test_an_engine_export_goes_from_the_proven_graph_to_engines(made_up, tmp_path, monkeypatch, free_gb) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    monkeypatch.setattr(tensorrt, "probe", lambda: made_up(vram_gb=16))
+    monkeypatch.setattr(tensorrt, "available", lambda hardware: None)
+    if free_gb < 1:
+        whole = tensorrt.model_segments(read_spec(str(source)), made_up(vram_gb=16).gpus[0])[0].weight_bytes
+        monkeypatch.setattr(tensorrt, "ENGINE_SHARE", 0.6 * whole / (16 * GB))
+    engine = tmp_path / "engine"
+    engine.write_bytes(b"12")
+    monkeypatch.setattr(tensorrt, "engine_of", lambda graph, gpu, profile: engine)
+    *_, receipt = tensorrt.export_engine(source, tmp_path / "out", ExportOptions(format="tensorrt"))
+    assert isinstance(receipt, Receipt)
+    pieces = len(list((tmp_path / "out").glob("model-*.onnx")))
+    assert (len(receipt.details["engines"]), pieces) == ((1, 0) if free_gb > 1 else (2, 2))
+    assert receipt.details["proof"]["passed"]

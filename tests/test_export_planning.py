@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import packed_toys
@@ -9,32 +10,47 @@ import pytest
 import toys
 
 from lowmem.errors import BadInput, Unsupported
-from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning import exported, planner
-from lowmem.planning.goal import Goal, detected_limits
+from lowmem.planning.estimate import priced
+from lowmem.planning.goal import Goal, Limits, detected_limits
 from lowmem.planning.ladder import fewer_bits, quantized_kv
+from lowmem.planning.placement import all_at_home
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
 from lowmem.settings import settings
+from lowmem.units import MB
 
 DEMO = find("demo").spec()
 
 
 @pytest.fixture(autouse=True)
-def _graphs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "GRAPHS_UNASKED", True)
+def _toys_are_worth_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "GRAPH_PARAMETERS", 1)
 
 
-def test_unasked_torch_runs(made_up, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "GRAPHS_UNASKED", False)
+def test_who_did_not_ask_gets_no_graph_that_is_not_worth_writing(made_up, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "GRAPH_PARAMETERS", DEMO.parameters + 1)
     assert chosen(made_up()).backend == "torch"
     assert chosen(made_up(), backend="onnx").backend == "onnx"
+
+
+def test_writing_keeps_the_budget_too(made_up) -> None:
+    assert chosen(made_up(ram_gb=1.6)).verdict == "fits"
+    assert chosen(made_up(ram_gb=1.6)).backend == "torch"
+
+
+def test_what_a_graph_cannot_do_makes_a_plan_for_torch(made_up) -> None:
+    best = chosen(made_up())
+    for change in ({"window": 512}, {"kv": "int4"}, {"placement": all_at_home(DEMO, "cpu")}):
+        assert priced(best, **change).backend == "torch"
+    assert priced(best, kv="none").backend == "onnx"
 
 
 def chosen(hardware, spec=DEMO, **goal) -> Plan:
@@ -189,3 +205,27 @@ def test_torch_takes_over_when_no_graph_comes_of_it(folder: Path, monkeypatch: p
     assert any("failed its proof" in note for note in receipt.notes)
     with pytest.raises(Unsupported):
         load(session, str(folder), backend="onnx")
+
+
+def test_torch_takes_over_where_only_torch_can(folder: Path) -> None:
+    session = Session()
+    load(session, str(folder))
+    steps = list(session.generate("Hello", GenerateOptions(max_new_tokens=4, window=32), raw=True))
+    assert any(isinstance(step, Step) and "loading for torch" in step.note for step in steps)
+    assert session.plan is not None
+    assert (session.plan.backend, session.plan.precision) == ("torch", "int8")
+    load(session, str(folder), backend="onnx")
+    with pytest.raises(Unsupported, match="cannot have a window"):
+        answer(session, window=32)
+    with pytest.raises(Unsupported, match="cannot show its layers"):
+        list(session.work("Looking", lambda *_: iter(()), CancelToken()))
+
+
+def test_a_graph_is_written_within_the_budget_or_not_at_all(folder: Path) -> None:
+    hardware, session = Session().hardware(), Session()
+    best = plan(read_spec(str(folder)), hardware, detected_limits(hardware), Goal(context=256))
+    tight = dataclasses.replace(best, limits=Limits(hardware.process_bytes + 100 * MB))
+    receipt = list(session.load(tight))[-1]
+    assert session.plan is not None
+    assert session.plan.backend == "torch"
+    assert any("predicted to take" in note for note in receipt.notes)

@@ -9,6 +9,7 @@ from lowmem.errors import LowMemError
 from lowmem.models import choices
 from lowmem.models.catalog import CATALOG
 from lowmem.settings import settings
+from lowmem.ui.access import Access
 from lowmem.ui.engine import Choice, Engine
 
 
@@ -38,12 +39,12 @@ def test_a_hub_that_refuses_the_connection_is_not_reachable(monkeypatch):
 
 def test_a_stranger_cannot_name_a_folder_of_the_machine(tmp_path):
     folder = toys.save_toy("llama", tmp_path / "private")
-    assert Engine(public=False).plan(Choice(model=str(folder))).spec.layers == 2
+    assert Engine().plan(Choice(model=str(folder))).spec.layers == 2
     for ref in (str(folder), f"{folder}/../private", "/etc", "../../etc/passwd", "~/models"):
         with pytest.raises(LowMemError):
-            Engine(public=True).plan(Choice(model=ref))
+            Engine(access=Access(public=True)).plan(Choice(model=ref))
 
 
 def test_a_stranger_may_use_what_lowmem_wrote_itself():
     folder = toys.save_toy("llama", settings().outputs / "mine")
-    assert Engine(public=True).plan(Choice(model=str(folder))).spec.layers == 2
+    assert Engine(access=Access(public=True)).plan(Choice(model=str(folder))).spec.layers == 2

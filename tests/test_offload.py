@@ -135,11 +135,11 @@ def test_shards_and_large_gaps(tmp_path: Path) -> None:
         assert block.nbytes < block.stored_bytes + 2 * PAGE * len(block.weights)
 
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[PreTrainedModel, Path]]:
+@pytest.fixture(params=[False, True], ids=["past the cache", "in place"])
+def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[PreTrainedModel, Path]]:
     """A model that streams all of its blocks, and its weight file; large enough for a read to be under way."""
     model = deep_toy(tmp_path)
-    offloaded = apply(model, tmp_path, Placement(("disk",) * 5))
+    offloaded = apply(model, tmp_path, Placement(("disk",) * 5, mapped=request.param))
     logits(model)
     yield model, tmp_path / "model.safetensors"
     offloaded.streamer.close()

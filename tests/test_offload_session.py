@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import packed_toys
@@ -19,7 +20,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.models.source import read_spec
 from lowmem.offload import command
-from lowmem.offload.planned import by_budget, largest_batch, placed
+from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.run import Where, plan_for, run
 from lowmem.planning.goal import Goal, Limits
 from lowmem.planning.ladder import offload
@@ -30,6 +31,13 @@ from lowmem.runtime.session import Session
 
 OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
 ALL = Where(disk=(0, 1))
+
+
+@pytest.fixture(autouse=True)
+def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test measures its machine anew."""
+    for name in ("SECONDS", "PROBE_SECONDS"):
+        monkeypatch.setattr(bandwidth, name, 0.01)
 
 
 @pytest.fixture
@@ -178,12 +186,32 @@ def test_the_rung_offloads_only_what_does_not_fit(seven_billion: Plan) -> None:
     assert lower.placement is not None
     assert lower.verdict != "over"
     assert "on disk" in lower.reason
-    assert offload(lower) is None
+
+
+def test_the_rung_after_it_halves_what_stays(seven_billion: Plan) -> None:
+    plan = by_budget(big(seven_billion, 10_000_000_000))
+    counts = []
+    while (lower := offload(plan)) is not None:
+        assert lower.main.peak < plan.main.peak
+        counts.append(lower.placement.blocks.count("ram"))  # type: ignore[union-attr]
+        plan = lower
+    assert counts[-1] == 0
+    assert all(after == before // 2 for before, after in pairwise(counts))
 
 
 def test_a_batch_grows_with_the_budget(seven_billion: Plan) -> None:
-    made = placed(big(seven_billion, 4_000_000_000), Placement(("disk",) * 32))
-    assert 1 < largest_batch(made) < largest_batch(big(made, 9_000_000_000))
+    sizes = [most_answers(big(seven_billion, ram), by_budget).batch for ram in (3_000_000_000, 4_000_000_000)]
+    assert 1 < sizes[0] < sizes[1]
+    chosen_places = [
+        most_answers(big(seven_billion, ram), lambda plan: placed(plan, Placement(("disk",) * 32))).batch
+        for ram in (3_000_000_000, 9_000_000_000)
+    ]
+    assert 1 < chosen_places[0] < chosen_places[1]
+
+
+def test_a_model_that_cannot_be_placed_has_no_batch(seven_billion: Plan) -> None:
+    with pytest.raises(DoesNotFit):
+        most_answers(big(seven_billion, 700_000_000), by_budget)
 
 
 def test_lists_of_blocks_are_read_and_refused() -> None:
@@ -197,7 +225,6 @@ def test_lists_of_blocks_are_read_and_refused() -> None:
 
 def test_a_disk_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWMEM_HOME", str(tmp_path))
-    monkeypatch.setattr(bandwidth, "SECONDS", 0.05)
     file = tmp_path / "weights"
     file.write_bytes(bytes(8 << 20))
     first = bandwidth.disk_bandwidth(file)

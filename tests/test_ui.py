@@ -25,7 +25,7 @@ from lowmem.ui.bind import Jobs, explain, pump
 from lowmem.ui.chat import conversation
 from lowmem.ui.engine import Choice
 from lowmem.ui.fields import read
-from lowmem.ui.launch import launch_options, serve
+from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 
 ENDPOINTS = {
@@ -334,21 +334,6 @@ def test_live_line_counts_the_context() -> None:
 
 
 # --- launch
-
-
-def test_share_without_a_sign_in_makes_up_a_password(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launched: dict[str, object] = {}
-    monkeypatch.setattr("gradio.Blocks.launch", lambda self, **kwargs: launched.update(kwargs))
-    serve(share=True)
-    _, password = launched["auth"]  # type: ignore[misc]
-    assert len(password) >= 12
-    assert password in capsys.readouterr().out
-    serve(auth="ada:secret")
-    assert launched["auth"] == ("ada", "secret")
-    with pytest.raises(BadInput):
-        serve(auth="ada")
 
 
 def test_the_page_is_built_without_torch() -> None:

@@ -14,7 +14,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from ui_stub import StubEngine
 
-from lowmem.errors import BadInput, Unsupported
+from lowmem.errors import BadInput, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.measure.rows import Row
 from lowmem.quant import METHODS, get
@@ -23,6 +23,7 @@ from lowmem.quant.forecast import forecast, remember
 from lowmem.quant.pictures import by_block, losses
 from lowmem.settings import settings
 from lowmem.ui import render_quantize
+from lowmem.ui.access import Access
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.quantize_form import _bits, _groups
@@ -178,7 +179,7 @@ def test_results_go_below_the_outputs_and_never_over_each_other(workshop: StubWo
 @pytest.fixture
 def public() -> Workshop:
     engine = StubEngine()
-    engine.public = True
+    engine.access = Access(public=True)
     return Workshop(engine)
 
 
@@ -194,17 +195,17 @@ def test_strangers_name_no_files(public: Workshop, tmp_path: Path) -> None:
         public.compare("demo", ["fp32"], "manual", options, CancelToken(), {})  # type: ignore[arg-type]
 
 
-def test_strangers_push_only_results_and_only_with_their_own_token(
-    public: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_strangers_push_nothing_and_owners_only_results(
+    public: Workshop, workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hosts-own")
     made = settings().outputs / "made"
     made.mkdir(parents=True)
     (made / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match="no token"):
-        public.push(str(made), "ada/made", " ", True, CancelToken())
+    with pytest.raises(NotAllowed, match="left to the owner"):
+        public.push(str(made), "ada/made", "typed", True, CancelToken())
     with pytest.raises(BadInput, match="Only results"):
-        public.push(str(tmp_path), "ada/made", "typed", True, CancelToken())
+        workshop.push(str(tmp_path), "ada/made", "typed", True, CancelToken())
 
 
 # --- pieces

@@ -23,6 +23,7 @@ from lowmem.machine.monitor import Snapshot
 from lowmem.models.catalog import find
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.plan import Plan
+from lowmem.ui.access import Access
 from lowmem.ui.engine import Engine
 from lowmem.units import GB, MB
 
@@ -150,10 +151,10 @@ class StubSession:
 class StubEngine(Engine):
     """`Engine` on imaginary hardware; every model of the catalog is known without a network."""
 
-    def __init__(self, vram_gb: float = 0, delay: float = 0.02) -> None:
+    def __init__(self, vram_gb: float = 0, delay: float = 0.02, access: Access | None = None) -> None:
         hardware = machine(vram_gb)
         self.stub = StubSession(hardware, delay)
-        super().__init__(lambda: self.stub)  # type: ignore[arg-type,return-value]
+        super().__init__(lambda: self.stub, access=access)  # type: ignore[arg-type,return-value]
 
     def snapshot(self) -> Snapshot:
         resident = self.stub.plan.main.peak if self.stub.plan else 0
@@ -168,9 +169,6 @@ class StubEngine(Engine):
 
     def download_bytes(self, spec: ModelSpec) -> int:
         return spec.size_on_disk if spec.ref == "demo" else 0
-
-    def _hub(self) -> bool:
-        return True
 
 
 if __name__ == "__main__":

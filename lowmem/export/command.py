@@ -66,7 +66,7 @@ def export(
     """Fetch `ref` if need be and export it; the last event is the receipt."""
     from lowmem.models.fetch import fetch
 
-    folder = yield from fetch(ref, None, allow_paths)
+    folder = yield from fetch(ref, None, allow_paths, encoders=True)
     if options.format == "tensorrt":
         from lowmem.export.tensorrt import export_engine
 

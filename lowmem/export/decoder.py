@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,11 @@ def write_decoder(
     model, layout = empty_model(folder), block_layout(config)
     with Checkpoint(folder) as checkpoint, WeightFile(out / DATA) as weights:
         source = Source(checkpoint, spec.stored)
-        for name, ways in graphs(options, cancel).items():
+        written = graphs(options, cancel)
+        for position, (name, ways) in enumerate(written.items()):
             graph = Graph(weights)
-            yield from FusedDecoder(model, layout, source, graph, ways).write(spec.layer_types, cancel)
+            for step in FusedDecoder(model, layout, source, graph, ways).write(spec.layer_types, cancel):
+                yield replace(step, done=position * step.total + step.done, total=len(written) * step.total)
             graph.save(out / name, {"model": spec.name, "precision": options.precision})
 
 

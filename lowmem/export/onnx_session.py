@@ -207,6 +207,10 @@ class InPlaceCache:
         """Forget all tokens; the rows stay."""
         self.lengths[:] = 0
 
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first `max_length` of every row."""
+        np.minimum(self.lengths, max_length, out=self.lengths)
+
     def batch_repeat_interleave(self, copies: int) -> None:
         self._take(np.repeat(np.arange(len(self.lengths)), copies))
 

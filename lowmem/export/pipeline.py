@@ -137,13 +137,8 @@ class _Job:
         runtime = max(probe().runtime_bytes, probe().process_bytes)
         if self.spec is None or self.fused_refusal:
             return runtime + 4 * self.disk_bytes() // 3
-        return (
-            runtime
-            + exported.export_peak_bytes(self.spec)
-            + exported.session_bytes(
-                self.spec, self.options.precision, self.options.group_size, self.options.has_prefill
-            )
-        )
+        options = self.options
+        return runtime + exported.writing_bytes(self.spec, options.precision, options.group_size, options.has_prefill)
 
     def run(self, part: Path, cancel: CancelToken) -> Iterator[Step]:
         from lowmem.export.decoder import write_decoder

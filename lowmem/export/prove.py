@@ -77,7 +77,7 @@ def prove(
     folder: Path, exported: Path, stored: Quantization | None, cancel: CancelToken
 ) -> Generator[Step, None, Proof]:
     """Compare the graph in `exported` with the model in `folder`; the return value is the proof."""
-    yield Step(0, 3, "Asking the original")
+    yield Step(0, 3, "Proving it: asking the original")
     text, windows = _windows(folder)
     with Checkpoint(folder) as checkpoint, torch.inference_mode():
         model = streamed_model(folder, checkpoint, stored)
@@ -85,11 +85,11 @@ def prove(
         wanted = model(input_ids=windows, use_cache=False).logits.float()
     del model
     cancel.check()
-    yield Step(1, 3, "Asking the graph")
+    yield Step(1, 3, "Proving it: asking the graph")
     graph = OnnxModel(exported)
     prefill = _agreement(wanted, torch.cat([graph(window[None]).logits for window in windows]))
     cancel.check()
-    yield Step(2, 3, "Asking the graph token by token")
+    yield Step(2, 3, "Proving it: asking the graph token by token")
     decode = _agreement(wanted[:, -STEPS:], torch.cat([_decoded(graph, window) for window in windows]))
     gate, passed = _judged(graph.manifest.precision, stored is not None, prefill, decode)
     yield Step(3, 3, "Proven" if passed else "Failed")
@@ -103,7 +103,7 @@ def prove_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     """
     from transformers import AutoModel
 
-    yield Step(0, 2, "Asking the original")
+    yield Step(0, 2, "Proving it: asking the original")
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     ids = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -111,7 +111,7 @@ def prove_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     with torch.inference_mode():
         wanted = model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
     del model
-    yield Step(1, 2, "Asking the graph")
+    yield Step(1, 2, "Proving it: asking the graph")
     session = open_session(exported / GRAPH)
     found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])
     states, others = wanted[mask.bool()], found[mask.bool()]

@@ -11,6 +11,7 @@ from typing import Any
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.options import ExportOptions
+from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.goal import Limits
@@ -64,14 +65,19 @@ def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit:
     """
     if spec.exported:
         raise BadInput(f"{spec.name} is an exported graph already.", "Choose the model it came from.")
-    generic = exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
-    seconds = 5 + spec.parameters * exported.SECONDS_PER_PARAMETER[options.precision]
+    generic = (
+        "It is an encoder."
+        if is_encoder(spec.model_type)
+        else exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
+    )
+    seconds = exported.writing_seconds(spec, options.precision)
     if generic:
         whole = 4 * spec.parameters
         size = {"fp32": whole, "fp16": whole // 2, "int8": whole // 4, "int4": whole // 7}[options.precision]
         return Forecast(size, runtime_bytes + 4 * whole, 3 * seconds, size, limit, generic)
     size = exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
-    return Forecast(size, runtime_bytes + exported.export_peak_bytes(spec) + size, seconds, size, limit)
+    peak = runtime_bytes + exported.export_peak_bytes(spec) + size
+    return Forecast(size, peak, seconds, size, limit)
 
 
 def output_folder(name: str, options: ExportOptions) -> Path:

@@ -1,8 +1,8 @@
-"""TensorRT engines from the fp16 graph: what is missing here, how a model is cut up, where engines are kept, who builds them.
+"""TensorRT engines from the fp16 graph: what is missing here, where engines are kept, who builds them.
 
 TensorRT 11 knows strongly typed networks only (its FP16 and INT8 flags are gone), so types are those of the graph:
-a generic fp16 export. An engine belongs to one GPU model and one TensorRT version, and is kept under both names. Everything but
-`build_engine` runs, and is tested, without a GPU.
+a generic fp16 export, cut up by blocks (`segments.py`) where it does not fit. An engine belongs to one GPU model and one TensorRT
+version, and is kept under both names. Everything but the builders runs, and is tested, without a GPU.
 
 https://docs.nvidia.com/deeplearning/tensorrt/latest/ and
 https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html
@@ -20,11 +20,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import MissingDependency, OutOfMemory, Unsupported
+from lowmem.errors import MissingDependency, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.manifest import GRAPH
 from lowmem.export.options import ExportOptions
+from lowmem.export.segments import Segment, cut, segments
 from lowmem.machine.hardware import Device, Hardware, probe
+from lowmem.models.source import read_spec
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.placement import block_index
 from lowmem.settings import settings
 from lowmem.units import GB, MB
 
@@ -46,15 +50,6 @@ class Profile:
     batch: tuple[int, int, int] = (1, 1, 4)
     new: tuple[int, int, int] = (1, 1, 512)
     past: tuple[int, int, int] = (0, 512, 2048)
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Blocks `first` to `last` (exclusive) as one engine; the first takes token ids, the last gives logits."""
-
-    first: int
-    last: int
-    weight_bytes: int
 
 
 def available(hardware: Hardware | None = None) -> str | None:
@@ -93,35 +88,10 @@ def workspace_bytes(gpu: Device) -> int:
     return max(SMALLEST_WORKSPACE, 1 << (share.bit_length() - 1))
 
 
-def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Segment]:
-    """Cut a model into runs of blocks that fit `limit` bytes each.
-
-    Args:
-        block_bytes: weights of every block.
-        ends_bytes: embedding and head, which the first and the last run carry.
-
-    Raises:
-        OutOfMemory: a single block is more than the limit, naming both.
-    """
-    if (largest := max(block_bytes, default=0)) > limit:
-        raise OutOfMemory(
-            f"One block takes {largest / MB:,.0f} MB, the GPU has room for {limit / MB:,.0f} MB of an engine.",
-            "Choose a smaller model, or close what else uses the GPU.",
-        )
-    runs: list[Segment] = []
-    first, held = 0, ends_bytes
-    for index, size in enumerate(block_bytes):
-        if held + size > limit and index > first:
-            runs.append(Segment(first, index, held))
-            first, held = index, 0
-        held += size
-    return [*runs, Segment(first, len(block_bytes), held)]
-
-
 def engine_path(graph: Path, gpu: Device, profile: Profile, library: str) -> Path:
     """Where the engine of `graph` is kept: by its content, the GPU, the TensorRT version and the shapes."""
     digest = hashlib.sha256()
-    for file in sorted(graph.parent.glob(f"{graph.name}*")):
+    for file in sorted([graph, *graph.parent.glob("*.data")]):
         stat = file.stat()
         digest.update(f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     digest.update(repr(profile).encode())
@@ -219,6 +189,30 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
     part.replace(engine)
 
 
+def build_by_provider(graph: Path, cache: Path, gpu: Device, profile: Profile) -> None:
+    """Let ONNX Runtime's TensorRT provider build the engine of `graph`, which it keeps in the folder `cache`.
+
+    Raises:
+        Unsupported: this ONNX Runtime has no TensorRT provider, or it left the graph to another. See also `open_session`.
+    """
+    from lowmem.export.onnx_session import open_session
+
+    cache.mkdir(parents=True, exist_ok=True)
+    session = open_session(graph, providers=provider(gpu, cache, graph_inputs(graph), profile))
+    if "TensorrtExecutionProvider" not in session.get_providers():
+        raise Unsupported("ONNX Runtime's TensorRT provider did not load.", "pip install tensorrt")
+
+
+def engine_of(graph: Path, gpu: Device, profile: Profile) -> Path:
+    """The engine of `graph`, from the cache or built now: a file of TensorRT's own builder, else the provider's folder."""
+    own = importlib.util.find_spec("tensorrt") is not None
+    engine = engine_path(graph, gpu, profile, tensorrt_version())
+    engine = engine if own else engine.with_suffix("")
+    if not engine.exists():
+        (build_engine if own else build_by_provider)(graph, engine, gpu, profile)
+    return engine
+
+
 def export_engine(
     folder: Path,
     out: Path,
@@ -228,10 +222,11 @@ def export_engine(
     ram_limit: int | None = None,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
-    """The fp16 graph of a model, proven, in `out`, and its engine in the cache; the last event is the receipt.
+    """The fp16 graph of a model, proven, in `out`, and its engines in the cache; the last event is the receipt.
 
     Raises:
         Unsupported: there is no GPU or no TensorRT, naming the missing piece. See also `export_model`.
+        OutOfMemory: not even one block fits the GPU.
     """
     from lowmem.export.pipeline import export_model
 
@@ -239,23 +234,32 @@ def export_engine(
     if missing := available(hardware):
         raise Unsupported(missing, "Choose ONNX, which runs everywhere.")
     gpu, profile = hardware.gpus[0], Profile()
+    runs = model_segments(read_spec(str(folder)), gpu)
+    options = replace(options, precision="fp16", fused=False)
     receipt: Receipt | None = None
-    for event in export_model(
-        folder, out, replace(options, precision="fp16", fused=False), ref=ref, ram_limit=ram_limit, cancel=cancel
-    ):
+    for event in export_model(folder, out, options, ref=ref, ram_limit=ram_limit, cancel=cancel):
         if isinstance(event, Receipt):
             receipt = event
         else:
             yield event
     assert receipt is not None  # the last event of every export
-    engine = engine_path(out / GRAPH, gpu, profile, tensorrt_version())
-    yield Step(0, 0, f"Building the engine for {gpu.name}")
-    if not engine.is_file():
-        build_engine(out / GRAPH, engine, gpu, profile)
-    details = receipt.details | {"engine": str(engine), "engine_bytes": engine.stat().st_size}
+    graphs = [out / GRAPH] if len(runs) == 1 else cut(out / GRAPH, runs)
+    engines = []
+    for number, graph in enumerate(graphs, 1):
+        yield Step(number - 1, len(graphs), f"Building engine {number} of {len(graphs)} for {gpu.name}")
+        engines.append(engine_of(graph, gpu, profile))
+    sizes = [sum(file.stat().st_size for file in (e.iterdir() if e.is_dir() else [e])) for e in engines]
+    details = receipt.details | {"engines": [str(engine) for engine in engines], "engine_bytes": sum(sizes)}
     yield replace(receipt, precision="fp16", device=gpu.key, details=details)
 
 
-def model_segments(block_bytes: Sequence[int], ends_bytes: int, gpu: Device) -> list[Segment]:
-    """How a model is cut up for `gpu`: one engine where it fits, else runs of blocks."""
-    return segments(block_bytes, ends_bytes, int(max(gpu.free_bytes, GB // 2) * ENGINE_SHARE))
+def model_segments(spec: ModelSpec, gpu: Device) -> list[Segment]:
+    """How a model in fp16 is cut up for `gpu`: one engine where it fits, else runs of blocks."""
+    sizes, ends = [0] * spec.layers, 0
+    for tensor in spec.tensors:
+        index = block_index(tensor.name)
+        if index is None or index >= spec.layers:
+            ends += 2 * tensor.elements
+        else:
+            sizes[index] += 2 * tensor.elements
+    return segments(sizes, ends, int(max(gpu.free_bytes, GB // 2) * ENGINE_SHARE))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken, Step
-from lowmem.generate import kv, sampling
+from lowmem.generate import kv, lookahead, sampling
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import policy
 from lowmem.longctx.sinks import WindowCache
@@ -86,6 +86,9 @@ def decode(
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
     # One token through one block is quick, and every hook costs a little of each token.
     with _stoppable(blocks if options.use_cache else parts, cancel):
+        if lookahead.applies(options, count, model.dtype) and rows.can_go_back:
+            yield from _write_ahead(rows, logits, options, eos_ids, cancel, check, ended)
+            return
         yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
 
 
@@ -187,6 +190,27 @@ class _Rows:
             # Without pads neither mask nor positions: the model takes its fast causal path.
             inputs.update(self._padding(start, end))
         return self.model(**inputs).logits[:, -1].float()
+
+    @property
+    def can_go_back(self) -> bool:
+        """Can the cache forget its latest tokens and nothing else?"""
+        layers = getattr(self._cache, "layers", None)
+        return hasattr(self._cache, "crop") and (layers is None or all(type(layer) is kv.FullLayer for layer in layers))
+
+    def logits_ahead(self, guesses: list[int]) -> Tensor:
+        """Logits [1 + guesses, vocab] in float32 after the only row's last token and after every guess behind it."""
+        start, end = self.length - 1, self.length + len(guesses)
+        self.text[0, self.length : end] = torch.tensor(guesses, dtype=torch.long)
+        inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "past_key_values": self._cache}
+        if "logits_to_keep" in self._accepted:
+            inputs["logits_to_keep"] = end - start
+        return self.model(**inputs, use_cache=True).logits[0, start - end :].float()
+
+    def settle(self, tokens: list[int]) -> None:
+        """Append what is certain, and let the cache forget every guess that is not."""
+        self.text[0, self.length : self.length + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        self.length += len(tokens)
+        self._cache.crop(self.length - 1)
 
     def _recomputed_from(self, start: int, end: int) -> int:
         """Where the pass begins when the window is computed anew: for every token, or with a cache when a row fills it."""
@@ -290,6 +314,38 @@ def _write(
             live, new = [live[row] for row in keep], new[keep]
         rows.append(new)
         logits = rows.logits(rows.length - 1, rows.length)
+
+
+def _write_ahead(
+    rows: _Rows,
+    logits: Tensor,
+    options: GenerateOptions,
+    eos_ids: frozenset[int],
+    cancel: CancelToken,
+    check: Callable[[], None],
+    ended: Collection[int],
+) -> Iterator[Tokens]:
+    """`_write` for one greedy row, several tokens a pass where a guess holds."""
+    guesser = lookahead.Guesser(rows.text[0, : rows.length].tolist(), options.lookahead)
+    guesses, made = list[int](), 0
+    while True:
+        with _one_thread(rows.model):
+            choices = sampling.next_tokens(logits, rows.text, options, ()).tolist()
+            _check_numbers(choices, made + 1)
+            found = lookahead.certain(logits, choices, guesses)
+        for token in found:
+            made += 1
+            yield Tokens((token,))
+            if token in eos_ids or 0 in ended or made == options.max_new_tokens:
+                return
+        cancel.check()
+        check()
+        rows.settle(found)
+        guesser.add(found)
+        if guesses:
+            guesser.held(len(found) - 1)
+        guesses = guesser.guess(options.max_new_tokens - made - 1) if found else []
+        logits = rows.logits_ahead(guesses)
 
 
 @contextmanager

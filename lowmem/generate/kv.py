@@ -73,6 +73,10 @@ class FullLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.batch = self.length = 0
 
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first `max_length`."""
+        self.length = min(self.length, max_length)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._take(torch.arange(self.batch).repeat_interleave(repeats))
 

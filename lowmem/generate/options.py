@@ -79,6 +79,15 @@ class GenerateOptions:
     use_cache: bool = option(
         True, "KV cache", "Off recomputes the whole text, or the window, for every token: slow, no cache memory."
     )
+    lookahead: int = option(
+        0,
+        "Lookahead",
+        "Guess up to so many tokens from what the text has said before, and check them in one pass: faster where text repeats "
+        "itself, the same text always. For greedy answers in fp32 or on graphs; 0 is off.",
+        low=0,
+        high=32,
+        step=1,
+    )
     prefill_chunk: int = option(
         512, "Prefill chunk", "Prompt tokens per pass: smaller needs less memory.", low=16, high=8192, step=16
     )

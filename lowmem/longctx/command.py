@@ -177,7 +177,7 @@ def _loaded(args: argparse.Namespace) -> Session:
     session = Session()
     hardware = session.hardware()
     ram, vram = (None if size is None else parse_bytes(size) for size in (args.ram, args.vram))
-    goal = Goal(precision=args.precision, device=args.device)
+    goal = Goal(precision=args.precision, device=args.device, backend="torch")
     plan = make_plan(read_spec(args.model), hardware, limits_from(hardware, ram, vram), goal)
     for _ in _shown(session.load(plan, force=args.force), quiet=True):
         pass

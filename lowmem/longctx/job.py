@@ -46,7 +46,7 @@ def read(
     chosen, cache = build(ExerciseOptions, options), build(GenerateOptions, fields)
     session, cancel = Session(), CancelToken()  # nobody sets it: the parent kills the process
     hardware = session.hardware()
-    goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision)
+    goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision, backend="torch")
     plan = make_plan(read_spec(ref), hardware, limits_from(hardware, ram, vram), goal)
     for event in session.load(plan, cancel):
         if isinstance(event, Step):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,45 +24,60 @@ log = logging.getLogger("lowmem.machine")
 SECONDS = 2.0
 """Long enough for a disk to leave its burst of credit behind, short enough to wait for."""
 
+PROBE_SECONDS = 0.3
+"""Of everything else, which needs no more to be steady."""
+
 CHUNK_BYTES = 4 << 20
 READERS = 2
 
 PROBE_BYTES = 64 * MB
 
 
-def disk_bandwidth(file: Path, again: bool = False) -> float:
+class Unmeasured(LookupError):
+    """A figure that was never measured here, where only known ones were asked for."""
+
+
+Again = bool | None
+"""True measures anew, False what was never measured; None measures nothing and raises `Unmeasured`."""
+
+
+def disk_bandwidth(file: Path, again: Again = False) -> float:
     """Bytes per second of sequential reads on the disk where `file` lies, about 2 s the first time.
 
-    Reads `file` itself: nothing is written. 0.0 when the file is empty or cannot be read.
+    Reads `file` itself: nothing is written. 0.0 when the file is empty or cannot be read. A file that is smaller than
+    one read says nothing of others, and has a figure of its own.
     """
-    key = f"disk {file.stat().st_dev}"
+    found = file.stat()
+    key = f"disk {found.st_dev}" + (f" with {found.st_size} bytes" if found.st_size < CHUNK_BYTES else "")
     return _kept(key, again, lambda: _measure_disk(file))
 
 
-def ram_bandwidth(again: bool = False) -> float:
+def ram_bandwidth(again: Again = False) -> float:
     """Bytes per second at which this process multiplies a row by fp32 weights that lie in RAM."""
-    return _kept(f"ram {_threads()} threads", again, _measure_ram)
+    return _kept(f"ram {_threads()} threads", again, lambda: _measure_product("cpu", "float32"))
 
 
-def bus_bandwidth(device: str, again: bool = False) -> float:
+def vram_bandwidth(device: str, again: Again = False) -> float:
+    """Bytes per second at which the GPU `device` multiplies a row by fp16 weights that lie in its memory."""
+    return _kept(f"vram {device}", again, lambda: _measure_product(device, "float16"))
+
+
+def bus_bandwidth(device: str, again: Again = False) -> float:
     """Bytes per second from pinned RAM to the GPU `device`."""
     return _kept(f"bus {device}", again, lambda: _measure_bus(device))
 
 
-def kept(key: str, again: bool, measure: Callable[[], float]) -> float:
+def kept(key: str, again: Again, measure: Callable[[], float]) -> float:
     """A figure of this machine by name: measured now if it never was, or `again`."""
     return _kept(f"{key} {_threads()} threads", again, measure)
 
 
-def known() -> bool:
-    """Has anything been measured here yet?"""
-    return bool(_figures())
-
-
-def _kept(key: str, again: bool, measure: Callable[[], float]) -> float:
+def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
     figures = _figures()
     if not again and figures.get(key):
         return figures[key]
+    if again is None:
+        raise Unmeasured(key)
     try:
         measured = measure()
     except OSError as error:
@@ -76,23 +90,26 @@ def _kept(key: str, again: bool, measure: Callable[[], float]) -> float:
 
 def _measure_disk(file: Path) -> float:
     from lowmem.offload.shards import Shard  # the same reads as those that are predicted
+    from lowmem.planning.placement import PAGE
 
-    size = file.stat().st_size // CHUNK_BYTES * CHUNK_BYTES
-    if not size:
+    size = file.stat().st_size
+    chunk = min(CHUNK_BYTES, size // PAGE * PAGE)
+    if not chunk:
         return 0.0
+    size -= size % chunk
     shard = Shard(file)
     deadline = time.perf_counter() + SECONDS
-    started, offsets = time.perf_counter(), iter(range(0, 1 << 62, CHUNK_BYTES))
+    started, offsets = time.perf_counter(), iter(range(0, 1 << 62, chunk))
 
     def work(_: int) -> int:
         import mmap
 
         read = 0
-        with mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as memory:
+        with mmap.mmap(-1, chunk) as buffer, memoryview(buffer) as memory:
             while time.perf_counter() < deadline:
                 # Counting up is atomic; two readers never take the same chunk.
-                shard.read(next(offsets) % size, memory, CHUNK_BYTES)
-                read += CHUNK_BYTES
+                shard.read(next(offsets) % size, memory, chunk)
+                read += chunk
         return read
 
     try:
@@ -103,11 +120,19 @@ def _measure_disk(file: Path) -> float:
         shard.close()
 
 
-def _measure_ram() -> float:
+def _measure_product(device: str, dtype: str) -> float:
     import torch
 
-    weight, row = torch.zeros(4096, PROBE_BYTES // 4 // 4096), torch.zeros(1, PROBE_BYTES // 4 // 4096)
-    return rate(lambda: torch.nn.functional.linear(row, weight), weight.nbytes)
+    kind = getattr(torch, dtype)
+    rows, columns = 4096, PROBE_BYTES // kind.itemsize // 4096
+    weight, row = (torch.zeros(count, columns, dtype=kind, device=device) for count in (rows, 1))
+
+    def multiply() -> None:
+        torch.nn.functional.linear(row, weight)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
+    return rate(multiply, weight.nbytes)
 
 
 def _measure_bus(device: str) -> float:
@@ -123,11 +148,11 @@ def _measure_bus(device: str) -> float:
     return rate(copy, PROBE_BYTES)
 
 
-def rate(action: Callable[[], Any], nbytes: int, seconds: float = 0.3) -> float:
-    """Bytes per second of an action on `nbytes`: the median of the runs that fit into `seconds`, at least three."""
+def rate(action: Callable[[], Any], nbytes: int) -> float:
+    """Bytes per second of an action on `nbytes`: the median of the runs in `PROBE_SECONDS`, at least three."""
     action()
     runs: list[float] = []
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + PROBE_SECONDS
     while len(runs) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         action()
@@ -135,10 +160,9 @@ def rate(action: Callable[[], Any], nbytes: int, seconds: float = 0.3) -> float:
     return nbytes / sorted(runs)[len(runs) // 2]
 
 
-def _threads() -> int:
-    # Figures that are kept are asked for on every move of a slider, long before anybody needs torch.
-    torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch else processor.cores()
+def _threads() -> str:
+    # What torch will go by; known figures are asked for on every move of a slider, long before anybody needs torch.
+    return settings().threads or str(processor.cores())
 
 
 def _path() -> Path:

@@ -29,16 +29,17 @@ _ENCODERS = frozenset({
     "ernie", "longformer", "mobilebert", "modernbert", "mpnet", "nomic_bert", "roberta", "siglip",
     "squeezebert", "vit", "wav2vec2", "xlm-roberta",
 })  # fmt: skip
+_NO_TEXT = frozenset({"clip", "siglip", "vit", "wav2vec2"})
 _ENCODER_DECODERS = frozenset({
     "bart", "blenderbot", "longt5", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5", "whisper",
 })  # fmt: skip
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
-    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "hidden_dim"),
     "context": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"),
     "vocab": ("vocab_size",),
 }
@@ -92,8 +93,11 @@ def is_encoder(model_type: str) -> bool:
     return model_type in _ENCODERS
 
 
-def check_supported(config: Config, name: str) -> None:
+def check_supported(config: Config, name: str, encoders: bool = False) -> None:
     """Refuse what cannot be run, or only by running the repository's own code.
+
+    Args:
+        encoders: take those that read text too.
 
     Raises:
         UnsafeModel: the architecture exists only as code inside the repository.
@@ -101,7 +105,7 @@ def check_supported(config: Config, name: str) -> None:
         CorruptModel: no model_type.
     """
     model_type = config.get("model_type")
-    if model_type in SUPPORTED:
+    if model_type in SUPPORTED or (encoders and model_type in _ENCODERS - _NO_TEXT):
         return
     if not isinstance(model_type, str) or not model_type:
         raise CorruptModel(f"config.json of {name} has no model_type.", "Check that this is a transformers model.")

@@ -34,8 +34,10 @@ _PACKED_HEADS = ("lm_head", "embed_out")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def describe(files: Files, ref: str, name: str, licence: str = "", gated: bool = False) -> ModelSpec:
-    """The spec of a model stored as config.json and safetensors.
+def describe(
+    files: Files, ref: str, name: str, licence: str = "", gated: bool = False, encoders: bool = False
+) -> ModelSpec:
+    """The spec of a model stored as config.json and safetensors; of an encoder only where `encoders` are asked for.
 
     Raises:
         ModelNotFound: no config.json, or no weights.
@@ -46,7 +48,7 @@ def describe(files: Files, ref: str, name: str, licence: str = "", gated: bool =
     if CONFIG not in files.names:
         raise ModelNotFound(f"{files.owner} has no config.json.{_other_formats(files.names)}", "Choose another model.")
     config = read_object(files, CONFIG)
-    check_supported(config, name)
+    check_supported(config, name, encoders)
     shape = read_shape(config, name)
     if MANIFEST in files.names:
         return _describe_exported(files, ref, name, dataclasses.asdict(shape))

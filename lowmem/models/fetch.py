@@ -40,8 +40,11 @@ class DownloadSize(NamedTuple):
     files: int
 
 
-def fetch(ref: str, cancel: CancelToken | None = None, allow_paths: bool = True) -> Fetching:
+def fetch(ref: str, cancel: CancelToken | None = None, allow_paths: bool = True, encoders: bool = False) -> Fetching:
     """Make `ref` loadable; the generator's return value is its folder. At once when it is there already.
+
+    Args:
+        encoders: fetch models that only read text too.
 
     Raises:
         BadInput, ModelNotFound, GatedModel, UnsafeModel, Unsupported: before anything is fetched.
@@ -57,7 +60,7 @@ def fetch(ref: str, cancel: CancelToken | None = None, allow_paths: bool = True)
             return (yield from _fetch_demo(reference, cancel))
         if reference.kind == "hub":
             repository = stoppable(lambda: hub.repository(reference.repo, reference.revision), cancel)
-            return (yield from _fetch_repository(reference, repository, cancel))
+            return (yield from _fetch_repository(reference, repository, cancel, encoders=encoders))
         if reference.kind == "hub_gguf":
             return (yield from _fetch_hub_gguf(reference, cancel))
     except Offline as error:
@@ -112,10 +115,14 @@ def _fetch_demo(reference: Reference, cancel: CancelToken) -> Fetching:
 
 
 def _fetch_repository(
-    reference: Reference, repository: Repository, cancel: CancelToken, about: Record | None = None
+    reference: Reference,
+    repository: Repository,
+    cancel: CancelToken,
+    about: Record | None = None,
+    encoders: bool = False,
 ) -> Fetching:
     # Refuses an unsafe or unknown model by its headers, before gigabytes come.
-    stoppable(lambda: describe(repository, reference.text, reference.name), cancel)
+    stoppable(lambda: describe(repository, reference.text, reference.name, encoders=encoders), cancel)
     target = settings().models / folder_name(reference, repository.commit)
     with _locked(target, cancel) as waiting:
         yield from waiting
@@ -171,7 +178,7 @@ def _part(target: Path) -> Path:
 def _publish(part: Path, target: Path, record: Record) -> None:
     """Check the finished folder once more as a whole, and give it its name."""
     try:
-        check_tokenizer(part, describe(LocalFolder(part), record["ref"], record["name"]))
+        check_tokenizer(part, describe(LocalFolder(part), record["ref"], record["name"], encoders=True))
     except CorruptModel:
         # Every file was as its source states, so a later fetch would get the same again.
         shutil.rmtree(part, ignore_errors=True)

@@ -40,18 +40,21 @@ class LocalModel:
     size: int
 
 
-def read_spec(ref: str, allow_paths: bool = True) -> ModelSpec:
+def read_spec(ref: str, allow_paths: bool = True, encoders: bool = False) -> ModelSpec:
     """The model behind `ref`, from its configuration and headers; no weight is read or fetched.
 
     A hub model that cannot be asked about (offline, or gated) is described from the catalog if it is there,
     so that planning goes on; fetching it raises the reason.
+
+    Args:
+        encoders: describe models that only read text too.
 
     Raises:
         BadInput, ModelNotFound, GatedModel, UnsafeModel, CorruptModel, Unsupported, Offline.
     """
     reference = parse_ref(ref, allow_paths)
     if folder := find_folder(reference):
-        return _read_folder(folder, reference)
+        return _read_folder(folder, reference, encoders)
     if reference.kind == "gguf":
         return describe_gguf(LocalFile(reference.path), reference.text, reference.name)
     if reference.kind == "folder":
@@ -60,7 +63,7 @@ def read_spec(ref: str, allow_paths: bool = True) -> ModelSpec:
     if entry and reference.kind == "demo":
         return entry.spec()
     try:
-        return _read_hub(reference)
+        return _read_hub(reference, encoders)
     except (Offline, GatedModel) as error:
         if entry is None:
             raise with_local_models(error) if isinstance(error, Offline) else error from None
@@ -166,17 +169,17 @@ def _leads_to(ref: str, folder: Path) -> bool:
         return False
 
 
-def _read_folder(folder: Path, reference: Reference) -> ModelSpec:
+def _read_folder(folder: Path, reference: Reference, encoders: bool) -> ModelSpec:
     source = record(folder)
     name, licence = str(source.get("name") or reference.name), str(source.get("licence") or "")
-    return describe(LocalFolder(folder), reference.text, name, licence, bool(source.get("gated")))
+    return describe(LocalFolder(folder), reference.text, name, licence, bool(source.get("gated")), encoders)
 
 
-def _read_hub(reference: Reference) -> ModelSpec:
+def _read_hub(reference: Reference, encoders: bool) -> ModelSpec:
     repository = hub.repository(reference.repo, reference.revision)
     about = (reference.text, reference.name, repository.licence, repository.gated)
     if reference.kind == "hub":
-        return describe(repository, *about)
+        return describe(repository, *about, encoders)
     return describe_gguf(repository.ranged(gguf_in(repository, reference)), *about)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,13 @@ from lowmem.models.catalog import synthetic
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.checkpoint_writer import write_shards
 from lowmem.models.describe import COMPANIONS, CONFIG
+from lowmem.models.quantization import Quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.units import GB
 
 _INIT_STD = 0.02
+GPTQ_BITS = 4
+
 _POOL = 1_048_583  # a prime, so that no row of a matrix repeats another
 
 
@@ -48,17 +52,59 @@ def write_random_model(
     Returns:
         the spec of what was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     spec = synthetic(
         layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         vocab=vocab, context=context, tied=tied, dtype=dtype, name=folder.name,
     )  # fmt: skip
-    write_shards(folder, _random_tensors(spec.tensors, seed), shard_bytes)
-    (folder / CONFIG).write_text(json.dumps(_config(spec, dtype), indent=2) + "\n", encoding="utf-8")
+    _write(folder, _random_tensors(spec.tensors, seed), shard_bytes, _config(spec, dtype), tokenizer_from)
+    return spec
+
+
+def write_random_gptq(
+    folder: Path, *, group_size: int = 128, seed: int = 0, tokenizer_from: Path | None = None, **shape: Any
+) -> None:
+    """The same as a GPTQ checkpoint of random codes: 4 bits, symmetric, activations again in range.
+
+    Args:
+        shape: as `write_random_model` takes it; `hidden` and `intermediate` are multiples of the group.
+    """
+    spec = synthetic(**shape, dtype="fp16", name=folder.name)
+    quantization = {
+        "quant_method": "gptq", "bits": GPTQ_BITS, "group_size": group_size, "desc_act": False, "sym": True,
+    }  # fmt: skip
+    config = _config(spec, "fp16") | {"quantization_config": quantization}
+    _write(folder, _random_codes(spec.tensors, group_size, seed), 2 * GB, config, tokenizer_from)
+
+
+def _write(
+    folder: Path,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    shard_bytes: int,
+    config: dict[str, object],
+    tokenizer_from: Path | None,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shards(folder, tensors, shard_bytes)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in COMPANIONS:
         if tokenizer_from and name not in (CONFIG, "generation_config.json") and (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
-    return spec
+
+
+def _random_codes(tensors: tuple[Tensor, ...], group: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    stored = Quantization("gptq", GPTQ_BITS, group, "gptq")
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors:
+        if len(tensor.shape) == 1 or ".layers." not in tensor.name:
+            yield from _random_tensors((tensor,), seed)
+            continue
+        (outputs, inputs), layer = tensor.shape, tensor.name.removesuffix(".weight")
+        words = torch.randint(-(2**31), 2**31 - 1, stored.qweight_shape(outputs, inputs), generator=generator)
+        yield f"{layer}.qweight", words.to(torch.int32)
+        # Zero points of 8, stored less one; codes of 0 to 15 then spread around 0 by 4.6.
+        yield f"{layer}.qzeros", torch.full((inputs // group, outputs // 8), 0x77777777, dtype=torch.int32)
+        yield f"{layer}.scales", torch.full((inputs // group, outputs), _INIT_STD / 4.6, dtype=torch.float16)
+        yield f"{layer}.g_idx", torch.arange(inputs, dtype=torch.int32) // group
 
 
 def _random_tensors(tensors: tuple[Tensor, ...], seed: int) -> Iterator[tuple[str, torch.Tensor]]:

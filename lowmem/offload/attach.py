@@ -24,7 +24,7 @@ from lowmem.offload.blocks import BlockFile, block_file
 from lowmem.offload.layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
 from lowmem.offload.streamer import Disk, Mapped, Source, Streamer
 from lowmem.offload.transfer import Host, OnDevice
-from lowmem.planning.placement import Placement, home
+from lowmem.planning.placement import Placement, block_index, home
 from lowmem.quant import bnb_linear, packed_linear
 from lowmem.runtime.matching import by_module, match_names
 
@@ -200,6 +200,7 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         if not blocks:
             raise BadInput("Every block stays where it is.", "Name blocks to be moved.")
         moved = {name: stored for block in blocks.values() for name, stored in block.items()}
+        _check_dense(checkpoint, blocks)
         _check_same(model, checkpoint, moved)
         if placement.mapped and not can_map(checkpoint, blocks, dtype):
             raise Unsupported(
@@ -230,10 +231,20 @@ def _like(outline: nn.Parameter) -> torch.Tensor:
     return torch.empty_strided(outline.shape, outline.stride(), dtype=outline.dtype, device=outline.home)  # type: ignore[attr-defined]
 
 
+def _check_dense(checkpoint: Checkpoint, blocks: Mapping[int, Names]) -> None:
+    """Is every matrix of these blocks a parameter of the model? Codes are not, neither in the files nor in memory."""
+    found = {stored for names in blocks.values() for stored in names.values()}
+    for name, entry in checkpoint.tensors.items():
+        codes = name.endswith(".qweight") or entry.dtype in CODE_DTYPES
+        if block_index(name) in blocks and (codes or (name.endswith(".weight") and name not in found)):
+            raise Unsupported(
+                "The model's layers are quantized: they cannot be moved once they are loaded.",
+                "Load the model with a placement instead.",
+            )
+
+
 def _check_same(model: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:
     """The smallest weight of each block stands for all: a fine-tuned copy differs in every one."""
-    if not names:
-        raise Unsupported("The model's layers are quantized in memory.", "Load it in fp32, fp16 or bf16 to offload it.")
     for name, stored in names.items():
         parameter = model.get_parameter(name)
         if parameter.dim() == 1 and not torch.equal(checkpoint.read(stored, parameter.dtype), parameter.cpu()):

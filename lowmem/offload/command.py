@@ -13,7 +13,6 @@ from lowmem.events import Chunk, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.models.source import read_spec
-from lowmem.offload.planned import largest_batch
 from lowmem.offload.run import Where, plan_for, run, together
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
@@ -58,11 +57,12 @@ def run_command(args: argparse.Namespace) -> int:
         receipt = _reference(args, ram, vram)
     else:
         session = Session()
-        batch = int(args.batch) if args.batch.isdigit() else 1
-        goal = Goal(context=args.context, batch=max(1, batch), precision=args.precision, device=args.device)
-        plan = plan_for(session, args.model, goal, ram, vram, places)
-        batch = largest_batch(plan) if args.batch == "max" else batch
-        receipt = _run(session, plan, args, batch)
+        most = args.batch == "max"
+        goal = Goal(
+            context=args.context, batch=1 if most else _count(args.batch), precision=args.precision, device=args.device
+        )
+        plan = plan_for(session, args.model, goal, ram, vram, places, most)
+        receipt = _run(session, plan, args)
     print(json.dumps(receipt.as_dict())) if args.json else _print(receipt)
     return 0
 
@@ -89,13 +89,19 @@ def blocks(text: str | None, layers: int) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(found))
 
 
-def _run(session: Session, plan: Plan, args: argparse.Namespace, batch: int) -> Receipt:
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise BadInput(f"{text!r} answers at once are not possible.", "Write a number from 1 on, or max.")
+    return int(text)
+
+
+def _run(session: Session, plan: Plan, args: argparse.Namespace) -> Receipt:
     if not args.json:
         print(f"{plan.reason} {plan.sentence()}", file=sys.stderr)
     options = GenerateOptions(max_new_tokens=args.max_new_tokens, greedy=not args.sample)
     receipt: Receipt | None = None
     events = run(
-        session, plan, *together(args.prompt, options, batch), raw=args.raw, again=args.measure, force=args.force
+        session, plan, *together(args.prompt, options, plan.batch), raw=args.raw, again=args.measure, force=args.force
     )
     for event in events:
         if isinstance(event, Receipt):

@@ -5,11 +5,12 @@ Decides, and says why; imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem.errors import DoesNotFit, Unsupported
 from lowmem.planning.estimate import compute_dtype, priced
-from lowmem.planning.placement import Placement, counted
+from lowmem.planning.placement import Placement, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.streaming import offload_precision, offloaded, smallest
 from lowmem.units import format_bytes
@@ -47,7 +48,8 @@ def placed(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
     if may_map and _may_map(chosen) and placement.indices("disk"):
         mapped = priced(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
-            return replace(mapped, reason=f"{mapped.reason} The RAM budget holds them, so they are used in place.")
+            why = "The RAM budget holds them, so they are used in place and count as RAM."
+            return replace(mapped, reason=f"{mapped.reason} {why}")
     return priced(chosen, placement=placement)
 
 
@@ -57,9 +59,34 @@ def _may_map(plan: Plan) -> bool:
     return plan.place.kind == "cpu" and all(tensor.dtype == dtype for tensor in counted(plan.spec))
 
 
-def largest_batch(plan: Plan) -> int:
-    """The most sequences at once that the budgets allow: one pass of the weights serves them all. At least 1."""
-    size = 1
-    while size < LARGEST_BATCH and priced(plan, batch=2 * size).verdict != "over":
+def most_answers(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:
+    """`plan` placed for as many sequences at once as pay: one pass of the weights serves them all.
+
+    More sequences take room from blocks at home, which then have to move; what counts is sequences per byte of a pass.
+
+    Args:
+        place: places a plan, such as `by_budget`.
+
+    Raises:
+        DoesNotFit, Unsupported: see `place`; not even one sequence fits.
+    """
+    best = place(priced(plan, batch=1))
+    size = 2
+    while size <= LARGEST_BATCH:
+        try:
+            tried = place(priced(plan, batch=size))
+        except DoesNotFit:
+            break
+        if tried.verdict == "over":
+            break
+        if size / _pass_bytes(tried) > best.batch / _pass_bytes(best):
+            best = tried
         size *= 2
-    return size
+    return replace(best, reason=f"{best.reason} {best.batch} answers at once share each pass.")
+
+
+def _pass_bytes(plan: Plan) -> float:
+    """What a pass moves, in bytes from where streamed blocks come from; memory at home is about ten times as fast."""
+    sizes = stored_block_bytes(plan.spec)
+    streamed = plan.placement.streamed(plan.place.kind) if plan.placement else ()
+    return sum(sizes[index] for index in streamed) + sum(sizes) / 10

@@ -1,7 +1,7 @@
 """Seconds per token of an offloaded model, from what must move and how fast this machine moves it.
 
 A block's bytes arrive while others compute, so a token takes the longer of the two. Speeds are measured on this machine, see
-`machine.bandwidth`; that of the arithmetic on stored weights is measured here, with the very layers that run.
+`machine.bandwidth`; those of the arithmetic on stored weights with the very layers that run, see `probes`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.machine import bandwidth
-from lowmem.models.quantization import BNB, INT8
-from lowmem.models.spec import CODE_DTYPES
+from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning import estimate
-from lowmem.planning.placement import Placement, block_index, counted, stored_block_bytes
+from lowmem.planning.placement import block_index, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
 
-PROBE = 2048
-"""Inputs and outputs of the layer that measures a kind of arithmetic."""
+PLAIN, STREAMED, HOME = "plain", "streamed", "loaded"
+"""Weights in the dtype of the computation, and codes as they are stored or as they were loaded; other kinds are dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +44,23 @@ class Speed:
 
     @property
     def bound_by(self) -> str:
-        """ "the disk", "the bus" or "the processor"."""
-        return max((self.disk, "the disk"), (self.bus, "the bus"), (self.compute, "the processor"))[1]
+        """ "the disk", "the bus" or "the computation"."""
+        return max((self.disk, "the disk"), (self.bus, "the bus"), (self.compute, "the computation"))[1]
 
 
-def predict(plan: Plan, file: Path, again: bool = False) -> Speed:
-    """The speed of `plan`, whose weights lie on the disk of `file`. Imports torch; measures what was never measured."""
+def weights(folder: Path) -> Path | None:
+    """The file of a model that its disk is measured with: the largest. None where there is none."""
+    return max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, default=None)
+
+
+def predict(plan: Plan, file: Path, again: bandwidth.Again = False) -> Speed:
+    """The speed of `plan`, whose weights lie on the disk of `file`.
+
+    Measuring imports torch and takes some seconds; with `again` None nothing is measured, and nothing imported.
+
+    Raises:
+        bandwidth.Unmeasured: `again` is None, and something was never measured here.
+    """
     placement, kind = plan.placement, plan.place.kind
     sizes = stored_block_bytes(plan.spec)
     disk_bytes = bus_bytes = 0
@@ -62,7 +72,7 @@ def predict(plan: Plan, file: Path, again: bool = False) -> Speed:
     return Speed(
         disk_bytes / disk_rate if disk_rate else 0.0,
         bus_bytes / bus_rate if bus_rate else 0.0,
-        _compute_seconds(plan, placement, again) if kind == "cpu" else 0.0,
+        _compute_seconds(plan, again),
         disk_bytes,
         bus_bytes,
         disk_rate,
@@ -70,103 +80,66 @@ def predict(plan: Plan, file: Path, again: bool = False) -> Speed:
     )
 
 
-def _compute_seconds(plan: Plan, placement: Placement | None, again: bool) -> float:
-    """Every weight passes through the processor once a token, at the rate of the form it is stored in."""
+def _compute_seconds(plan: Plan, again: bandwidth.Again) -> float:
+    if plan.place.kind == "cpu":
+        return _cpu_seconds(plan, again)
+    return _gpu_seconds(plan, again) if plan.place.kind == "cuda" else 0.0
+
+
+def _gpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
+    """Every weight passes through the GPU once a token, as many bytes as it is stored in; and each block takes its launches."""
+    stored_bytes = sum(tensor.nbytes for tensor in _multiplied(plan.spec))
+    return stored_bytes / bandwidth.vram_bandwidth(plan.device, again) + plan.spec.layers / _blocks(plan.device, again)
+
+
+def _cpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
+    """Every weight passes through the processor once a token, at the rate of the form it is held in."""
     dtype = estimate.compute_dtype(plan.precision, plan.place.dtypes)
-    streamed = set(placement.streamed("cpu")) if placement else set()
-    seconds: dict[str, float] = {}
-    for tensor in counted(plan.spec):
-        index = block_index(tensor.name)
-        if len(tensor.shape) < 2 or (index is None and not tensor.is_output_embedding and not plan.spec.tied):
-            continue
-        kind = _kind(plan, index in streamed, tensor.dtype, dtype)
-        if tensor.packed_layer and not tensor.is_packed_weight:
-            continue
-        rate = _rate(kind, plan, again)
-        seconds[kind] = seconds.get(kind, 0.0) + (tensor.nbytes / rate if rate else 0.0)
-    blocks = bandwidth.kept("blocks", again, _block_rate)
-    return sum(seconds.values()) + (plan.spec.layers / blocks if blocks else 0.0)
+    streamed = set(plan.placement.streamed("cpu")) if plan.placement else set()
+    held: dict[str, int] = {}
+    for tensor in _multiplied(plan.spec):
+        kind = _kind(plan, block_index(tensor.name) in streamed, tensor, dtype)
+        # Dense weights that are loaded for good are held in another dtype, or in int8.
+        size = estimate.tensor_bytes(plan.spec, tensor, plan.precision, dtype) if kind == PLAIN else tensor.nbytes
+        held[kind] = held.get(kind, 0) + size
+    rates = {kind: _rate(kind, plan, again) for kind in held}
+    return sum(size / rates[kind] for kind, size in held.items()) + plan.spec.layers / _blocks("cpu", again)
 
 
-def _block_rate() -> float:
-    """Blocks per second that compute next to nothing: what Python and torch take for a block, whatever its size."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    layers = 8
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
-    )
-    model, token = LlamaForCausalLM(config).eval(), torch.zeros(1, 1, dtype=torch.long)
-    with torch.inference_mode():
-        return bandwidth.rate(lambda: model(token), layers)
+def _multiplied(spec: ModelSpec) -> list[Tensor]:
+    """The matrices that every token is multiplied by: of an embedding it takes one row, of packed layers codes count."""
+    return [
+        tensor
+        for tensor in counted(spec)
+        if len(tensor.shape) > 1
+        and (block_index(tensor.name) is not None or tensor.is_output_embedding or spec.tied)
+        and (tensor.is_packed_weight or not tensor.packed_layer)
+    ]
 
 
-def _kind(plan: Plan, streams: bool, stored: str, dtype: str) -> str:
-    if plan.placement is None or stored == dtype:
-        return "plain"
-    if stored in ("int32", *CODE_DTYPES):
-        return "packed" if streams else "plain"
-    return stored
+def _kind(plan: Plan, streams: bool, tensor: Tensor, dtype: str) -> str:
+    if tensor.packed_layer:
+        return STREAMED if streams else HOME
+    return PLAIN if plan.placement is None or tensor.dtype == dtype else tensor.dtype
 
 
-def _rate(kind: str, plan: Plan, again: bool) -> float:
-    if kind == "plain":
+def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
+    if kind == PLAIN:
         return bandwidth.ram_bandwidth(again)
-    if kind == "packed":
-        stored = plan.spec.stored
-        assert stored is not None  # or nothing would be packed
-        return bandwidth.kept(f"{stored.label} {stored.layout} {stored.desc_act}", again, lambda: _packed_rate(plan))
-    return bandwidth.kept(f"{kind} weights", again, lambda: _stored_rate(kind))
-
-
-def _stored_rate(dtype: str) -> float:
-    import torch
-
-    from lowmem.models.checkpoint import TORCH_DTYPES
-    from lowmem.offload.layers import StoredLinear
-
-    layer = StoredLinear(torch.zeros(4 * PROBE, PROBE, dtype=TORCH_DTYPES[dtype]), None)
-    row = torch.zeros(1, PROBE)
-    return bandwidth.rate(lambda: layer(row), int(layer.weight.nbytes))
-
-
-def _packed_rate(plan: Plan) -> float:
-    """Bytes of codes per second."""
-    import torch
-
-    from lowmem.offload.layers import StoredPacked
-
+    if kind not in (STREAMED, HOME):
+        return bandwidth.kept(f"{kind} weights", again, lambda: _probes().dense_rate(kind))
     stored = plan.spec.stored
-    assert stored is not None  # see `_rate`
-    if stored.method in (INT8, BNB):
-        return _stored_rate("int8") if stored.bits == 8 else _nf4_rate(stored.layout)
-    layer = StoredPacked(stored, "probe", PROBE, 4 * PROBE)
-    groups = stored.groups(PROBE)
-    for part, shape, dtype in (
-        ("qweight", stored.qweight_shape(4 * PROBE, PROBE), torch.int32),
-        ("qzeros", (groups, -(-4 * PROBE * stored.bits // 32)), torch.int32),
-        ("scales", (groups, 4 * PROBE), torch.float16),
-    ):
-        setattr(layer, part, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
-    if stored.desc_act:
-        layer.g_idx = torch.nn.Parameter(
-            torch.arange(PROBE, dtype=torch.int32) // (PROBE // groups), requires_grad=False
-        )
-    row = torch.zeros(1, PROBE)
-    return bandwidth.rate(lambda: layer(row), layer.qweight.nbytes)
+    assert stored is not None  # or nothing would be packed
+    name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}"
+    measure = "streamed_rate" if kind == STREAMED else "home_rate"
+    return bandwidth.kept(name, again, lambda: getattr(_probes(), measure)(stored))
 
 
-def _nf4_rate(layout: str) -> float:
-    import torch
+def _blocks(device: str, again: bandwidth.Again) -> float:
+    return bandwidth.kept(f"blocks {device}", again, lambda: _probes().block_rate(device))
 
-    from lowmem.offload.layers import StoredNf4
-    from lowmem.quant.bnb_linear import packed4, stored4
 
-    weight = torch.zeros(4 * PROBE, PROBE)
-    made: Any = stored4(
-        "probe", packed4(weight, 64, layout, True, "float32").tensors, 4 * PROBE, PROBE, weight.device, weight.dtype
-    )
-    layer = StoredNf4(made.weight.data, made.weight.quant_state, PROBE, 4 * PROBE)
-    row = torch.zeros(1, PROBE)
-    return bandwidth.rate(lambda: layer(row), layer.weight.nbytes)
+def _probes() -> Any:
+    from lowmem.offload import probes  # which brings torch
+
+    return probes

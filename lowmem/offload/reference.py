@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem.errors import DiskFull, Unsupported
+from lowmem.events import CancelToken, Chunk, Receipt, Step
+from lowmem.generate.options import GenerateOptions
+from lowmem.generate.prompts import encode_prompt
+from lowmem.generate.text import stream
 from lowmem.machine.hardware import disk_free_bytes
+from lowmem.machine.monitor import PeakMeter
 from lowmem.models.checkpoint import TORCH_DTYPES
+from lowmem.models.fetch import fetch
 from lowmem.planning.estimate import compute_dtype
 from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
@@ -37,7 +48,52 @@ def device_map(plan: Plan, parameters: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def load(plan: Plan, folder: Path) -> Loaded:
+def run(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, None, Receipt]:
+    """Continue `prompt`; the receipt is the generator's return value.
+
+    Raises:
+        DiskFull, Unsupported: see `loaded`.
+    """
+    folder = yield from fetch(plan.spec.ref, CancelToken())
+    yield Step(0, 0, "Loading the way accelerate does")
+    started, before = time.perf_counter(), _read_bytes()
+    last: Chunk = Chunk("")
+    with PeakMeter() as meter, loaded(plan, folder) as ready:
+        ids, model = encode_prompt(ready.tokenizer, prompt, True), ready.model
+        for event in stream(model, ready.tokenizer, ids, options, context=plan.spec.context, cancel=CancelToken()):
+            if isinstance(event, Chunk):
+                last = event
+                yield Step(event.new_tokens, options.max_new_tokens, "Decoding", "tokens")
+    return Receipt(
+        action="offload",
+        model=plan.spec.name,
+        precision=plan.precision,
+        device=plan.device,
+        seconds=time.perf_counter() - started,
+        measured=meter.peak,
+        prompt_tokens=last.prompt_tokens,
+        new_tokens=last.new_tokens,
+        decode_tps=last.decode_tps,
+        details={
+            "placement": plan.placement.sentence() if plan.placement else "",
+            "seconds_per_token": 1 / last.decode_tps if last.decode_tps else 0.0,
+            "bytes_read": max(0, _read_bytes() - before),
+            "method": "accelerate",
+        },
+    )
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has had fetched from disks (Linux; 0 elsewhere)."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
+@contextmanager
+def loaded(plan: Plan, folder: Path) -> Iterator[Loaded]:
     """The model as `from_pretrained(device_map=...)` loads it, with the plan's placement.
 
     Raises:
@@ -49,6 +105,11 @@ def load(plan: Plan, folder: Path) -> Loaded:
             "accelerate's disk map does not run quantized checkpoints.", "Compare with the original model."
         )
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
+    with _spill(plan, dtype) as spill:
+        yield _load(plan, folder, dtype, spill)
+
+
+def _load(plan: Plan, folder: Path, dtype: torch.dtype, spill: Path) -> Loaded:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=True):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -58,7 +119,7 @@ def load(plan: Plan, folder: Path) -> Loaded:
         folder,
         dtype=dtype,
         device_map=device_map(plan, names),
-        offload_folder=str(_spill(plan, dtype)),
+        offload_folder=str(spill),
         local_files_only=True,
         trust_remote_code=False,
     )
@@ -66,15 +127,20 @@ def load(plan: Plan, folder: Path) -> Loaded:
     return Loaded(model.eval().requires_grad_(False), tokenizer, torch.device(plan.device), dtype)
 
 
-def _spill(plan: Plan, dtype: torch.dtype) -> Path:
-    """A folder for what accelerate writes: weights in another dtype than the files hold."""
-    folder = settings().home / "spill"
-    needed = plan.spec.parameters * dtype.itemsize
-    free = disk_free_bytes(folder)
+@contextmanager
+def _spill(plan: Plan, dtype: torch.dtype) -> Iterator[Path]:
+    """A folder for what accelerate writes: weights in another dtype than the files hold. It goes with the model."""
+    root = settings().home / "spill"
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob("*-*"):
+        owner = left.name.split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    needed, free = plan.spec.parameters * dtype.itemsize, disk_free_bytes(root)
     if free < needed:
         raise DiskFull(
             f"accelerate may write {format_bytes(needed)} to disk, where {format_bytes(free)} are free.",
             "Make room, or compare with a smaller model.",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=folder))
+    with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

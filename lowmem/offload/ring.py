@@ -6,7 +6,7 @@ Blocks are needed in a circle: the last asks for the first. Knows reads and buff
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,14 @@ from lowmem.planning.placement import SLOTS
 
 READERS = 2
 """Threads that read: one request is always waiting while another is served."""
+
+
+Check = Callable[[], None]
+"""Called while somebody waits for bytes; what it raises ends the wait."""
+
+
+def nothing() -> None:
+    """The check that never objects."""
 
 
 @dataclass(slots=True)
@@ -47,7 +55,7 @@ class Ring:
         self._readers = ThreadPoolExecutor(READERS, "lowmem-reader")
         self.bytes_read = 0
 
-    def acquire(self, index: int) -> Tensor:
+    def acquire(self, index: int, check: Check = nothing) -> Tensor:
         """The buffer that holds block `index` (uint8), its until `release`.
 
         Raises:
@@ -59,6 +67,7 @@ class Ring:
         self._lent[index] = slot
         try:
             for read in slot.pending:
+                check()
                 read.result()
         except BaseException:
             wait(slot.pending)

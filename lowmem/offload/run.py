@@ -5,23 +5,20 @@ The command line, the tab and the benchmark run this; `job` is the same in a pro
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.monitor import PeakMeter
-from lowmem.models.describe import weight_files
 from lowmem.models.fetch import fetch
-from lowmem.models.files import LocalFolder
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.offload.planned import by_budget, placed
-from lowmem.offload.predict import Speed, predict
+from lowmem.offload.planned import by_budget, most_answers, placed
+from lowmem.offload.predict import predict, weights
+from lowmem.offload.receipt import completed, repeating
 from lowmem.planning.estimate import priced
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.placement import all_at_home, chosen
@@ -65,8 +62,12 @@ def plan_for(
     ram: int | None = None,
     vram: int | None = None,
     where: Where | None = None,
+    most: bool = False,
 ) -> Plan:
     """The plan of an offloaded run, by budget unless `where` chooses.
+
+    Args:
+        most: for as many sequences at once as pay, whatever `goal.batch` says.
 
     Raises:
         DoesNotFit: the budget is below what one block at a time takes; says which would do.
@@ -75,17 +76,28 @@ def plan_for(
     hardware = session.hardware()
     # The precision of a resident model is another question: what streams is what is stored.
     spec = read_spec(model) if isinstance(model, str) else model
-    base = make_plan(spec, hardware, limits_from(hardware, ram, vram), goal)
+    base = make_plan(spec, hardware, limits_from(hardware, ram, vram), replace(goal, backend="torch"))
     if goal.precision == "auto":
         base = priced(base, precision=offload_precision(base), reason="Everything at home, as without offloading.")
     if where is not None and where.resident:
         return base
-    if where is None or not where.chosen:
-        return by_budget(base)
-    placement = all_at_home(base.spec, base.place.kind)
-    for place, indices in (("ram", where.ram), ("disk", where.disk)):
-        placement = chosen(placement, place, indices or ())
-    return placed(base, placement, may_map=where.may_map)
+    place: Callable[[Plan], Plan] = by_budget
+    if where is not None and where.chosen:
+        placement = all_at_home(base.spec, base.place.kind)
+        for name, indices in (("ram", where.ram), ("disk", where.disk)):
+            placement = chosen(placement, name, indices or ())
+        place = partial(placed, placement=placement, may_map=where.may_map)
+    return most_answers(base, place) if most else place(base)
+
+
+def measure(
+    model: str, disk: list[int], in_ram: list[int], mapped: bool, again: bool = False
+) -> Generator[Step, None, None]:
+    """A job of its own that measures what predicting this placement takes: its caller need not load torch for it."""
+    yield Step(0, 0, "Measuring how fast this machine reads")
+    plan = plan_for(Session(), model, Goal(), where=Where(tuple(in_ram), tuple(disk), may_map=mapped))
+    folder = yield from fetch(plan.spec.ref, CancelToken())
+    predict(plan, weights(folder) or folder, again)
 
 
 def where(method: str, layers: int) -> Where:
@@ -118,7 +130,7 @@ def run(
     cancel = cancel or CancelToken()
     folder = yield from fetch(plan.spec.ref, cancel)
     yield Step(0, 0, "Measuring how fast this machine reads")
-    speed = predict(plan, folder / weight_files(LocalFolder(folder))[0], again)
+    speed = predict(plan, weights(folder) or folder, again)
     loading: dict[str, int] = {}
     if session.plan is None or replace(session.plan, budgets=(), hardware=plan.hardware) != replace(plan, budgets=()):
         for event in session.load(plan, cancel, force=force):
@@ -134,7 +146,8 @@ def run(
         events = session.batch(prompts, options, cancel, raw=raw, batch_size=len(prompts), force=force)
     for event in events:
         if isinstance(event, Receipt):
-            yield _complete(event, plan, speed, session.streamed_bytes - before, loading)
+            read = session.streamed_bytes - before
+            yield completed(event, plan, speed, read, loading, repeating(plan, prompts, options, raw))
         else:
             yield event
 
@@ -144,35 +157,6 @@ def together(prompt: str, options: GenerateOptions, batch: int) -> tuple[list[st
     if batch <= MOST_SEQUENCES:
         return [prompt], replace(options, num_sequences=batch)
     return [prompt] * batch, options
-
-
-def _complete(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: dict[str, int]) -> Receipt:
-    each = {"tokens_per_second": receipt.decode_tps}
-    if receipt.action == "generate" and receipt.decode_tps:
-        # Sequences advance together: a step makes a token for each.
-        each["seconds_per_token"] = len(receipt.details["finish"]) / receipt.decode_tps
-    elif receipt.new_tokens:
-        # A pass makes a token for every sequence; the prompt's is one more pass.
-        steps = -(-receipt.new_tokens // int(receipt.details["completions"]))
-        each["seconds_per_token"] = receipt.seconds / steps
-    return replace(
-        receipt,
-        action="offload",
-        details={
-            **receipt.details,
-            **each,
-            "placement": plan.placement.sentence() if plan.placement else "all blocks at home",
-            "blocks": list(plan.placement.blocks) if plan.placement else [],
-            "mapped": bool(plan.placement and plan.placement.mapped),
-            "bytes_read": read,
-            "bytes_per_token": speed.disk_bytes,
-            "predicted_seconds_per_token": speed.seconds_per_token,
-            "bound_by": speed.bound_by,
-            "disk_bytes_per_second": speed.disk_rate,
-        },
-        # A run that had to load has lived through that, too.
-        measured={m: max(count, loading.get(m, 0)) for m, count in receipt.measured.items()},
-    )
 
 
 def job(
@@ -204,7 +188,9 @@ def job(
     plan = plan_for(session, model, Goal(context=context, batch=batch), ram, vram, places)
     options = GenerateOptions(max_new_tokens=new_tokens, greedy=True)
     if method == "accelerate":
-        return (yield from _accelerate(plan, prompt, options))
+        from lowmem.offload import reference
+
+        return (yield from reference.run(plan, prompt, options)).as_dict()
     receipt: Receipt | None = None
     for event in run(session, plan, *together(prompt, options, batch), raw=True):
         if isinstance(event, Receipt):
@@ -215,50 +201,3 @@ def job(
             yield event
     assert receipt is not None  # every action ends in one
     return receipt.as_dict()
-
-
-def _accelerate(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, None, dict[str, Any]]:
-    from lowmem.generate.prompts import encode_prompt
-    from lowmem.generate.text import stream
-    from lowmem.offload import reference
-
-    folder = yield from fetch(plan.spec.ref, CancelToken())
-    yield Step(0, 0, "Loading the way accelerate does")
-    started, before = time.perf_counter(), _read_bytes()
-    last: Chunk = Chunk("")
-    with PeakMeter() as meter:
-        loaded = reference.load(plan, folder)
-        ids = encode_prompt(loaded.tokenizer, prompt, True)
-        for event in stream(
-            loaded.model, loaded.tokenizer, ids, options, context=plan.spec.context, cancel=CancelToken()
-        ):
-            if isinstance(event, Chunk):
-                last = event
-                yield Step(event.new_tokens, options.max_new_tokens, "Decoding", "tokens")
-    seconds = 1 / last.decode_tps if last.decode_tps else 0.0
-    return Receipt(
-        action="offload",
-        model=plan.spec.name,
-        precision=plan.precision,
-        device=plan.device,
-        seconds=time.perf_counter() - started,
-        measured=meter.peak,
-        prompt_tokens=last.prompt_tokens,
-        new_tokens=last.new_tokens,
-        decode_tps=last.decode_tps,
-        details={
-            "placement": plan.placement.sentence() if plan.placement else "",
-            "seconds_per_token": seconds,
-            "bytes_read": max(0, _read_bytes() - before),
-            "method": "accelerate",
-        },
-    ).as_dict()
-
-
-def _read_bytes() -> int:
-    """Bytes that this process has had fetched from disks (Linux; 0 elsewhere)."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.offload.blocks import BlockFile, Weight
 from lowmem.offload.layers import StoredLinear, StoredNf4, StoredPacked, forget_scratch
-from lowmem.offload.ring import Ring
+from lowmem.offload.ring import Check, Ring, nothing
 from lowmem.offload.shards import Shard
 
 log = logging.getLogger("lowmem.offload")
@@ -32,7 +32,7 @@ class Source(Protocol):
     @property
     def bytes_read(self) -> int: ...
 
-    def acquire(self, index: int) -> Tensor | None: ...
+    def acquire(self, index: int, check: Check = nothing, /) -> Tensor | None: ...
 
     def release(self, index: int) -> None: ...
 
@@ -47,6 +47,9 @@ class Streamer:
         blocks: those that stream, in order.
         source: what lends their bytes.
         device, dtype: of the computation.
+
+    Attributes:
+        check: called while a pass waits for bytes; what it raises ends the pass.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Streamer:
         dtype: torch.dtype,
     ) -> None:
         self.blocks, self.source = tuple(blocks), source
+        self.check: Check = nothing
         self._handles: list[Any] = []
         for block in blocks:
             self._hook(modules[block.index], _Bound(block, device, dtype), block.index)
@@ -76,7 +80,7 @@ class Streamer:
         buffered = not isinstance(self.source, Mapped)
 
         def enter(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
-            buffer = self.source.acquire(index)
+            buffer = self.source.acquire(index, self.check)
             if buffer is not None:
                 bound.bind(buffer)
 
@@ -151,8 +155,8 @@ class Disk:
             _close(self._shards)
             raise
 
-    def acquire(self, index: int) -> Tensor:
-        return self._ring.acquire(index)
+    def acquire(self, index: int, check: Check = nothing, /) -> Tensor:
+        return self._ring.acquire(index, check)
 
     def release(self, index: int) -> None:
         self._ring.release(index)
@@ -184,7 +188,7 @@ class Mapped:
                 at = Weight(weight.module, weight.member, weight.entry, start)
                 assign(weight, at.view(pages[weight.entry.file]), dtype)
 
-    def acquire(self, index: int) -> None:
+    def acquire(self, index: int, _check: Check = nothing, /) -> None:
         for file in self._files[index]:
             self._shards[file].check()
 

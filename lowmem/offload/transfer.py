@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowmem.models.checkpoint import as_bytes
 from lowmem.offload.blocks import BlockFile, page_aligned
+from lowmem.offload.ring import Check, nothing
 from lowmem.offload.streamer import Disk, Source, open_shards
 from lowmem.planning.placement import SLOTS
 
@@ -37,7 +38,7 @@ class Ram:
             for shard in shards.values():
                 shard.close()
 
-    def acquire(self, index: int) -> Tensor:
+    def acquire(self, index: int, _check: Check = nothing, /) -> Tensor:
         return self._buffers[index]
 
     def release(self, index: int) -> None:
@@ -70,8 +71,8 @@ class Host:
     def bytes_read(self) -> int:
         return sum(source.bytes_read for source in self._sources)
 
-    def acquire(self, index: int) -> Tensor | None:
-        return self._of[index].acquire(index)
+    def acquire(self, index: int, check: Check = nothing, /) -> Tensor | None:
+        return self._of[index].acquire(index, check)
 
     def release(self, index: int) -> None:
         self._of[index].release(index)
@@ -125,6 +126,7 @@ class OnDevice:
         size = max(self._sizes.values())
         self._buffers = [_Buffer(size, device) for _ in range(min(SLOTS, len(blocks)))]
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._check: Check = nothing
         self.copied_bytes = 0
 
     @property
@@ -132,7 +134,8 @@ class OnDevice:
         """Bytes that were copied to the device."""
         return self.copied_bytes
 
-    def acquire(self, index: int) -> Tensor:
+    def acquire(self, index: int, check: Check = nothing, /) -> Tensor:
+        self._check = check  # for the block that is fetched ahead, too
         buffer = self._holding(index) or self._copy(index)
         buffer.copied.wait(self._compute_stream())
         return buffer.bytes
@@ -157,7 +160,7 @@ class OnDevice:
 
     def _copy(self, index: int, keep: int = -1) -> _Buffer:
         buffer = next((b for b in self._buffers if b.index != keep), self._buffers[0])
-        source = self._host.acquire(index)
+        source = self._host.acquire(index, self._check)
         assert source is not None  # a host lends bytes
         buffer.used.wait(self._stream)
         with self._copying():

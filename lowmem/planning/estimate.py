@@ -276,7 +276,14 @@ def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str
     return min(source, SLAB_BYTES)
 
 
+def needs_torch(plan: Plan) -> bool:
+    """A graph's weights are all in memory, and its cache is in fp32 and of all tokens."""
+    return plan.placement is not None or plan.window > 0 or plan.kv not in ("same", "none")
+
+
 def priced(plan: Plan, **changes: Any) -> Plan:
-    """`plan` with `changes` and its budgets computed anew."""
+    """`plan` with `changes` and its budgets computed anew. What a graph cannot do makes it a plan for torch."""
     changed = replace(plan, **changes)
+    if changed.backend == "onnx" and needs_torch(changed):
+        changed = replace(changed, backend="torch", or_torch=False)
     return replace(changed, budgets=estimate(changed))

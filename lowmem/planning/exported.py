@@ -129,6 +129,16 @@ def export_peak_bytes(spec: ModelSpec) -> int:
     return 4 * largest + 3 * largest + PROOF_BYTES
 
 
+def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
+    """Peak of writing and proving a fused graph, beside the process itself."""
+    return export_peak_bytes(spec) + disk_bytes(spec, precision, group_size, fast_prefill)
+
+
+def writing_seconds(spec: ModelSpec, precision: str = "int8") -> float:
+    """About, see `SECONDS_PER_PARAMETER`."""
+    return 5 + spec.parameters * SECONDS_PER_PARAMETER[precision]
+
+
 PROOF_BYTES = 400 * MB
 """Logits of the original and of the graph over the proof's text, and their logarithms."""
 

@@ -50,9 +50,7 @@ def offload(plan: Plan) -> Plan | None:
     """Blocks that do not fit stream from RAM or disk: slow, but only two of them need room."""
     from lowmem.planning import streaming  # which prices as this module's callers do
 
-    if plan.placement is not None:
-        return None
-    found = streaming.offloaded(plan)
+    found = streaming.offloaded(plan) if plan.placement is None else streaming.further(plan)
     if found is None or found.placement is None or not found.placement.streamed(found.place.kind):
         return None
     return replace(found, reason=f"Offloaded: {found.placement.sentence()}.")

@@ -27,9 +27,9 @@ tokens a second, about reading speed; a larger model fits many CPUs but nobody w
 GRAPH_PRECISIONS = ("fp32", "int8", "int4")
 """What a graph for CPUs is written in."""
 
-GRAPHS_UNASKED = False
-"""May "auto" choose ONNX Runtime? The first load of a model would export it, for longer than a newcomer waits;
-whoever asks for the backend, or exports, has decided to."""
+GRAPH_PARAMETERS = 50_000_000
+"""From so many on "auto" may choose ONNX Runtime. The first load writes the graph, which takes longer than a small model,
+fast as it is, would ever save."""
 
 DEFAULT_GOAL = Goal()
 
@@ -107,12 +107,23 @@ def _exported_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | 
     return _graph_refusal(spec, hardware, replace(goal, precision="auto"))
 
 
-def _choices(spec: ModelSpec, hardware: Hardware, goal: Goal) -> list[tuple[str, str]]:
+def _unasked_refusal(spec: ModelSpec, hardware: Hardware, limits: Limits) -> str | None:
+    """Why nobody who did not ask for a graph gets one: its writing, beside this process, must keep the budget too."""
+    if spec.exported:
+        return None
+    if spec.parameters < GRAPH_PARAMETERS:
+        return "It is small enough for torch."
+    precision = "stored" if spec.quantization else "int8"
+    needed = 2 * hardware.runtime_bytes + exported.writing_bytes(spec, precision)
+    return f"Writing its graph takes {format_bytes(needed)}." if needed > limits.ram else None
+
+
+def _choices(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal) -> list[tuple[str, str]]:
     """(precision, backend) worth choosing automatically, best first: on CPUs a graph decodes several times as fast."""
     on_torch = [(precision, "torch") for precision in candidates(hardware, device_of(hardware, goal.device), spec)]
     if spec.exported:
         return [(spec.exported, "onnx")]
-    unasked = goal.backend == "auto" and not GRAPHS_UNASKED
+    unasked = goal.backend == "auto" and _unasked_refusal(spec, hardware, limits)
     if goal.backend == "torch" or unasked or _graph_refusal(spec, hardware, goal):
         return on_torch
     graphs = ["stored"] if spec.quantization else ["int8"] if goal.backend == "auto" else ["int8", "int4"]
@@ -147,7 +158,7 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal)
         backend = "onnx" if goal.backend == "onnx" or goal.precision == "int4" or spec.exported else "torch"
         chosen = _draft(spec, hardware, limits, goal, goal.precision, backend)
         return replace(chosen, reason="Precision as asked for.")
-    drafts = [_draft(spec, hardware, limits, goal, *choice) for choice in _choices(spec, hardware, goal)]
+    drafts = [_draft(spec, hardware, limits, goal, *choice) for choice in _choices(spec, hardware, limits, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
@@ -176,7 +187,10 @@ def _title(plan: Plan) -> str:
 
 def _precision_reason(plan: Plan) -> str:
     if plan.backend == "onnx":
-        graph = f"its graph ({format_bytes(exported.disk_bytes(plan.spec, plan.precision))}) is written once and kept"
+        size, seconds = exported.disk_bytes(plan.spec, plan.precision), exported.writing_seconds(plan.spec)
+        about = f"{max(10, round(seconds, -1)):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+        once = f"is written once, in about {about}, and kept"
+        graph = "it is exported already" if plan.spec.exported else f"its graph ({format_bytes(size)}) {once}"
         how = "int8 on ONNX Runtime" if plan.precision == "int8" else f"ONNX Runtime ({plan.precision_label})"
         return f"{how} is the fastest on a CPU, at a small loss of precision; {graph}."
     if plan.place.kind == "cpu" and plan.precision == "int8":

@@ -33,7 +33,7 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
     on_gpu = plan.place.kind == "cuda"
     kind = "cuda" if on_gpu else "cpu"
     at_home = home(kind)
-    here = _home_bytes(plan, placement, dtype)
+    here = _home_bytes(plan, placement, dtype) + _described_bytes(plan, placement)
     if placement.mapped and not on_gpu:
         here += sum(stored_block_bytes(plan.spec)[index] for index in placement.indices("disk"))
     streamed = placement.streamed(kind)
@@ -89,6 +89,12 @@ def _loading_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
 
 def _home_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
     return sum(_held_bytes(plan, tensor, dtype) for tensor in _home_tensors(plan, placement))
+
+
+def _described_bytes(plan: Plan, placement: Placement) -> int:
+    """What describes bitsandbytes' 4-bit codes stays at home while the codes stream."""
+    streamed = placement.streamed(plan.place.kind)
+    return sum(t.nbytes for t in counted(plan.spec) if ".weight." in t.name and block_index(t.name) in streamed)
 
 
 def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
@@ -149,6 +155,15 @@ def offloaded(plan: Plan) -> Plan | None:
     if kind == "cpu":
         return _most(base, lambda count: _on_cpu(base, count))
     return _most(base, lambda count: _on_gpu(base, count))
+
+
+def further(plan: Plan) -> Plan | None:
+    """An offloaded plan with half as many blocks at home; None when there is none left."""
+    if plan.placement is None:
+        return None
+    count = plan.placement.blocks.count(home(plan.place.kind))
+    place = _on_cpu if plan.place.kind == "cpu" else _on_gpu
+    return estimate.priced(plan, placement=place(plan, count // 2)) if count else None
 
 
 def smallest(plan: Plan) -> Plan:

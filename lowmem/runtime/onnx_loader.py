@@ -20,7 +20,9 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.manifest import is_exported, read_manifest
 from lowmem.export.onnx_session import OnnxModel
 from lowmem.export.options import ExportOptions
+from lowmem.machine.hardware import probe
 from lowmem.planning.exported import runtime_version
+from lowmem.planning.goal import Limits
 from lowmem.planning.plan import Plan
 from lowmem.runtime.isolated import Finished, run_isolated
 from lowmem.runtime.loader import Loaded, _check_vocabulary, _tokenizer
@@ -45,8 +47,13 @@ def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
     return loaded
 
 
-def graph_folder(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
+def graph_folder(
+    plan: Plan, folder: Path, cancel: CancelToken, ram_limit: int | None = None
+) -> Generator[Step, None, Path]:
     """The exported model for `plan`: `folder` itself where it is one, else one in the cache, written when it is not there.
+
+    Args:
+        ram_limit: bytes that this process and the one that writes may hold together; None is no limit.
 
     Raises:
         Unsupported: there is no graph for the model, or it fails its proof.
@@ -59,19 +66,23 @@ def graph_folder(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Ste
     if is_exported(kept):
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": plan.spec.ref}
+    left = None if ram_limit is None else max(0, ram_limit - probe().process_bytes)
+    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": plan.spec.ref, "ram": left}
     yield Step(0, 0, "Writing its graph, once")
-    for event in run_isolated("lowmem.runtime.onnx_loader:export_job", arguments, cancel):
+    limits = None if left is None else Limits(left)
+    for event in run_isolated("lowmem.runtime.onnx_loader:export_job", arguments, cancel, limits):
         if not isinstance(event, Finished):
             yield event
     return kept
 
 
-def export_job(folder: str, out: str, options: dict[str, object], ref: str) -> Generator[Step, None, dict[str, object]]:
+def export_job(
+    folder: str, out: str, options: dict[str, object], ref: str, ram: int | None = None
+) -> Generator[Step, None, dict[str, object]]:
     """`export_model` as a job of `run_isolated`; returns the receipt as a dict."""
     from lowmem.export.pipeline import export_model
 
-    events = export_model(Path(folder), Path(out), ExportOptions(**options), ref=ref)  # type: ignore[arg-type]
+    events = export_model(Path(folder), Path(out), ExportOptions(**options), ref=ref, ram_limit=ram)  # type: ignore[arg-type]
     for event in events:
         if isinstance(event, Receipt):
             return event.as_dict()

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lowmem.errors import BadInput, CorruptModel, DoesNotFit, MissingDependency, OutOfMemory, Unsupported
+from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.limits import check_window, context_of
@@ -157,6 +157,7 @@ class Session:
         cancel = cancel or CancelToken()
         yield from self._turn("Generating", cancel)
         try:
+            yield from self._make_able(options, cancel, force)
             loaded, plan = self._resident()
             ids = encode_prompt(loaded.tokenizer, prompt, raw)
             check_window(options, plan.spec.context)
@@ -192,6 +193,7 @@ class Session:
         cancel = cancel or CancelToken()
         yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
         try:
+            yield from self._make_able(options, cancel, force)
             loaded, plan = self._resident()
             check_window(options, plan.spec.context)
             largest = batch_size or 1
@@ -244,9 +246,11 @@ class Session:
 
         Raises:
             BadInput: nothing is loaded.
+            Unsupported: an exported graph is, whose layers nobody sees.
         """
         yield from self._turn(what, cancel)
         try:
+            yield from self._make_able(None, cancel, force)
             loaded, plan = self._resident()
             with self._meter(plan, force) as meter:
                 result = yield from job(loaded, plan, meter.check)
@@ -261,6 +265,8 @@ class Session:
             cancel.check()
             yield Step(0, 0, f"Waiting for: {self._busy or 'other work'}")
         self._busy = what
+        if self._loaded is not None and self._loaded.streamer is not None:
+            self._loaded.streamer.check = cancel.check
 
     def _done(self) -> None:
         self._busy = ""
@@ -270,6 +276,25 @@ class Session:
         if self._loaded is None or self._plan is None:
             raise BadInput("No model is loaded.", "Load one first; the recommended set-up is one click.")
         return self._loaded, self._plan
+
+    def _make_able(
+        self, options: GenerateOptions | None, cancel: CancelToken, force: bool
+    ) -> Generator[Step, None, None]:
+        """Load for torch instead of as a graph where only torch can do what is asked: `options`, or None for a look inside."""
+        plan = self._resident()[1]
+        if plan.backend != "onnx" or (options is not None and self.price(1, options).backend == "onnx"):
+            return
+        what = "show its layers" if options is None else "have a window, or a KV cache in fewer bits"
+        if not plan.or_torch:
+            raise Unsupported(
+                f"{plan.spec.name} runs as an exported graph, which cannot {what}.",
+                "Load the original model for torch.",
+            )
+        yield Step(0, 0, f"A graph cannot {what}: loading for torch")
+        on_torch = priced(plan, backend="torch", or_torch=False, reason=f"A graph cannot {what}.")
+        if not force:
+            _refuse_if_over(on_torch, "Choose a smaller model or fewer bits.")
+        self._load_receipt = yield from self._load(on_torch, cancel, force)
 
     def _meter(self, plan: Plan, force: bool) -> PeakMeter:
         limits = {"ram": plan.limits.ram}
@@ -297,10 +322,12 @@ class Session:
                 peak = yield from self._attempt(plan, folder, cancel, force)
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
-                refused = plan.or_torch and isinstance(error, (Unsupported, MissingDependency, CorruptModel))
+                # Nobody asked for the graph, so whatever is wrong with it is no reason to go without the model.
+                refused = plan.or_torch and not isinstance(error, Cancelled)
                 if refused:
-                    log.warning("no graph for %s: %s", plan.spec.name, error)
-                    lower: Plan | None = priced(plan, backend="torch", or_torch=False, reason=f"{error} Torch runs it.")
+                    log.warning("no graph for %s", plan.spec.name, exc_info=error)
+                    why = str(error) if isinstance(error, LowMemError) else "There is no graph for it."
+                    lower: Plan | None = priced(plan, backend="torch", or_torch=False, reason=f"{why} Torch runs it.")
                 elif is_out_of_memory(error):
                     lower = lower_load(plan)
                 else:
@@ -326,7 +353,7 @@ class Session:
         if plan.backend == "onnx":
             from lowmem.runtime import onnx_loader
 
-            folder = yield from onnx_loader.graph_folder(plan, folder, cancel)
+            folder = yield from onnx_loader.graph_folder(plan, folder, cancel, None if force else plan.limits.ram)
         with self._meter(plan, force) as meter:
             on_onnx = plan.backend == "onnx"
             loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)

@@ -54,14 +54,14 @@ def as_json(plan: Plan) -> Json:
 def add_endpoints(engine: Engine) -> None:
     """Add every endpoint to the Blocks that is being built."""
     for quick in (_plan(engine), _machine(engine), _receipt(engine)):
-        gr.api(_told(quick), api_name=quick.__name__, concurrency_limit=None)
+        gr.api(told(quick), api_name=quick.__name__, concurrency_limit=None)
     for stream in (_load(engine), _generate(engine), _chat(engine), _batch(engine)):
         gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
     unload = _unload(engine)
-    gr.api(_told(unload), api_name=unload.__name__, **ENGINE)
+    gr.api(told(unload), api_name=unload.__name__, **ENGINE)
 
 
-def _told(action: Callable[..., Any]) -> Callable[..., Any]:
+def told(action: Callable[..., Any]) -> Callable[..., Any]:
     """The action, its failures as sentences."""
 
     @wraps(action)

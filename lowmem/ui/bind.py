@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import html
 import logging
 import secrets
@@ -93,7 +94,9 @@ def pump(events: Iterable[E], token: CancelToken) -> Iterator[list[E]]:
     """
     token.check()
     inbox: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_drain, args=(events, inbox), daemon=True, name="lowmem-job").start()
+    # Who asks is known from the context: access and a lent GPU's accounts depend on it.
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(_drain, events, inbox), daemon=True, name="lowmem-job").start()
     try:
         while True:
             gathered = _gather(inbox)

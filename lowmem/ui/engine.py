@@ -17,6 +17,7 @@ from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, Limits, limits_from
 from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
+from lowmem.ui.access import Access
 from lowmem.ui.strings import say
 from lowmem.units import parse_bytes
 
@@ -46,17 +47,21 @@ class Engine:
 
     Args:
         session: makes the session on first use.
-        public: strangers use the page; only models below lowmem's own folders may be named by path.
+        access: who may do what; on a public page only models below lowmem's own folders may be named by path.
     """
 
-    def __init__(self, session: Callable[[], Session] | None = None, *, public: bool = False) -> None:
-        self.public = public
+    def __init__(self, session: Callable[[], Session] | None = None, *, access: Access | None = None) -> None:
+        self.access = access or Access()
         self._make_session = session or _real_session
         self._session: Session | None = None
         self._lock = threading.Lock()
         self._hardware: tuple[float, Hardware] | None = None
         self._specs: dict[str, ModelSpec] = {}
         self._noted: tuple[Receipt, Receipt | None] | None = None
+
+    @property
+    def public(self) -> bool:
+        return self.access.public
 
     # --- the machine
 
@@ -84,7 +89,12 @@ class Engine:
         return known + [(model.name, model.ref) for model in local_models() if model.ref not in refs]
 
     def spec(self, ref: str) -> ModelSpec:
-        """The model behind a reference; each is read once."""
+        """The model behind a reference; each is read once.
+
+        Raises:
+            NotAllowed: not for whoever asks. And what `read_spec` raises.
+        """
+        self.access.check_model(ref)
         if ref not in self._specs:
             self._specs[ref] = self._read_spec(ref)
         return self._specs[ref]
@@ -93,6 +103,12 @@ class Engine:
         from lowmem.models.source import read_spec
 
         return read_spec(ref, allow_paths=not self.public)
+
+    def exportable(self, ref: str) -> ModelSpec:
+        """The model behind a reference, which may be an encoder here."""
+        from lowmem.models.source import read_spec
+
+        return read_spec(ref, allow_paths=not self.public, encoders=True)
 
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:
         """Every precision with None, or with the reason why it does not run here."""
@@ -159,6 +175,8 @@ class Engine:
         self._noted = (receipt, self._session.last_receipt if self._session else None)
 
     def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
+        if force:
+            self.access.require_owner("Going over the budget")
         yield Step(0, 0, say("starting"))
         yield from self.session.load(plan, cancel, force=force)
 
@@ -185,6 +203,7 @@ class Engine:
         self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False
     ) -> Iterator[Step | Chunk | Receipt]:
         self.require_model()
+        self.access.check_work(options)
         return self.session.generate(prompt, options, cancel, raw=raw)
 
     def chat(
@@ -198,6 +217,7 @@ class Engine:
     ) -> Iterator[Step | Completion | Receipt]:
         """Answer many prompts; batch size 0 takes what the budget allows."""
         self.require_model()
+        self.access.check_work(options, len(prompts))
         return self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None)
 
     def require_model(self) -> None:

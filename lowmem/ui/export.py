@@ -128,6 +128,7 @@ class ExportTab:
 
     def shown(self, event: Any) -> Any:
         """After `event`, price the controls as they stand."""
+        self.push.shown(event)
         return event.then(self._price, self.controls, [self.card, self.runner.run, self.problem], **QUICK)
 
     def _options(self, values: Sequence[Any]) -> tuple[str, ExportOptions, int]:
@@ -149,7 +150,7 @@ class ExportTab:
     def _price(self, *values: Any) -> list[Any]:
         try:
             model, options, limit = self._options(values)
-            spec = self.engine.spec(model)
+            spec = self.engine.exportable(model)
             expected = forecast(spec, options, runtime_bytes(), limit)
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
@@ -158,7 +159,7 @@ class ExportTab:
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         model, options, limit = self._options(values)
-        out = output_folder(self.engine.spec(model).name, options)
+        out = output_folder(self.engine.exportable(model).name, options)
         asked = {name: getattr(options, name) for name in options.__slots__}
         events = export_isolated(model, out, asked, ram_limit=limit, allow_paths=not self.engine.public, cancel=token)
         made: list[Receipt] = []

@@ -8,23 +8,27 @@ import threading
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from lowmem.errors import BadInput
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
+from lowmem.ui.access import Access
 from lowmem.ui.engine import AUTO, Engine
+from lowmem.ui.limits import VisitorLimits
 from lowmem.ui.page import build_ui
 from lowmem.ui.theme import CSS, HEAD, theme
 from lowmem.units import parse_bytes
 
 log = logging.getLogger("lowmem.ui")
 
+VISITOR, OWNER = "lowmem", "owner"
 UPLOAD_LIMIT = "2mb"
 MEASURE_AFTER_SECONDS = 6.0
 
 
-def launch_options() -> dict[str, Any]:
-    """What every launch of the page passes to gradio."""
+def launch_options(*, public: bool = False) -> dict[str, Any]:
+    """What every launch of the page passes to gradio; `public` bounds how often and how much strangers may ask."""
     outputs = settings().outputs
     return {
         "theme": theme(),
@@ -36,6 +40,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": UPLOAD_LIMIT,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
+        "app_kwargs": {"middleware": [Middleware(VisitorLimits)]} if public else None,
     }
 
 
@@ -47,40 +52,68 @@ def serve(
     budget: str | None = None,
     model: str | None = None,
     *,
+    listed_only: bool = False,
     demo: gr.Blocks | None = None,
-) -> None:
-    """Serve until interrupted.
+    **launching: Any,
+) -> tuple[str, str]:
+    """Serve until interrupted; in a notebook's kernel return at once. Returns the local and the public address.
+
+    On a public page (shared, on a Space, or listening beyond this machine) visitors have limits, see `access`
+    and `limits`. Where there is a sign-in, the owner gets one of their own, which is printed once.
 
     Args:
         share: also through a public link; without `auth` a password is made up and printed.
-        auth: "user:password".
+        auth: "user:password", for everybody who may use the page.
         host, port: where to listen; this machine only by default.
         budget: memory that may be used on the computing device, such as "4G".
         model: the model that is proposed first.
+        listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
         demo: a page that is built already.
+        launching: more for gradio's `launch`.
 
     Raises:
         BadInput: `auth` or `budget` cannot be read.
     """
-    credentials = _credentials(auth)
-    if share and credentials is None:
-        credentials = ("lowmem", secrets.token_urlsafe(9))
-        print(f"Sign in as {credentials[0]} with the password {credentials[1]}", flush=True)
-    public = share or settings().host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
+    here = settings()
+    public = share or here.host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
+    sign_ins = _sign_ins(auth, share, public)
+    owner = OWNER if len(sign_ins) > 1 else ""
     if demo is None or budget or model or public:
-        demo = build_ui(
-            Engine(public=public), budget_bytes=parse_bytes(budget) if budget else None, model=model or AUTO
-        )
+        access = Access(public, owner, any_model=not (listed_only or here.hub_token))
+        cap = parse_bytes(budget) if budget else None
+        demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
     measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)
     measuring.daemon = True
     measuring.start()
-    demo.launch(share=share, auth=credentials, server_name=host, server_port=port, **launch_options())
+    _, local, shared = demo.launch(
+        share=share,
+        auth=sign_ins or None,
+        server_name=host,
+        server_port=port,
+        **launch_options(public=public),
+        **launching,
+    )
+    return local, shared or ""
 
 
-def _credentials(auth: str | None) -> tuple[str, str] | None:
+def _sign_ins(auth: str | None, share: bool, public: bool) -> list[tuple[str, str]]:
+    """Who may sign in: nobody has to, or everybody as one user and, on a public page, the owner as another."""
+    if not (auth or share):
+        return []
+    everybody = _credentials(auth) if auth else (VISITOR, secrets.token_urlsafe(9))
     if not auth:
-        return None
+        print(f"Sign in as {everybody[0]} with the password {everybody[1]}", flush=True)
+    if not public:
+        return [everybody]
+    if everybody[0] == OWNER:
+        raise BadInput(f"{OWNER!r} is the sign-in of the page's owner.", "Give visitors another user name.")
+    owner = (OWNER, secrets.token_urlsafe(9))
+    print(f"As the owner, who may also push and go over the budget: {owner[0]} with {owner[1]}", flush=True)
+    return [everybody, owner]
+
+
+def _credentials(auth: str) -> tuple[str, str]:
     user, colon, password = auth.partition(":")
     if not (user and colon and password):
         raise BadInput("The sign-in has no user or no password.", "Write it like --auth ada:secret.")

@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
-from lowmem.events import Chunk, Receipt, Step
+from lowmem.events import CancelToken, Chunk, Completion, Receipt
 from lowmem.offload.predict import Speed
 from lowmem.planning.goal import detected_limits
+from lowmem.planning.plan import Plan
 from lowmem.ui import render, render_offload
-from lowmem.ui.bind import HEAVY, QUICK, TEXT_LIMIT, Jobs, bounded, notice, pump
-from lowmem.ui.depot import MOST_TOKENS, Ask, Depot
+from lowmem.ui.bind import QUICK, TEXT_LIMIT, Jobs, bounded, notice
+from lowmem.ui.completion import joined
+from lowmem.ui.depot import MOST_ANSWERS, MOST_TOKENS, Ask, Depot
+from lowmem.ui.runner import Runner, View
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
 from lowmem.units import GB
 
-KIND = "offload"
 AUTO, DISK, CHOOSE = "auto", "disk", "choose"
+SMALLEST_GB = 0.3
 
 
 class OffloadTab:
     """Layout and wiring of the tab."""
 
     def __init__(self, depot: Depot, jobs: Jobs, sidebar: Sidebar) -> None:
-        self.depot, self.jobs, self.sidebar = depot, jobs, sidebar
+        self.depot = depot
         with gr.Row(elem_id="offload"):
             with gr.Column(scale=3, min_width=300):
                 self._build_controls()
+                self.single = Runner(depot.engine, jobs, "offload", say("offload_run"))
+                self.live = gr.HTML(elem_id="offload-live")
+                self.text = gr.Textbox(
+                    label=say("continuation"), lines=3, max_lines=16, interactive=False, elem_id="offload-text"
+                )
+                self.measured = gr.HTML(elem_id="offload-measured")
             with gr.Column(scale=2, min_width=300, elem_id="offload-side"):
-                self.picture = gr.HTML(elem_id="offload-picture")
                 self.problem = gr.HTML(elem_id="offload-problem")
+                self.picture = gr.HTML(elem_id="offload-picture")
                 self.again = gr.Button(say("offload_again"), size="sm", elem_id="offload-again")
         with gr.Column(elem_id="offload-exercise"):
-            with gr.Row(elem_classes="lm-actions"):
-                self.exercise = gr.Button(say("offload_exercise"), scale=0, min_width=300, elem_id="offload-compare")
-            gr.HTML(render.quiet(say("offload_exercise_help")))
+            gr.HTML(render_offload.section(say("offload_exercise_title"), say("offload_exercise_help")))
+            self.exercise = Runner(depot.engine, jobs, "offload-compare", say("offload_exercise"))
             self.table = gr.HTML(elem_id="offload-table")
             self.plot = gr.HTML(elem_id="offload-plot")
-        self._wire()
+        self._wire(sidebar)
 
     def _build_controls(self) -> None:
-        engine = self.depot.engine
-        limits = detected_limits(engine.hardware())
+        limits = detected_limits(self.depot.engine.hardware())
         self.model = gr.Dropdown(
-            engine.catalog(),
+            self.depot.engine.catalog(),
             value="demo",
             allow_custom_value=True,
             label=say("model"),
@@ -62,16 +69,8 @@ class OffloadTab:
             elem_id="offload-where",
         )
         with gr.Row(visible=False) as self.lists:
-            self.disk_list = gr.Textbox(
-                "", label=say("offload_disk_list"), info=say("offload_list_help"), elem_id="offload-disk-list"
-            )
-            self.ram_list = gr.Textbox(
-                "",
-                label=say("offload_ram_list"),
-                info=say("offload_list_help"),
-                visible=limits.vram is not None,
-                elem_id="offload-ram-list",
-            )
+            self.disk_list = _list(say("offload_disk_list"), "offload-disk-list")
+            self.ram_list = _list(say("offload_ram_list"), "offload-ram-list", visible=limits.vram is not None)
         self.prompt = gr.Textbox(
             say("offload_prompt"),
             label=say("prompt"),
@@ -80,117 +79,140 @@ class OffloadTab:
             max_length=TEXT_LIMIT,
             elem_id="offload-prompt",
         )
-        self.tokens = gr.Slider(1, MOST_TOKENS, value=16, step=1, label="Max new tokens", elem_id="offload-tokens")
-        with gr.Row(elem_classes="lm-actions"):
-            self.start = gr.Button(
-                say("offload_run"), variant="primary", scale=0, min_width=180, elem_id="offload-start"
+        with gr.Row():
+            self.tokens = gr.Slider(
+                1,
+                MOST_TOKENS,
+                value=16,
+                step=1,
+                label=say("offload_tokens"),
+                info=say("offload_tokens_help"),
+                elem_id="offload-tokens",
+                min_width=220,
+                buttons=[],
             )
-            self.stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id="offload-stop")
-        self.live = gr.HTML(elem_id="offload-live")
-        self.notice = gr.HTML(elem_id="offload-notice")
-        self.text = gr.Textbox(
-            label=say("continuation"), lines=3, max_lines=16, interactive=False, elem_id="offload-text"
-        )
-        self.measured = gr.HTML(elem_id="offload-measured")
+            self.answers = gr.Slider(
+                0,
+                MOST_ANSWERS,
+                value=1,
+                step=1,
+                label=say("offload_answers"),
+                info=say("offload_answers_help"),
+                elem_id="offload-answers",
+                min_width=220,
+                buttons=[],
+            )
 
-    def _wire(self) -> None:
-        self.asked: list[Any] = [self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list]
-        self.priced = [self.picture, self.start, self.problem]
+    def _wire(self, sidebar: Sidebar) -> None:
+        self.asked: list[Any] = [
+            self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list, self.answers,
+        ]  # fmt: skip
+        self.priced = [self.picture, self.single.run, self.problem]
         for control in self.asked:
-            control.change(self._price, self.asked, self.priced, trigger_mode="always_last", **QUICK)
+            self._price_after(control.change(self._price, self.asked, self.priced, trigger_mode="always_last", **QUICK))
         self.where.change(lambda where: gr.Row(visible=where == CHOOSE), self.where, self.lists, **QUICK)
-        self.again.click(self._measure, self.asked, self.priced, **HEAVY)
-        buttons = [self.start, self.exercise, self.stop, self.live, self.notice]
-        ran = self.start.click(self._begin, None, buttons, **QUICK).then(
-            self._run, [self.prompt, self.tokens, *self.asked], [*buttons, self.text, self.measured], **HEAVY
-        )
-        self.sidebar.after(ran).then(self._price, self.asked, self.priced, **QUICK)
-        compared = self.exercise.click(self._begin, None, buttons, **QUICK).then(
-            self._compare, [self.prompt, self.tokens, *self.asked], [*buttons, self.table, self.plot], **HEAVY
-        )
-        self.sidebar.after(compared)
-        self.stop.click(self._stop, None, self.live, **QUICK)
+        self.again.click(
+            lambda: gr.Button(say("offload_measuring"), interactive=False), None, self.again, **QUICK
+        ).then(self._measure_again, self.asked, [*self.priced, self.again], **QUICK)
+        inputs = [self.prompt, self.tokens, *self.asked]
+        ran = self.single.wire(sidebar, inputs, [self.live, self.text, self.measured], self._run)
+        ran.then(self._price, self.asked, self.priced, **QUICK)
+        self.exercise.wire(sidebar, inputs, [self.table, self.plot], self._compare)
 
     def shown(self, event: Any) -> Any:
-        """After `event`, price the controls as they stand; the first time this machine is measured for it."""
+        """After `event`, price the controls as they stand."""
         return event.then(self._price, self.asked, self.priced, **QUICK)
 
-    def _ask(self, values: tuple[Any, ...]) -> Ask:
-        model, ram, vram, where, disk, in_ram = values
-        sizes = (_size(ram, self.ram.maximum), _size(vram, self.vram.maximum))
-        lists = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
-        return Ask((model or "").strip(), *sizes, *lists)
+    def opened(self, tab: gr.Tab) -> None:
+        """When somebody comes to the tab, this machine is measured unless it was."""
+        self._price_after(tab.select(self._price, self.asked, self.priced, **QUICK))
+
+    def _price_after(self, event: Any) -> None:
+        event.then(self._measure, self.asked, self.picture, **QUICK)
+
+    def _ask(self, values: Sequence[Any]) -> Ask:
+        model, ram, vram, where, disk, in_ram, answers = values
+        disk, in_ram = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
+        return Ask(
+            model=(model or "").strip(),
+            ram=_size(ram, self.ram.maximum),
+            vram=_size(vram, self.vram.maximum),
+            disk_blocks=disk,
+            ram_blocks=in_ram,
+            answers=int(answers),
+        )
 
     def _price(self, *values: Any) -> list[Any]:
-        return self._priced(values, again=False)
-
-    def _measure(self, *values: Any) -> list[Any]:
-        return self._priced(values, again=True)
-
-    def _priced(self, values: tuple[Any, ...], *, again: bool) -> list[Any]:
         try:
             plan = self.depot.plan(self._ask(values))
-            speed: Speed | None = self.depot.speed(plan, again)
+            speed = self.depot.speed(plan)
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
         over = plan.verdict == "over"
         problem = render.quiet(plan.sentence()) if over else ""
-        return [render_offload.picture(plan, speed), gr.Button(interactive=not over), problem]
+        return [self._picture(plan, speed), gr.Button(interactive=not over), problem]
 
-    def _begin(self, request: gr.Request) -> list[Any]:
-        self.jobs.begin(request, KIND)
-        busy = self.depot.engine.busy
-        note = say("waiting", busy=busy) if busy else say("starting")
-        off = gr.Button(interactive=False)
-        return [off, off, gr.Button(visible=True), render.progress(Step(0, 0, note)), ""]
+    def _picture(self, plan: Plan, speed: Speed | None) -> str:
+        return render_offload.picture(plan, speed, here=self.depot.here(plan))
 
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, KIND)
-        return render.progress(Step(0, 0, say("stopping")))
-
-    def _run(self, request: gr.Request, prompt: str, tokens: float, *values: Any) -> Iterator[list[Any]]:
-        text, last, trouble = "", None, ""
-        receipt: Receipt | None = None
+    def _measure(self, *values: Any) -> Any:
+        """The picture with a prediction, where there was none."""
         try:
-            with self.jobs.running(request, KIND) as token:
-                bounded(prompt)
-                for events in pump(self.depot.run(self._ask(values), prompt, int(tokens), token), token):
-                    chunks = [event for event in events if isinstance(event, Chunk)]
-                    steps = [event for event in events if isinstance(event, Step)]
-                    receipt = next((event for event in events if isinstance(event, Receipt)), receipt)
-                    text += "".join(chunk.text for chunk in chunks)
-                    last = chunks[-1] if chunks else last
-                    shown = render.live(last) if last else render.progress(steps[-1]) if steps else gr.skip()
-                    yield [*[gr.skip()] * 3, shown, gr.skip(), text, gr.skip()]
-        except Exception as error:
-            trouble = notice(error)
-        made = render_offload.measured(receipt) if receipt else ""
-        yield [*_ready(), render.live(last), trouble, text, made]
+            plan = self.depot.plan(self._ask(values))
+            if self.depot.speed(plan) is None and (speed := self.depot.measure(plan)):
+                return self._picture(plan, speed)
+        except Exception:
+            pass  # `_price` has said what is wrong
+        return gr.skip()
 
-    def _compare(self, request: gr.Request, prompt: str, tokens: float, *values: Any) -> Iterator[list[Any]]:
+    def _measure_again(self, *values: Any) -> list[Any]:
+        ready = gr.Button(say("offload_again"), interactive=True)
+        try:
+            self.depot.measure(self.depot.plan(self._ask(values)), again=True)
+        except Exception as error:
+            return ["", gr.Button(interactive=False), notice(error, toast=False), ready]
+        return [*self._price(*values), ready]
+
+    def _run(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
+        bounded(prompt)
+        answers: dict[int, str] = {}
+        told: dict[str, Any] = {}
+
+        def view(events: Sequence[Any]) -> list[Any]:
+            for event in events:
+                if isinstance(event, Chunk):
+                    answers[event.index] = answers.get(event.index, "") + event.text
+                    told["live"] = render.live(event)
+                elif isinstance(event, Completion):
+                    answers[event.index] = event.text
+                elif isinstance(event, Receipt):
+                    told["receipt"] = render_offload.measured(event)
+            return [told.get("live", ""), joined(answers), told.get("receipt", "")]
+
+        return self.depot.run(self._ask(values), prompt, int(tokens), token), view
+
+    def _compare(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
+        bounded(prompt)
         rows: list[dict[str, Any]] = []
-        trouble, title = "", str(values[0])
-        try:
-            with self.jobs.running(request, KIND) as token:
-                bounded(prompt)
-                for events in pump(self.depot.compare(self._ask(values), prompt, int(tokens), token), token):
-                    rows += [event for event in events if isinstance(event, dict)]
-                    steps = [event for event in events if isinstance(event, Step)]
-                    moved = render.progress(steps[-1]) if steps else gr.skip()
-                    yield [*[gr.skip()] * 3, moved, gr.skip(), render_offload.comparison(rows), gr.skip()]
-        except Exception as error:
-            trouble = notice(error)
-        yield [*_ready(), "", trouble, render_offload.comparison(rows), render_offload.plot(rows, title)]
+        title = str(values[0])
 
+        def view(events: Sequence[Any]) -> list[Any]:
+            rows.extend(event for event in events if isinstance(event, dict))
+            return [render_offload.comparison(rows), render_offload.plot(rows, title)]
 
-def _ready() -> list[Any]:
-    return [gr.Button(interactive=True), gr.Button(interactive=True), gr.Button(visible=False)]
+        return self.depot.compare(self._ask(values), prompt, int(tokens), token), view
 
 
 def _budget(most: int | None, label: str, elem_id: str) -> gr.Slider:
     """A slider of gigabytes up to all there is; hidden without such a memory."""
-    top = max(0.4, int((most or 0) / GB * 20) / 20)
-    return gr.Slider(0.3, top, value=top, step=0.05, label=label, visible=most is not None, elem_id=elem_id, buttons=[])
+    top = max(SMALLEST_GB + 0.1, int((most or 0) / GB * 20) / 20)
+    return gr.Slider(
+        SMALLEST_GB, top, value=top, step=0.05, label=label, visible=most is not None, elem_id=elem_id, buttons=[]
+    )
+
+
+def _list(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
+    return gr.Textbox("", label=label, info=say("offload_list_help"), visible=visible, elem_id=elem_id)
 
 
 def _size(gigabytes: float, top: float) -> str:

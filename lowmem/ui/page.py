@@ -14,6 +14,7 @@ from lowmem.ui.generate import GenerateTab
 from lowmem.ui.longctx import LongContextTab
 from lowmem.ui.longctx_api import add_longctx_endpoints
 from lowmem.ui.offload import OffloadTab
+from lowmem.ui.offload_api import add_offload_endpoints
 from lowmem.ui.quantize import QuantizeTab
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -54,8 +55,9 @@ def build_ui(
                 generate = GenerateTab(engine, jobs, sidebar, model)
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
-            with gr.Tab(say("offload"), id="offload"):
-                offload = OffloadTab(Depot(engine), jobs, sidebar)
+            depot = Depot(engine)
+            with gr.Tab(say("offload"), id="offload") as offload_tab:
+                offload = OffloadTab(depot, jobs, sidebar)
             with gr.Tab(say("longctx"), id="longctx"):
                 longctx = LongContextTab(engine, jobs, sidebar)
             with gr.Tab(say("export"), id="export"):
@@ -63,12 +65,14 @@ def build_ui(
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
         add_longctx_endpoints(engine)
+        add_offload_endpoints(depot)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
         quantize.shown(opened)
         offload.shown(opened)
+        offload.opened(offload_tab)
         export.shown(opened)
         longctx.shown(opened)
         longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))

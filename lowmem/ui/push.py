@@ -22,7 +22,7 @@ class PushBox:
     def __init__(self, workshop: Workshop, jobs: Jobs, key: str = KIND) -> None:
         """`key` names its elements, for pages with several."""
         self.workshop, self.jobs = workshop, jobs
-        with gr.Accordion(say("push"), open=False, elem_id=key):
+        with gr.Accordion(say("push"), open=False, visible=not workshop.engine.public, elem_id=key) as self.box:
             self.repo = gr.Textbox(
                 label=say("push_repo"), placeholder=say("push_repo_hint"), max_length=200, elem_id=f"{key}-repo"
             )
@@ -46,6 +46,10 @@ class PushBox:
         # The token leaves the page with the click and does not come back.
         self.go.click(self._push, inputs, [self.told, self.token], **PRIVATE)
         self.stop.click(self._stop, None, None, **QUICK)
+
+    def shown(self, opened: Any) -> None:
+        """Once the page is open, show what its visitor may do."""
+        opened.then(lambda: gr.Accordion(visible=self.workshop.engine.access.owned), None, self.box, **QUICK)
 
     def _stop(self, request: gr.Request) -> None:
         self.jobs.stop(request, KIND)

@@ -87,6 +87,7 @@ class QuantizeTab:
 
     def shown(self, event: Any) -> Any:
         """After `event`, price the controls as they stand."""
+        self.push.shown(event)
         return event.then(self._price, self.form.controls, [self.card, self.start, self.problem], **QUICK)
 
     def _models(self) -> Any:

@@ -109,10 +109,11 @@ def _percent(part: float, whole: float) -> str:
 def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) -> str:
     """The set-up that would be loaded, with its reason and what has to be fetched."""
     eyebrow = say("recommended") if recommended else say("chosen")
+    on_onnx = plan.backend == "onnx"
     facts = [
-        (say("precision"), PRECISION_LABELS.get(plan.precision, plan.precision)),
+        (say("precision"), plan.precision if on_onnx else PRECISION_LABELS.get(plan.precision, plan.precision)),
         (say("context"), f"{plan.context:,} tokens"),
-        (say("device"), plan.place.name),
+        (say("device"), f"{plan.place.name}, ONNX Runtime" if on_onnx else plan.place.name),
         (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),
     ]
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
@@ -163,7 +164,8 @@ def slim(plan: Plan, receipt: Receipt | None) -> str:
     memory = plan.main.memory
     measured = receipt.measured.get(memory) if receipt else None
     size = format_bytes(measured or plan.main.peak)
-    parts = [plan.precision, device_label(plan.device), f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
+    device = device_label(plan.device) + (", ONNX Runtime" if plan.backend == "onnx" else "")
+    parts = [plan.precision, device, f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
     rest = "".join(f"<span>{escape(part)}</span>" for part in parts)
     return f'<div class="lm-slim"><i class="lm-lamp"></i><strong>{escape(plan.spec.name)}</strong>{rest}</div>'
 

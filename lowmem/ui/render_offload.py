@@ -21,14 +21,23 @@ COLORS = {"predicted": GREY, "time": "#4c8bd6", "memory": "#3fa36b"}
 WIDTH, ROW, LEFT = 1000, 40, 170
 
 
-def picture(plan: Plan, speed: Speed | None) -> str:
-    """The model as a column of blocks, what is at home, and the prediction beside it."""
+def picture(plan: Plan, speed: Speed | None, *, here: bool = True) -> str:
+    """The model as a column of blocks, what is at home, and the prediction beside it.
+
+    Args:
+        here: the model is on this machine.
+    """
     placement = plan.placement or all_at_home(plan.spec, plan.place.kind)
     return (
         f'<section class="lm-stack"><h2>{escape(say("offload_blocks"))}</h2>{_legend(placement)}'
-        f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{_prediction(plan, speed)}</div></div>'
+        f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{_prediction(plan, speed, here)}</div></div>'
         f"</section>"
     )
+
+
+def section(title: str, text: str) -> str:
+    """The head of a part of the tab."""
+    return f'<div class="lm-part"><h2>{escape(title)}</h2><p class="lm-muted">{escape(text)}</p></div>'
 
 
 def _kinds(placement: Placement) -> list[str]:
@@ -58,13 +67,11 @@ def _legend(placement: Placement) -> str:
     return f'<ul class="lm-places">{items}</ul>'
 
 
-def _prediction(plan: Plan, speed: Speed | None) -> str:
+def _prediction(plan: Plan, speed: Speed | None, here: bool) -> str:
     budgets = render.budget(plan, f"{plan.spec.name} · {plan.precision_label}")
     lines = [plan.reason]
-    if plan.placement is not None and plan.placement.mapped:
-        lines.append(say("offload_mapped"))
     if speed is None:
-        lines.append(say("offload_later"))
+        lines.append(say("offload_unknown" if here else "offload_later"))
         return budgets + _quiet(lines)
     seconds = say("offload_speed_is", seconds=_seconds(speed.seconds_per_token), bound=speed.bound_by)
     if speed.disk_bytes:

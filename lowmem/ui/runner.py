@@ -38,13 +38,13 @@ class Runner:
 
     def wire(
         self, sidebar: Sidebar, inputs: list[Any], outputs: list[Any], start: Start, also: Sequence[Any] = ()
-    ) -> None:
-        """`also`: further events that start it."""
+    ) -> Any:
+        """`also`: further events that start it. Returns the last event, to chain on."""
         self._start, self._count = start, len(outputs)
         own = [self.run, self.stop, self.progress, self.notice]
         begun = gr.on([self.run.click, *also], self._begin, None, own, **QUICK)
-        sidebar.after(begun.then(self._go, inputs, [*own, *outputs], **HEAVY))
         self.stop.click(self._stop, None, self.progress, **QUICK)
+        return sidebar.after(begun.then(self._go, inputs, [*own, *outputs], **HEAVY))
 
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, self.kind)

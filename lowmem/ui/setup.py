@@ -196,7 +196,7 @@ class Setup:
         return [
             card,
             gr.Button(label, interactive=not over),
-            gr.Button(visible=over, interactive=True),
+            gr.Button(visible=over and self.engine.access.owned, interactive=True),
             gr.Accordion(say("declined", count=len(declined)), visible=bool(declined)),
             render.pairs(declined),
             render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),

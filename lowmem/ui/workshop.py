@@ -148,19 +148,20 @@ class Workshop:
         """Round layers of a model to nearest and tell what that did, see `quant.pictures.job`."""
         from lowmem.runtime.isolated import Finished, run_isolated
 
+        self.engine.spec(ref)  # refuses models that whoever asks may not name
         arguments = {"ref": ref, "bits": bits, "group": group, "allow_paths": not self.engine.public}
         for event in run_isolated("lowmem.quant.pictures:job", arguments, cancel):
             yield event.value if isinstance(event, Finished) else event
 
     def push(self, folder: str, repo: str, token: str, private: bool, cancel: CancelToken) -> str:
-        """Upload a finished folder; returns its address. On a page of strangers only with a token of their own."""
+        """Upload a finished folder; returns its address. For the owner of the page only."""
         from lowmem.models.push import push
 
+        self.engine.access.require_owner("Pushing to the hub")
         path = Path(folder).resolve()
         if not path.is_relative_to(settings().outputs.resolve()):
             raise BadInput("Only results of this page can be pushed.", "Quantize a model first.")
-        token = token.strip() or ("" if self.engine.public else settings().hub_token or "")
-        return push(path, repo, token, private=private, cancel=cancel)
+        return push(path, repo, token.strip() or settings().hub_token or "", private=private, cancel=cancel)
 
 
 def _is_upload(path: Path) -> bool:

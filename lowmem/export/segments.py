@@ -1,0 +1,129 @@
+"""A graph in several files, each with a run of blocks, for an engine builder that cannot hold the whole.
+
+Knows graphs as PyTorch's exporter writes them, whose nodes name the modules they come from. Weights stay where they lie: all files
+share them. Runs without any builder, so that pieces are proven on the CPU before a GPU sees them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from lowmem.errors import OutOfMemory, Unsupported
+from lowmem.units import MB
+
+_BLOCK = re.compile(r"\.(\d+)(?=[.'\"]|$)")
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Blocks `first` to `last` (exclusive); the first takes token ids, the last gives logits."""
+
+    first: int
+    last: int
+    weight_bytes: int
+
+
+def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Segment]:
+    """Cut a model into runs of blocks that fit `limit` bytes each.
+
+    Args:
+        block_bytes: weights of every block.
+        ends_bytes: embedding and head, which the first and the last run carry.
+
+    Raises:
+        OutOfMemory: a single block is more than the limit, naming both.
+    """
+    if (largest := max(block_bytes, default=0)) > limit:
+        raise OutOfMemory(
+            f"One block takes {largest / MB:,.0f} MB, the GPU has room for {limit / MB:,.0f} MB of an engine.",
+            "Choose a smaller model, or close what else uses the GPU.",
+        )
+    runs: list[Segment] = []
+    first, held = 0, ends_bytes
+    for index, size in enumerate(block_bytes):
+        if held + size > limit and index > first:
+            runs.append(Segment(first, index, held))
+            first, held = index, 0
+        held += size
+    return [*runs, Segment(first, len(block_bytes), held)]
+
+
+def cut(path: Path, runs: Sequence[Segment]) -> list[Path]:
+    """Write a file beside the graph in `path` for each of `runs`; fed in turn, see `chained`, they compute what it computes.
+
+    Raises:
+        Unsupported: the nodes do not say to which block they belong.
+    """
+    model = onnx.load(path, load_external_data=False)
+    model = onnx.shape_inference.infer_shapes(model)
+    places = _places(model.graph, runs)
+    return [_write(model, places, run, path.with_name(f"{path.stem}-{run + 1}.onnx")) for run in range(len(runs))]
+
+
+def _places(graph: onnx.GraphProto, runs: Sequence[Segment]) -> list[int]:
+    """The run of every node: that of its block, or the latest of those whose values it takes."""
+    made: dict[str, int] = {}
+    places, named = [], set()
+    for node in graph.node:
+        block = _block(node)
+        own = next((index for index, run in enumerate(runs) if block is not None and block < run.last), 0)
+        named.add(block)
+        place = max([own, *(made.get(name, 0) for name in node.input)])
+        made.update(dict.fromkeys(node.output, place))
+        places.append(place)
+    if not set(range(runs[-1].last)) <= named:
+        raise Unsupported(
+            "The graph does not say which of its nodes belong to which block, so it cannot be cut.",
+            "Free some GPU memory, or choose a smaller model.",
+        )
+    return places
+
+
+def _block(node: onnx.NodeProto) -> int | None:
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+    found = _BLOCK.search(scopes)
+    return int(found.group(1)) if found else None
+
+
+def _write(model: onnx.ModelProto, places: Sequence[int], run: int, path: Path) -> Path:
+    graph = model.graph
+    nodes = [node for node, place in zip(graph.node, places, strict=True) if place == run]
+    later = {name for node, place in zip(graph.node, places, strict=True) if place > run for name in node.input}
+    made = {name for node in nodes for name in node.output}
+    taken = {name for node in nodes for name in node.input if name} - made
+    weights = [weight for weight in graph.initializer if weight.name in taken]
+    types = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
+    given = [value.name for value in graph.output]
+    inputs = _ordered(types, taken - {weight.name for weight in weights}, graph)
+    outputs = _ordered(types, {n for n in made if n in later or n in given}, graph)
+    part = onnx.helper.make_graph(
+        nodes, f"{graph.name}-{run + 1}", [types[n] for n in inputs], [types[n] for n in outputs], weights
+    )
+    whole = onnx.helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
+    path.write_bytes(whole.SerializeToString())
+    return path
+
+
+def _ordered(types: Mapping[str, Any], names: set[str], graph: onnx.GraphProto) -> list[str]:
+    """In the graph's order; what has no type cannot cross from one file to the next."""
+    if lost := names - set(types):
+        raise Unsupported(f"The type of {min(lost)} in {graph.name} is not known.", "Free some GPU memory instead.")
+    return [name for name in types if name in names]
+
+
+def chained(sessions: Sequence[Any], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run the pieces one after the other; every value that came out, by name."""
+    values = dict(feeds)
+    for session in sessions:
+        wanted = {value.name: values[value.name] for value in session.get_inputs()}
+        names = [value.name for value in session.get_outputs()]
+        values.update(zip(names, session.run(names, wanted), strict=True))
+    return {name: value for name, value in values.items() if name not in feeds}

@@ -1,0 +1,83 @@
+"""Lookahead by prompt lookup: what followed the same tokens before is guessed, and a whole guess is checked in one pass.
+
+Text often repeats itself: code, quotations, names, tables. A pass over a few tokens reads the weights once, as one over a
+single token does. A guess counts only where it is the model's own greedy choice. Sums are rounded differently in passes of
+different length, so a choice between two tokens that are nearly alike is left to a pass over one token, as without lookahead.
+
+Saxena, Prompt Lookup Decoding, 2023, https://github.com/apoorvumang/prompt-lookup-decoding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lowmem.generate.options import GenerateOptions
+
+SIZES = (3, 2)
+"""Tokens that must have occurred before, the longer run first."""
+
+FIRST_GUESS = 2
+"""Tokens of the first guess; twice as many as held last time are tried next."""
+
+CLOSE = 0.05
+"""Logits so near each other are not told apart by a pass over several tokens."""
+
+
+def applies(options: GenerateOptions, rows: int, dtype: torch.dtype) -> bool:
+    """Only where it cannot change a word: greedy, one text, computed in fp32."""
+    exact = options.greedy and options.repetition_penalty == 1.0 and dtype == torch.float32
+    plain = options.use_cache and not options.window and options.kv == "same"
+    return options.lookahead > 0 and rows == 1 and exact and plain
+
+
+class Guesser:
+    """Remembers what followed every run of tokens."""
+
+    def __init__(self, text: Iterable[int], longest: int) -> None:
+        self._text: list[int] = []
+        self._followers: dict[tuple[int, ...], int] = {}
+        self._longest, self._count = longest, min(longest, FIRST_GUESS)
+        self.add(text)
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Tokens that are certain."""
+        text = self._text
+        for token in tokens:
+            for size in SIZES:
+                if len(text) >= size:
+                    self._followers[tuple(text[-size:])] = len(text)
+            text.append(token)
+
+    def guess(self, room: int) -> list[int]:
+        """At most `room` tokens, none where the text's end is new."""
+        ends = (self._followers.get(tuple(self._text[-size:])) for size in SIZES)
+        start = next((end for end in ends if end is not None), len(self._text))
+        return self._text[start : start + min(room, self._count)]
+
+    def held(self, tokens: int) -> None:
+        """So many of the last guess were right."""
+        self._count = min(self._longest, max(FIRST_GUESS, 2 * tokens))
+
+
+def certain(logits: Tensor, choices: list[int], guesses: list[int]) -> list[int]:
+    """The tokens that a pass decides: guesses that hold, and the choice behind them.
+
+    Args:
+        logits: [1 + guesses, vocab], after the last certain token and after every guess.
+        choices: the best token of each.
+    """
+    if not guesses:
+        return choices
+    best = logits.topk(2, dim=-1).values
+    clear = (best[:, 0] - best[:, 1] > CLOSE).tolist()
+    found: list[int] = []
+    for choice, is_clear, guess in zip(choices, clear, [*guesses, None], strict=True):
+        if not is_clear:
+            break
+        found.append(choice)
+        if choice != guess:
+            break
+    return found

@@ -1,0 +1,94 @@
+"""How fast this machine computes with weights in the forms that files store them in, measured with the layers that run.
+
+A rate is stored bytes per second for one token of one sequence. Imported late: everything here needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lowmem.machine import bandwidth
+from lowmem.models.checkpoint import TORCH_DTYPES
+from lowmem.models.quantization import BNB, INT8, Quantization
+from lowmem.offload.layers import StoredLinear, StoredNf4, StoredPacked
+from lowmem.quant import bnb_linear, packed_linear
+
+INPUTS, OUTPUTS = 2048, 8192
+"""Of the layer that is measured: its weights are more than caches hold."""
+
+BNB_BLOCK = 64
+BLOCKS = 8
+
+CPU = torch.device("cpu")
+
+
+def block_rate(device: str) -> float:
+    """Blocks per second that compute next to nothing: what Python and torch take for a block, whatever its size."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=2
+    )
+    model, token = LlamaForCausalLM(config).eval().to(device), torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        # Bringing the answer back waits for the device.
+        return bandwidth.rate(lambda: model(token).logits.cpu(), BLOCKS)
+
+
+def dense_rate(dtype: str) -> float:
+    """Of a matrix that is stored in another dtype than the computation's, fp32."""
+    return _rate(StoredLinear(torch.zeros(OUTPUTS, INPUTS, dtype=TORCH_DTYPES[dtype]), None))
+
+
+def streamed_rate(stored: Quantization) -> float:
+    """Of the codes of a layer that streams as it is stored."""
+    parts = _parts(stored)
+    if stored.method in (INT8, BNB) and stored.bits == 8:
+        return dense_rate("int8")
+    if stored.method == BNB:
+        made: Any = bnb_linear.stored4("probe", parts, OUTPUTS, INPUTS, CPU, torch.float32)
+        return _rate(StoredNf4(made.weight.data, made.weight.quant_state, INPUTS, OUTPUTS), parts["weight"])
+    layer = StoredPacked(stored, "probe", INPUTS, OUTPUTS)
+    for part, tensor in parts.items():
+        setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
+    return _rate(layer, parts["qweight"])
+
+
+def home_rate(stored: Quantization) -> float:
+    """Of the codes of a layer that is loaded for good, in whatever form the fastest kernel wants them."""
+    parts = _parts(stored)
+    if stored.method != BNB:
+        layer = packed_linear.packed_linear(stored, "probe", parts, CPU, torch.float32)
+    elif stored.bits == 8:
+        layer = bnb_linear.stored8(parts, CPU, torch.float32)
+    else:
+        layer = bnb_linear.stored4("probe", parts, OUTPUTS, INPUTS, CPU, torch.float32)
+    return _rate(layer, parts["qweight" if "qweight" in parts else "weight"])
+
+
+def _rate(layer: nn.Module, codes: Tensor | None = None) -> float:
+    row = torch.zeros(1, INPUTS)
+    counted = layer.weight if codes is None else codes
+    with torch.inference_mode():
+        return bandwidth.rate(lambda: layer(row), int(counted.nbytes))  # type: ignore[arg-type]
+
+
+def _parts(stored: Quantization) -> dict[str, Tensor]:
+    """The tensors of a layer as a checkpoint has them; what the weights are does not matter."""
+    if stored.method == BNB and stored.bits == 4:
+        return bnb_linear.packed4(torch.zeros(OUTPUTS, INPUTS), BNB_BLOCK, stored.layout, True, "float32").tensors
+    if stored.method in (INT8, BNB):
+        scales = {"weight_scale": torch.ones(OUTPUTS, 1)} if stored.method == INT8 else {"SCB": torch.ones(OUTPUTS)}
+        return {"weight": torch.zeros(OUTPUTS, INPUTS, dtype=torch.int8)} | scales
+    groups = stored.groups(INPUTS)
+    parts = {
+        "qweight": torch.zeros(stored.qweight_shape(OUTPUTS, INPUTS), dtype=torch.int32),
+        "qzeros": torch.zeros(groups, -(-OUTPUTS * stored.bits // 32), dtype=torch.int32),
+        "scales": torch.ones(groups, OUTPUTS, dtype=torch.float16),
+    }
+    if stored.desc_act:
+        # Every input in another group than its neighbour, as act-order leaves them.
+        parts["g_idx"] = torch.arange(INPUTS, dtype=torch.int32) % groups
+    return parts

@@ -1,0 +1,92 @@
+"""The receipt of an offloaded run: what it cost, where the blocks were, and the Python that repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from lowmem.events import Receipt
+from lowmem.generate.options import GenerateOptions
+from lowmem.offload.predict import Speed
+from lowmem.planning.placement import home
+from lowmem.planning.plan import Plan
+
+LONGEST_PROMPT = 600
+
+
+def completed(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: dict[str, int], snippet: str) -> Receipt:
+    """The session's receipt with what only offloading knows.
+
+    Args:
+        read: bytes that were fetched for this answer.
+        loading: peak bytes of the loading before it, where there was one.
+    """
+    return replace(
+        receipt,
+        action="offload",
+        details={
+            **receipt.details,
+            **_pace(receipt),
+            "placement": plan.placement.sentence() if plan.placement else "all blocks at home",
+            "blocks": list(plan.placement.blocks) if plan.placement else [],
+            "mapped": bool(plan.placement and plan.placement.mapped),
+            "bytes_read": read,
+            "bytes_per_token": speed.disk_bytes,
+            "predicted_seconds_per_token": speed.seconds_per_token,
+            "bound_by": speed.bound_by,
+            "disk_bytes_per_second": speed.disk_rate,
+        },
+        # A run that had to load has lived through that, too.
+        measured={m: max(count, loading.get(m, 0)) for m, count in receipt.measured.items()},
+        snippet=snippet,
+    )
+
+
+def _pace(receipt: Receipt) -> dict[str, float]:
+    """Seconds of a pass, which makes a token for every sequence."""
+    pace = {"tokens_per_second": receipt.decode_tps}
+    if receipt.action == "generate" and receipt.decode_tps:
+        pace["seconds_per_token"] = len(receipt.details["finish"]) / receipt.decode_tps
+    elif receipt.action == "batch" and receipt.new_tokens:
+        # The prompts' pass is one more.
+        steps = -(-receipt.new_tokens // int(receipt.details["completions"]))
+        pace["seconds_per_token"] = receipt.seconds / steps
+    return pace
+
+
+def repeating(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool) -> str:
+    """Python that makes this plan again and answers the same prompts."""
+    changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+    budget = f"ram={plan.limits.ram}" + (f", vram={plan.limits.vram}" if plan.limits.vram is not None else "")
+    asked = list(prompts) if sum(map(len, prompts)) <= LONGEST_PROMPT else ["..."]
+    return (
+        "import lowmem\n"
+        "from lowmem.offload.run import Where, plan_for, run\n\n"
+        "session = lowmem.Session()\n"
+        f"goal = lowmem.Goal(context={plan.context}, batch={plan.batch}, precision={_precision(plan)!r}, "
+        f"device={plan.device!r})\n"
+        f"plan = plan_for(session, {plan.spec.ref!r}, goal, {budget}, where={_where(plan)})\n"
+        f"options = lowmem.GenerateOptions({_arguments(changed)})\n"
+        f"for event in run(session, plan, {asked!r}, options, raw={raw}):\n"
+        "    if isinstance(event, lowmem.Chunk):\n"
+        '        print(event.text, end="", flush=True)\n'
+    )
+
+
+def _precision(plan: Plan) -> str:
+    return "auto" if plan.precision == "stored" else plan.precision
+
+
+def _where(plan: Plan) -> str:
+    if plan.placement is None:
+        return "Where(resident=True)"
+    places = {"disk": plan.placement.indices("disk")}
+    if home(plan.place.kind) != "ram":
+        places["ram"] = plan.placement.indices("ram")
+    lists = {place: list(indices) for place, indices in places.items()}
+    return f"Where({_arguments(lists)}, may_map={plan.placement.mapped})"
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

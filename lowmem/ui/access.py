@@ -1,0 +1,83 @@
+"""Who may do what on a page: its owner everything, a visitor what costs the owner neither accounts nor memory.
+
+Knows people by the name they signed in with. Who asks is told by gradio's own context of the running event,
+which `bind.pump` carries into the engine's thread; where there is none, nobody owns anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradio.context import LocalContext
+
+from lowmem.errors import NotAllowed
+from lowmem.generate.options import GenerateOptions
+
+MOST_TOKENS = 4096
+MOST_PROMPTS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The rules of one page.
+
+    Args:
+        public: others than the owner of this machine can open the page.
+        owner: on a public page, the sign-in that owns it; "" for none.
+        any_model: visitors may name any model of the hub, and not only those that the page lists.
+    """
+
+    public: bool = False
+    owner: str = ""
+    any_model: bool = True
+
+    @property
+    def owned(self) -> bool:
+        """Does whoever asks now own the page?"""
+        if not self.public:
+            return True
+        request = LocalContext.request.get(None)
+        return bool(self.owner) and request is not None and request.username == self.owner
+
+    def require_owner(self, what: str) -> None:
+        """Let only the owner do `what` ("Pushing to the hub").
+
+        Raises:
+            NotAllowed: a visitor asks.
+        """
+        if not self.owned:
+            raise NotAllowed(f"{what} is left to the owner of this page.", "Run lowmem on your own machine to do it.")
+
+    def check_model(self, ref: str) -> None:
+        """Let visitors name what the page lists, and more only where that is allowed.
+
+        Raises:
+            NotAllowed: a model that is not listed.
+        """
+        if not (self.any_model or _is_listed(ref) or self.owned):
+            raise NotAllowed(f"This page runs only the models it lists, and not {ref[:80]!r}.", "Pick one of the list.")
+
+    def check_work(self, options: GenerateOptions, prompts: int = 1) -> None:
+        """Refuse a visitor's work that would keep everybody else waiting for hours.
+
+        Raises:
+            NotAllowed: too many prompts or new tokens, or text without end.
+        """
+        if self.owned:
+            return
+        if prompts > MOST_PROMPTS:
+            raise NotAllowed(
+                f"{prompts:,} prompts are more than the {MOST_PROMPTS} that visitors may send.", "Send fewer."
+            )
+        if options.max_new_tokens > MOST_TOKENS:
+            raise NotAllowed(
+                f"{options.max_new_tokens:,} new tokens are more than the {MOST_TOKENS:,} that visitors may ask for.",
+                "Ask for fewer.",
+            )
+
+
+def _is_listed(ref: str) -> bool:
+    from lowmem.models.catalog import find
+    from lowmem.models.source import local_models
+
+    return find(ref) is not None or ref in [model.ref for model in local_models()]

@@ -1,0 +1,86 @@
+"""Lookahead: the same text in fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import toys
+
+from lowmem.events import CancelToken
+from lowmem.export.onnx_session import OnnxModel
+from lowmem.export.options import ExportOptions
+from lowmem.export.pipeline import export_model
+from lowmem.generate.decoding import Tokens, decode
+from lowmem.generate.lookahead import CLOSE, Guesser, certain
+from lowmem.generate.options import GenerateOptions
+
+
+def written(model: Any, prompt: list[int], eos: frozenset[int] = frozenset(), **options: Any) -> tuple[list[Any], int]:
+    """Tokens, and passes of the model."""
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    chosen = GenerateOptions(greedy=True, max_new_tokens=60, **options)
+    try:
+        events = list(decode(model, [prompt], chosen, eos_ids=eos, cancel=CancelToken()))
+    finally:
+        handle.remove()
+    return [event.ids for event in events if isinstance(event, Tokens)], len(passes)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+    root = tmp_path_factory.mktemp("graph")
+    list(export_model(toys.save_toy("llama", root / "m"), root / "out", ExportOptions(precision="fp32")))
+    return OnnxModel(root / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "graph"])
+def test_the_text_stays_and_the_passes_become_fewer(family: str, graph: OnnxModel) -> None:
+    model = graph if family == "graph" else toys.toy(family)
+    fewer = 0
+    for seed in range(4):
+        prompt = toys.prompt(12, seed=seed) * 3
+        plain, passes = written(model, prompt)
+        ahead, less = written(model, prompt, lookahead=8)
+        assert ahead == plain
+        fewer += passes - less
+    assert fewer > 30
+
+
+def test_the_end_of_the_text_ends_it(graph: OnnxModel) -> None:
+    prompt = toys.prompt(12) * 3
+    plain, _ = written(graph, prompt)
+    eos = frozenset(plain[20])
+    assert written(graph, prompt, eos, lookahead=8)[0] == written(graph, prompt, eos)[0]
+
+
+@pytest.mark.parametrize(
+    "other", [{"greedy": False}, {"num_sequences": 2}, {"window": 32}, {"repetition_penalty": 1.2}]
+)
+def test_where_it_could_change_a_word_it_does_nothing(other: dict[str, Any]) -> None:
+    def answer(lookahead: int) -> list[Any]:
+        options = GenerateOptions(**{"greedy": True, "seed": 1, "max_new_tokens": 12, "lookahead": lookahead} | other)
+        prompt = toys.prompt(8) * 3
+        return list(decode(toys.toy("llama"), [prompt], options, eos_ids=frozenset(), cancel=CancelToken()))
+
+    assert answer(8) == answer(0)
+
+
+def test_guesses_are_what_followed_the_longest_run() -> None:
+    guesser = Guesser([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 8)
+    assert guesser.guess(9) == [4, 9]
+    guesser.held(2)
+    assert guesser.guess(9) == [4, 9, 2, 3]
+    assert guesser.guess(1) == [4]
+    guesser.add([7])
+    assert guesser.guess(9) == []
+
+
+def test_close_choices_are_left_to_a_pass_of_their_own() -> None:
+    logits = torch.tensor([[0.0, 9, 0], [9, 0, 0], [9 - CLOSE / 2, 9, 0], [0, 0, 9]])
+    choices = logits.argmax(-1).tolist()
+    assert certain(logits, choices, [1, 0, 1]) == [1, 0]
+    assert certain(logits, choices, [1, 2, 1]) == [1, 0]
+    assert certain(logits[2:3], choices[2:3], []) == [1]

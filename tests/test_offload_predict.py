@@ -1,0 +1,196 @@
+"""Predictions of offloaded runs, what they are measured with, and the receipts that compare them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import packed_toys
+import pytest
+import torch
+import toys
+from conftest import machine
+
+from lowmem.errors import Cancelled, DiskFull
+from lowmem.events import CancelToken, Chunk, Receipt
+from lowmem.generate.options import GenerateOptions
+from lowmem.machine import bandwidth
+from lowmem.models.catalog import synthetic
+from lowmem.models.quantization import BNB, INT8, Quantization
+from lowmem.models.source import read_spec
+from lowmem.offload import blocks, probes, reference
+from lowmem.offload.planned import placed
+from lowmem.offload.predict import predict, weights
+from lowmem.offload.run import Where, job, measure, plan_for, run
+from lowmem.offload.shards import Shard
+from lowmem.planning.goal import Goal, Limits
+from lowmem.planning.placement import Placement
+from lowmem.planning.planner import plan
+from lowmem.runtime.session import Session
+
+OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
+
+
+@pytest.fixture(autouse=True)
+def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SECONDS", "PROBE_SECONDS"):
+        monkeypatch.setattr(bandwidth, name, 0.01)
+    monkeypatch.setattr(probes, "INPUTS", 128)
+    monkeypatch.setattr(probes, "OUTPUTS", 256)
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    session = Session()
+    yield session
+    session.unload()
+
+
+def result(steps: Generator[Any, None, Any]) -> Any:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def test_what_is_not_known_is_not_measured_unasked(session: Session, tmp_path: Path) -> None:
+    folder = toys.save_toy("llama", tmp_path)
+    made = plan_for(session, str(folder), Goal(context=64), where=Where(disk=(0, 1), may_map=False))
+    file = weights(folder)
+    assert file is not None
+    with pytest.raises(bandwidth.Unmeasured):
+        predict(made, file, None)
+    list(measure(str(folder), [0, 1], [], mapped=False))
+    speed = predict(made, file, None)
+    assert speed.seconds_per_token > 0
+    assert speed.disk_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        Quantization("gptq", 4, 32, "gptq"),
+        Quantization("gptq", 3, 32, "gptq"),
+        Quantization("gptq", 2, 32, "gptq_v2"),
+        Quantization("gptq", 8, -1, "gptq"),
+        Quantization("gptq", 4, 32, "gptq", desc_act=True),
+        Quantization("awq", 4, 32, "gemm"),
+        Quantization(INT8, 8, layout="int-quantized"),
+        Quantization(BNB, 8, layout="int8"),
+        Quantization(BNB, 4, layout="nf4"),
+        Quantization(BNB, 4, layout="fp4"),
+    ],
+    ids=lambda stored: f"{stored.label} {stored.layout}",
+)
+def test_every_stored_form_can_be_measured(stored: Quantization) -> None:
+    if stored.method == BNB:
+        pytest.importorskip("bitsandbytes")
+    assert probes.streamed_rate(stored) > 0
+    assert probes.home_rate(stored) > 0
+
+
+def test_a_prediction_names_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "_figures", lambda: figures)
+    monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
+    spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp32", vocab=1000)
+    block = sum(tensor.nbytes for tensor in spec.tensors if ".layers.0." in tensor.name)
+    slow_disk = placed(plan(spec, machine(), Limits(10**10), Goal(precision="fp32")), Placement(("disk",) * 4), False)
+    figures = {"ram 2 threads": 1e10, "blocks cpu 2 threads": 1e6, f"disk {tmp_path.stat().st_dev}": 1e6}
+    speed = predict(slow_disk, tmp_path, None)
+    assert speed.bound_by == "the disk"
+    assert speed.seconds_per_token == pytest.approx(4 * block / 1e6)
+    figures = figures | {"blocks cpu 2 threads": 0.1}
+    assert predict(slow_disk, tmp_path, None).bound_by == "the computation"
+
+
+def test_a_gpu_waits_for_bus_disk_or_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {
+        "vram cuda:0": 1e11,
+        "bus cuda:0": 1e9,
+        "blocks cuda:0 2 threads": 1e6,
+        f"disk {tmp_path.stat().st_dev}": 1e9,
+    }
+    monkeypatch.setattr(bandwidth, "_figures", lambda: figures)
+    monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
+    spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp16", vocab=1000)
+    base = plan(spec, machine(vram_gb=4), Limits(10**10, 4 * 10**9), Goal(precision="fp16"))
+    for places, bound in ((("gpu",) * 4, "the computation"), (("ram",) * 4, "the bus")):
+        assert predict(placed(base, Placement(places)), tmp_path, None).bound_by == bound
+    figures = figures | {f"disk {tmp_path.stat().st_dev}": 1e8}
+    mixed = predict(placed(base, Placement(("gpu", "ram", "disk", "disk"))), tmp_path, None)
+    assert mixed.bound_by == "the disk"
+    assert mixed.bus_bytes == 3 * mixed.disk_bytes // 2
+
+
+@pytest.mark.parametrize("where", [Where(disk=(0,), may_map=False), Where(disk=(0, 1)), Where(resident=True), None])
+def test_a_receipt_repeats_its_run(
+    where: Where | None, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan_for(session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), where=where)
+    events = list(run(session, made, ["An old map"], OPTIONS, raw=True))
+    receipt = events[-1]
+    assert isinstance(receipt, Receipt)
+    session.unload()
+    made_again: dict[str, object] = {}
+    exec(receipt.snippet, made_again)
+    assert capsys.readouterr().out == "".join(event.text for event in events if isinstance(event, Chunk))
+    again = made_again["plan"]
+    assert again.placement == made.placement  # type: ignore[attr-defined]
+    made_again["session"].unload()  # type: ignore[attr-defined]
+
+
+def test_a_quantized_checkpoint_repeats_too(session: Session, tmp_path: Path) -> None:
+    packed_toys.save("llama", tmp_path, packed_toys.Recipe())
+    made = plan_for(session, str(tmp_path), Goal(context=64), where=Where(disk=(1,)))
+    receipt = list(run(session, made, ["An old map"], OPTIONS, raw=True))[-1]
+    assert isinstance(receipt, Receipt)
+    exec(receipt.snippet, names := {})
+    assert names["plan"].placement == made.placement
+    names["session"].unload()
+
+
+def test_stop_does_not_wait_for_a_slow_disk(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 4096)
+    made = plan_for(
+        session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), where=Where(disk=(0, 1), may_map=False)
+    )
+    cancel, events = CancelToken(), list(run(session, made, ["An old map"], OPTIONS, raw=True))
+    read = Shard.read
+
+    def slowly(self: Shard, *args: object) -> None:
+        time.sleep(0.2)
+        read(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Shard, "read", slowly)
+    threading.Timer(0.5, cancel.set).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        list(session.generate("An old map of the sea", OPTIONS, cancel, raw=True))
+    assert time.monotonic() - started < 1.5
+    monkeypatch.setattr(Shard, "read", read)
+    again = list(session.generate("An old map", OPTIONS, raw=True))
+    assert [e.text for e in again if isinstance(e, Chunk)] == [e.text for e in events if isinstance(e, Chunk)]
+
+
+def test_the_reference_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = toys.save_toy("llama", tmp_path / "toy")
+    home = tmp_path / "lowmem-home" / "spill"
+    (home / "999999999-left").mkdir(parents=True)
+    assert result(job(str(folder), "accelerate", "An old map", 4))["details"]["seconds_per_token"] > 0
+    assert list(home.iterdir()) == []
+    monkeypatch.setattr(reference, "disk_free_bytes", lambda _: 1000)
+    with pytest.raises(DiskFull, match="may write"):
+        list(job(str(folder), "accelerate", "An old map", 4))
+
+
+def test_the_spec_stays_readable_while_it_streams(session: Session, tmp_path: Path) -> None:
+    folder = toys.save_toy("gpt2", tmp_path)
+    made = plan_for(session, read_spec(str(folder)), Goal(context=64), where=Where(disk=(0, 1), may_map=False))
+    list(run(session, made, ["An old map"], OPTIONS, raw=True))
+    assert session._loaded is not None
+    assert session._loaded.model.num_parameters() > 0
+    assert all(p.device == torch.device("cpu") for p in session._loaded.model.parameters())
