@@ -383,14 +383,10 @@ def test_the_forecast_knows_the_checkpoint_that_will_be_made(folder, tmp_path, n
 
 def test_peaks_of_every_method_are_known_beforehand(folder):
     hardware, limits = probe(), Limits(4 * GB)
+    usual = {"int8_dynamic": "int8_dynamic:8:-1", "bnb": "bnb:4:64"}
     for method in METHODS:
-        bits = 8 if method == "int8_dynamic" else 4
         found = peaks(
-            read_spec(folder),
-            parse_variant(f"{method}:{bits}:32" if method != "bnb" else "bnb:4:64"),
-            MeasureOptions(),
-            hardware,
-            limits,
+            read_spec(folder), parse_variant(usual.get(method, f"{method}:4:32")), MeasureOptions(), hardware, limits
         )
         if get(method).available(hardware) is None:
             assert found is not None, method

@@ -6,6 +6,7 @@ the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,10 +81,9 @@ def measure(
 
 
 def _use_threads(count: int) -> None:
+    """torch, not imported yet, reads this when it is."""
     if count:
-        import torch
-
-        torch.set_num_threads(count)
+        os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def _plan(

@@ -15,6 +15,7 @@ from lowmem.longctx import actions
 from lowmem.longctx.exercise import exercise
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.sources import long_text
+from lowmem.measure.texts import MANUAL, tail
 from lowmem.ui.api import told_stream
 from lowmem.ui.bind import ENGINE, pump
 from lowmem.ui.engine import Engine
@@ -24,8 +25,8 @@ Json = dict[str, Any]
 
 
 def add_longctx_endpoints(engine: Engine) -> None:
-    """Add /perplexity, /hidden_states and /exercise to the Blocks that is being built."""
-    for stream in (_perplexity(engine), _hidden_states(engine), _exercise(engine)):
+    """Add /perplexity, /hidden_states, /recall and /exercise to the Blocks that is being built."""
+    for stream in (_perplexity(engine), _hidden_states(engine), _recall(engine), _exercise(engine)):
         gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
 
 
@@ -58,6 +59,16 @@ def _hidden_states(engine: Engine) -> Callable[..., Iterator[Json]]:
         yield from _as_json(engine, events, token)
 
     return hidden_states
+
+
+def _recall(engine: Engine) -> Callable[..., Iterator[Json]]:
+    def recall(window: int = 1024, sinks: int = 4, kv: str = "same") -> Iterator[dict]:
+        """Tell the resident model a secret word, read on, and ask for it: within the window and beyond; last the receipt."""
+        engine.require_model()
+        token, options = CancelToken(), build(GenerateOptions, {"window": window, "sinks": sinks, "kv": kv})
+        yield from _as_json(engine, actions.recall(engine.session, tail(MANUAL).text, options, cancel=token), token)
+
+    return recall
 
 
 def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
