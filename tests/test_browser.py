@@ -23,6 +23,7 @@ from ui_stub import StubEngine
 
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
+from lowmem.ui.strings import say
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -76,7 +77,7 @@ class Visit:
         self.page.on("console", lambda message: self._complain(message.type, message.text))
         self.page.on("pageerror", lambda error: self._complain("error", str(error)))
         self.page.goto(f"{url.rstrip('/')}/?__theme={scheme}")
-        self.page.wait_for_selector("#load:not([disabled])")
+        self.page.wait_for_selector(f"#load:not([disabled]):not(:has-text('{say('planning')}'))")
         self.page.wait_for_selector("body.lm-settled")
 
     def _complain(self, kind: str, text: str) -> None:

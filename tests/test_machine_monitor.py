@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import threading
@@ -18,9 +19,12 @@ from lowmem.machine.monitor import PeakMeter, release_memory, snapshot
 from lowmem.units import MB
 
 
-def hold(count: int) -> bytearray:
-    """Memory that is really there: every page is written."""
-    return bytearray(b"\1") * count
+def hold(count: int) -> mmap.mmap:
+    """Memory that is really there, every page written, and new: not what the heap has kept of earlier tests."""
+    held = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, count, mmap.PAGESIZE):
+        held[page] = 1
+    return held
 
 
 @pytest.fixture(params=["kernel", "sampled"])
@@ -92,7 +96,7 @@ def test_meters_of_two_threads_may_overlap(source: str) -> None:
     assert first.peak["ram"] - before < 40 * MB
 
 
-def fill(held: list[bytearray], meter: PeakMeter) -> None:
+def fill(held: list[mmap.mmap], meter: PeakMeter) -> None:
     """A long loop as the engine has them."""
     for _ in range(20):
         held.append(hold(10 * MB))
@@ -101,7 +105,7 @@ def fill(held: list[bytearray], meter: PeakMeter) -> None:
 
 @pytest.mark.usefixtures("source")
 def test_a_limit_stops_the_loop_that_checks() -> None:
-    held: list[bytearray] = []
+    held: list[mmap.mmap] = []
     with PeakMeter({"ram": process_bytes() + 40 * MB}) as meter:
         meter.check()
         with pytest.raises(OutOfMemory, match="more than the budget of") as caught:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random, SystemRandom
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def decode(
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
     # One token through one block is quick, and every hook costs a little of each token.
     with _stoppable(blocks if options.use_cache else parts, cancel):
-        if lookahead.applies(options, count, model.dtype) and rows.can_go_back:
+        if lookahead.applies(options, count, cast(torch.dtype, model.dtype)) and rows.can_go_back:
             yield from _write_ahead(rows, logits, options, eos_ids, cancel, check, ended)
             return
         yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
@@ -210,6 +210,7 @@ class _Rows:
         """Append what is certain, and let the cache forget every guess that is not."""
         self.text[0, self.length : self.length + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         self.length += len(tokens)
+        assert self._cache is not None, "only a cache goes back"
         self._cache.crop(self.length - 1)
 
     def _recomputed_from(self, start: int, end: int) -> int:

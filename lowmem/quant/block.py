@@ -6,17 +6,22 @@ Both ways yield how much of the block is done, 0 to 1, and a note; their return 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
 from lowmem.models.blocks import Stage
 from lowmem.quant.activations import Activations
 from lowmem.quant.balance import channel_factors
+from lowmem.quant.base import Packed
 from lowmem.quant.block_run import BlockRun
+from lowmem.quant.estimate import AT_ONCE
 from lowmem.quant.grid import Quantized, as_stored
 from lowmem.quant.job import Job
 from lowmem.quant.moments import Moments
@@ -28,39 +33,59 @@ Progress = tuple[float, str]
 
 @dataclass
 class QuantizedBlock:
-    """A block's layers (`Quantized` or `Packed`) and its other tensors, by their names within the block."""
+    """What is stored of a block by names within it, and the loss of each of its layers."""
 
-    linears: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
-    def tensors(self, layout: str) -> Iterator[tuple[str, Tensor]]:
-        """What is stored, one layer's at a time."""
-        for name, weight in self.linears.items():
-            for part, tensor in layer_tensors(weight, layout).items():
-                yield f"{name}.{part}", tensor
-        yield from self.others.items()
+    def add(self, layer: str, weight: Quantized | Packed, layout: str) -> None:
+        self.losses[layer] = weight.loss
+        self.tensors |= {f"{layer}.{part}": tensor for part, tensor in layer_tensors(weight, layout).items()}
 
 
 def plain_block(job: Job, block: nn.Module, owner: str, weights: Weights) -> Generator[Progress, None, QuantizedBlock]:
-    """Quantize without calibration; one weight is in memory at a time.
+    """Quantize without calibration; `AT_ONCE` weights are in memory at a time.
 
     Args:
         block: without weights.
         owner: its name within the model.
     """
+    names = [name.removeprefix(f"{owner}.") for name in below(weights, owner)]
+    # The largest first, so that all threads end at about the same time.
+    names.sort(key=lambda name: -weights.elements(f"{owner}.{name}"))
     result = QuantizedBlock()
-    names = below(weights, owner)
-    for number, name in enumerate(names):
+
+    def made(name: str) -> QuantizedBlock:
         job.cancel.check()
-        local = name.removeprefix(f"{owner}.")
-        layer = local.removesuffix(".weight")
-        yield number / len(names), layer
-        if layer in job.layout.linears:
-            weight = oriented(block.get_submodule(layer), weights.read(name))
-            result.linears[layer] = job.method.quantize([weight], None, job.options, job.cancel)[0]
-        else:
-            result.others[local] = weights.read_kept(name)
+        layer, stored = name.removesuffix(".weight"), f"{owner}.{name}"
+        if layer not in job.layout.linears:
+            return QuantizedBlock({name: weights.read_kept(stored)})
+        weight = oriented(block.get_submodule(layer), weights.read(stored).to(job.device))
+        found = QuantizedBlock()
+        found.add(layer, job.method.quantize([weight], None, job.options, job.cancel)[0], job.options.layout)
+        return found
+
+    with threads(AT_ONCE) as pool:
+        for number, part in enumerate(pool.map(made, names)):
+            yield number / len(names), names[number].removesuffix(".weight")
+            result.tensors |= part.tensors
+            result.losses |= part.losses
     return result
+
+
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that share torch's; reading, rounding and packing of different layers then overlap.
+
+    What has not begun when the block is left does not begin.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "lowmem-quant", torch.set_num_threads, (max(1, before // count),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def calibrated_block(
@@ -165,5 +190,7 @@ class _Calibrated:
 
     def result(self) -> QuantizedBlock:
         parameters: dict[str, Any] = dict(self._block.named_parameters())
-        others = {name: parameters[name].data.to(dtype) for name, dtype in self._dtypes.items()}
-        return QuantizedBlock(self._linears, others)
+        result = QuantizedBlock({name: parameters[name].data.to(dtype) for name, dtype in self._dtypes.items()})
+        for name, weight in self._linears.items():
+            result.add(name, weight, self._job.options.layout)
+        return result

@@ -25,13 +25,15 @@ ROWS_BYTES = 64 * MB
 LIBRARIES_BYTES = 50 * MB
 """What running a block adds to the process: LAPACK, the family's code, what the tokenizer leaves behind (measured)."""
 
+AT_ONCE = 2
+"""Layers that data-free methods work on side by side."""
+
 PACKED = 32
 """Inputs and outputs of a packed layer come in multiples of this, so that words are full for every width."""
 
 _BNB_STATE_BYTES = 180
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
-_CHUNK_BYTES = 16 * MB
-_CHUNK_COPIES = 8  # of the rows that data-free methods and clipping work on
+_CHUNK_BYTES = 16 * MB  # the rows that data-free methods work on, in all their copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ def estimate(
         spilled = _spilled_bytes(spec, calibration)
     else:
         stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)
-        working, spilled = block + stored + packing + _CHUNK_COPIES * _CHUNK_BYTES, 0
+        at_work = stored + _codes_bytes(options) * largest + _CHUNK_BYTES
+        working, spilled = quantized // max(1, spec.layers) + AT_ONCE * at_work, 0
     return Estimate(
         output_bytes=output,
         quantized_weights=sum(rows * columns for _, rows, columns in linears),
@@ -99,6 +102,15 @@ def layer_bytes(rows: int, columns: int, options: Options) -> int:
     words = math.ceil(columns * options.bits / 32) * rows + math.ceil(rows * options.bits / 32) * groups
     order = 0 if options.layout == "awq" else 4 * columns
     return 4 * words + 2 * groups * rows + order
+
+
+def _codes_bytes(options: Any) -> int:
+    """Bytes per weight that a layer takes beside its stored form while a data-free method makes its codes."""
+    if options.layout == INT8:
+        return 1
+    if options.layout == BNB:
+        return 9 if options.bits == 4 else 3  # bitsandbytes works in fp32, and in fp16
+    return 3  # codes one a byte, a copy in packing order, and the words
 
 
 def _bnb_bytes(rows: int, columns: int, options: Any) -> int:

@@ -27,7 +27,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Eight codes, one a byte, are one 64-bit number, and end as `bits` bytes of it.
     """
     count = codes.shape[1]
-    codes = torch.nn.functional.pad(codes, (0, -count % WORD_BITS))
+    if count % WORD_BITS:
+        codes = torch.nn.functional.pad(codes, (0, -count % WORD_BITS))
     words = torch.empty(len(codes), codes.shape[1] * bits // WORD_BITS, dtype=torch.int32, device=codes.device)
     for rows in row_slices(*codes.shape):
         eights = codes[rows].reshape(-1).view(torch.int64)

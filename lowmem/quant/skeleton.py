@@ -6,6 +6,7 @@ Knows transformers' models and safetensors names; knows nothing of quantization.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ class Weights:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
+
+    def elements(self, name: str) -> int:
+        return math.prod(self._checkpoint.tensors[self._stored[name]].shape)
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype.

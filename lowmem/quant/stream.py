@@ -108,8 +108,8 @@ class Stream:
             block = yield from self._steps(index, self._calibrated(module, owner, weights, index, calls[index]))
         else:
             block = yield from self._steps(index, plain_block(self._job, module, owner, weights))
-        shards.add((f"{owner}.{name}", tensor) for name, tensor in block.tensors(self._job.options.layout))
-        self._journal.losses |= {f"{owner}.{name}": weight.loss for name, weight in block.linears.items()}
+        shards.add((f"{owner}.{name}", tensor) for name, tensor in block.tensors.items())
+        self._journal.losses |= {f"{owner}.{name}": loss for name, loss in block.losses.items()}
         self._journal.blocks = index + 1
         self._commit(shards)
         (self._part / f"block-{index}.bin").unlink(missing_ok=True)

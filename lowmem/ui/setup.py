@@ -41,7 +41,7 @@ class Setup:
                 self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
                 with gr.Row(elem_id="load-row"):
                     self.load = gr.Button(
-                        say("load", model="", precision=""),
+                        say("planning"),
                         variant="primary",
                         size="lg",
                         interactive=False,

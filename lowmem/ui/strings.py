@@ -28,6 +28,7 @@ ENGLISH: dict[str, Any] = {
     "recommended": "Recommended for this machine",
     "chosen": "Your choice",
     "automatic": "Automatic",
+    "planning": "Finding what fits",
     "load": "Load {model} in {precision} and chat",
     "over": "Over budget",
     "cannot_load": "Nothing to load",
