@@ -5,8 +5,8 @@ the model's reference. What comes back is the row, and from a reference its pred
 folder. Models do not travel: every machine fetches them by name (a folder must be there under the same path), and quantized
 checkpoints stay, and end, where they are made. Workers must be able to import lowmem, in the version of this process.
 
-Ray counts the predicted peaks as its "memory", so that a machine takes as many cells as fit; within the cell the processes
-of `runtime.isolated` keep to the allotment, as they do on one machine. Imports ray only when a pool is made.
+Ray counts the peaks that this machine predicts as its "memory", so that a machine takes as many cells as fit; there each
+cell keeps to what its own machine predicts, and an eighth, as on one machine. Imports ray only when a pool is made.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ import lowmem
 from lowmem.errors import BadInput, MissingDependency, Unsupported
 from lowmem.events import CancelToken
 from lowmem.fields import build
+from lowmem.machine.hardware import probe
 from lowmem.measure.compare import Setting, workspace
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
-from lowmem.measure.variants import parse_variant
+from lowmem.measure.variants import Variant, parse_variant
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Limits
-from lowmem.sweep.local import MARGIN, Report, Task
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.goal import Limits, limits_from
+from lowmem.sweep.forecast import peaks
+from lowmem.sweep.local import MARGIN, Report, Task, allotment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +47,7 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
     """On a worker: the row of one cell as a dict, and the predictions of a reference, bytes as uint8 [n].
 
     Args:
-        task: "model", "variant", "is_reference", "text", "options", "ram" and "vram" (bytes or None), "version".
+        task: "model", "variant", "is_reference", "text", "options", "version".
         reference: predictions to compare with; None for the reference itself, or where it failed.
     """
     import numpy as np
@@ -54,10 +57,9 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
             f"A worker has lowmem {lowmem.__version__}, this machine {task['version']}.", "Install the same everywhere."
         )
     variant, is_reference = parse_variant(task["variant"]), task["is_reference"]
-    limits = None if task["ram"] is None else Limits(task["ram"], task["vram"])
+    spec, options = read_spec(task["model"]), build(MeasureOptions, task["options"])
     with workspace() as work:
-        options = build(MeasureOptions, task["options"])
-        setting = Setting(read_spec(task["model"]), work, options, limits, CancelToken())
+        setting = Setting(spec, work, options, _limits(spec, variant, options), CancelToken())
         setting.text.write_text(task["text"], encoding="utf-8")
         if reference is not None:
             reference.tofile(setting.reference)
@@ -66,7 +68,15 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
     return asdict(row), found
 
 
-def _drained(setting: Setting, variant: Any, is_reference: bool) -> Row:
+def _limits(spec: ModelSpec, variant: Variant, options: MeasureOptions) -> Limits:
+    """What a cell may hold here; all that is free where it cannot be planned."""
+    hardware = probe()
+    free = limits_from(hardware)
+    found = peaks(spec, variant, options, hardware, free)
+    return free if found is None else allotment(found, free)
+
+
+def _drained(setting: Setting, variant: Variant, is_reference: bool) -> Row:
     steps = setting.measured(variant, is_reference)
     while True:
         try:
@@ -110,30 +120,21 @@ class RayPool:
         """Hand a task to Ray, which keeps it until a machine has room."""
         if self._most and len(self._running) >= self._most:
             return False
-        ram, vram = self._allotment(task)
         sent = {
             "model": task.cell.model,
             "variant": task.cell.variant.name,
             "is_reference": task.cell.is_reference,
             "text": (task.work / "text.txt").read_text(encoding="utf-8"),
             "options": asdict(task.options),
-            "ram": ram,
-            "vram": vram,
             "version": lowmem.__version__,
         }
         # A machine that is smaller than the prediction says so itself; waiting for a larger one could last forever.
-        wanted = min(ram or self._largest, self._largest)
+        wanted = min(int(task.peaks["ram"] * (1 + MARGIN)) if task.peaks else self._largest, self._largest)
         remote = self._ray.remote(run_cell).options(
             num_cpus=1, num_gpus=self._gpus, memory=wanted, max_retries=MOST_TRIES - 1, name=task.cell.name
         )
         self._running[remote.remote(sent, self._reference(task))] = task
         return True
-
-    def _allotment(self, task: Task) -> tuple[int | None, int | None]:
-        if task.peaks is None:
-            return None, None
-        enough = {memory: int(peak * (1 + MARGIN)) for memory, peak in task.peaks.items()}
-        return enough["ram"], enough.get("vram")
 
     def _reference(self, task: Task) -> Any:
         """The reference's predictions in the object store, owned by this process: no machine's death loses them."""

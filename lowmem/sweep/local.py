@@ -54,6 +54,12 @@ class Report:
     row: Row | None = None
 
 
+def allotment(peaks: Peaks, budget: Limits) -> Limits:
+    """What a cell with such peaks may hold, on a machine with this budget."""
+    enough = {memory: int(peak * (1 + MARGIN)) for memory, peak in peaks.items()}
+    return Limits(enough["ram"], None if budget.vram is None else enough.get("vram", 0))
+
+
 class LocalPool:
     """Runs tasks in threads that wait for their processes.
 
@@ -85,8 +91,7 @@ class LocalPool:
     def _allotment(self, task: Task) -> Limits:
         if task.peaks is None or task.cell.name in self._alone:
             return self.budget
-        enough = {memory: int(peak * (1 + MARGIN)) for memory, peak in task.peaks.items()}
-        return Limits(enough["ram"], None if self.budget.vram is None else enough.get("vram", 0))
+        return allotment(task.peaks, self.budget)
 
     def _fits(self, allotment: Limits) -> bool:
         used = list(self._running.values())

@@ -63,7 +63,7 @@ SPECIAL = {
 def documented(action: Callable[..., Any]) -> Callable[..., Any]:
     """The action, with its arguments described in its docstring, one a line, as gradio reads it."""
     names = inspect.signature(action).parameters
-    told = {name: SPECIAL.get((action.__name__, name)) or ARGUMENTS[name] for name in names}
+    told = {name: SPECIAL.get((action.__name__, name)) or ARGUMENTS.get(name, "") for name in names}
     lines = [f"    {name}: {text}" for name, text in told.items()]
     action.__doc__ = "\n".join([inspect.getdoc(action) or "", "", "Args:", *lines] if lines else [action.__doc__ or ""])
     return action
