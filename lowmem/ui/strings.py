@@ -186,6 +186,20 @@ ENGLISH: dict[str, Any] = {
         "Predicted off",
     ),
     "compare_help": "Each variant runs in a process of its own; rows appear as they finish.",
+    # sweep
+    "sweep": "Sweep: methods and settings",
+    "sweep_help": "Every method with every setting, on every model, measured on the text above. As many run side by "
+    "side as fit the budget; the table is kept, and the same sweep goes on where it was stopped.",
+    "sweep_models": "Models",
+    "sweep_precisions": "As they are, in",
+    "sweep_methods": "Methods",
+    "sweep_symmetric": "Zero points",
+    "sweep_with": "With",
+    "sweep_without": "Without (symmetric)",
+    "sweep_count": "{count} cells, each model's {reference} among them.",
+    "sweep_nothing": "Choose a model, and a precision or a method with settings that it has.",
+    "start_sweep": "Start the sweep",
+    "sweep_samples_help": "For GPTQ and AWQ: fewer are faster.",
     # how it works
     "draw": "Draw with this model's weights",
     "drawing": "Reading weights",
