@@ -47,7 +47,11 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    parts = [_part(TITLES.get(name, name), show, content) for name, show in TABLES.items() if (content := saved(name))["rows"]]
+    parts = [
+        _part(TITLES.get(name, name), show, content)
+        for name, show in TABLES.items()
+        if (content := saved(name))["rows"]
+    ]
     readme.write_text(head + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + tail, encoding="utf-8")
 
 

@@ -170,9 +170,11 @@ def _of_html(template: str, line: int) -> Iterator[tuple[str, int]]:
 
 def _is_sentence(template: str) -> bool:
     bare = template.replace("{}", " ").strip()
-    return bool(re.search(r"[A-Za-z]{2,}[,:;]? +\S", bare) or re.search(r"\S +[A-Za-z]{2,}", bare) or (
-        "{}" in template and re.search(r"[A-Za-z]{4,}", bare) and " " in template.strip()
-    )) and not IGNORED.search(template)
+    return bool(
+        re.search(r"[A-Za-z]{2,}[,:;]? +\S", bare)
+        or re.search(r"\S +[A-Za-z]{2,}", bare)
+        or ("{}" in template and re.search(r"[A-Za-z]{4,}", bare) and " " in template.strip())
+    ) and not IGNORED.search(template)
 
 
 def _lettered(template: str, line: int) -> Iterator[tuple[str, int]]:

@@ -13,7 +13,9 @@ OTHERS = [language for language in languages() if language != SOURCE]
 @pytest.mark.parametrize("language", OTHERS)
 def test_every_sentence_is_translated(language: str) -> None:
     known = {source for _, source, _ in entries(language)}
-    missing = [f"{template!r} at {', '.join(places)}" for template, places in sentences().items() if template not in known]
+    missing = [
+        f"{template!r} at {', '.join(places)}" for template, places in sentences().items() if template not in known
+    ]
     assert not missing, f"add to lowmem/ui/translations/{language}:\n" + "\n".join(missing)
 
 

@@ -79,7 +79,9 @@ class Catalogue:
         for template in self._templates:
             if all(word in text for word in template.words) and (match := template.pattern.fullmatch(text)):
                 parts = [(part, self.find(part.strip())) for part in match.groups()]
-                if template.letters >= FEW_LETTERS or all(known is not None or " " not in part for part, known in parts):
+                if template.letters >= FEW_LETTERS or all(
+                    known is not None or " " not in part for part, known in parts
+                ):
                     return template.target.format(*(part if known is None else known for part, known in parts))
         return None
 
@@ -204,7 +206,5 @@ def translate_html(source: str, language: str) -> str:
 
 
 def _translated_tag(tag: str, language: str) -> str:
-    tag = SPOKEN.sub(
-        lambda found: f'{found[1]}="{html.escape(translate(html.unescape(found[2]), language))}"', tag
-    )
+    tag = SPOKEN.sub(lambda found: f'{found[1]}="{html.escape(translate(html.unescape(found[2]), language))}"', tag)
     return tag.replace(f' lang="{SOURCE}"', f' lang="{about(language)["tag"]}"')
