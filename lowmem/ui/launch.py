@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import secrets
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.access import Access
@@ -23,6 +24,7 @@ from lowmem.units import parse_bytes
 log = logging.getLogger("lowmem.ui")
 
 VISITOR, OWNER = "lowmem", "owner"
+ZEROGPU_BUDGET = "6G"  # what loads within a visitor's few seconds
 UPLOAD_LIMIT = "2mb"
 MEASURE_AFTER_SECONDS = 6.0
 
@@ -53,6 +55,7 @@ def serve(
     model: str | None = None,
     *,
     listed_only: bool = False,
+    mcp: bool = False,
     lang: str | None = None,
     demo: Page | None = None,
     **launching: Any,
@@ -70,19 +73,26 @@ def serve(
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
         lang: the language of the page, whatever a browser asks for.
+        mcp: serve the page's endpoints as MCP tools, too, below /gradio_api/mcp/.
         demo: a page that is built already.
         launching: more for gradio's `launch`.
 
     Raises:
         BadInput: `auth` or `budget` cannot be read.
+        MissingDependency: `mcp` without the package.
     """
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise MissingDependency(
+            "MCP tools need the package mcp, which is not installed.", 'Install it: pip install "gradio[mcp]".'
+        )
     here = settings()
     public = share or here.host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
     sign_ins = _sign_ins(auth, share, public)
     owner = OWNER if len(sign_ins) > 1 else ""
     if demo is None or budget or model or public:
         access = Access(public, owner, any_model=not (listed_only or here.hub_token))
-        cap = parse_bytes(budget) if budget else None
+        small = ZEROGPU_BUDGET if here.host == "zerogpu" else ""
+        cap = parse_bytes(budget or small) if budget or small else None
         demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
     demo.language = lang or demo.language
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
@@ -94,6 +104,7 @@ def serve(
         auth=sign_ins or None,
         server_name=host,
         server_port=port,
+        mcp_server=mcp,
         **launch_options(public=public),
         **launching,
     )

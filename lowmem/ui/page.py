@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
+from lowmem.models.choices import hub_reachable
 from lowmem.ui import render
 from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
@@ -11,6 +12,7 @@ from lowmem.ui.depot import Depot
 from lowmem.ui.edge import Page
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.export import ExportTab
+from lowmem.ui.export_api import add_export_endpoints
 from lowmem.ui.generate import GenerateTab
 from lowmem.ui.learn import Learn
 from lowmem.ui.longctx import LongContextTab
@@ -52,6 +54,7 @@ def build_ui(
     jobs = Jobs()
     with Page(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(render.header(), elem_id="header")
+        hub = gr.HTML(elem_id="hub-notice")
         sidebar = Sidebar(engine, budget_bytes)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(say("generate"), id="generate"):
@@ -74,6 +77,7 @@ def build_ui(
         add_workshop_endpoints(workshop)
         add_longctx_endpoints(engine)
         add_offload_endpoints(depot)
+        add_export_endpoints(workshop)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )
@@ -84,6 +88,8 @@ def build_ui(
         export.shown(opened)
         longctx.shown(opened)
         longctx.shown(sidebar.seen.change(lambda: None, None, None, **QUICK))
+        # Said here once, and not with every model that cannot be had.
+        opened.then(lambda: "" if hub_reachable() else render.quiet(say("no_hub")), None, hub, **QUICK)
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     demo.queue(max_size=32)
