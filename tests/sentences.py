@@ -18,8 +18,8 @@ ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind,
 SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,), "Label": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
-COMMANDS = ("__main__.py", "command.py", "launch.py")
-"""The command line speaks English; its failures may come up in the page, too."""
+COMMANDS = ("__main__.py", "command.py", "launch.py", "arguments.py")
+"""The command line and the endpoints speak English; their failures may come up in the page, too."""
 
 QUIET_CALLS = {
     "ArgumentParser", "add_argument", "add_parser", "add_mutually_exclusive_group", "compile", "getLogger", "print",
@@ -36,7 +36,7 @@ IGNORED = re.compile(
     r"|^(ram|disk|bus) \{\}|^model name|not implemented|registered function|kB$|^\(\) =>|^import |Segoe|Plex|^https?:"
 )
 CODE = re.compile(
-    r"^pip install|rotary\{\}|^\\\(|=\"|@media|-\{\}bit|^\{\{:|^PyTorch fp32$|^ONNX Runtime$|tokens  perplexity"
+    r"^pip install|^vllm serve|rotary\{\}|^\\\(|=\"|@media|-\{\}bit|^\{\{:|^PyTorch fp32$|^ONNX Runtime$|tokens  perplexity"
     r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^Where\(|^[\d.]+ [KMG]B$|^Quantização |^GPTQ: Q|^Inferência |^Otimização |^GPT-2 Small|^BERT |^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
 )
 """Patterns, file names, styles and names of products, in any language the same."""
