@@ -127,7 +127,7 @@ def _quiet(node: ast.AST) -> bool:
             return arg in QUIET_KEYWORDS
         case ast.FunctionDef(name=name):
             return bool(QUIET_FUNCTIONS.search(name))
-    return isinstance(node, (ast.Assert, ast.Compare, ast.Subscript))
+    return isinstance(node, (ast.Assert, ast.Compare))
 
 
 def _called(node: ast.Call) -> str:

@@ -100,7 +100,12 @@ def test_html_keeps_its_tags_and_what_others_wrote() -> None:
 
 
 def test_properties_change_what_is_shown_and_no_value() -> None:
-    props = {"label": "Precision", "choices": [("Automatic", "auto"), ("int8", "int8")], "value": "auto", "__type__": "update"}
+    props = {
+        "label": "Precision",
+        "choices": [("Automatic", "auto"), ("int8", "int8")],
+        "value": "auto",
+        "__type__": "update",
+    }
     changed = translated("dropdown", props, "pt")
     assert changed == props | {"label": "Precisão", "choices": [("Automático", "auto"), ("int8", "int8")]}
     assert translated("textbox", "Stop", "pt") == "Stop"
@@ -110,7 +115,13 @@ def test_properties_change_what_is_shown_and_no_value() -> None:
 
 @pytest.mark.parametrize(
     ("accept", "language"),
-    [("pt-BR,pt;q=0.9,en;q=0.8", "pt"), ("en-US,en;q=0.9,pt;q=0.1", "en"), ("de, pt;q=0.3", "pt"), ("fr", "en"), ("", "en")],
+    [
+        ("pt-BR,pt;q=0.9,en;q=0.8", "pt"),
+        ("en-US,en;q=0.9,pt;q=0.1", "en"),
+        ("de, pt;q=0.3", "pt"),
+        ("fr", "en"),
+        ("", "en"),
+    ],
 )
 def test_a_browser_is_answered_in_its_language(accept: str, language: str) -> None:
     assert preferred(accept) == language

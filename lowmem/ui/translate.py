@@ -27,7 +27,15 @@ _UNIT = r"(?:[KMGT]?B|[%xX]|ms|min|s|h|tok|tokens)"
 _FIGURES = re.compile(rf"(?=.*\d)(?:[^A-Za-zÀ-ɏ]|(?<![A-Za-z]){_UNIT}(?![A-Za-z]))+", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![.,]?\d)|(?<![\w.,])\d+\.\d+(?![.,]?\d)")
 _HOLE = rf"([+-]?\d[\d,]*(?:\.\d+)?(?: ?{_UNIT}(?![A-Za-z]))?|.*?)"
-_SEPARATORS = tuple(map(re.compile, (r"( · )", r"(?<=[.!?])( )(?=[A-ZÀ-Þ0-9'\"])", r"(; )", r"(: )", r"(, )")))
+_SENTENCES = re.compile(r"(?<=[.!?])( )(?=[A-ZÀ-Þ0-9'\"])")
+_NEXT_SENTENCE = re.compile(r" [A-ZÀ-Þ]")
+_SEPARATORS = (
+    re.compile(r"( · )"),
+    _SENTENCES,
+    re.compile(r"(; )"),
+    re.compile(r"(: )"),
+    re.compile(r"(, )(?![^(]*\))"),
+)
 _SIZE = r"[+-]?\d[\d.,]*(?: [KMG]?B)?"
 _BESIDE_A_SIZE = (re.compile(rf"(.*\D)( )({_SIZE})"), re.compile(rf"({_SIZE})( )(\D.*)"))
 
@@ -45,6 +53,18 @@ class Template:
     pattern: re.Pattern[str]
     words: tuple[str, ...]
     target: str
+
+    def match(self, text: str) -> re.Match[str] | None:
+        """None, too, where a hole would run from one sentence into the next without being whole sentences itself."""
+        match = self.pattern.fullmatch(text)
+        if match is None:
+            return None
+        for number, part in enumerate(match.groups(), start=1):
+            before, after = text[: match.start(number)], text[match.end(number) :]
+            whole = before.endswith((". ", ": ")) or (not before and _NEXT_SENTENCE.match(after))
+            if _SENTENCES.search(part) and not whole:
+                return None
+        return match
 
     @property
     def letters(self) -> int:
@@ -77,7 +97,7 @@ class Catalogue:
 
     def _matched(self, text: str) -> str | None:
         for template in self._templates:
-            if all(word in text for word in template.words) and (match := template.pattern.fullmatch(text)):
+            if all(word in text for word in template.words) and (match := template.match(text)):
                 parts = [(part, self.find(part.strip())) for part in match.groups()]
                 if template.letters >= FEW_LETTERS or all(
                     known is not None or " " not in part for part, known in parts
