@@ -42,7 +42,7 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "max_file_size": UPLOAD_LIMIT,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
-        "app_kwargs": {"middleware": [*([Middleware(VisitorLimits)] if public else []), Middleware(Languages)]},
+        "app_kwargs": {"middleware": [Middleware(Languages), *([Middleware(VisitorLimits)] if public else [])]},
     }
 
 
