@@ -20,7 +20,7 @@ from lowmem.units import format_bytes
 Facts = list[tuple[str, str]]
 Bars = list[tuple[str, int]]
 
-COLOR, WIDTH, NAMED, ROW, BAR = "#4c8bd6", 640, 190, 30, 18
+COLOR, WIDTH, NAMED, ROW, BAR = "#4c8bd6", 640, 230, 30, 18
 PRECISIONS = ("fp32", "fp16", "int8", "nf4")
 GRAPHS = ("fp32", "fp16", "int8", "int4")
 GROUP = 32
@@ -85,7 +85,10 @@ def _generate(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
     spec, weights, kv = plan.spec, plan.main.share("weights"), plan.main.share("kv")
     facts = [
         (f"Weights in {plan.precision}", format_bytes(weights)),
-        ("KV cache of a token", format_bytes(kv / plan.remembered if kv else spec.kv_bytes_per_token(_dtype(plan)))),
+        (
+            "KV cache of a token",
+            format_bytes(kv / (plan.remembered * plan.batch) if kv else spec.kv_bytes_per_token(_dtype(plan))),
+        ),
         ("Blocks x KV heads x numbers of each", f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
     ]
     if last and last.decode_tps and last.model == spec.name:
@@ -126,7 +129,8 @@ def _longctx(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
         ("The model's context", f"{spec.context:,} tokens"),
     ]
     whole = [(f"All of {count:,} tokens", spec.kv_bytes(count, 1, dtype)) for count in LENGTHS[1:]]
-    return facts, [*whole, (f"A window of {WINDOW:,} and {SINKS} sinks", spec.kv_bytes(WINDOW + SINKS, 1, dtype))]
+    window, sinks = (plan.window, plan.sinks) if plan.window else (WINDOW, SINKS)
+    return facts, [*whole, (f"A window of {window:,} and {sinks} sinks", spec.kv_bytes(window + sinks, 1, dtype))]
 
 
 def _export(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
