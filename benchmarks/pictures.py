@@ -110,7 +110,6 @@ def sweep(page: Any) -> None:
         _fill(page, f"measure-{option}", value)
     page.click("#compare-options > button")
     page.click("#sweep > button")
-    page.click("#sweep-bits label:has-text('8')")
     page.click("#sweep-start")
     page.wait_for_selector("#sweep-notes .lm-files", state="attached", timeout=2 * LONG)
     page.locator("#sweep-table").scroll_into_view_if_needed()

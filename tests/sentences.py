@@ -18,8 +18,8 @@ ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind,
 SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,), "Label": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
-COMMANDS = ("__main__.py", "command.py", "launch.py", "arguments.py")
-"""The command line and the endpoints speak English; their failures may come up in the page, too."""
+COMMANDS = ("__main__.py", "command.py", "launch.py", "arguments.py", "serving.py")
+"""The command line, the endpoints' documentation and model cards speak English; failures may come up in the page, too."""
 
 QUIET_CALLS = {
     "ArgumentParser", "add_argument", "add_parser", "add_mutually_exclusive_group", "compile", "getLogger", "print",

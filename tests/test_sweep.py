@@ -83,7 +83,7 @@ def test_a_grid_is_models_times_precisions_and_methods_times_settings(tmp_path):
     [
         ("", "empty"),
         ("[1, 2]", "empty"),
-        ("models: [demo\nprecisions: x", "not YAML, line"),
+        ("models: [demo\nprecisions: x", "not YAML, see line"),
         ("models: [demo]", "no precision and no method"),
         ("precisions: [fp32]", "no model"),
         ("models: [demo]\nmethod: [rtn]", "no 'method'"),
@@ -187,7 +187,7 @@ def test_cells_run_side_by_side_and_never_hold_more_than_the_budget(folder, jobs
     assert isinstance(receipt, Receipt)
     assert [row["variant"] for row in receipt.details["rows"]] == [cell.variant.name for cell in grid.cells()]
     assert rows[1].perplexity_change == pytest.approx(rows[1].perplexity / rows[0].perplexity - 1)
-    assert any("side by side on 1 core each" in note for note in receipt.notes)
+    assert any("side by side, each with 1 of the cores" in note for note in receipt.notes)
     steps = [event for event in events if isinstance(event, Step)]
     assert steps[-1].done <= steps[-1].total == 800
     references = [arguments for _, arguments, _ in jobs.calls if arguments.get("is_reference")]
