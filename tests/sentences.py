@@ -43,7 +43,7 @@ CODE = re.compile(
 
 WORDS = (
     "load", "unload", "generate", "batch", "quantize", "compare", "export", "exercise", "offload",
-    "time", "decode", "prefill", "perplexity", "tokens", "shape", "dtype", "windows", "tokens/s",
+    "blocks", "runs", "time", "decode", "prefill", "perplexity", "tokens", "shape", "dtype", "windows", "tokens/s",
     "Prompt", "Answer", "Speed", "Memory", "Prefill", "Parameters", "none",
 )  # fmt: skip
 """Single words, which cannot be told from keys: shown all the same."""
@@ -173,6 +173,7 @@ def _is_sentence(template: str) -> bool:
     return bool(
         re.search(r"[A-Za-z]{2,}[,:;]? +\S", bare)
         or re.search(r"\S +[A-Za-z]{2,}", bare)
+        or re.search(r"\{\} of \{\}", template)
         or ("{}" in template and re.search(r"[A-Za-z]{4,}", bare) and " " in template.strip())
     ) and not IGNORED.search(template)
 
