@@ -27,7 +27,6 @@ _UNIT = r"(?:[KMGT]?B|[%xX]|ms|min|s|h|tok|tokens)"
 _FIGURES = re.compile(rf"(?=.*\d)(?:[^A-Za-zÀ-ɏ]|(?<![A-Za-z]){_UNIT}(?![A-Za-z]))+", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![.,]?\d)|(?<![\w.,])\d+\.\d+(?![.,]?\d)")
 _HOLE = rf"([+-]?\d[\d,]*(?:\.\d+)?(?: ?{_UNIT}(?![A-Za-z]))?|.*?)"
-_GREEDY_HOLE = r"(.*)"
 _SENTENCES = re.compile(r"(?<=[.!?])( )(?=[A-ZÀ-Þ0-9'\"])")
 _NEXT_SENTENCE = re.compile(r" [A-ZÀ-Þ]")
 _SEPARATORS = (
@@ -52,31 +51,24 @@ class Template:
     """A sentence with holes.
 
     Args:
-        patterns: find what fills the holes: as little as possible of each, and as much.
+        pattern: finds what fills them.
         words: its own text, piece by piece.
         target: the sentence in the other language.
     """
 
-    patterns: tuple[re.Pattern[str], ...]
+    pattern: re.Pattern[str]
     words: tuple[str, ...]
     target: str
 
-    def fillings(self, text: str) -> Iterator[tuple[str, ...]]:
-        """What may fill the holes; a hole takes whole sentences or stays within one."""
-        if all(word in text for word in self.words):
-            for pattern in self.patterns:
-                match = pattern.fullmatch(text)
-                if match and all(_is_whole(match, number) for number in range(1, len(match.groups()) + 1)):
-                    yield match.groups()
+    def fillings(self, text: str) -> tuple[str, ...] | None:
+        """What fills the holes; each takes whole sentences or stays within one."""
+        match = self.pattern.fullmatch(text) if all(word in text for word in self.words) else None
+        whole = match and all(_is_whole(match, number) for number in range(1, len(match.groups()) + 1))
+        return match.groups() if match and whole else None
 
     @property
     def letters(self) -> int:
         return sum(character.isalpha() for word in self.words for character in word)
-
-
-def _certainty(parts: list[tuple[str, str | None]]) -> int:
-    """How well holes are filled: known phrases count, figures twice."""
-    return sum((known is not None) + bool(_FIGURES.fullmatch(part)) for part, known in parts)
 
 
 def _is_whole(match: re.Match[str], number: int) -> bool:
@@ -112,11 +104,12 @@ class Catalogue:
 
     def _matched(self, text: str) -> str | None:
         for template in self._templates:
-            fillings = [[(part, self.find(part.strip())) for part in parts] for parts in template.fillings(text)]
-            if fillings:
-                best = max(fillings, key=_certainty)
-                if template.letters >= FEW_LETTERS or all(known is not None or " " not in part for part, known in best):
-                    return template.target.format(*(part if known is None else known for part, known in best))
+            if (fillings := template.fillings(text)) is not None:
+                parts = [(part, self.find(part.strip())) for part in fillings]
+                if template.letters >= FEW_LETTERS or all(
+                    known is not None or " " not in part for part, known in parts
+                ):
+                    return template.target.format(*(part if known is None else known for part, known in parts))
         return None
 
     def _split(self, text: str) -> str | None:
@@ -132,8 +125,7 @@ class Catalogue:
 
 def _template(source: str, target: str) -> Template:
     words = [filled(literal) for literal in _literals(source)]
-    patterns = (re.compile(hole.join(map(re.escape, words)), re.DOTALL) for hole in (_HOLE, _GREEDY_HOLE))
-    return Template(tuple(patterns), tuple(filter(None, words)), target)
+    return Template(re.compile(_HOLE.join(map(re.escape, words)), re.DOTALL), tuple(filter(None, words)), target)
 
 
 def _literals(template: str) -> Iterator[str]:
