@@ -117,9 +117,10 @@ class Catalogue:
         rows = [separator.split(text) for separator in _SEPARATORS]
         rows += [list(match.groups()) for pattern in _BESIDE_A_SIZE if (match := pattern.fullmatch(text))]
         for row in rows:
-            if len(row) > 1 and any(found := [self.find(part) for part in row[::2]]):
-                row[::2] = [part if known is None else known for part, known in zip(row[::2], found, strict=True)]
-                return "".join(row)
+            if len(row) > 1:
+                row[::2] = [self.find(part) or part for part in row[::2]]
+                if (joined := "".join(row)) != text:
+                    return joined
         return None
 
 
