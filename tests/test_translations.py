@@ -7,8 +7,11 @@ import pytest
 from sentences import sentences
 from ui_stub import StubEngine
 
+from lowmem.ui import render_learn
 from lowmem.ui.edge import Page, translated
+from lowmem.ui.engine import Choice
 from lowmem.ui.launch import launch_options
+from lowmem.ui.lessons import LESSONS
 from lowmem.ui.page import build_ui
 from lowmem.ui.translate import SOURCE, Catalogue, entries, holes, languages, preferred, translate_html
 
@@ -143,3 +146,13 @@ def test_the_page_is_sent_in_the_visitors_language_or_in_the_one_that_was_set() 
     config = served(page, "en-US")
     assert "Tokens de prompt e resposta" in config
     assert "Tokens of prompt and answer" not in config
+
+
+@pytest.mark.parametrize("key", LESSONS)
+def test_a_lesson_counts_with_the_model_at_hand(key: str) -> None:
+    plan = StubEngine().plan(Choice(model="demo"))
+    told = render_learn.lesson(key, plan, None)
+    assert plan.spec.name in told
+    assert "<svg" in told
+    assert ("module" in told) == bool(LESSONS[key].typical)
+    assert "O que faz" in translate_html(told, "pt")

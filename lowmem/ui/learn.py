@@ -35,15 +35,15 @@ class Learn:
             model.change(self._tell, inputs, told, trigger_mode="always_last", **QUICK)
 
     def _tell(self, model: str | None = None) -> str:
-        return render_learn.lesson(self.key, self._plan((model or "").strip()), self.engine.last_receipt)
-
-    def _plan(self, model: str) -> Plan | None:
-        """For the tab's model, else the resident one, else the one that is recommended."""
-        resident = self.engine.resident
         try:
-            if resident and model in ("", AUTO, resident.spec.ref):
-                return resident
-            return self.engine.plan(Choice(model=model or AUTO))
+            return render_learn.lesson(self.key, self._plan((model or "").strip()), self.engine.last_receipt)
         except Exception as error:  # the tab itself says what is wrong with its model
             log.debug("no figures for a lesson: %s", error)
-            return None
+            return render_learn.lesson(self.key, None, None)
+
+    def _plan(self, model: str) -> Plan:
+        """For the tab's model, else the resident one, else the one that is recommended."""
+        resident = self.engine.resident
+        if resident and model in ("", AUTO, resident.spec.ref):
+            return resident
+        return self.engine.plan(Choice(model=model or AUTO))

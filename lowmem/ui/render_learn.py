@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from lowmem.events import Receipt
+from lowmem.fields import build
 from lowmem.machine.bandwidth import Unmeasured, ram_bandwidth
 from lowmem.measure.drawing import Bar, Label, Shape, Sheet, to_svg
 from lowmem.planning import exported
 from lowmem.planning.estimate import compute_dtype, weight_bytes
 from lowmem.planning.placement import stored_block_bytes
 from lowmem.planning.plan import Plan
+from lowmem.quant import get
+from lowmem.quant.calibration import Calibration
+from lowmem.quant.estimate import estimate
 from lowmem.ui.lessons import LESSONS, MODULE, Lesson, Typical
 from lowmem.ui.render_quantize import figures
 from lowmem.ui.strings import say
@@ -21,9 +25,10 @@ Facts = list[tuple[str, str]]
 Bars = list[tuple[str, int]]
 
 COLOR, WIDTH, NAMED, ROW, BAR = "#4c8bd6", 640, 230, 30, 18
-PRECISIONS = ("fp32", "fp16", "int8", "nf4")
+PRECISIONS = ("fp32", "fp16")
+WIDTHS = (8, 4, 3)
 GRAPHS = ("fp32", "fp16", "int8", "int4")
-GROUP = 32
+GROUP, GRAPH_GROUP = 64, 32
 WINDOW, SINKS = 1024, 4
 LENGTHS = (1024, 4096, 16384)
 
@@ -99,11 +104,16 @@ def _generate(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
 
 
 def _quantize(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
+    """Sizes of checkpoints."""
     spec = plan.spec
-    dtype = _dtype(plan)
-    bars = [(key, weight_bytes(spec, key, dtype)) for key in _precisions(plan, PRECISIONS)]
     facts = [("Parameters", f"{spec.parameters / 1e6:,.0f} million"), ("Blocks", f"{spec.layers}")]
-    facts += [(f"Bits per weight in {key}", f"{8 * count / spec.parameters:.1f}") for key, count in bars[2:]]
+    if not _precisions(plan, PRECISIONS):
+        return facts, []
+    bars = [(key, weight_bytes(spec, key, key)) for key in PRECISIONS]
+    for bits in WIDTHS:
+        cost = estimate(spec, get("rtn"), build(get("rtn").Options, {"bits": bits, "group_size": GROUP}), Calibration())
+        bars.append((f"{bits} bits, groups of {GROUP}", cost.output_bytes))
+        facts.append((f"Bits per quantized weight, {bits} bits", f"{cost.bits_per_weight:.2f}"))
     return facts, bars
 
 
@@ -137,7 +147,7 @@ def _export(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     spec = plan.spec
     if not _precisions(plan, GRAPHS) or exported.refusal(spec):
         return [("Blocks", f"{spec.layers}")], []
-    bars = [(key, exported.disk_bytes(spec, key, GROUP)) for key in GRAPHS]
+    bars = [(key, exported.disk_bytes(spec, key, GRAPH_GROUP)) for key in GRAPHS]
     seconds = exported.writing_seconds(spec)
     return [
         ("Writing it in int8, about", f"{seconds:.0f} s"),
