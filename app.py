@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--budget", metavar="SIZE", help="memory to use on the computing device, such as 4G")
     parser.add_argument("--model", metavar="REF", help="model to propose: a hub id, a folder, a .gguf file")
     parser.add_argument("--listed-only", action="store_true", help="visitors run the listed models and no others")
+    parser.add_argument("--mcp", action="store_true", help="offer everything as MCP tools, too")
     flags = parser.parse_args()
     try:
         serve(**vars(flags), demo=demo)

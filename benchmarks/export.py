@@ -1,11 +1,13 @@
-"""Exported graphs against llama.cpp and onnxruntime-genai: prefill and decode, interleaved, medians; memory; and quality.
+"""Exported graphs against PyTorch, llama.cpp and onnxruntime-genai: prefill and decode, interleaved, medians; memory; quality.
 
-    python -m benchmarks.export [--runs 5] [--peers PYTHON] [--gguf FILE] [--genai FOLDER]
+    python -m benchmarks.export --write                       the graphs, once
+    python -m benchmarks.export [ENGINE ...] [--runs 5] [--peers PYTHON] [--gguf FILE] [--genai FOLDER]
 
 The demo model, a prompt of 512 tokens, 128 new ones, greedy. Every engine is a process of its own that waits for its turn;
-a round asks each of them once. `PYTHON` is the interpreter of an environment with llama-cpp-python and onnxruntime-genai
-(a peer that is absent is left out); FOLDER is what `python -m onnxruntime_genai.models.builder -i DEMO -o FOLDER -p int4
--e cpu -c CACHE` wrote.
+a round asks each of them once. Engines are the keys of `ENGINES`, all when none is named; those that are asked later join
+the rows of earlier runs, and their ratios are to the llama.cpp of their own run. `PYTHON` is the interpreter of an environment with
+llama-cpp-python and onnxruntime-genai (a peer that is absent is left out); FOLDER is what
+`python -m onnxruntime_genai.models.builder -i DEMO -o FOLDER -p int4 -e cpu -c CACHE --extra_options int4_accuracy_level=4` wrote.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import median, save, table, text_of
+from benchmarks.common import median, merged, save, table, text_of
 from benchmarks.memory import demo_folder
-from lowmem.events import Receipt
+from lowmem.export.manifest import read_manifest
 from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
+from lowmem.settings import settings
 from lowmem.units import format_bytes
 
 PROMPT_TOKENS, NEW_TOKENS, THREADS = 512, 128, 2
@@ -51,6 +54,40 @@ def run(ids):
             last = time.perf_counter(); first = first or last
     return first - begun, last - first
 def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024 - start
+"""
+
+TORCH = """
+import sys, time, torch, lowmem
+from lowmem.events import CancelToken
+from lowmem.generate.decoding import decode, Tokens
+session = lowmem.Session()
+hardware = session.hardware()
+goal = lowmem.Goal(context=1024, precision=sys.argv[1], backend="torch")
+list(session.load(lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.limits_from(hardware), goal)))
+model = session._resident()[0].model
+options = lowmem.GenerateOptions(greedy=True, max_new_tokens=NEW + 1, prefill_chunk=512)
+def run(ids):
+    first = last = 0.0
+    begun = time.perf_counter()
+    for event in decode(model, [ids], options, eos_ids=frozenset(), cancel=CancelToken()):
+        if isinstance(event, Tokens):
+            last = time.perf_counter(); first = first or last
+    return first - begun, last - first
+def peak(): return 0
+"""
+
+TRANSFORMERS = """
+import sys, time, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+def timed(ids, count):
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    return time.perf_counter() - begun
+def run(ids):
+    first = timed(ids, 1)
+    return first, timed(ids, NEW + 1) - first
+def peak(): return 0
 """
 
 LLAMA = """
@@ -108,7 +145,9 @@ class Engine:
             text=True,
         )
         self._say(json.dumps(ids))
-        self.there = self._hear() == "ready"
+
+    def ready(self) -> bool:
+        return self._hear() == "ready"
 
     def run(self) -> list[float]:
         self._say("go")
@@ -135,44 +174,74 @@ class Engine:
         return ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peers", default=sys.executable, help="Python with llama-cpp-python and onnxruntime-genai")
-    parser.add_argument("--gguf", default="")
-    parser.add_argument("--genai", default="")
-    args = parser.parse_args()
-    demo = demo_folder()
-    ids = _ids(demo)
-    with tempfile.TemporaryDirectory() as scratch:
-        exports = {name: _exported(demo, Path(scratch) / name, options) for name, options in VARIANTS.items()}
-        engines = {f"lowmem {name}": Engine(sys.executable, OURS, str(Path(scratch) / name), ids) for name in VARIANTS}
-        engines["llama.cpp Q4_1"] = Engine(args.peers, LLAMA, args.gguf, ids)
-        engines["onnxruntime-genai int4"] = Engine(args.peers, GENAI, args.genai, ids)
-        engines = {name: engine for name, engine in engines.items() if engine.there}
-        measured: dict[str, list[list[float]]] = {name: [] for name in engines}
-        for run in range(args.runs + 1):
-            for name, engine in engines.items():
-                figures = engine.run()
-                if run:  # the first round warms up
-                    measured[name].append(figures)
-        for engine in engines.values():
-            engine.end()
-    rows = [_row(name, figures, measured, exports) for name, figures in measured.items()]
-    print(table(rows))
-    save(
-        "export",
-        rows,
-        [f"{PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, greedy, {THREADS} threads, median of {args.runs}"],
-    )
-
-
 VARIANTS = {
     "int4": ExportOptions(precision="int4"),
     "int4, fast prompts": ExportOptions(precision="int4", fast_prefill="on"),
     "int8": ExportOptions(precision="int8"),
     "fp32": ExportOptions(precision="fp32"),
 }
+
+PEER = "llama.cpp Q4_1"
+ENGINES = (
+    "transformers fp32",
+    "lowmem torch int8",
+    *(f"lowmem {name}" for name in VARIANTS),
+    PEER,
+    "onnxruntime-genai int4",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engines", nargs="*", default=ENGINES)
+    parser.add_argument("--write", action="store_true", help="write the graphs that are not there, measure nothing")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peers", default=sys.executable, help="Python with llama-cpp-python and onnxruntime-genai")
+    parser.add_argument("--gguf", default="")
+    parser.add_argument("--genai", default="")
+    args = parser.parse_args()
+    demo = demo_folder()
+    if args.write:
+        _write(demo)
+        return
+    ids = _ids(demo)
+    started = {name: _engine(name, args, demo, ids) for name in args.engines}
+    engines = {name: engine for name, engine in started.items() if engine.ready()}
+    measured: dict[str, list[list[float]]] = {name: [] for name in engines}
+    for run in range(args.runs + 1):
+        for name, engine in engines.items():
+            figures = engine.run()
+            if run:  # the first round warms up
+                measured[name].append(figures)
+    for engine in engines.values():
+        engine.end()
+    rows = merged("export", "engine", [_row(name, measured) for name in measured], ENGINES)
+    print(table(rows))
+    setting = f"{PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, greedy, {THREADS} threads, median of {args.runs}"
+    save("export", rows, [f"{setting}; ratios within rounds"])
+
+
+def _engine(name: str, args: argparse.Namespace, demo: Path, ids: list[int]) -> Engine:
+    variant = name.removeprefix("lowmem ")
+    if variant in VARIANTS:
+        return Engine(sys.executable, OURS, str(_folder(variant)), ids)
+    if name == "lowmem torch int8":
+        return Engine(sys.executable, TORCH, "int8", ids)
+    if name == "transformers fp32":
+        return Engine(sys.executable, TRANSFORMERS, str(demo), ids)
+    code, argument = (LLAMA, args.gguf) if name == PEER else (GENAI, args.genai)
+    return Engine(args.peers, code, argument, ids)
+
+
+def _folder(variant: str) -> Path:
+    return settings().home / "benchmarks" / variant.replace(", ", "-").replace(" ", "-")
+
+
+def _write(demo: Path) -> None:
+    for name, options in VARIANTS.items():
+        if not _folder(name).exists():
+            _folder(name).parent.mkdir(parents=True, exist_ok=True)
+            list(export_model(demo, _folder(name), options))
 
 
 def _ids(demo: Path) -> list[int]:
@@ -184,34 +253,29 @@ def _ids(demo: Path) -> list[int]:
     return ids[:PROMPT_TOKENS]
 
 
-def _exported(demo: Path, out: Path, options: ExportOptions) -> Receipt:
-    *_, receipt = export_model(demo, out, options)
-    if not isinstance(receipt, Receipt):
-        raise SystemExit("no receipt")
-    return receipt
-
-
-def _row(
-    name: str, figures: list[list[float]], measured: dict[str, list[list[float]]], exports: dict[str, Receipt]
-) -> dict[str, Any]:
+def _row(name: str, measured: dict[str, list[list[float]]]) -> dict[str, Any]:
+    figures = measured[name]
     prefill, decode = (median([figure[i] for figure in figures]) for i in (0, 1))
-    peer = measured.get("llama.cpp Q4_1")
-    # Ratios within a round: both saw the same machine at the same moment.
-    ratios = ["", ""] if not peer else [
-        round(median([theirs[i] / ours[i] for ours, theirs in zip(figures, peer, strict=True)]), 2) for i in (0, 1)
-    ]  # fmt: skip
-    export = exports.get(name.removeprefix("lowmem "))
-    proof = export.details["proof"] if export else {}
+    variant = name.removeprefix("lowmem ")
+    proof = read_manifest(_folder(variant)).proof if variant in VARIANTS else {}
     return {
         "engine": name,
         "prefill tok/s": round(PROMPT_TOKENS / prefill),
         "decode tok/s": round(NEW_TOKENS / decode, 1),
-        "prefill / llama.cpp": ratios[0],
-        "decode / llama.cpp": ratios[1],
+        "prefill / llama.cpp": _ratio(figures, measured.get(PEER), 0),
+        "decode / llama.cpp": _ratio(figures, measured.get(PEER), 1),
+        "decode / genai": _ratio(figures, measured.get("onnxruntime-genai int4"), 1),
         "peak above import": format_bytes(int(figures[-1][2])) if figures[-1][2] else "",
         "KL": round(max(proof["prefill"]["kl"], proof["decode"]["kl"]), 4) if proof else "",
         "same best token": f"{min(proof['prefill']['agreement'], proof['decode']['agreement']):.1%}" if proof else "",
     }
+
+
+def _ratio(figures: Sequence[Sequence[float]], peer: Sequence[Sequence[float]] | None, which: int) -> float | str:
+    """How many times as fast; within a round both saw the same machine at the same moment."""
+    if not peer:
+        return ""
+    return round(median([theirs[which] / ours[which] for ours, theirs in zip(figures, peer, strict=True)]), 2)
 
 
 if __name__ == "__main__":

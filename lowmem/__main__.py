@@ -147,13 +147,16 @@ def _make_plan(args: argparse.Namespace, session: Session, kv: str) -> Plan:
     measure_runtime_bytes()
     hardware = session.hardware()
     limits = limits_from(hardware, args.ram, args.vram)
+    backend = getattr(args, "backend", "auto")
+    if backend == "auto" and getattr(args, "window", None):
+        backend = "torch"  # a graph has no window, and none is written in vain
     goal = Goal(
         context=args.context,
         batch=args.batch,
         precision=args.precision,
         device=args.device,
         kv=kv,
-        backend=getattr(args, "backend", "auto"),
+        backend=backend,
     )
     if args.model:
         return make_plan(read_spec(args.model), hardware, limits, goal)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import packed_toys
 import pytest
 import torch
 import toys
 
-from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
+from lowmem.__main__ import main
+from lowmem.errors import BadInput, CorruptModel, DiskFull, LowMemError, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.export import prove
+from lowmem.export import pipeline, prove
+from lowmem.export.graph import WeightFile
 from lowmem.export.manifest import DATA, GRAPH, MANIFEST, PREFILL, read_manifest
 from lowmem.export.onnx_session import OnnxModel, open_session
 from lowmem.export.options import ExportOptions
@@ -151,6 +156,16 @@ def test_the_program_runs_with_nothing_else(folders: dict[str, Path]) -> None:
     assert done.stdout.strip("\n") == toys.tokenizer().decode([t for t in made if t != toys.EOS]).strip("\n")
 
 
+def test_the_command_line_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    for out, flags in (("a", ["--precision", "int4", "--group-size", "16"]), ("b", ["--no-fused", "--optimise"])):
+        assert main(["export", str(source), str(tmp_path / out), *flags, "--json"]) == 0
+        receipt = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert receipt["details"]["kind"] == ("fused" if out == "a" else "decoder")
+    assert main(["export", str(source), str(tmp_path / "a")]) == 3
+    assert "is there already" in capsys.readouterr().err
+
+
 def test_a_graph_that_fails_its_proof_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(prove.GATES, "int4", 1e-9)
     with pytest.raises(Unsupported, match=r"failed its proof.*KL 0\.\d+"):
@@ -167,6 +182,24 @@ def test_stop_ends_an_export_and_leaves_nothing(tmp_path: Path) -> None:
     cancel.set()
     with pytest.raises(LowMemError, match="Stopped"):
         list(events)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    with pytest.raises(DiskFull, match="full after"), WeightFile(Path("/dev/full")) as weights:
+        weights.add("large", np.zeros(1_000_000, np.float32))
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_companions", fails)
+    with pytest.raises(DiskFull, match="was not finished"):
+        export(source, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "disk_free_bytes", lambda folder: 1000)
+    with pytest.raises(DiskFull, match=r"1\.00 KB are free"):
+        export(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -225,8 +258,7 @@ def test_long_prompts_are_read_in_pieces_and_stop_is_heard(
 ) -> None:
     from lowmem.export import onnx_session
 
-    monkeypatch.setattr(onnx_session, "FIRST_PIECE", 16)
-    monkeypatch.setattr(onnx_session, "PIECE_SECONDS", 1e-9)
+    monkeypatch.setattr(onnx_session, "LARGEST_PIECE", 32)
     graph, ids = OnnxModel(folders["llama"]), torch.tensor([toys.prompt(100)])
     wanted = toys.toy("llama")(input_ids=ids).logits[:, -1:]
     assert torch.allclose(graph(ids, logits_to_keep=1).logits, wanted, atol=1e-4)

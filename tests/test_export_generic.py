@@ -20,11 +20,12 @@ from lowmem.export.manifest import GRAPH, read_manifest
 from lowmem.export.onnx_session import OnnxModel, open_session
 from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
-from lowmem.export.run import export_isolated, forecast
+from lowmem.export.run import export_isolated, forecast, race
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
+from lowmem.ui import export_render
 from lowmem.units import GB, MB
 
 
@@ -98,6 +99,12 @@ def test_an_encoder_is_exported_by_name_though_nothing_else_takes_it(bert: Path,
     assert isinstance(receipt, Receipt)
     assert receipt.details["kind"] == "encoder"
     assert receipt.measured["ram"] <= receipt.predicted["ram"]
+    *_, result = race(str(bert), tmp_path / "out")
+    assert isinstance(result, dict)
+    assert len(result["torch"]["prefill_tps"]) == len(result["onnx"]["prefill_tps"]) == len(result["prompts"])
+    assert result["onnx"]["token_ms"] == [None] * len(result["prompts"])
+    assert len(export_render.race(result)) == 1
+    assert "Relative error" in export_render.receipt(receipt)
 
 
 def test_the_optimiser_reads_heads_and_shows_what_it_did(bert: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_optimisers_table_and_its_failure() -> None:
 def test_a_race_is_drawn_for_every_length() -> None:
     side = {"prefill_tps": [100.0, 200.0], "token_ms": [10.0, None]}
     result = {"prompts": [32, 128], "torch": side, "onnx": side}
-    drawn = to_svg(export_render.race(result))
+    drawn = "".join(to_svg(sheet) for sheet in export_render.race(result))
     assert drawn.count("<rect") == 6  # the missing figures have no bar
     assert "128 tokens" in drawn
     assert "200" in export_render.race_table(result)

@@ -28,6 +28,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="int8")
     parser.add_argument("--group-size", type=int, metavar="N", help="int4: weights that share a scale")
     parser.add_argument("--fast-prefill", choices=("auto", "on", "off"), help="a second graph for prompts")
+    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="--no-fused: standard operators only")
     parser.add_argument("--optimise", action=argparse.BooleanOptionalAction, help="fuse the nodes of a generic graph")
     parser.add_argument("--ram", metavar="SIZE", type=_size, help="the most RAM to use, e.g. 3G")
     parser.add_argument("--json", action="store_true", help="nothing but the receipt, as one JSON object")

@@ -1,28 +1,31 @@
-"""Any architecture as a graph, by PyTorch's own exporter: the model is traced whole, in fp32, with its cache as inputs.
+"""Any architecture as a graph, by PyTorch's own exporter, in fp32 and with its cache as inputs.
 
-Decoders get `past_key_values.*` and return `present.*`; encoders take what their tokenizer makes. Smaller precisions
-are ONNX Runtime's: dynamic int8 per channel, 4-bit blocks, fp16.
+Decoders get `past_key_values.*` and return `present.*`, and are traced without their matrices (`lazy.py`); encoders, which are
+small, are traced whole and take what their tokenizer makes. `convert.py` writes smaller precisions.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from lowmem.errors import MissingDependency, Unsupported
 from lowmem.events import CancelToken, Step
+from lowmem.export.convert import convert
+from lowmem.export.graph import OPSET
+from lowmem.export.lazy import LazyModel, put, unfolded
 from lowmem.export.manifest import DATA, GRAPH
 from lowmem.export.options import ExportOptions
-from lowmem.machine.processor import has_vnni
+from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.config import is_encoder
 
 log = logging.getLogger("lowmem.export")
@@ -73,35 +76,33 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     Raises:
         Unsupported: the exporter cannot trace it. MissingDependency: onnxscript is not installed. Cancelled.
     """
-    yield Step(0, 3, "Loading the model")
+    yield Step(0, 3, "Tracing the model")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    encoder = is_encoder(config.model_type)
-    kind: Any = AutoModel if encoder else AutoModelForCausalLM
-    model = kind.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
-    ).eval()
-    _plain_linears(model)
-    cancel.check()
-    yield Step(1, 3, "Tracing the model")
-    trace = _encoder_arguments if encoder else _decoder_arguments
     with quiet():
-        _export(trace(model), out / GRAPH)
-    del model
+        (_write_encoder if is_encoder(config.model_type) else _write_decoder)(folder, out / GRAPH)
     cancel.check()
     yield Step(2, 3, f"Converting to {options.precision}")
     if options.precision != "fp32":
         with quiet():
-            _CONVERSIONS[options.precision](out / GRAPH, options)
+            convert(out / GRAPH, options, cancel)
     yield Step(3, 3, "Written")
 
 
-def _plain_linears(model: nn.Module) -> None:
-    """GPT-2's layers, whose weights lie the other way round, as `Linear`: what quantizers look for."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(module.nx, module.nf)
-            linear.weight, linear.bias = nn.Parameter(module.weight.t().contiguous()), module.bias
-            model.set_submodule(name, linear)
+def _write_decoder(folder: Path, path: Path) -> None:
+    with Checkpoint(folder) as checkpoint:
+        lazy = LazyModel(folder, checkpoint)
+        # `FlatCache` holds the model by this name.
+        readers = {f"model.{name}": read for name, read in lazy.readers.items()}
+        traced = _traced(_decoder_arguments(lazy.model), set(readers))
+        put(traced.graph, readers)
+        onnx_ir.save(traced, path, external_data=DATA)
+
+
+def _write_encoder(folder: Path, path: Path) -> None:
+    model: Any = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+    )
+    onnx_ir.save(_traced(_encoder_arguments(model.eval()), set()), path, external_data=DATA)
 
 
 def _decoder_arguments(model: Any) -> dict[str, Any]:
@@ -152,16 +153,20 @@ class _Encoder(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def _export(arguments: dict[str, Any], path: Path) -> None:
+def _traced(arguments: dict[str, Any], matrices: set[str]) -> onnx_ir.Model:
+    """The graph of a module; weights named in `matrices` are not looked at."""
     module, args = arguments.pop("model"), arguments.pop("args")
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module, args, dynamo=True, optimize=True, verbose=False, opset_version=21, **arguments
+                module, args, dynamo=True, optimize=False, verbose=False, opset_version=OPSET, **arguments
             )
             assert program is not None  # as documented for dynamo
-            program.save(path, external_data=True)
+            from onnxscript.optimizer import optimize_ir
+
+            optimize_ir(program.model, should_fold=unfolded(matrices))
+            return program.model
     except ImportError as error:
         raise MissingDependency(f"PyTorch's exporter needs {error.name}.", "pip install onnx onnxscript") from error
     except Exception as error:
@@ -170,61 +175,3 @@ def _export(arguments: dict[str, Any], path: Path) -> None:
         raise Unsupported(
             f"PyTorch cannot turn this model into a graph: {reason}", "Choose a model of another family."
         ) from error
-
-
-def _int8(path: Path, options: ExportOptions) -> None:  # noqa: ARG001
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    def convert(source: Path, target: Path) -> None:
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            reduce_range=not has_vnni(),
-            weight_type=QuantType.QInt8,
-            use_external_data_format=True,
-            extra_options={"MatMulConstBOnly": True},
-        )
-
-    _replace(path, convert)
-
-
-def _int4(path: Path, options: ExportOptions) -> None:
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    def convert(source: Path, target: Path) -> None:
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(source), bits=4, block_size=options.group_size, is_symmetric=False, accuracy_level=4
-        )
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
-
-    _replace(path, convert)
-
-
-def _fp16(path: Path, options: ExportOptions) -> None:  # noqa: ARG001
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    def convert(source: Path, target: Path) -> None:
-        model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True)
-        onnx.save(model, target, save_as_external_data=True, location=DATA)
-
-    _replace(path, convert)
-
-
-_CONVERSIONS: dict[str, Callable[[Path, ExportOptions], None]] = {"int8": _int8, "int4": _int4, "fp16": _fp16}
-
-
-def _replace(path: Path, convert: Callable[[Path, Path], None]) -> None:
-    """Write the converted graph in the place of the original, whose weights go with it."""
-    source = path.with_name("traced")
-    source.mkdir()
-    for file in path.parent.glob(f"{path.name}*"):
-        file.rename(source / file.name)
-    convert(source / path.name, path)
-    for file in source.iterdir():
-        file.unlink()
-    source.rmdir()

@@ -155,6 +155,14 @@ class Graph:
         )
         return names[0]
 
+    def take_ports(self, other: onnx.GraphProto) -> None:
+        """Have the inputs and outputs of `other`."""
+        self._inputs, self._outputs = [*other.input], [*other.output]
+
+    def take_node(self, node: onnx.NodeProto) -> None:
+        """A node of another graph, as it is."""
+        self._nodes.append(node)
+
     def contrib(self, op: str, inputs: Iterable[str], outputs: str | tuple[str, ...] = "", **attributes: Any) -> str:
         """A node of ONNX Runtime's own operators."""
         return self.add(op, inputs, outputs, CONTRIB, **attributes)

@@ -15,12 +15,15 @@ from torch.nn import functional
 
 from lowmem.events import CancelToken
 from lowmem.export.graph import Graph
-from lowmem.export.weights import Matrix
+from lowmem.export.weights import Matrix, joined
 from lowmem.quant.grid import Quantized
 from lowmem.quant.int8_linear import quantize_rows
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
 """Inputs that share a scale inside MatMulNBits: powers of two."""
+
+TILE_ELEMENTS = 16_000_000
+"""Rows of a large matrix are rounded so many elements at a time: what rounding takes is then little beside the matrix."""
 
 INT8_ARITHMETIC = 4
 """The accuracy level at which MatMulNBits rounds activations to int8, block by block: twice as fast as fp32."""
@@ -136,7 +139,8 @@ def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tenso
     options = method.Options(bits=bits, group_size=group_size, symmetric=bits == 8)
 
     def quantize(weight: Tensor) -> Quantized:
-        return method.quantize([weight], None, options, cancel)[0]
+        parts = weight.split(max(1, TILE_ELEMENTS // weight.shape[1]))
+        return joined([method.quantize([part], None, options, cancel)[0] for part in parts])
 
     return quantize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -71,6 +72,12 @@ def export_model(
                 yield step
         receipt = job.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
         job.publish(part, receipt)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFull(
+            f"The disk is full; {out.name} was not finished.", "Free some space, or choose fewer bits."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     yield receipt
@@ -88,6 +95,7 @@ class _Job:
         )
         if not options.fused:
             self.fused_refusal = self.fused_refusal or "Standard operators were asked for."
+        self.shape = spec or read_spec(str(folder), encoders=True)
         self.manifest: Manifest
         self.passed, self.sentence = True, ""
 
@@ -121,6 +129,8 @@ class _Job:
                     "Choose groups of 16 or 32.",
                 )
         needed, free = self.disk_bytes(), disk_free_bytes(self.out.absolute().parent)
+        if self.fused_refusal and options.precision != "fp32":  # the traced graph, which is converted
+            needed += exported.generic_bytes(self.shape, "fp32")
         if needed > free:
             raise DiskFull(
                 f"Exporting {self.name} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free.",
@@ -129,14 +139,13 @@ class _Job:
 
     def disk_bytes(self) -> int:
         if self.spec is None or self.fused_refusal:
-            size = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-            return 3 * size
+            return exported.generic_bytes(self.shape, self.options.precision, self.options.group_size)
         return exported.disk_bytes(self.spec, self.options.precision, self.options.group_size, self.options.has_prefill)
 
     def predicted_ram(self) -> int:
         runtime = max(probe().runtime_bytes, probe().process_bytes)
         if self.spec is None or self.fused_refusal:
-            return runtime + 4 * self.disk_bytes() // 3
+            return runtime + exported.tracing_bytes(self.shape, self.options.precision, self.options.group_size)
         options = self.options
         return runtime + exported.writing_bytes(self.spec, options.precision, options.group_size, options.has_prefill)
 

@@ -24,7 +24,7 @@ from lowmem.export.reference import streamed_model
 from lowmem.measure.texts import tail
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
-from lowmem.units import MB
+from lowmem.planning.exported import PROOF_ROWS, proof_windows
 
 EXACT = 1e-3
 """Largest difference of a logit that fp32 may show."""
@@ -38,8 +38,8 @@ TAKEN_OVER = 0.05
 ENCODER_ERROR = 0.1
 """Relative error of a quantized encoder's states."""
 
-WINDOWS, WINDOW, STEPS = 3, 160, 24
-LOGITS_BYTES = 192 * MB
+STEPS = 24
+"""Tokens of each window that are decoded one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,7 @@ def _windows(folder: Path) -> tuple[str, Tensor]:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     decoder = config.get_text_config(decoder=True)
-    length = min(WINDOW, decoder.max_position_embeddings)
-    count = max(1, min(WINDOWS, LOGITS_BYTES // (4 * decoder.vocab_size * length)))
+    count, length = proof_windows(decoder.vocab_size, decoder.max_position_embeddings)
     text = tail()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -161,7 +160,7 @@ def _agreement(wanted: Tensor, found: Tensor) -> Agreement:
     """Row by row, since log-probabilities of all would be three times the logits."""
     difference = kl = 0.0
     agreed = tokens = 0
-    for one, other in zip(wanted.flatten(0, 1).split(64), found.flatten(0, 1).split(64), strict=True):
+    for one, other in zip(wanted.flatten(0, 1).split(PROOF_ROWS), found.flatten(0, 1).split(PROOF_ROWS), strict=True):
         p, q = torch.log_softmax(one, -1), torch.log_softmax(other, -1)
         # NaN must not pass as the smaller one.
         difference = float(np.fmax(difference, float((one - other).abs().max().nan_to_num(float("inf")))))

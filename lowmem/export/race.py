@@ -1,16 +1,28 @@
-"""A graph against PyTorch in one process, in turns: how fast each reads prompts of several lengths, and writes."""
+"""A graph against PyTorch in one process, in turns: how fast each reads prompts of several lengths, and writes.
+
+Of an encoder, which writes nothing, how fast each reads texts.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModel
+
 from lowmem.events import Receipt, Step
+from lowmem.export.manifest import GRAPH, read_manifest
+from lowmem.export.onnx_session import open_session
 from lowmem.export.run import RACE_NEW, RACE_PROMPTS, RACE_RUNS
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.hardware import probe
 from lowmem.measure.texts import tail
+from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.planner import plan
@@ -22,6 +34,8 @@ def job(ref: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
     Raises:
         LowMemError: one of the two cannot be loaded.
     """
+    if read_manifest(Path(folder)).kind == "encoder":
+        return (yield from _encoders(ref, Path(folder)))
     sessions = {}
     for name, model, goal in (("torch", ref, Goal(precision="fp32", backend="torch")), ("onnx", folder, Goal())):
         yield Step(0, 0, f"Loading {name}")
@@ -44,6 +58,34 @@ def job(ref: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
             speed = statistics.median(receipt.decode_tps for receipt in receipts)
             found[name]["token_ms"].append(1000 / speed if speed else None)
     return {"prompts": lengths, **found}
+
+
+def _encoders(ref: str, folder: Path) -> Generator[Step, None, dict[str, Any]]:
+    """The same figures, without those of new tokens."""
+    original = yield from fetch(ref, encoders=True)
+    model: Any = AutoModel.from_pretrained(
+        original, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    session = open_session(folder / GRAPH)
+    config = model.eval().config
+    lengths = [length for length in RACE_PROMPTS if length < config.max_position_embeddings] or [8]
+    found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": [None] * len(lengths)} for name in ("torch", "onnx")}
+    for position, length in enumerate(lengths):
+        yield Step(position, len(lengths), f"{length} tokens", "lengths")
+        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        with torch.inference_mode():
+            ways = {"torch": partial(model, input_ids=ids), "onnx": partial(session.run, None, feeds)}
+            rounds = [{name: _seconds(way) for name, way in ways.items()} for _ in range(RACE_RUNS + 1)]
+        for name in ways:  # the first round warms up
+            found[name]["prefill_tps"].append(length / statistics.median(one[name] for one in rounds[1:]))
+    return {"prompts": lengths, **found}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _steps(events: Any) -> Generator[Step, None, None]:

@@ -72,12 +72,12 @@ def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit:
     )
     seconds = exported.writing_seconds(spec, options.precision)
     if generic:
-        whole = 4 * spec.parameters
-        size = {"fp32": whole, "fp16": whole // 2, "int8": whole // 4, "int4": whole // 7}[options.precision]
-        return Forecast(size, runtime_bytes + 4 * whole, 3 * seconds, size, limit, generic)
+        size = exported.generic_bytes(spec, options.precision, options.group_size)
+        peak = exported.tracing_bytes(spec, options.precision, options.group_size)
+        return Forecast(size, runtime_bytes + peak, 3 * seconds, size, limit, generic)
     size = exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
-    peak = runtime_bytes + exported.export_peak_bytes(spec) + size
-    return Forecast(size, peak, seconds, size, limit)
+    peak = exported.writing_bytes(spec, options.precision, options.group_size, options.has_prefill)
+    return Forecast(size, runtime_bytes + peak, seconds, size, limit)
 
 
 def output_folder(name: str, options: ExportOptions) -> Path:

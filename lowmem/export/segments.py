@@ -63,7 +63,7 @@ def cut(path: Path, runs: Sequence[Segment]) -> list[Path]:
         Unsupported: the nodes do not say to which block they belong.
     """
     model = onnx.load(path, load_external_data=False)
-    model = onnx.shape_inference.infer_shapes(model)
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     places = _places(model.graph, runs)
     return [_write(model, places, run, path.with_name(f"{path.stem}-{run + 1}.onnx")) for run in range(len(runs))]
 

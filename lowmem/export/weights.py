@@ -124,13 +124,15 @@ def _stacked(parts: Sequence[Matrix]) -> Matrix:
     if any(part.bias is not None for part in parts):
         bias = torch.cat([torch.zeros(part.shape[0]) if part.bias is None else part.bias for part in parts])
     weights = [part.weight for part in parts]
+    codes = [weight for weight in weights if isinstance(weight, Quantized)]
     name = f"{parts[0].name}+{'+'.join(part.name.rpartition('.')[2] for part in parts[1:])}"
-    first = weights[0]
-    if isinstance(first, Quantized):
-        codes, scales, zeros = (
-            torch.cat([getattr(weight, key) for weight in weights]) for key in ("codes", "scales", "zeros")
-        )
-        whole: Tensor | Quantized = replace(first, codes=codes, scales=scales, zeros=zeros)
-    else:
-        whole = torch.cat([part.dense() for part in parts])
+    whole = joined(codes) if codes else torch.cat([part.dense() for part in parts])
     return replace(parts[0], name=name, weight=whole, bias=bias)
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """Matrices of the same inputs as one of all outputs."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scales", "zeros"))
+    return replace(parts[0], codes=codes, scales=scales, zeros=zeros)

@@ -10,6 +10,7 @@ Saxena, Prompt Lookup Decoding, 2023, https://github.com/apoorvumang/prompt-look
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,22 @@ CLOSE = 0.05
 """Logits so near each other are not told apart by a pass over several tokens."""
 
 
-def applies(options: GenerateOptions, rows: int, dtype: torch.dtype) -> bool:
+_ROUNDING = ("lowmem.quant", "bitsandbytes")
+"""Where layers come from that round activations: the smallest difference may then grow to a whole step."""
+
+
+def applies(options: GenerateOptions, rows: int, model: Any) -> bool:
     """Only where it cannot change a word: greedy, one text, computed in fp32."""
-    exact = options.greedy and options.repetition_penalty == 1.0 and dtype == torch.float32
+    if options.lookahead < 1 or rows != 1 or not options.greedy or options.repetition_penalty != 1.0:
+        return False
     plain = options.use_cache and not options.window and options.kv == "same"
-    return options.lookahead > 0 and rows == 1 and exact and plain
+    return plain and _is_exact(model)
+
+
+def _is_exact(model: Any) -> bool:
+    if model.dtype != torch.float32 or not getattr(model, "exact", True):
+        return False
+    return not any(type(module).__module__.startswith(_ROUNDING) for module in model.modules())
 
 
 class Guesser:

@@ -83,7 +83,7 @@ class GenerateOptions:
         0,
         "Lookahead",
         "Guess up to so many tokens from what the text has said before, and check them in one pass: faster where text repeats "
-        "itself, the same text always. For greedy answers in fp32 or on graphs; 0 is off.",
+        "itself, and the same text. Only for greedy answers in fp32; 0 is off.",
         low=0,
         high=32,
         step=1,

@@ -78,7 +78,9 @@ def plan_for(
     spec = read_spec(model) if isinstance(model, str) else model
     base = make_plan(spec, hardware, limits_from(hardware, ram, vram), replace(goal, backend="torch"))
     if goal.precision == "auto":
-        base = priced(base, precision=offload_precision(base), reason="Everything at home, as without offloading.")
+        # What a small budget made the planner choose is no wish.
+        precision = offload_precision(replace(base, precision=goal.precision))
+        base = priced(base, precision=precision, reason="Everything at home, as without offloading.")
     if where is not None and where.resident:
         return base
     place: Callable[[Plan], Plan] = by_budget

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 
+from lowmem.models.config import is_encoder
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.units import MB
 
@@ -120,27 +121,62 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int) -> 
     return 4 * (3 * rows * spec.hidden + wide + scores + 2 * batch * spec.vocab)
 
 
-def export_peak_bytes(spec: ModelSpec) -> int:
-    """What writing holds beside the process itself: the largest matrix in fp32, its codes, and the proof's logits.
+def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
+    """Peak of writing and proving a fused graph, beside the process itself.
 
-    Layers that share an input are stacked: twice the largest of those.
+    While it is written: the largest matrix in fp32, its codes and what rounding takes; layers that share an input are stacked. While
+    it is proven: first the original's logits beside its embedding, then those of both beside the session.
     """
     largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
-    return 4 * largest + 3 * largest + PROOF_BYTES
+    count, length = proof_windows(spec.vocab, spec.context)
+    logits = 4 * count * length * spec.vocab
+    logarithms = 5 * 4 * PROOF_ROWS * spec.vocab
+    session = disk_bytes(spec, precision, group_size, fast_prefill)
+    return max(7 * largest, 5 * largest + logits, session + 4 * logits + logarithms)
 
 
-def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
-    """Peak of writing and proving a fused graph, beside the process itself."""
-    return export_peak_bytes(spec) + disk_bytes(spec, precision, group_size, fast_prefill)
+def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
+    """Weights of a graph by PyTorch's exporter: the embedding, which is gathered, stays in fp32 beside int8 and int4."""
+    layers, table = matrix_shapes(spec), spec.vocab * spec.hidden
+    head = 0 if is_encoder(spec.model_type) else table
+    matrices = sum(rows * columns for rows, columns in layers)
+    if precision in ("fp32", "fp16"):
+        return DTYPE_BYTES[precision] * (matrices + head + table)
+    if precision == "int8":
+        return matrices + head + 4 * table
+    return sum(block_bytes(*shape, 4, group_size) for shape in layers) + (head_bytes(spec) if head else 0) + 4 * table
+
+
+def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
+    """Peak of writing and proving a generic graph, beside the process itself; an encoder is traced whole."""
+    count, length = proof_windows(spec.vocab, spec.context)
+    encoder = is_encoder(spec.model_type)
+    logits = 0 if encoder else 4 * count * length * spec.vocab
+    # A CPU computes fp16 graphs in fp32: their weights are there twice.
+    session = generic_bytes(spec, precision, group_size) * (3 if precision == "fp16" else 1)
+    whole = generic_bytes(spec, "fp32") if encoder else 0
+    return TRACER_BYTES + max(
+        7 * spec.vocab * spec.hidden, whole, session + 4 * logits + 5 * 4 * PROOF_ROWS * spec.vocab
+    )
+
+
+TRACER_BYTES = 180 * MB
+"""PyTorch's exporter and what it holds of a graph (2.13, measured)."""
+
+
+PROOF_ROWS = 64
+"""Rows of logits that the proof compares at once."""
+
+
+def proof_windows(vocab: int, context: int) -> tuple[int, int]:
+    """(windows, tokens of each) of the text over which a graph is proven; fewer for large vocabularies."""
+    length = min(160, context)
+    return max(1, min(3, 192 * MB // (4 * vocab * length))), length
 
 
 def writing_seconds(spec: ModelSpec, precision: str = "int8") -> float:
     """About, see `SECONDS_PER_PARAMETER`."""
     return 5 + spec.parameters * SECONDS_PER_PARAMETER[precision]
-
-
-PROOF_BYTES = 400 * MB
-"""Logits of the original and of the graph over the proof's text, and their logarithms."""
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 import lowmem
+from lowmem.errors import LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.manifest import is_exported, read_manifest
 from lowmem.export.onnx_session import OnnxModel
@@ -64,7 +66,12 @@ def graph_folder(
     options = _options(plan)
     kept = settings().home / "graphs" / f"{plan.spec.name.replace('/', '--')}-{_key(folder, options)}"
     if is_exported(kept):
-        return kept
+        try:
+            read_manifest(kept)
+            return kept
+        except LowMemError as error:
+            log.warning("%s is written anew: %s", kept.name, error)
+            shutil.rmtree(kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
     left = None if ram_limit is None else max(0, ram_limit - probe().process_bytes)
     arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": plan.spec.ref, "ram": left}

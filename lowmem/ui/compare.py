@@ -24,6 +24,7 @@ from lowmem.ui.fields import read, widgets
 from lowmem.ui.quantize_form import originals
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import name, say
+from lowmem.ui.sweep import SweepView
 from lowmem.ui.workshop import Workshop
 
 KIND = "compare"
@@ -79,6 +80,7 @@ class CompareView:
             with gr.Row(visible=False, elem_classes="lm-actions") as self.files:
                 self.csv = gr.DownloadButton(say("csv"), size="sm", scale=0, min_width=150, elem_id="compare-csv")
                 self.png = gr.DownloadButton(say("png"), size="sm", scale=0, min_width=150, elem_id="compare-png")
+            SweepView(workshop, jobs, sidebar, self.text, self.options)
         self._wire()
 
     def _wire(self) -> None:

@@ -44,7 +44,7 @@ class ExportTab:
         self.workshop, self.engine, self.sidebar = workshop, workshop.engine, sidebar
         self.receipt = gr.State(None)
         with gr.Row(elem_id="export"):
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(scale=3, min_width=300, elem_id="export-form"):
                 self._build_form()
             with gr.Column(scale=2, min_width=300, elem_id="export-side"):
                 self.card = gr.HTML(elem_id="export-card")
@@ -114,7 +114,9 @@ class ExportTab:
         for control in self.controls:
             control.change(self._price, self.controls, priced, trigger_mode="always_last", **QUICK)
         self.precision.change(lambda key: gr.Dropdown(visible=key == "int4"), self.precision, self.group, **QUICK)
-        self.runner.wire(self.sidebar, self.controls, [self.result, self.table, self.receipt, self.plot], self._start)
+        self.runner.wire(
+            self.sidebar, self.controls, [self.result, self.table, self.receipt, self.plot, self.load], self._start
+        )
         self.race.wire(self.sidebar, [self.receipt, *self.controls], [self.plot], self._start_race)
         self.push.wire(self.receipt)
         self._fit_context = setup.fit_context
@@ -167,17 +169,18 @@ class ExportTab:
         def view(gathered: Sequence[Any]) -> list[Any]:
             made.extend(event for event in gathered if isinstance(event, Receipt))
             if not made:
-                return [gr.Column(visible=False), "", None, ""]
+                return [gr.Column(visible=False), "", None, "", gr.skip()]
             kept = made[-1].as_dict() | {"ref": model}
-            return [gr.Column(visible=True), export_render.receipt(made[-1]), kept, ""]
+            writes = made[-1].details["kind"] != "encoder"
+            return [gr.Column(visible=True), export_render.receipt(made[-1]), kept, "", gr.Button(visible=writes)]
 
         return events, view
 
     def _start_race(
         self, token: CancelToken, receipt: dict[str, Any] | None, *values: Any
     ) -> tuple[Iterator[Any], View]:
-        if not receipt or receipt["details"]["kind"] == "encoder":
-            raise BadInput("There is no exported model to race.", "Export one that writes text first.")
+        if not receipt:
+            raise BadInput("There is no exported model to race.", "Export one first.")
         limits = Limits(self._options(values)[2])
         events = race(receipt["ref"], _own_result(receipt), token, limits)
         found: list[dict[str, Any]] = []
@@ -186,8 +189,8 @@ class ExportTab:
             found.extend(event for event in gathered if isinstance(event, dict))
             if not found:
                 return [gr.skip()]
-            drawn = render_quantize.drawing(to_svg(export_render.race(found[-1])))
-            return [drawn + export_render.race_table(found[-1])]
+            drawn = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in export_render.race(found[-1]))
+            return [f'<div class="lm-side">{drawn}</div>{export_render.race_table(found[-1])}']
 
         return events, view
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from lowmem.events import Receipt
+from lowmem.export.folder import RUN
 from lowmem.export.run import Forecast
 from lowmem.measure.drawing import GREY, Bar, Label, Shape, Sheet
 from lowmem.ui import render
@@ -18,7 +19,7 @@ from lowmem.units import format_bytes, format_seconds
 COLORS = {"torch": "#d9822b", "onnx": "#4c8bd6"}
 NAMES = {"torch": "PyTorch fp32", "onnx": "ONNX Runtime"}
 
-WIDTH, MARGIN, GAP, ROW, BAR = 1000, 24, 48, 26, 16
+WIDTH, MARGIN, ROW, BAR, GAP = 520, 20, 20, 14, 40
 
 
 def card(expected: Forecast, original_bytes: int) -> str:
@@ -52,14 +53,28 @@ def receipt(one: Receipt) -> str:
     folder = Path(details["folder"])
     facts = f"{escape(say('time'))} {escape(format_seconds(one.seconds))} · {escape(folder.name)}"
     return (
-        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"])}'
+        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"], details["kind"])}'
         f"{optimised(details.get('optimised') or {})}{bars}"
-        f'<p class="lm-muted lm-small">{facts}</p><ul class="lm-notes">{notes}</ul>{files(folder)}</section>'
+        f'<p class="lm-muted lm-small">{facts}</p><ul class="lm-notes">{notes}</ul>{program(folder)}{files(folder)}</section>'
     )
 
 
-def proof(proven: dict[str, Any]) -> str:
-    """Agreement with the original, read at once and token by token."""
+def program(folder: Path) -> str:
+    """What runs the folder elsewhere, to be read and copied."""
+    path = folder / RUN
+    if not path.is_file():
+        return ""
+    code = escape(path.read_text(encoding="utf-8"))
+    return (
+        f'<details class="lm-files"><summary>{escape(say("export_program"))}</summary>'
+        f'<pre class="lm-code" tabindex="0">{code}</pre></details>'
+    )
+
+
+def proof(proven: dict[str, Any], kind: str = "fused") -> str:
+    """Agreement with the original, read at once and token by token; an encoder only reads."""
+    ways = ("prefill",) if kind == "encoder" else ("prefill", "decode")
+    header = say("export_proof_encoder" if kind == "encoder" else "export_proof")
     rows = [
         (
             say(f"export_{way}"),
@@ -68,9 +83,9 @@ def proof(proven: dict[str, Any]) -> str:
             f"{proven[way]['agreement']:.1%}",
             f"{proven[way]['tokens']:,}",
         )
-        for way in ("prefill", "decode")
+        for way in ways
     ]
-    return figures(say("export_proof").split("|"), rows)
+    return figures(header.split("|"), rows)
 
 
 def optimised(report: dict[str, Any]) -> str:
@@ -88,47 +103,34 @@ def optimised(report: dict[str, Any]) -> str:
     return figures(say("export_optimised").split("|"), rows)
 
 
-def race(result: dict[str, Any]) -> Sheet:
-    """Prefill speed and latency per token by prompt length, the graph beside PyTorch."""
-    lengths: list[int] = result["prompts"]
-    panel = (WIDTH - 2 * MARGIN - GAP) / 2
-    height = 84 + len(lengths) * (2 * ROW + 18)
-    shapes = [
-        *_panel(result, "prefill_tps", "Prefill", "prompt tokens a second; longer is better", MARGIN, panel, "{:,.0f}"),
-        *_panel(
-            result,
-            "token_ms",
-            "Each new token",
-            "milliseconds; shorter is better",
-            MARGIN + panel + GAP,
-            panel,
-            "{:.1f} ms",
-        ),
-    ]
-    return Sheet(WIDTH, height, tuple(shapes), "The graph against PyTorch")
+def race(result: dict[str, Any]) -> list[Sheet]:
+    """Prefill speed and latency per token by prompt length, the graph beside PyTorch; of an encoder, which writes nothing, the first."""
+    panels = [("prefill_tps", "Prefill", "prompt tokens a second; longer is better", "{:,.0f}")]
+    if any(value is not None for engine in COLORS for value in result[engine]["token_ms"]):
+        panels.append(("token_ms", "Each new token", "milliseconds; shorter is better", "{:.1f} ms"))
+    height = 64 + len(result["prompts"]) * (2 * ROW + GAP)
+    return [Sheet(WIDTH, height, tuple(_panel(result, *panel)), panel[1]) for panel in panels]
 
 
-def _panel(
-    result: dict[str, Any], key: str, title: str, unit: str, x: float, width: float, form: str
-) -> Iterator[Shape]:
-    yield Label(x, 20, title, 15, bold=True)
-    yield Label(x, 42, unit, 12)
-    series: dict[str, Sequence[float | None]] = {engine: result[engine][key] for engine in COLORS}
-    largest = max((value or 0 for values in series.values() for value in values), default=0) or 1
-    named, room = 110, width - 110 - 80
-    y = 76.0
+def _panel(result: dict[str, Any], key: str, title: str, unit: str, form: str) -> Iterator[Shape]:
+    yield Label(MARGIN, 20, title, 15, bold=True)
+    yield Label(MARGIN, 40, unit, 12)
+    largest = max((value or 0 for engine in COLORS for value in result[engine][key]), default=0) or 1
+    named, room = MARGIN + 110, WIDTH - 2 * MARGIN - 110 - 70
+    y = 72.0
     for position, length in enumerate(result["prompts"]):
-        yield Label(x, y - 2, f"{length} tokens", 12, bold=True)
-        for engine, values in series.items():
-            y += ROW if engine == "onnx" else 18
-            value = values[position]
-            yield Label(x, y, NAMES[engine], 12)
+        yield Label(MARGIN, y, f"{length} tokens", 12, bold=True)
+        for engine, color in COLORS.items():
+            y += ROW
+            value = result[engine][key][position]
+            yield Label(MARGIN, y, NAMES[engine], 12)
             if value is None:
-                yield Label(x + named, y, "no figure", 12)
+                yield Label(named, y, "no figure", 12)
                 continue
-            yield Bar(x + named, y - BAR / 2, room * value / largest, BAR, COLORS[engine])
-            yield Label(x + named + room * value / largest + 6, y, form.format(value), 12, color=GREY)
-        y += 26
+            width = room * value / largest
+            yield Bar(named, y - BAR / 2, width, BAR, color)
+            yield Label(named + width + 6, y, form.format(value), 12, color=GREY)
+        y += GAP - 8
 
 
 def race_table(result: dict[str, Any]) -> str:
@@ -137,8 +139,12 @@ def race_table(result: dict[str, Any]) -> str:
         (
             f"{length}",
             *(f"{result[engine]['prefill_tps'][index]:,.0f}" for engine in COLORS),
-            *(f"{result[engine]['token_ms'][index] or 0:.1f} ms" for engine in COLORS),
+            *(_milliseconds(result[engine]["token_ms"][index]) for engine in COLORS),
         )
         for index, length in enumerate(result["prompts"])
     ]
     return figures(say("export_race_table").split("|"), rows)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import secrets
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.access import Access
@@ -54,6 +55,7 @@ def serve(
     model: str | None = None,
     *,
     listed_only: bool = False,
+    mcp: bool = False,
     demo: gr.Blocks | None = None,
     **launching: Any,
 ) -> tuple[str, str]:
@@ -69,12 +71,18 @@ def serve(
         budget: memory that may be used on the computing device, such as "4G".
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
+        mcp: serve the page's endpoints as MCP tools, too, below /gradio_api/mcp/.
         demo: a page that is built already.
         launching: more for gradio's `launch`.
 
     Raises:
         BadInput: `auth` or `budget` cannot be read.
+        MissingDependency: `mcp` without the package.
     """
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise MissingDependency(
+            "MCP tools need the package mcp, which is not installed.", 'Install it: pip install "gradio[mcp]".'
+        )
     here = settings()
     public = share or here.host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
     sign_ins = _sign_ins(auth, share, public)
@@ -93,6 +101,7 @@ def serve(
         auth=sign_ins or None,
         server_name=host,
         server_port=port,
+        mcp_server=mcp,
         **launch_options(public=public),
         **launching,
     )

@@ -116,7 +116,7 @@ class OffloadTab:
         ).then(self._measure_again, self.asked, [*self.priced, self.again], **QUICK)
         inputs = [self.prompt, self.tokens, *self.asked]
         ran = self.single.wire(sidebar, inputs, [self.live, self.text, self.measured], self._run)
-        ran.then(self._price, self.asked, self.priced, **QUICK)
+        self._price_after(ran.then(self._price, self.asked, self.priced, **QUICK))
         self.exercise.wire(sidebar, inputs, [self.table, self.plot], self._compare)
 
     def shown(self, event: Any) -> Any:

@@ -11,6 +11,7 @@ from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.depot import Depot
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.export import ExportTab
+from lowmem.ui.export_api import add_export_endpoints
 from lowmem.ui.generate import GenerateTab
 from lowmem.ui.longctx import LongContextTab
 from lowmem.ui.longctx_api import add_longctx_endpoints
@@ -68,6 +69,7 @@ def build_ui(
         add_workshop_endpoints(workshop)
         add_longctx_endpoints(engine)
         add_offload_endpoints(depot)
+        add_export_endpoints(workshop)
         opened = sidebar.after(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )

@@ -1,0 +1,124 @@
+"""A causal model that can be traced without its weights: matrices take no memory, and are read when the graph is written.
+
+A matrix is one number that is seen everywhere, so that PyTorch's exporter finds a tensor of the right shape; vectors are real,
+since the exporter compares and folds what is small. `put` gives the graph its weights back, each read from the checkpoint
+the moment it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowmem.models.checkpoint import Checkpoint
+from lowmem.quant.skeleton import empty_model
+from lowmem.runtime.matching import match_names, tied_parameters
+
+Reader = Callable[[], Tensor]
+
+LARGE = 65_536
+"""Elements from which a weight is left out while the model is traced."""
+
+STANDING_IN = 0.123
+"""Nothing that an optimiser has a rule for, as it has for 0 and 1."""
+
+
+class LazyModel:
+    """`model` is the traceable one; `readers` read its matrices in fp32, by the names of its parameters.
+
+    Raises:
+        CorruptModel, Unsupported: see `match_names`.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+        self.model = empty_model(folder)
+        stored = match_names(self.model, checkpoint)
+        turned = _plain_linears(self.model)
+        self.readers: dict[str, Reader] = {}
+        for name, source in stored.items():
+            self._fill(name, _reader(checkpoint, source, name in turned))
+        for name, source in tied_parameters(self.model).items():
+            if name not in stored:
+                _set(self.model, name, self.model.get_parameter(source))
+
+    def _fill(self, name: str, read: Reader) -> None:
+        shape = self.model.get_parameter(name).shape
+        if shape.numel() < LARGE:
+            _set(self.model, name, nn.Parameter(read(), requires_grad=False))
+        else:
+            self.readers[name] = read
+            _set(self.model, name, nn.Parameter(torch.full((1,), STANDING_IN).expand(shape), requires_grad=False))
+
+
+def _reader(checkpoint: Checkpoint, name: str, turned: bool) -> Reader:
+    def read() -> Tensor:
+        values = checkpoint.read(name, torch.float32)
+        return values.t().contiguous() if turned else values
+
+    return read
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, member = name.rpartition(".")
+    model.get_submodule(owner)._parameters[member] = parameter
+
+
+def _plain_linears(model: nn.Module) -> set[str]:
+    """GPT-2's layers, whose weights lie the other way round, as `Linear`: what quantizers look for. Names of those weights."""
+    turned = set()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.nx, module.nf, device="meta").requires_grad_(False)
+            model.set_submodule(name, linear)
+            turned.add(f"{name}.weight")
+    return turned
+
+
+def unfolded(names: set[str]) -> Callable[[ir.Node], bool | None]:
+    """For the exporter's optimiser: whether to fold a node; never where a matrix goes in."""
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in names for value in node.inputs) else None
+
+    return should_fold
+
+
+def put(graph: ir.Graph, readers: dict[str, Reader]) -> None:
+    """Let the initializers of `graph` be read by `readers`; one that is only transposed is kept as it is multiplied."""
+    for name, read in readers.items():
+        value = graph.initializers.get(name)
+        if value is None:
+            continue
+        for node, _ in list(value.uses()):
+            if node.op_type == "Transpose" and value.shape is not None and len(value.shape) == 2:
+                _put_transposed(graph, node, name, read)
+        if value.uses():
+            value.const_value = _lazy(name, read, value.const_value.shape)
+        else:
+            del graph.initializers[name]
+
+
+def _put_transposed(graph: ir.Graph, node: ir.Node, name: str, read: Reader) -> None:
+    other = f"{name}.transposed"
+    found = graph.initializers.get(other)
+    if found is None:
+        old = graph.initializers[name].const_value
+        shape = ir.Shape([old.shape[1], old.shape[0]])
+        found = ir.Value(name=other, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+        found.const_value = _lazy(other, lambda: read().t(), shape)
+        graph.initializers[other] = found
+    ir.convenience.replace_all_uses_with(node.outputs[0], found)
+    graph.remove(node, safe=True)
+
+
+def _lazy(name: str, read: Reader, shape: Any) -> ir.LazyTensor:
+    def tensor() -> ir.Tensor:
+        return ir.Tensor(read().contiguous().numpy(), name=name)
+
+    return ir.LazyTensor(tensor, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name, cache=False)
