@@ -188,7 +188,8 @@ def film(browser: Any, url: str) -> None:
 def _write_film(frames: list[tuple[float, bytes]]) -> None:
     from PIL import Image
 
-    pictures, durations = [], []
+    pictures: list[Image.Image] = []
+    durations: list[int] = []
     times = [at for at, _ in frames] + [frames[-1][0] + 2.0]
     last: bytes | None = None
     for (at, png), until in zip(frames, times[1:], strict=True):

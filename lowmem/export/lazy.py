@@ -99,7 +99,7 @@ def put(graph: ir.Graph, readers: dict[str, Reader]) -> None:
             if node.op_type == "Transpose" and value.shape is not None and len(value.shape) == 2:
                 _put_transposed(graph, node, name, read)
         if value.uses():
-            value.const_value = _lazy(name, read, value.const_value.shape)
+            value.const_value = _lazy(name, read, value.shape)
         else:
             del graph.initializers[name]
 
@@ -108,8 +108,8 @@ def _put_transposed(graph: ir.Graph, node: ir.Node, name: str, read: Reader) -> 
     other = f"{name}.transposed"
     found = graph.initializers.get(other)
     if found is None:
-        old = graph.initializers[name].const_value
-        shape = ir.Shape([old.shape[1], old.shape[0]])
+        old: Any = graph.initializers[name].shape
+        shape = ir.Shape([old[1], old[0]])
         found = ir.Value(name=other, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
         found.const_value = _lazy(other, lambda: read().t(), shape)
         graph.initializers[other] = found
