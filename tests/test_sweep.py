@@ -25,6 +25,7 @@ from lowmem.machine.hardware import probe
 from lowmem.measure import compare as compare_module
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
+from lowmem.measure.texts import tail
 from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
 from lowmem.planning.estimate import weight_bytes
@@ -38,6 +39,7 @@ from lowmem.sweep.forecast import peaks, quantized
 from lowmem.sweep.grid import MOST_CELLS, Grid, make_grid, read_grid
 from lowmem.sweep.local import LocalPool, Task
 from lowmem.sweep.run import sweep
+from lowmem.sweep.table import opened
 from lowmem.units import GB, MB
 
 MEASURE = {"tokens": 200, "window": 64, "stride": 32, "prompt_tokens": 32, "new_tokens": 4, "runs": 1}
@@ -294,6 +296,15 @@ def test_a_folder_takes_one_sweep_at_a_time(folder, jobs, tmp_path):
         next(sweep(grid_of(folder), tmp_path / "out"))
     first.close()
     assert len(rows_of(sweep(grid_of(folder), tmp_path / "out"))) == 2
+
+
+def test_the_text_is_written_once_since_running_cells_read_it(folder, tmp_path):
+    grid, text = grid_of(folder), tail()
+    with opened(tmp_path / "out", grid, text) as table:
+        first = (table.work(folder) / "text.txt").stat()
+        assert table.work(folder) == table.work(folder)
+        assert (table.work(folder) / "text.txt").stat().st_mtime_ns == first.st_mtime_ns
+        assert (table.work(folder) / "text.txt").read_text(encoding="utf-8") == text.text
 
 
 def test_the_default_folder_is_the_same_for_the_same_grid(folder, jobs):
