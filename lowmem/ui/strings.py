@@ -258,6 +258,7 @@ ENGLISH: dict[str, Any] = {
     "offload_tokens_help": "Each is a pass of the weights.",
     "offload_answers": "Answers at once",
     "offload_answers_help": "A pass serves all. 0: as many as pay.",
+    "offload_writing": "Writing",
     "offload_run": "Load and run",
     "offload_exercise": "Compare every way",
     "offload_exercise_title": "The exercise: every way, side by side",
