@@ -126,12 +126,12 @@ def _kind(plan: Plan, streams: bool, tensor: Tensor, dtype: str) -> str:
 def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
     """Bytes per second of one kind of weights, for a token of every sequence of the plan."""
     rows = 1 << (plan.batch - 1).bit_length()  # few sizes are enough, and each is measured once
-    many = f", {rows} rows" if rows > 1 else ""
+    many = f"x{rows}" if rows > 1 else ""
     if kind == PLAIN and not many:
         return bandwidth.ram_bandwidth(again)
     if kind not in (STREAMED, HOME):
         dtype = "fp32" if kind == PLAIN else kind
-        return bandwidth.kept(f"{dtype} weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
+        return bandwidth.kept(f"{dtype}-weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
     stored = plan.spec.stored
     assert stored is not None  # or nothing would be packed
     name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}{many}"
