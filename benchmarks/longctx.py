@@ -1,8 +1,10 @@
 """Long context in figures: an endless stream, its speed, quantized keys and values against transformers' own, hidden states.
 
-    python -m benchmarks.longctx stream [--tokens 64000]   perplexity, time and memory along a stream
+    python -m benchmarks.longctx stream [--tokens 64000] [--stepwise 12000]
+                                                           perplexity, time and memory along a stream
     python -m benchmarks.longctx speed                     a token with window, with recomputation, with all in the cache
     python -m benchmarks.longctx kv [--backend quanto]     against QuantizedCache (optimum-quanto or hqq) at 4,000 tokens
+    python -m benchmarks.longctx quality                   perplexity through every cache
     python -m benchmarks.longctx hidden [--tokens 100000]  peak against a text of 10,000; throughput against transformers
 
 The demo model, greedy or teacher-forced. Every command writes its figures into results/longctx_<command>.json.
@@ -20,6 +22,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import save, table
 from benchmarks.memory import demo_folder
@@ -30,6 +33,7 @@ from lowmem.longctx.reading import Reader
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.measure.texts import head, tail
 from lowmem.models.source import read_spec
+from lowmem.planning.cache import BLOCK as PACKED_BLOCK
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.planner import plan
 from lowmem.runtime.isolated import Finished, run_isolated
@@ -37,16 +41,19 @@ from lowmem.runtime.session import Session
 
 WINDOW, SINKS, BLOCK = 1024, 4, 4000
 CONTEXT, TIMED = 4000, 130
+SEEN, STRIDE = 512, 384
+"""Window and stride of hidden states."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("stream", "speed", "kv", "hidden"))
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--stepwise", type=int, default=0)
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--backend", default="quanto", choices=("quanto", "hqq"))
     args = parser.parse_args()
-    rows, notes = {"stream": stream, "speed": speed, "kv": kv, "hidden": hidden}[args.what](args)
+    rows, notes = COMMANDS[args.what](args)
     print(table(rows))
     for note in notes:
         print(note)
@@ -56,7 +63,9 @@ def main() -> None:
 def loaded(precision: str) -> Any:
     session = Session()
     hardware = session.hardware()
-    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision))):
+    for _ in session.load(
+        plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision, backend="torch"))
+    ):
         pass
     return session._resident()[0]
 
@@ -69,26 +78,29 @@ def repeated(tokenizer: Any, tokens: int) -> list[int]:
 
 
 def stream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """One token at a time, as in generation; the text is given, so that its perplexity can be told."""
+    """The text is given, so that its perplexity can be told; one token at a time, as in generation.
+
+    With `--stepwise N` only the first N tokens and the last 4,000 go one by one, the others in passes of 128.
+    """
     tokens = args.tokens or 64_000
+    stepwise = args.stepwise or tokens
     model = loaded(args.precision)
     ids = repeated(model.tokenizer, tokens)
     reader = Reader(model.model, ids, GenerateOptions(window=WINDOW, sinks=SINKS))
-    rows, surprise, times = [], list[float](), list[float]()
-    for number in range(tokens):
-        started = time.perf_counter()
-        surprise.append(float(reader._pass(1)[0]))
-        times.append(time.perf_counter() - started)
-        if (number + 1) % BLOCK == 0:
-            rows.append(
-                {
-                    "tokens": number + 1,
-                    "ms a token": round(1000 * median(times[-BLOCK:]), 2),
-                    "perplexity": round(_perplexity(surprise[-BLOCK:]), 3),
-                    "RSS MB": round(process_bytes() / 1e6, 1),
-                }
-            )
-            print(rows[-1], flush=True)
+    # Made before the first measurement: lists would grow beside the stream, and split the heap.
+    surprise, times = torch.zeros(2, tokens, dtype=torch.float64)
+    rows = []
+    for start in range(0, tokens, BLOCK):
+        if start < stepwise or start == tokens - BLOCK:
+            for number in range(start, start + BLOCK):
+                started = time.perf_counter()
+                surprise[number] = float(reader._pass(1)[0])
+                times[number] = time.perf_counter() - started
+        else:
+            for part in reader.read(start + BLOCK):
+                surprise[reader.at - len(part) : reader.at] = part
+        rows.append(_row(surprise, times, start))
+        print(rows[-1], flush=True)
     first, last = surprise[WINDOW : WINDOW + BLOCK], surprise[tokens - BLOCK :]
     notes = [
         f"perplexity {_perplexity(first):.3f} of the {BLOCK:,} tokens after the first {WINDOW:,}, "
@@ -98,7 +110,17 @@ def stream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
         f"in turns with a stream that has read {BLOCK:,} tokens: {_later_than_early(model, reader, ids) - 1:+.1%}",
         f"without sinks: perplexity {_without_sinks(model, ids):.1f} of the same {BLOCK:,} tokens after the first {WINDOW:,}",
     ]
-    return rows, notes
+    return [rows[0], *rows[3::4]], notes
+
+
+def _row(surprise: Tensor, times: Tensor, start: int) -> dict[str, Any]:
+    milliseconds = 1000 * float(times[start : start + BLOCK].median())
+    return {
+        "tokens": start + BLOCK,
+        "ms a token": round(milliseconds, 2) or "",
+        "perplexity": round(_perplexity(surprise[start : start + BLOCK]), 3),
+        "RSS MB": round(process_bytes() / 1e6, 1),
+    }
 
 
 def _later_than_early(model: Any, late: Reader, ids: Sequence[int]) -> float:
@@ -111,12 +133,37 @@ def _later_than_early(model: Any, late: Reader, ids: Sequence[int]) -> float:
 
 def _without_sinks(model: Any, ids: Sequence[int]) -> float:
     reader = Reader(model.model, ids[: WINDOW + BLOCK + 1], GenerateOptions(window=WINDOW, sinks=0))
-    surprise = [float(one) for part in reader.read(WINDOW + BLOCK) for one in part]
-    return _perplexity(surprise[WINDOW:])
+    return _perplexity(torch.cat(list(reader.read(WINDOW + BLOCK)))[WINDOW:])
 
 
-def _perplexity(surprise: Sequence[float]) -> float:
-    return math.exp(sum(surprise) / len(surprise))
+def _perplexity(surprise: Tensor) -> float:
+    return math.exp(float(surprise.double().mean()))
+
+
+def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Perplexity of a text through every cache; a pass has as many tokens as a block of the packed ones."""
+    model, tokens = loaded(args.precision), args.tokens or 8000
+    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][: tokens + 1]
+    windowed = {"window": WINDOW, "sinks": SINKS}
+    ways: dict[str, dict[str, Any]] = {
+        "full cache": {},
+        **{f"full cache in {bits} bits": {"kv": f"int{bits}"} for bits in (8, 4, 2)},
+        "window 1024 + 4 sinks": windowed,
+        **{f"window 1024 + 4 sinks in {bits} bits": {**windowed, "kv": f"int{bits}"} for bits in (8, 4, 2)},
+        "window 1024 without sinks": {"window": WINDOW, "sinks": 0},
+    }
+    rows, against = [], 0.0
+    for way, fields in ways.items():
+        reader = Reader(model.model, ids, GenerateOptions(**fields))
+        reader._chunk = PACKED_BLOCK
+        found = _perplexity(torch.cat(list(reader.read(len(ids) - 1))))
+        against = found if "bits" not in way else against
+        change = f"{found / against - 1:+.2%}" if "bits" in way else ""
+        rows.append(
+            {"cache": way, "perplexity": round(found, 3), "for the bits": change, "bytes": reader.cache_bytes()}
+        )
+        print(rows[-1], flush=True)
+    return rows, [f"{len(ids) - 1:,} tokens of the manual's tail, weights in {args.precision}"]
 
 
 def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
@@ -225,20 +272,20 @@ def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, d
     text = head().text + tail().text
     ids = (model.tokenizer(text, add_special_tokens=False)["input_ids"] * 10)[:tokens]
     started = time.perf_counter()
-    yield from hidden_states(model.model, [ids], 512, 256, Path(out))
+    yield from hidden_states(model.model, [ids], SEEN, STRIDE, Path(out))
     return {"tokens/s": round(tokens / (time.perf_counter() - started))}
 
 
 def _throughput(precision: str) -> tuple[float, float, float]:
-    """Interleaved: 4,096 tokens by our windows into a file, and the same windows through the model, alone and by fours."""
+    """Interleaved: the same tokens by our windows into a file, and the same windows through the model, alone and by fours."""
     model = loaded(precision)
-    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][:4096]
-    windows = torch.tensor(ids).unfold(0, 512, 256)
+    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][: SEEN + 10 * STRIDE]
+    windows = torch.tensor(ids).unfold(0, SEEN, STRIDE)
     times: tuple[list[float], ...] = ([], [], [])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for _ in range(3):
             started = time.perf_counter()
-            list(hidden_states(model.model, [ids], 512, 256, Path(folder) / "states.npy", cancel=CancelToken()))
+            list(hidden_states(model.model, [ids], SEEN, STRIDE, Path(folder) / "states.npy", cancel=CancelToken()))
             times[0].append(time.perf_counter() - started)
             for size, found in ((1, times[1]), (4, times[2])):
                 started = time.perf_counter()
@@ -248,6 +295,8 @@ def _throughput(precision: str) -> tuple[float, float, float]:
     ours, plain, batched = (len(ids) / median(found) for found in times)
     return ours, plain, batched
 
+
+COMMANDS = {"stream": stream, "speed": speed, "kv": kv, "quality": quality, "hidden": hidden}
 
 if __name__ == "__main__":
     main()

@@ -16,13 +16,30 @@ TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "memory": memory.shown,
     "speed": dict,
     "app": dict,
+    "first_token": dict,
     "offload": offload.shown,
     "quantize": quantize.shown,
     "quantize_7b": dict,
     "crossload": dict,
     "export": dict,
+    "longctx_stream": dict,
+    "longctx_speed": dict,
+    "longctx_kv": dict,
+    "longctx_quality": dict,
+    "longctx_hidden": dict,
 }
 """Results files in the README's order, each with how a row is shown; those that are missing are left out."""
+
+
+TITLES = {
+    "memory": "Peak memory, predicted and measured",
+    "speed": "Speed, beside transformers",
+    "app": "The page",
+    "offload": "Offloading",
+    "quantize": "Quantization of the demo model",
+    "quantize_7b": "Quantization of a model of 7B",
+    "crossload": "Checkpoints in gptqmodel",
+}
 
 
 def main() -> None:
@@ -30,12 +47,16 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    parts = [_part(show, content) for name, show in TABLES.items() if (content := saved(name))["rows"]]
+    parts = [
+        _part(TITLES.get(name, name), show, content)
+        for name, show in TABLES.items()
+        if (content := saved(name))["rows"]
+    ]
     readme.write_text(head + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + tail, encoding="utf-8")
 
 
-def _part(show: Callable[[dict[str, Any]], dict[str, Any]], content: dict[str, Any]) -> str:
-    return "\n\n".join([table([show(row) for row in content["rows"]]), *content["notes"]])
+def _part(title: str, show: Callable[[dict[str, Any]], dict[str, Any]], content: dict[str, Any]) -> str:
+    return "\n\n".join([f"### {title}", table([show(row) for row in content["rows"]]), *content["notes"]])
 
 
 if __name__ == "__main__":

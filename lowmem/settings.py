@@ -55,6 +55,16 @@ def settings() -> Settings:
     )
 
 
+def gpu_is_attached() -> None:
+    """Called in the worker of a ZeroGPU Space: from here on this process has its GPU as any other Space would."""
+    os.environ.pop("SPACES_ZERO_GPU", None)
+
+
+def without_lent_gpu() -> dict[str, str]:
+    """Variables for a process of its own beside a ZeroGPU Space's app, which no GPU is lent to; empty elsewhere."""
+    return {"SPACES_ZERO_GPU": "", "CUDA_VISIBLE_DEVICES": ""} if _host() == "zerogpu" else {}
+
+
 def _host() -> str:
     """ "zerogpu", "space", "colab" or "local"."""
     env = os.environ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,4 +106,39 @@ def test_variants_side_by_side(browser: Any, url: str, tmp_path: Path) -> None: 
     download.value.save_as(tmp_path / "comparison.csv")
     assert len((tmp_path / "comparison.csv").read_text().splitlines()) == 4
     visit.shot("compared")
+    visit.close()
+
+
+def test_a_sweep_by_clicking_grows_stops_and_goes_on(browser: Any, url: str) -> None:  # noqa: F811
+    visit = Visit(browser, url, "desktop", "light", "sweep")
+    page = visit.page
+    page.click("#tabs button[role=tab]:has-text('Quantize') >> nth=0")
+    page.click("#quantize-modes button[role=tab]:has-text('Compare')")
+    page.click("#compare-options > button")
+    for option, value in (("tokens", 272), ("window", 64), ("stride", 32), ("prompt_tokens", 16), ("new_tokens", 4)):
+        field = page.locator(f"#measure-{option} input[type=number]")
+        field.fill(str(value))
+        field.blur()
+    page.click("#sweep > button")
+    page.click("#sweep-groups label:has-text('64')")
+    page.wait_for_selector("#sweep-count:has-text('3 cells')")
+    page.click("#sweep-groups label:has-text('32')")
+    page.wait_for_selector("#sweep-count:has-text('7 cells')")  # fp32, int8, bf16 and two methods with two widths
+    visit.shot("chosen")
+    page.click("#sweep-start")
+    page.wait_for_selector("#sweep-table tbody tr >> nth=1", timeout=120_000)
+    assert page.locator("#sweep-plots svg").count() == 1
+    visit.shot("growing")
+    clicked = time.monotonic()
+    page.click("#sweep-stop")
+    page.wait_for_selector("#sweep-start:not([disabled])")
+    assert time.monotonic() - clicked < 2
+    rows = page.locator("#sweep-table tbody tr").count()
+    assert 2 <= rows < 7
+    page.click("#sweep-start")
+    page.wait_for_selector(f"#sweep-table tbody tr >> nth={rows - 1}", timeout=30_000)  # kept, not measured again
+    page.wait_for_selector("#sweep-notes .lm-files", state="attached", timeout=120_000)
+    assert page.locator("#sweep-table tbody tr").count() == 7
+    assert page.locator("#sweep-plots svg circle").count() == 7
+    visit.shot("swept")
     visit.close()

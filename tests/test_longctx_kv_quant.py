@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_longctx_sinks import GREEDY, ours, windowed_logits
-from toys import prompt, toy
+from toys import prompt, save_toy, toy
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 
 from lowmem.errors import Unsupported
+from lowmem.events import Completion
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import policy
 from lowmem.longctx.kv_quant import BlockLayer, pack, quantize, unpack
+from lowmem.offload.run import Where, plan_for, run
 from lowmem.planning.cache import BLOCK, block_bytes
+from lowmem.planning.goal import Goal
+from lowmem.runtime.session import Session
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_what_is_packed_comes_back(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (3, 5, 16), dtype=torch.uint8)
-    out = torch.empty(3, 5, 16)
+    codes = torch.randint(0, 2**bits, (3, 16, 5), dtype=torch.uint8)
+    out = torch.empty(3, 16, 5)
     unpack(pack(codes, bits), bits, out)
     assert torch.equal(out, codes.float())
 
@@ -124,6 +129,21 @@ def test_a_block_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(BlockLayer, "_retire", lambda self, block: (made.append(block), retire(self, block))[1])
     ours(toy("llama"), [prompt(200)], replace(GREEDY, kv="int4", max_new_tokens=100))
     assert sorted(made) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("fields", [{"kv": "int4"}, {"kv": "int2", "window": 64}])
+def test_streamed_blocks_write_the_same_through_packed_caches(fields: dict[str, Any], tmp_path: Path) -> None:
+    save_toy("llama", tmp_path)
+    options = replace(GREEDY, endless=True, max_new_tokens=150, **fields)
+    texts = []
+    for where in (Where(ram=()), Where(disk=(0, 1), may_map=False)):
+        session = Session()
+        plan = plan_for(session, str(tmp_path), Goal(context=300, precision="fp32"), where=where)
+        events = run(session, plan, ["An old map", "A river"], options, raw=True, force=True)
+        texts.append([event for event in events if isinstance(event, Completion)])
+        session.unload()
+    assert len(texts[0]) == 2
+    assert [one.text for one in texts[0]] == [one.text for one in texts[1]]
 
 
 def test_schemes_that_go_by_order_are_refused_by_name() -> None:

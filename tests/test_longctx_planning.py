@@ -11,6 +11,7 @@ from toys import prompt, save_toy, toy
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import policy
 from lowmem.longctx.limits import context_of
+from lowmem.longctx.pricing import sliding_plan
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import kv_bytes
@@ -54,3 +55,15 @@ def test_plans_with_a_window_do_not_grow_with_the_text(spec: ModelSpec) -> None:
     assert peaks[0] == peaks[1] < priced(first, context=10_000).main.peak
     assert context_of(512, GREEDY) == 512
     assert context_of(512, GenerateOptions(window=64)) > 10**9
+
+
+def test_windows_share_a_pass_where_memory_allows(spec: ModelSpec) -> None:
+    hardware = machine()
+    roomy = plan(spec, hardware, limits_from(hardware), Goal(precision="fp32", backend="torch"))
+    shared, alone = sliding_plan(roomy, 64, 5000), sliding_plan(roomy, 64, 64)
+    assert (shared.context, alone.context) == (2048, 64)
+    between = (shared.main.peak + alone.main.peak) // 2
+    limits = limits_from(hardware, between)
+    tight = sliding_plan(plan(spec, hardware, limits, Goal(precision="fp32", backend="torch")), 64, 5000)
+    assert (tight.context, tight.verdict) != (2048, "over")
+    assert tight.context == 64

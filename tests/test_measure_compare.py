@@ -72,6 +72,11 @@ def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rtn:8:-1", Variant("rtn:8:-1", method="rtn", bits=8, group=-1)),
         ("hqq:3", Variant("hqq:3:64", method="hqq", bits=3, group=64)),
         ("awq:4:128", Variant("awq:4:128", method="awq", bits=4, group=128)),
+        (
+            "gptq:4:64:samples=16:symmetric=yes:order=groups",
+            Variant("gptq:4:64:symmetric=true:samples=16", "", "gptq", 4, 64, (("symmetric", True), ("samples", 16))),
+        ),
+        ("rtn:4:samples=8", Variant("rtn:4:64", method="rtn", bits=4, group=64)),
     ],
 )
 def test_variants_are_read(text, variant):
@@ -81,7 +86,22 @@ def test_variants_are_read(text, variant):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "fp17", "gptq:5:64", "gptq:4:0", "gptq:4:99999", "gptq::64", "gptq:four", "gptq:4:64:1", "fp32:4", "rtn:²"],
+    [
+        "",
+        "fp17",
+        "gptq:5:64",
+        "gptq:4:0",
+        "gptq:4:99999",
+        "gptq::64",
+        "gptq:four",
+        "gptq:4:64:1",
+        "fp32:4",
+        "rtn:²",
+        "gptq:4:64:symmetric=maybe",
+        "rtn:4:64:order=none",
+        "gptq:samples=0",
+        "gptq:text=/etc/passwd",
+    ],
 )
 def test_what_is_no_variant_is_refused_with_those_there_are(text):
     with pytest.raises(BadInput) as caught:
@@ -235,7 +255,7 @@ def test_without_its_reference_a_comparison_has_no_changes(folder, jobs):
 def test_a_quantized_variant_is_made_measured_and_removed(folder, jobs):
     (_, row) = [event for event in compare(folder, parse_variants("rtn:3:32"), options=QUICK) if isinstance(event, Row)]
     (_, made), (_, done) = jobs.calls[1:]
-    assert (made["method"], made["bits"], made["group"]) == ("rtn", 3, 32)
+    assert (made["method"], made["options"]) == ("rtn", {"bits": 3, "group_size": 32})
     assert (done["ref"], done["precision"], done["is_reference"]) == (made["out"], "stored", False)
     assert not Path(made["out"]).exists()
     assert (row.seconds, row.quantize_seconds, row.quantize_ram_bytes, row.ram_bytes) == (3.0, 2.0, 77, 100)
@@ -247,12 +267,16 @@ def test_progress_counts_all_variants(folder, jobs):
 
 
 def test_remains_of_a_killed_comparison_are_removed(folder, jobs):
-    gone, other = (settings().home / "work" / name for name in ("compare-99999999-x", "elsewhere"))
-    for left in (gone, other):
+    with compare_module.workspace() as own:
+        _, _, host, _ = own.name.split("-", 3)
+    names = (f"compare-99999999-{host}-x", "elsewhere", "compare-99999999-otherhost-x")
+    gone, other, elsewhere = (settings().home / "work" / name for name in names)
+    for left in (gone, other, elsewhere):
         left.mkdir(parents=True)
     list(compare(folder, parse_variants("fp32"), options=QUICK))
     assert not gone.exists()
     assert other.exists()
+    assert elsewhere.exists()
 
 
 def test_calibrated_methods_on_their_own_calibration_text_are_marked(folder, jobs, tmp_path):
@@ -278,7 +302,7 @@ def test_the_quantizing_job_hands_over_what_the_variant_says(folder, monkeypatch
     pipeline = ModuleType("pipeline")
     pipeline.quantize_model = quantize_model
     monkeypatch.setitem(sys.modules, "lowmem.quant.pipeline", pipeline)
-    steps = list(job.quantize(folder, str(tmp_path / "out"), "gptq", 3, 32, ram=10**9))
+    steps = list(job.quantize(folder, str(tmp_path / "out"), "gptq", {"bits": 3, "group_size": 32}, {}, ram=10**9))
     assert steps == [Step(25, 100, "Block 1 of 4", "%")]
     assert calls == [(Path(folder), tmp_path / "out", "gptq", 3, 32, "manual", 10**9)]
 

@@ -131,6 +131,20 @@ def test_a_live_quantized_model_is_not_offloaded(packed: Path, session: Session)
         apply(session._loaded.model, packed, Placement(("disk", "disk")))
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_model_that_was_quantized_while_it_was_loaded_is_not_moved(
+    precision: str, session: Session, tmp_path: Path
+) -> None:
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    toys.save_toy("llama", tmp_path)
+    goal = Goal(context=64, precision=precision)
+    list(session.load(plan_for(session, str(tmp_path), goal, where=PLACES["resident"])))
+    assert session._loaded is not None
+    with pytest.raises(Unsupported, match="cannot be moved once they are loaded"):
+        apply(session._loaded.model, tmp_path, Placement(("disk", "disk")))
+
+
 def test_more_than_the_budget_holds_runs_within_it(tmp_path: Path, limited: Callable[..., memlimit.Result]) -> None:
     """540 MB of 4-bit codes where 250 MB are left for them: nobody is killed, and the peak is the predicted one."""
     toys.tokenizer().save_pretrained(tmp_path / "tokenizer")

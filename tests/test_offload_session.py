@@ -172,6 +172,13 @@ def test_as_many_blocks_stay_as_the_budget_holds(seven_billion: Plan) -> None:
     assert counts[0] < counts[1] < counts[-1] == 32
 
 
+def test_a_small_budget_does_not_change_the_precision(session: Session, tmp_path: Path) -> None:
+    folder = str(toys.save_toy("llama", tmp_path))
+    held = session.hardware().runtime_bytes
+    plans = [plan_for(session, folder, Goal(context=64), ram) for ram in (held + 6_000_000, held + 3_000_000_000)]
+    assert {plan.precision for plan in plans} == {session.hardware().cpu.dtypes[0]}
+
+
 def test_a_budget_below_the_smallest_names_the_number_that_would_do(seven_billion: Plan) -> None:
     with pytest.raises(DoesNotFit, match="one block at a time") as refused:
         by_budget(big(seven_billion, 700_000_000))
@@ -186,6 +193,12 @@ def test_the_rung_offloads_only_what_does_not_fit(seven_billion: Plan) -> None:
     assert lower.placement is not None
     assert lower.verdict != "over"
     assert "on disk" in lower.reason
+
+
+def test_a_graph_that_does_not_fit_is_offloaded_as_a_model(seven_billion: Plan) -> None:
+    lower = offload(dataclasses.replace(seven_billion, precision="int8", backend="onnx", or_torch=True))
+    assert lower is not None
+    assert (lower.backend, lower.or_torch) == ("torch", False)
 
 
 def test_the_rung_after_it_halves_what_stays(seven_billion: Plan) -> None:

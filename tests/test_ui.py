@@ -41,7 +41,19 @@ ENDPOINTS = {
     "/compare",
     "/perplexity",
     "/hidden_states",
+    "/recall",
     "/exercise",
+    "/models",
+    "/forecast",
+    "/sweep",
+    "/look",
+    "/push",
+    "/export_forecast",
+    "/export",
+    "/race",
+    "/offload_plan",
+    "/offload",
+    "/offload_compare",
 }
 
 
@@ -71,6 +83,10 @@ def test_every_action_has_a_named_endpoint_and_the_plumbing_is_private(client: C
     info = client.view_api(return_format="dict", print_info=False)
     assert set(info["named_endpoints"]) == ENDPOINTS
     assert info["unnamed_endpoints"] == {}
+    for name, endpoint in info["named_endpoints"].items():
+        assert endpoint["description"].strip(), name
+        for parameter in endpoint["parameters"]:
+            assert parameter["python_type"]["type"] != "Any", (name, parameter)
 
 
 def test_plan_is_priced_by_the_budget_given(client: Client) -> None:

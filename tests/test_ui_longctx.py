@@ -155,6 +155,8 @@ def test_endpoints(client: Client) -> None:
     assert receipt["details"]["kv"] == "int4"
     receipt = client.predict(TEXT, 64, 32, api_name="/hidden_states")["receipt"]
     assert Path(receipt["details"]["file"]).stat().st_size > 1080 * 64 * 4
+    recalls = client.predict(64, 4, "int8", api_name="/recall")["receipt"]["details"]["recalls"]
+    assert [one["distance"] for one in recalls] == [32, 128]
     with pytest.raises(AppError, match="A stride of 65"):
         client.predict(TEXT, 64, 65, api_name="/hidden_states")
 

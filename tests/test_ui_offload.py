@@ -17,6 +17,7 @@ from lowmem.errors import BadInput, LowMemError
 from lowmem.events import CancelToken, Receipt
 from lowmem.machine import bandwidth
 from lowmem.ui import render_offload
+from lowmem.ui.access import Access
 from lowmem.ui.bind import Jobs
 from lowmem.ui.depot import Ask, Depot
 from lowmem.ui.engine import Engine
@@ -144,7 +145,7 @@ def test_the_exercise_is_a_table_and_a_plot(tab: OffloadTab, folder: Path) -> No
 
 
 def test_a_public_page_reads_no_strangers_folder(folder: Path) -> None:
-    depot = Depot(Engine(public=True))
+    depot = Depot(Engine(access=Access(public=True)))
     for attempt in (
         lambda: depot.plan(Ask(str(folder))),
         lambda: list(depot.compare(Ask(str(folder)), "x", 1, CancelToken())),

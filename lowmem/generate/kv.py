@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 
 from lowmem.errors import Unsupported
+
+# A layer that reads another's keys; transformers 5.15, which Colab brings, counts such layers out instead.
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 class FullLayer(CacheLayerMixin):
@@ -200,17 +202,25 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
 
     scratch, shuttle = Scratch(), Shuttle()
 
-    def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin | DummyLayer:
+    def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin:
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known is DynamicLayer:
             if kv == "ram":
                 return RamLayer(rows, capacity, shuttle)
             return Int8Layer(rows, capacity, scratch) if kv == "int8" else FullLayer(rows, capacity)
-        if known is DynamicSlidingWindowLayer or known is DummyLayer:
+        if known in (DynamicSlidingWindowLayer, DummyLayer) and known is not None:
             return known(**arguments)
         raise _unsupported(config)
 
-    return Cache(layers=[layer(*described) for described in zip(*get_layer_types_and_kwargs(decoder), strict=True)])
+    return Cache(layers=[layer(*described) for described in layer_kinds(decoder)])
+
+
+def layer_kinds(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
+    """What each layer remembers in transformers' words ("sliding_attention"), and its layer's arguments."""
+    kinds, arguments = get_layer_types_and_kwargs(decoder)
+    if isinstance(arguments, dict):  # the same for all layers, until transformers 5.15
+        return [(kind, arguments) for kind in kinds]
+    return list(zip(kinds, arguments, strict=True))
 
 
 def check_supported(model: Any) -> None:

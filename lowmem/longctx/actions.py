@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lowmem.errors import BadInput, DoesNotFit
+from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.limits import check_stride, check_token_window, check_window
+from lowmem.longctx.pricing import pass_plan, reading_plan, refuse_if_over, sliding_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.measure.windows import CHARACTERS_PER_TOKEN
-from lowmem.planning.estimate import priced
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CURVE_POINTS = 60
-SLIDING_BATCH_TOKENS = 2048
 LEAST_SPAN = 16
+
+RECALLED_AT = 2048
+"""Tokens back of the fact that is asked for where nothing is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,18 @@ def hidden_states(
 
         ids = tokens_of(loaded.tokenizer, text, tokens)
         check_token_window(window, plan.spec.context)
-        action = _sliding_plan(plan, max(window, SLIDING_BATCH_TOKENS if len(ids) > window else 0))
-        _refuse_if_over(action, force, "Use a shorter window.")
+        action = sliding_plan(plan, window, len(ids))
+        refuse_if_over(action, force, "Use a shorter window.")
         written = yield from hidden.hidden_states(
-            loaded.model, [ids], window, stride, out, layers=layers, cancel=cancel, check=check
+            loaded.model,
+            [ids],
+            window,
+            stride,
+            out,
+            layers=layers,
+            pass_tokens=action.context,
+            cancel=cancel,
+            check=check,
         )
         return action, (written, len(ids))
 
@@ -109,8 +119,8 @@ def sliding_perplexity(
 
         check_token_window(window, plan.spec.context)
         passage = Passage(tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, _prefix(loaded.tokenizer))
-        action = _sliding_plan(plan, window)
-        _refuse_if_over(action, force, "Use a shorter window.")
+        action = pass_plan(plan, window)
+        refuse_if_over(action, force, "Use a shorter window.")
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
         yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
         return action, (total.value, total.tokens, curve.spans())
@@ -155,7 +165,7 @@ def reading_perplexity(
                 "Set a window, or give a shorter text.",
             )
         action = reading_plan(plan, options, len(ids))
-        _refuse_if_over(action, force, "Use a shorter window, or fewer KV bits.")
+        refuse_if_over(action, force, "Use a shorter window, or fewer KV bits.")
         reader, spans, nll = Reader(loaded.model, ids, options), list[Span](), 0.0
         span = max(LEAST_SPAN, math.ceil(len(ids) / CURVE_POINTS))
         while reader.at < len(ids) - 1:
@@ -192,7 +202,7 @@ def recall(
     """Tell a fact, read on through `text`, and ask: within the window and beyond, see `longctx.needle`.
 
     Args:
-        distances: tokens between fact and question; half the window and twice the window when empty.
+        distances: tokens between fact and question; when empty half the window and twice the window, or a few without.
 
     Raises:
         BadInput, CorruptModel, Unsupported, Cancelled.
@@ -203,15 +213,18 @@ def recall(
         from lowmem.longctx import needle
 
         check_window(options, plan.spec.context)
+        wanted = distances or _recalled_at(options, plan.spec.context)
+        action = reading_plan(plan, options, max(wanted) + needle.REST)
+        refuse_if_over(action, False, "Use a shorter window, or fewer KV bits.")
         filler = tokens_of(loaded.tokenizer, text)
-        wanted = distances or ((options.window // 2, 2 * options.window) if options.window else (len(filler) // 2,))
+        filler *= 1 + max(wanted) // len(filler)
         found = []
         for number, distance in enumerate(wanted):
             yield Step(number, len(wanted), f"Asking for a fact {distance:,} tokens back", "questions")
             found.append(
                 needle.recall(loaded.model, loaded.tokenizer, filler, options, distance, cancel=cancel, check=check)
             )
-        return reading_plan(plan, options, max(wanted) + 64), found
+        return action, found
 
     started = time.perf_counter()
     (action, found), peak = yield from session.work("Asking what is remembered", job, cancel)
@@ -226,6 +239,12 @@ def recall(
         for one in found
     )
     yield _receipt("recall", action, started, peak, 0, details, notes)
+
+
+def _recalled_at(options: GenerateOptions, context: int) -> tuple[int, ...]:
+    from lowmem.longctx.needle import REST
+
+    return (options.window // 2, 2 * options.window) if options.window else (min(RECALLED_AT, context - REST),)
 
 
 def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
@@ -247,29 +266,6 @@ def with_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
     from lowmem.measure.windows import _prefix
 
     return [*_prefix(tokenizer), *ids]
-
-
-def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
-    """`plan` re-priced for reading `tokens` with the cache that `options` name."""
-    recomputes = bool(options.window) and not options.use_cache
-    return priced(
-        plan,
-        context=min(tokens, options.window) if recomputes else tokens,
-        batch=1,
-        kv=options.kv if options.use_cache else "none",
-        window=options.window,
-        sinks=options.sinks if options.window else 0,
-        prefill_chunk=options.window or tokens if not options.use_cache else options.prefill_chunk,
-    )
-
-
-def _sliding_plan(plan: Plan, tokens: int) -> Plan:
-    return priced(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
-
-
-def _refuse_if_over(plan: Plan, force: bool, hint: str) -> None:
-    if plan.verdict == "over" and not force:
-        raise DoesNotFit(plan.sentence(), hint)
 
 
 def _perplexity(nll: float, tokens: int) -> float:

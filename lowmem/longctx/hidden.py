@@ -23,13 +23,10 @@ from torch import Tensor, nn
 from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
-from lowmem.longctx.limits import check_stride, check_token_window
+from lowmem.longctx.limits import PASS_TOKENS, check_stride, check_token_window
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.measure.windows import Window, cut
 from lowmem.units import format_bytes
-
-BATCH_TOKENS = 2048
-"""Short windows share a pass up to so many tokens."""
 
 FORMATS = (".npy", ".safetensors")
 LAST = -1
@@ -70,6 +67,7 @@ def hidden_states(
     out: Path,
     *,
     layers: Sequence[int] = (LAST,),
+    pass_tokens: int = PASS_TOKENS,
     cancel: CancelToken | None = None,
     check: Callable[[], None] = nothing,
 ) -> Generator[Step, None, Written]:
@@ -81,6 +79,7 @@ def hidden_states(
 
     Args:
         layers: which states, negative ones from the end.
+        pass_tokens: short windows share a pass up to so many tokens.
         check: called before every pass, may raise.
 
     Raises:
@@ -98,7 +97,7 @@ def hidden_states(
     with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, _stoppable(list(model.modules()), cancel):
         done = windows = 0
         yield Step(0, offsets[-1], "Computing hidden states", "tokens")
-        for batch in _batches(pieces, max(1, BATCH_TOKENS // window)):
+        for batch in _batches(pieces, max(1, pass_tokens // window)):
             check()
             for layer, states in enumerate(_states(model, batch, chosen)):
                 for piece, row in zip(batch, states, strict=True):

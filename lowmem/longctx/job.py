@@ -11,8 +11,9 @@ from lowmem.errors import DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.actions import reading_plan, tokens_of, with_beginning
+from lowmem.longctx.actions import tokens_of, with_beginning
 from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.pricing import reading_plan
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.models.source import read_spec

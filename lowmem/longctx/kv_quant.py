@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowmem.errors import Unsupported
 from lowmem.longctx.ring import Ring
 from lowmem.longctx.rotation import Turn
 from lowmem.longctx.sinks import WindowLayer
@@ -62,20 +61,16 @@ class Unfolded:
 class Packed:
     """Blocks of one layer's keys or of its values, in a ring of `blocks`.
 
-    Codes lie as [rows, heads, blocks * BLOCK, head_dim * bits / 8]; scales and offsets in fp16, for keys
+    Codes lie as [rows, heads, blocks, BLOCK * bits / 8, head_dim]; scales and offsets in fp16, for keys
     [rows, heads, blocks, 1, head_dim], for values [rows, heads, blocks, BLOCK, 1].
     """
 
     def __init__(self, rows: int, blocks: int, bits: int, per_channel: bool, like: Tensor) -> None:
         heads, head_dim = like.shape[1], like.shape[3]
-        if head_dim % (8 // bits):
-            raise Unsupported(
-                f"Keys of {head_dim} numbers do not fill bytes in {bits} bits.", "Store the KV cache in int8."
-            )
         self.bits, self.blocks, self._over = bits, blocks, -2 if per_channel else -1
         shape = (rows, heads, blocks, 1, head_dim) if per_channel else (rows, heads, blocks, BLOCK, 1)
         self.codes = torch.zeros(
-            rows, heads, blocks, BLOCK, head_dim * bits // 8, dtype=torch.uint8, device=like.device
+            rows, heads, blocks, BLOCK * bits // 8, head_dim, dtype=torch.uint8, device=like.device
         )
         self.scales, self.lows = (torch.zeros(shape, dtype=torch.float16, device=like.device) for _ in range(2))
 
@@ -119,8 +114,8 @@ def quantize(states: Tensor, bits: int, over: int) -> tuple[Tensor, Tensor, Tens
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """[..., n] -> [..., n * bits / 8]: a byte holds one number of each half, or quarter, of the row."""
-    parts = codes.chunk(8 // bits, dim=-1)
+    """[..., tokens, n] -> [..., tokens * bits / 8, n]: a byte holds a number of one token of each half, or quarter."""
+    parts = codes.chunk(8 // bits, dim=-2)
     packed = parts[0].clone()
     for number, part in enumerate(parts[1:], 1):
         packed |= part << (bits * number)
@@ -128,8 +123,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
-    """The inverse of `pack`, as numbers of the dtype of `out` [..., n]."""
-    parts = out.chunk(8 // bits, dim=-1)
+    """The inverse of `pack`, as numbers of the dtype of `out` [..., tokens, n]."""
+    parts = out.chunk(8 // bits, dim=-2)
     for number, part in enumerate(parts):
         codes = packed >> (bits * number) if number else packed
         part.copy_(codes & (2**bits - 1) if number < len(parts) - 1 else codes)
@@ -257,8 +252,7 @@ class BlockLayer(WindowLayer):
 
     def _move_back(self, shifts: Tensor) -> None:
         """Only the latest tokens are turned; packed blocks when they are unfolded."""
-        latest = self.keys[: self.batch]
-        latest.copy_(self.turn(latest, -shifts))
+        self.turn.move(self.keys[: self.batch], -shifts)
 
     def _stores(self) -> tuple[Tensor, ...]:
         exact = (self.keys, self.values, self.first_keys, self.mixed_keys, self.first_values)

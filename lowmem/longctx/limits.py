@@ -8,6 +8,9 @@ from lowmem.generate.options import GenerateOptions
 ENDLESS = 2**40
 """The context, in tokens, of a generation that forgets what leaves its window."""
 
+PASS_TOKENS = 2048
+"""Short windows over a text share a pass up to so many tokens."""
+
 
 def check_window(options: GenerateOptions, limit: int) -> None:
     """

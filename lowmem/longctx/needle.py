@@ -19,6 +19,9 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.reading import Reader
 
 FACT, QUESTION = "\n\nRemember this: the secret word is {word}.\n\n", "\n\nRemember this: the secret word is"
+REST = 160
+"""More tokens than stand around the text between the two."""
+
 WORDS = ("orange", "castle", "river", "winter", "garden", "silver", "doctor", "window", "planet", "yellow")
 
 

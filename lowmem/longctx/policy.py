@@ -10,7 +10,6 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    get_layer_types_and_kwargs,
 )
 
 from lowmem.errors import Unsupported
@@ -95,9 +94,9 @@ def _window_cache(
     model: Any, options: GenerateOptions | _Whole, turns: Sequence[Turn], rows: int, stream: Stream, bounded: bool
 ) -> Cache:
     decoder = model.config.get_text_config(decoder=True)
-    kinds, arguments = get_layer_types_and_kwargs(decoder)
+    described = kv.layer_kinds(decoder)
     unfolded, rings, layers = Unfolded(), dict[str, Ring](), list[WindowLayer]()
-    for kind, given, turn in zip(kinds, arguments, turns, strict=True):
+    for (kind, given), turn in zip(described, turns, strict=True):
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unsupported(
@@ -116,7 +115,7 @@ def _window_cache(
             layers.append(BlockLayer(ring, rows, turn, bits_of(options.kv), unfolded, bounded))
         else:
             layers.append(WindowLayer(ring, rows, turn, native))
-    return WindowCache(stream, layers, kinds, model.config._attn_implementation == "eager")
+    return WindowCache(stream, layers, [kind for kind, _ in described], model.config._attn_implementation == "eager")
 
 
 def _positions_unsupported(model: Any, what: str, hint: str) -> Unsupported:

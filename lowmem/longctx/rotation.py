@@ -24,6 +24,8 @@ _GROWING = frozenset({"dynamic", "longrope"})
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Largest relative error of a reproduced key; a wrong way of turning is off by 10 % at the least."""
 
+TOKENS_AT_ONCE = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Turn:
@@ -49,6 +51,11 @@ class Turn:
         cos, sin = (factor.to(keys.device) for factor in self.factors(shifts))
         wide = keys.float()
         return (wide * cos + self.mixed(wide) * sin).to(keys.dtype)
+
+    def move(self, keys: Tensor, shifts: Tensor) -> None:
+        """`keys` [..., tokens, head_dim] moved on in place, a few tokens at a time: a stream's memory must not grow for it."""
+        for part in keys.split(TOKENS_AT_ONCE, dim=-2):
+            part.copy_(self(part, shifts))
 
     def mixed(self, keys: Tensor) -> Tensor:
         """Every number's partner in its place."""

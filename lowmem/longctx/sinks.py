@@ -72,8 +72,7 @@ class WindowLayer(CacheLayerMixin):
         return seen
 
     def _move_back(self, shifts: Tensor) -> None:
-        window = self.keys[: self.batch, :, self.ring.sinks :]
-        window.copy_(self.turn(window, -shifts))
+        self.turn.move(self.keys[: self.batch, :, self.ring.sinks :], -shifts)
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         start = self.ring.stream.seen[0]

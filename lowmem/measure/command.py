@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ _WIDTHS = (13, 5, 8, 10, 7, 8, 9, 8, 8, 17, 12)
 def add_command(commands: Any) -> None:
     """Add `compare` to the command line's subparsers."""
     parser = commands.add_parser("compare", help="quality, size, speed and memory of a model's variants")
-    parser.add_argument("model", help="demo, a hub id, a folder or a .gguf file")
+    parser.add_argument("model", nargs="?", help="demo, a hub id, a folder or a .gguf file; none with --grid")
     parser.add_argument(
         "--variants",
         default=DEFAULT_VARIANTS,
@@ -65,58 +66,82 @@ def add_command(commands: Any) -> None:
         parser.add_argument(
             flag, default=field.default, metavar="N", help=f"{field.metadata['help']} Default {field.default}."
         )
+    sweep = parser.add_argument_group("many at once")
+    sweep.add_argument("--grid", type=Path, metavar="FILE", help="models x methods x settings, in YAML")
+    sweep.add_argument("--out", type=Path, metavar="FOLDER", help="where the table is kept, and gone on from")
+    sweep.add_argument("--workers", type=int, default=0, metavar="N", help="most cells side by side; as many as fit")
+    sweep.add_argument("--ray", default="", metavar="ADDRESS", help="a Ray cluster that runs the cells, or auto")
     parser.add_argument("--json", action="store_true", help="nothing but the receipt, as one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    for path in (args.csv, args.png):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadInput(f"There is no folder {path.parent}.", "Name a file in a folder that exists.")
+    if args.grid:
+        from lowmem.sweep.command import run_grid
+
+        return run_grid(args, Shown(args.csv, args.png, args.json, grid=True))
+    if not args.model:
+        raise BadInput("There is no model to compare.", "Name one, such as demo, or a grid with --grid grid.yaml.")
     variants = parse_variants(args.variants)
     options = build(
         MeasureOptions, {field.name: getattr(args, field.name) for field in dataclasses.fields(MeasureOptions)}
     )
-    for path in (args.csv, args.png):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise BadInput(f"There is no folder {path.parent}.", "Name a file in a folder that exists.")
     ram, vram = (None if size is None else parse_bytes(size) for size in (args.ram, args.vram))
     limits = limits_from(probe(), ram, vram) if ram is not None or vram is not None else None
     measure_runtime_bytes()
     events = compare(args.model, variants, args.text, reference=args.reference, options=options, limits=limits)
-    rows: list[Row] = []
+    shown = Shown(args.csv, args.png, args.json)
     for event in events:
-        if isinstance(event, Row):
-            rows.append(event)
-            _show_row(event, first=len(rows) == 1, quiet=args.json)
-            _save(args, rows, "")
-        elif isinstance(event, Step):
-            _show_step(event)
-        elif isinstance(event, Receipt):
-            _save(args, rows, event.model, event.details["text"])
-            _show_receipt(event, args.json)
+        shown.take(event)
     return 0
 
 
-def _save(args: argparse.Namespace, rows: list[Row], model: str, text: str = "") -> None:
-    """The table after every row, so that a long comparison that is stopped leaves what it has; the picture at the end."""
-    if args.csv:
-        write_atomically(args.csv, to_csv(rows))
-    if args.png and model:
-        sheet = picture(rows, model, text)
-        write_atomically(args.png, to_svg(sheet) if args.png.suffix.lower() == ".svg" else to_png(sheet))
+class Shown:
+    """Events of a comparison on the terminal and in files, as they come.
+
+    Args:
+        csv, png: files to write, or None.
+        quiet: nothing but the receipt, as JSON.
+        grid: rows of several models.
+    """
+
+    def __init__(self, csv: Path | None, png: Path | None, quiet: bool, grid: bool = False) -> None:
+        self.csv, self.png, self.quiet, self.grid = csv, png, quiet, grid
+        self.rows: list[Row] = []
+
+    def take(self, event: Step | Row | Receipt) -> None:
+        if isinstance(event, Row):
+            self.rows.append(replace(event, variant=f"{event.model} {event.variant}") if self.grid else event)
+            self._show_row(self.rows[-1])
+            if self.csv:  # after every row: a long comparison that is stopped leaves what it has
+                write_atomically(self.csv, to_csv(self.rows))
+        elif isinstance(event, Step):
+            _show_step(event)
+        else:
+            self._finish(event)
+
+    def _finish(self, receipt: Receipt) -> None:
+        if self.png:
+            sheet = picture(self.rows, receipt.model, receipt.details["text"])
+            write_atomically(self.png, to_svg(sheet) if self.png.suffix.lower() == ".svg" else to_png(sheet))
+        _show_receipt(receipt, self.quiet)
+
+    def _show_row(self, row: Row) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if self.quiet:
+            return
+        if len(self.rows) == 1:
+            print(_line(_COLUMNS))
+        print(f"{row.variant:<{_WIDTHS[0]}}  {row.error}" if row.error else _line(_cells(row)), flush=True)
 
 
 def _show_step(step: Step) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{step.done / step.total:4.0%} {step.note}", end="", file=sys.stderr, flush=True)
-
-
-def _show_row(row: Row, first: bool, quiet: bool) -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    if quiet:
-        return
-    if first:
-        print(_line(_COLUMNS))
-    print(f"{row.variant:<{_WIDTHS[0]}}  {row.error}" if row.error else _line(_cells(row)), flush=True)
 
 
 def _line(cells: tuple[str, ...]) -> str:
@@ -158,7 +183,9 @@ def _show_receipt(receipt: Receipt, quiet: bool) -> None:
         f"stride {details['stride']:,}; speeds are medians of {details['runs']} runs; {format_seconds(receipt.seconds)} in all",
         file=sys.stderr,
     )
-    failed = {f"{row['variant']}: {row['error']}" for row in details["rows"]}
+    failed = tuple(f"{row['variant']}: {row['error']}" for row in details["rows"] if row["error"])
     for note in receipt.notes:
-        if note not in failed:
+        if not note.endswith(failed):
             print(note, file=sys.stderr)
+    if folder := details.get("folder"):
+        print(f"The table is in {folder}.", file=sys.stderr)

@@ -7,8 +7,10 @@ file. A variant that fails is a row with the reason, and the others go on.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -66,52 +68,73 @@ def compare(
     first = parse_variant(reference)
     ordered = list(dict.fromkeys([first, *variants]))
     rows: list[Row] = []
-    with _workspace() as work:
-        setting = _Setting(spec, work, options, limits, cancel)
+    with workspace() as work:
+        setting = Setting(spec, work, options, limits, cancel)
         setting.text.write_text(chosen.text, encoding="utf-8")
         for index, variant in enumerate(ordered):
             part = setting.measured(variant, is_reference=index == 0)
             row = yield from _within(part, variant.name, index, len(ordered))
-            rows.append(_against(row, rows[0] if rows else row))
+            rows.append(against(row, rows[0] if rows else row))
             yield rows[-1]
-    notes = (*_notes(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
+    notes = (*notes_on(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
     yield _receipt(setting, chosen, rows, notes, time.perf_counter() - started)
 
 
 @dataclass
-class _Setting:
-    """What all variants of one comparison share."""
+class Setting:
+    """What all variants of one comparison share.
+
+    Args:
+        work: a folder with the evaluation text in `text`, and room for predictions and checkpoints.
+        threads: cores for each process, 0 for all.
+    """
 
     spec: ModelSpec
     work: Path
     options: MeasureOptions
     limits: Limits | None
     cancel: CancelToken
+    threads: int = 0
     device: str = ""
 
     @property
     def text(self) -> Path:
         return self.work / "text.txt"
 
+    @property
+    def reference(self) -> Path:
+        """The reference's predictions, once it is measured."""
+        return self.work / "reference.bin"
+
     def measured(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
         """The row of one variant, of a failed one too."""
         started = time.perf_counter()
         try:
-            return (yield from self._row(variant, is_reference))
+            return (yield from self.row(variant, is_reference))
         except Cancelled:
             raise
-        except LowMemError as error:
-            reason = str(error)
-        except RuntimeError as error:
-            log.exception("measuring %s failed", variant.name)
-            reason = f"An error that was not foreseen: {(str(error).strip().splitlines() or [''])[-1][:300]}"
-        return Row(variant.name, error=reason, seconds=time.perf_counter() - started)
+        except (LowMemError, RuntimeError) as error:
+            return self.failed(variant, error, time.perf_counter() - started)
 
-    def _row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
+    def failed(self, variant: Variant, error: Exception, seconds: float) -> Row:
+        """The row of a variant that has no figures."""
+        reason = str(error)
+        if not isinstance(error, LowMemError):
+            log.error("measuring %s failed", variant.name, exc_info=error)
+            reason = f"An error that was not foreseen: {(reason.strip().splitlines() or [''])[-1][:300]}"
+        return Row(variant.name, error=reason, seconds=seconds, model=self.spec.ref)
+
+    def row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
+        """The row of one variant.
+
+        Raises:
+            LowMemError: whatever making or measuring it fails with. RuntimeError: a bug.
+        """
         if variant.precision:
             done = yield from self._measure(self.spec.ref, variant.precision, is_reference)
             return self._finished(variant, done)
         folder = self.work / variant.name.replace(":", "-")
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed; an unfinished one lies beside it
         try:
             made = yield from _scaled(self._quantize(variant, folder), 0, _QUANTIZED)
             done = yield from _scaled(self._measure(str(folder), "stored", is_reference), _QUANTIZED, 100)
@@ -136,6 +159,7 @@ class _Setting:
             ram_bytes=done.peak_bytes.get("ram"),
             vram_bytes=done.peak_bytes.get("vram") if figures["predicted_vram_bytes"] else None,
             seconds=done.seconds,
+            model=self.spec.ref,
             **figures,
         )
 
@@ -144,11 +168,12 @@ class _Setting:
             "ref": ref,
             "precision": precision,
             "text": str(self.text),
-            "reference": str(self.work / "reference.bin"),
+            "reference": str(self.reference),
             "is_reference": is_reference,
             "options": asdict(self.options),
             "ram": self.limits and self.limits.ram,
             "vram": self.limits and self.limits.vram,
+            "threads": self.threads,
         }
         return (yield from self._isolated("measure", arguments))
 
@@ -157,9 +182,10 @@ class _Setting:
             "ref": self.spec.ref,
             "out": str(folder),
             "method": variant.method,
-            "bits": variant.bits,
-            "group": variant.group,
+            "options": variant.options,
+            "calibration": variant.calibration,
             "ram": self.limits and self.limits.ram,
+            "threads": self.threads,
         }
         return (yield from self._isolated("quantize", arguments))
 
@@ -191,13 +217,15 @@ def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int
         yield Step(100 * index + step.done, 100 * count, f"{name} ({index + 1} of {count}): {step.note}", "%")
 
 
-def _against(row: Row, reference: Row) -> Row:
+def against(row: Row, reference: Row) -> Row:
+    """`row` with its change of perplexity."""
     if row.perplexity is None or not reference.perplexity:
         return row
     return replace(row, perplexity_change=row.perplexity / reference.perplexity - 1)
 
 
-def _notes(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator[str]:
+def notes_on(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator[str]:
+    """What a reader of the figures should know."""
     methods = {variant.method for variant in variants if variant.method}
     if any(get(method).calibrated for method in methods) and (warning := overlap_warning(head().text, text.text)):
         yield warning
@@ -205,7 +233,7 @@ def _notes(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator
         yield "These weights were once rounded to 4 bits in groups of 32: groups of 32 restore them, judge 64 or 128."
 
 
-def _receipt(setting: _Setting, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float) -> Receipt:
+def _receipt(setting: Setting, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float) -> Receipt:
     worst = max(rows, key=lambda row: row.peak_bytes or 0)
     memory = "ram" if worst.predicted_vram_bytes is None else "vram"
     names = ",".join(row.variant for row in rows)
@@ -229,19 +257,22 @@ def _receipt(setting: _Setting, text: Text, rows: Sequence[Row], notes: tuple[st
 
 
 @contextlib.contextmanager
-def _workspace() -> Iterator[Path]:
+def workspace() -> Iterator[Path]:
     """A folder for the reference's predictions and for checkpoints.
 
     It is beside the models, since a system's folder for temporary files may lie in memory. What
-    processes that are no more have left there is removed.
+    processes of this machine that are no more have left there is removed.
     """
     import psutil
 
+    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # machines of a cluster may share the folder
     root = settings().home / "work"
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob("compare-*-*"):
+    for left in root.glob(f"compare-*-{host}-*"):
         owner = left.name.split("-")[1]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"compare-{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f"compare-{os.getpid()}-{host}-", dir=root, ignore_cleanup_errors=True
+    ) as folder:
         yield Path(folder)

@@ -6,6 +6,7 @@ the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ def measure(
     options: Mapping[str, Any],
     ram: int | None = None,
     vram: int | None = None,
+    threads: int = 0,
 ) -> Generator[Step, None, dict[str, Any]]:
     """Load a model and measure quality, speed and memory.
 
@@ -49,6 +51,7 @@ def measure(
             when it is there.
         options: fields of `MeasureOptions`.
         ram, vram: budgets in bytes.
+        threads: cores to use, 0 for all.
 
     Returns:
         Fields of `Row`, and "device", "tokens", "window", "stride".
@@ -57,6 +60,7 @@ def measure(
         LowMemError: of planning, loading and measuring.
     """
     chosen = build(MeasureOptions, options)
+    _use_threads(threads)
     session, cancel = Session(), CancelToken()
     plan = _plan(session, ref, precision, chosen, ram, vram)
     predicted = predicted_bytes(plan, chosen)
@@ -74,6 +78,12 @@ def measure(
         "predicted_ram_bytes": predicted["ram"],
         "predicted_vram_bytes": predicted.get("vram"),
     }
+
+
+def _use_threads(count: int) -> None:
+    """torch, not imported yet, reads this when it is."""
+    if count:
+        os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def _plan(
@@ -164,9 +174,15 @@ def _share(events: Iterator[Any], low: int, high: int) -> Generator[Step, None, 
 
 
 def quantize(
-    ref: str, out: str, method: str, bits: int, group: int, ram: int | None = None
+    ref: str,
+    out: str,
+    method: str,
+    options: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    ram: int | None = None,
+    threads: int = 0,
 ) -> Generator[Step, None, dict[str, Any]]:
-    """Quantize `ref` into the new folder `out`, calibrated on the manual's head where the method is.
+    """Quantize `ref` into the new folder `out`, calibrated on the manual's head unless `calibration` says otherwise.
 
     Returns:
         The receipt as a dict.
@@ -174,8 +190,9 @@ def quantize(
     Raises:
         LowMemError: whatever the method refuses or fails with.
     """
-    options = {"bits": bits, "group_size": group}
-    receipt = yield from _share(_until_receipt(run.quantize(ref, Path(out), method, options, {}, ram)), 0, 100)
+    _use_threads(threads)
+    events = run.quantize(ref, Path(out), method, options, calibration, ram)
+    receipt = yield from _share(_until_receipt(events), 0, 100)
     return receipt.as_dict()
 
 

@@ -31,6 +31,7 @@ class Row:
         predicted_ram_bytes, predicted_vram_bytes: what was predicted before loading.
         seconds: of the whole process, making the quantized checkpoint included.
         quantize_seconds, quantize_ram_bytes: of making the checkpoint, in a process before.
+        model: what it is a variant of, as it was asked for.
     """
 
     variant: str
@@ -51,6 +52,7 @@ class Row:
     seconds: float | None = None
     quantize_seconds: float | None = None
     quantize_ram_bytes: int | None = None
+    model: str = ""
 
     @property
     def peak_bytes(self) -> int | None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.fields import build
+from lowmem.measure.texts import NAMES
 from lowmem.planning.plan import PRECISIONS
 from lowmem.quant import METHODS, get
+from lowmem.quant.base import Options
+from lowmem.quant.calibration import Calibration
 
 _ALIASES = {"int8_dynamic": "int8", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _HINT = (
-    f"Write one of {', '.join(PRECISIONS)}, or METHOD:BITS:GROUP with a method of {', '.join(METHODS)}, like gptq:4:64."
+    f"Write one of {', '.join(PRECISIONS)}, or METHOD:BITS:GROUP with a method of {', '.join(METHODS)}, like gptq:4:64 "
+    "or gptq:4:64:symmetric=true."
 )
+_CALIBRATION = tuple(field.name for field in fields(Calibration))
+_NUMBERS = ("bits", "group_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,7 @@ class Variant:
         name: how it is written and shown: "bf16", "gptq:4:64".
         precision: one of `PRECISIONS` to load the original in, or "" for a quantization.
         method, bits, group: the quantization, when `precision` is "".
+        settings: what else is not as usual, by name: options of the method, and of its calibration.
     """
 
     name: str
@@ -31,10 +39,22 @@ class Variant:
     method: str = ""
     bits: int = 0
     group: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the method's `Options`."""
+        more = {name: value for name, value in self.settings if name not in _CALIBRATION}
+        return {"bits": self.bits, "group_size": self.group} | more
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Fields of `Calibration`."""
+        return {name: value for name, value in self.settings if name in _CALIBRATION}
 
 
 def parse_variant(text: str) -> Variant:
-    """`"int8"`, `"gptq"` (4 bits in groups of 64), `"gptq:3"`, `"gptq:4:128"` -> `Variant`.
+    """`"int8"`, `"gptq"` (4 bits in groups of 64), `"gptq:3"`, `"gptq:4:128:symmetric=true"` -> `Variant`.
 
     Raises:
         BadInput: not a variant.
@@ -43,14 +63,42 @@ def parse_variant(text: str) -> Variant:
     word = _ALIASES.get(word, word)
     if word in PRECISIONS:
         return Variant(word, precision=word)
-    method, *numbers = word.split(":")
-    if method not in METHODS or len(numbers) > 2:
+    method, *parts = word.split(":")
+    numbers = [part for part in parts if "=" not in part]
+    pairs = [part.partition("=") for part in parts if "=" in part]
+    if method not in METHODS or len(numbers) > len(_NUMBERS):
         raise BadInput(f"There is no variant {text.strip()[:40]!r}.", _HINT)
-    options = build(get(method).Options, dict(zip(("bits", "group_size"), numbers, strict=False)))
+    named = {name: value for name, _, value in pairs}
+    return make_variant(method, dict(zip(_NUMBERS, numbers, strict=False)) | named)
+
+
+def make_variant(method: str, settings: Mapping[str, Any]) -> Variant:
+    """The variant of a method with these options of its own and of its calibration; its name has those that are not usual.
+
+    Raises:
+        BadInput: no such method or option, or options that cannot be.
+    """
+    given = {name: value for name, value in settings.items() if name not in _CALIBRATION}
+    options = build(get(method).Options, given)
     options.check()
-    return Variant(
-        f"{method}:{options.bits}:{options.group_size}", method=method, bits=options.bits, group=options.group_size
+    calibration = build(Calibration, {name: settings[name] for name in _CALIBRATION if name in settings})
+    if calibration.text not in NAMES:
+        raise BadInput(f"There is no calibration text {calibration.text[:40]!r}.", f"Choose one of {', '.join(NAMES)}.")
+    unusual = (*_unusual(options, _NUMBERS), *(_unusual(calibration) if get(method).calibrated else ()))
+    name = ":".join(
+        [method, str(options.bits), str(options.group_size), *(f"{key}={_spelled(v)}" for key, v in unusual)]
     )
+    return Variant(name, "", method, options.bits, options.group_size, unusual)
+
+
+def _unusual(values: Options | Calibration, known: tuple[str, ...] = ()) -> tuple[tuple[str, Any], ...]:
+    """Names and values of fields that are not at their default."""
+    pairs = ((field, getattr(values, field.name)) for field in fields(values) if field.name not in known)
+    return tuple((field.name, value) for field, value in pairs if value != field.default)
+
+
+def _spelled(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_variants(texts: str | Iterable[str]) -> list[Variant]:

@@ -31,6 +31,11 @@ from lowmem.runtime.matching import by_module, match_names
 Names = Mapping[str, str]
 """Parameter name -> stored name."""
 
+QUANTIZED = (
+    "The model's layers are quantized: they cannot be moved once they are loaded.",
+    "Load the model with a placement instead.",
+)
+
 
 def elsewhere(model: PreTrainedModel, names: Names, placement: Placement, device: torch.device) -> dict[int, Names]:
     """The names of every block that is not at home, by block.
@@ -194,6 +199,8 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         CorruptModel, ModelNotFound: the folder cannot be read.
     """
     device, dtype = model.device, model.dtype
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise Unsupported(*QUANTIZED)
     with Checkpoint(folder) as checkpoint:
         names = match_names(model, checkpoint)
         blocks = elsewhere(model, names, placement, device)
@@ -235,12 +242,9 @@ def _check_dense(checkpoint: Checkpoint, blocks: Mapping[int, Names]) -> None:
     """Is every matrix of these blocks a parameter of the model? Codes are not, neither in the files nor in memory."""
     found = {stored for names in blocks.values() for stored in names.values()}
     for name, entry in checkpoint.tensors.items():
-        codes = name.endswith(".qweight") or entry.dtype in CODE_DTYPES
-        if block_index(name) in blocks and (codes or (name.endswith(".weight") and name not in found)):
-            raise Unsupported(
-                "The model's layers are quantized: they cannot be moved once they are loaded.",
-                "Load the model with a placement instead.",
-            )
+        missing = name.endswith(".weight") and (entry.dtype in CODE_DTYPES or name not in found)
+        if block_index(name) in blocks and (missing or name.endswith(".qweight")):
+            raise Unsupported(*QUANTIZED)
 
 
 def _check_same(model: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:

@@ -70,7 +70,7 @@ class Ring:
                 check()
                 read.result()
         except BaseException:
-            wait(slot.pending)
+            _abandon(slot)
             self.release(index)
             self._stop()
             raise
@@ -101,9 +101,7 @@ class Ring:
     def _stop(self) -> None:
         while self._filling:
             slot = self._filling.popleft()
-            for read in slot.pending:
-                read.cancel()
-            wait(slot.pending)
+            _abandon(slot)
             self._free.append(slot)
 
     def _fill(self) -> None:
@@ -122,3 +120,10 @@ class Ring:
     def _check(self, block: BlockFile) -> None:
         for file in {read.file for read in block.reads}:
             self._shards[file].check()
+
+
+def _abandon(slot: _Slot) -> None:
+    """Begin no more reads into this buffer, and wait for those that have begun."""
+    for read in slot.pending:
+        read.cancel()
+    wait(slot.pending)

@@ -60,7 +60,7 @@ def plain_block(job: Job, block: nn.Module, owner: str, weights: Weights) -> Gen
         layer, stored = name.removesuffix(".weight"), f"{owner}.{name}"
         if layer not in job.layout.linears:
             return QuantizedBlock({name: weights.read_kept(stored)})
-        weight = oriented(block.get_submodule(layer), weights.read(stored))
+        weight = oriented(block.get_submodule(layer), weights.read(stored).to(job.device))
         found = QuantizedBlock()
         found.add(layer, job.method.quantize([weight], None, job.options, job.cancel)[0], job.options.layout)
         return found

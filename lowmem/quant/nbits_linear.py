@@ -124,8 +124,10 @@ def _blocks(weight: Quantized, order: Tensor | None, group_size: int) -> dict[st
 
 def _bytes(codes: Tensor, columns: int) -> Tensor:
     """uint8 codes [out, n <= columns], filled up with zeros, two a byte: [out, ceil(columns / 2)]."""
-    codes = nn.functional.pad(codes, (0, columns + columns % 2 - codes.shape[1]))
-    return codes[:, 0::2] | codes[:, 1::2] << NBITS
+    if missing := columns + columns % 2 - codes.shape[1]:
+        codes = nn.functional.pad(codes, (0, missing))
+    packed = codes[:, 1::2] << NBITS
+    return packed.bitwise_or_(codes[:, 0::2])
 
 
 def _session(attributes: dict[str, int], weights: dict[str, np.ndarray]) -> Any:

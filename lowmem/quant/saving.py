@@ -20,6 +20,7 @@ from lowmem.models.describe import COMPANIONS, CONFIG
 from lowmem.quant.base import BNB, INT8, Options, Packed, Quantizer
 from lowmem.quant.grid import Quantized
 from lowmem.quant.packing import to_awq, to_gptq
+from lowmem.quant.serving import vllm
 from lowmem.units import format_bytes, format_seconds
 
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -114,6 +115,16 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _served(options: Options) -> str:
+    """How vLLM takes the folder, as the card says it."""
+    serving = vllm(options)
+    if serving is None:
+        return ""
+    if serving.refusal:
+        return f"\n{serving.refusal}\n"
+    return f"\nServe it with vLLM, with this folder or its repository in FOLDER's place:\n\n    {serving.line}\n"
+
+
 def write_card(folder: Path, receipt: Receipt, options: Options, licence: str, calibration: str) -> None:
     """README.md with the receipt of the quantization, as the hub shows it."""
     details = receipt.details
@@ -145,5 +156,5 @@ Quantized by lowmem {lowmem.__version__}, block by block, from {receipt.model}.
 
 The loss of a layer is the squared error of its outputs over their squared size, on the calibration text
 (of its weights where there was none). Options: {used}.
-"""
+{_served(options)}"""
     (folder / CARD).write_text(text, encoding="utf-8")

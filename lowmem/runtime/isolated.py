@@ -32,6 +32,7 @@ from lowmem.machine.monitor import PeakMeter
 from lowmem.models.background import interruptible
 from lowmem.planning.goal import Limits
 from lowmem.runtime.oom import is_out_of_memory
+from lowmem.settings import without_lent_gpu
 from lowmem.units import format_bytes
 
 log = logging.getLogger("lowmem.isolated")
@@ -109,7 +110,7 @@ def _start(printed: IO[bytes]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=printed,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, **without_lent_gpu(), "PYTHONPATH": path},
         start_new_session=True,
     )
 

@@ -40,7 +40,7 @@ from lowmem.units import MB
 
 log = logging.getLogger("lowmem.loader")
 
-TRIM_BYTES = 32 * MB
+TRIM_BYTES = 8 * MB
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -121,7 +121,7 @@ class Session:
 
     def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
         """The resident plan re-priced for one action, whose context is prompt + max_new_tokens."""
-        plan = self._resident()[1]
+        plan = self._planned()
         return priced(
             plan,
             hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
@@ -272,10 +272,15 @@ class Session:
         self._busy = ""
         self._lock.release()
 
-    def _resident(self) -> tuple[Loaded, Plan]:
-        if self._loaded is None or self._plan is None:
+    def _planned(self) -> Plan:
+        if self._plan is None:
             raise BadInput("No model is loaded.", "Load one first; the recommended set-up is one click.")
-        return self._loaded, self._plan
+        return self._plan
+
+    def _resident(self) -> tuple[Loaded, Plan]:
+        plan = self._planned()
+        assert self._loaded is not None  # set together
+        return self._loaded, plan
 
     def _make_able(
         self, options: GenerateOptions | None, cancel: CancelToken, force: bool

@@ -18,6 +18,7 @@ from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.planning.plan import Plan
+from lowmem.ui.arguments import documented
 from lowmem.ui.bind import ENGINE, bounded, explain, pump
 from lowmem.ui.completion import joined
 from lowmem.ui.engine import AUTO, Choice, Engine
@@ -53,7 +54,7 @@ def as_json(plan: Plan) -> Json:
 
 def add_endpoints(engine: Engine) -> None:
     """Add every endpoint to the Blocks that is being built."""
-    for quick in (_plan(engine), _machine(engine), _receipt(engine)):
+    for quick in (_plan(engine), _models(engine), _machine(engine), _receipt(engine)):
         gr.api(told(quick), api_name=quick.__name__, concurrency_limit=None)
     for stream in (_load(engine), _generate(engine), _chat(engine), _batch(engine)):
         gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
@@ -62,9 +63,9 @@ def add_endpoints(engine: Engine) -> None:
 
 
 def told(action: Callable[..., Any]) -> Callable[..., Any]:
-    """The action, its failures as sentences."""
+    """The action, its arguments described, its failures as sentences."""
 
-    @wraps(action)
+    @wraps(documented(action))
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return action(*args, **kwargs)
@@ -75,9 +76,9 @@ def told(action: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def told_stream(action: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
-    """The generator, its failures as sentences."""
+    """The generator, its arguments described, its failures as sentences."""
 
-    @wraps(action)
+    @wraps(documented(action))
     def run(*args: Any, **kwargs: Any) -> Iterator[Any]:
         try:
             yield from action(*args, **kwargs)
@@ -110,6 +111,14 @@ def _plan(engine: Engine) -> Callable[..., Json]:
 def _named(*values: Any) -> Json:
     """Positional values of a set-up by the names of `Choice`."""
     return dict(zip(Choice.__slots__, values, strict=True))
+
+
+def _models(engine: Engine) -> Callable[..., Json]:
+    def models() -> dict:
+        """Models that the page lists, by what to ask for; any other of the hub may be named, too, where that is allowed."""
+        return {"models": {ref: label for label, ref in engine.catalog()}}
+
+    return models
 
 
 def _machine(engine: Engine) -> Callable[..., Json]:

@@ -17,6 +17,7 @@ from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal, Limits, limits_from
 from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
+from lowmem.settings import settings
 from lowmem.ui.access import Access
 from lowmem.ui.strings import say
 from lowmem.units import parse_bytes
@@ -230,6 +231,10 @@ def precision_label(key: str) -> str:
 
 
 def _real_session() -> Session:
+    if settings().host == "zerogpu":
+        from lowmem.runtime.zerogpu import LentSession
+
+        return LentSession()
     from lowmem.runtime.session import Session
 
     return Session()

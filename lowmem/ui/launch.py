@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import secrets
 import threading
 from typing import Any
 
-import gradio as gr
 from starlette.middleware import Middleware
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.access import Access
+from lowmem.ui.edge import Languages, Page
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.limits import VisitorLimits
 from lowmem.ui.page import build_ui
@@ -23,6 +24,7 @@ from lowmem.units import parse_bytes
 log = logging.getLogger("lowmem.ui")
 
 VISITOR, OWNER = "lowmem", "owner"
+ZEROGPU_BUDGET = "6G"  # what loads within a visitor's few seconds
 UPLOAD_LIMIT = "2mb"
 MEASURE_AFTER_SECONDS = 6.0
 
@@ -40,7 +42,7 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "max_file_size": UPLOAD_LIMIT,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
-        "app_kwargs": {"middleware": [Middleware(VisitorLimits)]} if public else None,
+        "app_kwargs": {"middleware": [Middleware(Languages), *([Middleware(VisitorLimits)] if public else [])]},
     }
 
 
@@ -53,7 +55,9 @@ def serve(
     model: str | None = None,
     *,
     listed_only: bool = False,
-    demo: gr.Blocks | None = None,
+    mcp: bool = False,
+    lang: str | None = None,
+    demo: Page | None = None,
     **launching: Any,
 ) -> tuple[str, str]:
     """Serve until interrupted; in a notebook's kernel return at once. Returns the local and the public address.
@@ -68,20 +72,29 @@ def serve(
         budget: memory that may be used on the computing device, such as "4G".
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
+        lang: the language of the page, whatever a browser asks for.
+        mcp: serve the page's endpoints as MCP tools, too, below /gradio_api/mcp/.
         demo: a page that is built already.
         launching: more for gradio's `launch`.
 
     Raises:
         BadInput: `auth` or `budget` cannot be read.
+        MissingDependency: `mcp` without the package.
     """
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise MissingDependency(
+            "MCP tools need the package mcp, which is not installed.", 'Install it: pip install "gradio[mcp]".'
+        )
     here = settings()
     public = share or here.host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
     sign_ins = _sign_ins(auth, share, public)
     owner = OWNER if len(sign_ins) > 1 else ""
     if demo is None or budget or model or public:
         access = Access(public, owner, any_model=not (listed_only or here.hub_token))
-        cap = parse_bytes(budget) if budget else None
+        small = ZEROGPU_BUDGET if here.host == "zerogpu" else ""
+        cap = parse_bytes(budget or small) if budget or small else None
         demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
+    demo.language = lang or demo.language
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
     measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)
     measuring.daemon = True
@@ -91,6 +104,7 @@ def serve(
         auth=sign_ins or None,
         server_name=host,
         server_port=port,
+        mcp_server=mcp,
         **launch_options(public=public),
         **launching,
     )

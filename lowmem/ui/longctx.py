@@ -52,7 +52,7 @@ class LongContextTab:
             placeholder=say("long_text_hint"),
             lines=6,
             max_lines=10,
-            max_length=MOST_CHARACTERS,
+            max_length=MOST_CHARACTERS + 1,  # a browser cuts off in silence; this is refused with the bound
             elem_id="long-text",
         )
         with gr.Row(elem_id="long-source"):

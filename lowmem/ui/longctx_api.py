@@ -15,6 +15,7 @@ from lowmem.longctx import actions
 from lowmem.longctx.exercise import exercise
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.sources import long_text
+from lowmem.measure.texts import tail
 from lowmem.ui.api import told_stream
 from lowmem.ui.bind import ENGINE, pump
 from lowmem.ui.engine import Engine
@@ -24,8 +25,8 @@ Json = dict[str, Any]
 
 
 def add_longctx_endpoints(engine: Engine) -> None:
-    """Add /perplexity, /hidden_states and /exercise to the Blocks that is being built."""
-    for stream in (_perplexity(engine), _hidden_states(engine), _exercise(engine)):
+    """Add /perplexity, /hidden_states, /recall and /exercise to the Blocks that is being built."""
+    for stream in (_perplexity(engine), _hidden_states(engine), _recall(engine), _exercise(engine)):
         gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
 
 
@@ -60,9 +61,19 @@ def _hidden_states(engine: Engine) -> Callable[..., Iterator[Json]]:
     return hidden_states
 
 
+def _recall(engine: Engine) -> Callable[..., Iterator[Json]]:
+    def recall(window: int = 1024, sinks: int = 4, kv: str = "same") -> Iterator[dict]:
+        """Is a fact remembered half a window later, and two windows later? With window 0: 2,048 tokens later."""
+        engine.require_model()
+        token, options = CancelToken(), build(GenerateOptions, {"window": window, "sinks": sinks, "kv": kv})
+        yield from _as_json(engine, actions.recall(engine.session, tail().text, options, cancel=token), token)
+
+    return recall
+
+
 def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
     def exercise_(model: str = "demo", options: dict | None = None, ram: str = "") -> Iterator[dict]:
-        """Five ways to read on, each in a process of its own; yields steps and points, last of all the receipt."""
+        """Five ways to read the manual's tail, each in a process of its own; yields steps and points, last of all the receipt."""
         engine.spec(model)  # refuses paths that strangers may not name
         token, chosen = CancelToken(), build(ExerciseOptions, options or {})
         budget = engine.budget_bytes({"ram": ram})

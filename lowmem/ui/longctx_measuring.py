@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -21,6 +22,7 @@ from lowmem.measure.rows import write_atomically
 from lowmem.measure.texts import MANUAL, tail
 from lowmem.ui import render, render_longctx, render_quantize
 from lowmem.ui.bind import Jobs
+from lowmem.ui.edge import shown_sheet
 from lowmem.ui.engine import Engine
 from lowmem.ui.fields import widgets
 from lowmem.ui.runner import Runner, View, new_folder
@@ -180,19 +182,27 @@ class ExerciseMode:
         self.plots = gr.HTML(elem_id="long-exercise-plots")
         self.files = gr.HTML(elem_id="long-exercise-files")
 
-    def wire(self, _tab: LongContextTab, sidebar: Sidebar) -> None:
-        self.sidebar = sidebar
-        inputs = [*self.controls.values(), *sidebar.limits]
+    def wire(self, tab: LongContextTab, sidebar: Sidebar) -> None:
+        self.tab, self.sidebar = tab, sidebar
+        inputs = [*tab.source, *self.controls.values(), *sidebar.limits]
         self.runner.wire(sidebar, inputs, [self.table, self.plots, self.files], self._start)
 
-    def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
+    def _start(
+        self, token: CancelToken, text: str, file: str, address: str, *values: Any
+    ) -> tuple[Iterator[Any], View]:
         options = build(ExerciseOptions, dict(zip(self.controls, values, strict=False)))
         plan = self.engine.resident
         ref, precision = (plan.spec.ref, plan.precision) if plan else ("demo", "auto")
         budgets = self.engine.budget_bytes(self.sidebar.budgets(tuple(values[len(self.controls) :])))
         points: list[Point] = []
-        ram, vram = budgets["ram"], budgets["vram"]
-        events = exercise(ref, MANUAL, options, precision=precision, ram=ram, vram=vram, cancel=token)
+
+        def events() -> Iterator[Any]:
+            chosen: str | Path = MANUAL
+            if text.strip() or file or address:
+                chosen = new_folder("exercise") / "text.txt"
+                chosen.write_text(self.tab.given(text, file, address, token), encoding="utf-8")
+            ram, vram = budgets["ram"], budgets["vram"]
+            yield from exercise(ref, chosen, options, precision=precision, ram=ram, vram=vram, cancel=token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             points.extend(event for event in gathered if isinstance(event, Point))
@@ -202,13 +212,13 @@ class ExerciseMode:
             files = gr.skip() if gathered else _written(points, ref)
             return [render_longctx.points(points), render_quantize.drawing(to_svg(drawn)), files]
 
-        return events, view
+        return events(), view
 
 
 def _written(points: Sequence[Point], ref: str) -> str:
     folder = new_folder("exercise")
     table = write_atomically(folder / "exercise.csv", to_csv(points))
-    drawn = write_atomically(folder / "exercise.png", to_png(picture(points, ref)))
+    drawn = write_atomically(folder / "exercise.png", to_png(shown_sheet(picture(points, ref))))
     return render_longctx.link(table, say("csv")) + render_longctx.link(drawn, say("png"))
 
 

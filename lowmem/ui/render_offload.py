@@ -20,6 +20,10 @@ GREY = "#7a7a7a"
 COLORS = {"predicted": GREY, "time": "#4c8bd6", "memory": "#3fa36b"}
 WIDTH, ROW, LEFT = 1000, 40, 170
 
+TIME_TOLERANCE = 0.25
+FEW_TOKENS = 4
+"""Fewer say nothing of speed."""
+
 
 def picture(plan: Plan, speed: Speed | None, *, here: bool = True) -> str:
     """The model as a column of blocks, what is at home, and the prediction beside it.
@@ -96,12 +100,14 @@ def measured(one: Receipt) -> str:
         if one.predicted.get(memory)
     )
     details = one.details
-    if details.get("seconds_per_token") and details.get("predicted_seconds_per_token"):
-        bars += render.against(
-            say("offload_speed"), details["predicted_seconds_per_token"], details["seconds_per_token"], _seconds, 0.25
-        )
+    expected, taken = (details.get(key) or 0.0 for key in ("predicted_seconds_per_token", "seconds_per_token"))
+    if expected and taken:
+        bars += render.against(say("offload_speed"), expected, taken, _seconds, TIME_TOLERANCE)
     read = format_bytes(details.get("bytes_read", 0))
-    facts = _quiet([f"{details.get('placement', '')} · {one.new_tokens} tokens · {read} read"])
+    told = [f"{details.get('placement', '')} · {one.new_tokens} tokens · {read} read"]
+    if taken and one.new_tokens > FEW_TOKENS and abs(expected - taken) > TIME_TOLERANCE * taken:
+        told.append(say("offload_stale"))
+    facts = _quiet(told)
     return f'<section class="lm-made">{bars}{facts}</section>'
 
 

@@ -16,6 +16,7 @@ from lowmem.units import GB
 
 TICK_SECONDS = 2.0
 PRESETS_GB = (1, 2, 4, 6, 12)
+ZEROGPU_PRESETS_GB = (4, 6, 8, 12, 16)  # the sizes of cards that its 48 GB stand in for
 Seen = tuple[str, str]
 
 
@@ -70,10 +71,12 @@ class Sidebar:
         if detected.vram is not None:
             most["vram"] = detected.vram / GB
         main = "vram" if "vram" in most else "ram"
-        presets = [size for size in PRESETS_GB if size < most[main]]
+        sizes = ZEROGPU_PRESETS_GB if hardware.host == "zerogpu" else PRESETS_GB
+        presets = [size for size in sizes if size < most[main]]
+        preset = 0 if cap_bytes is None else next((size for size in presets if size * GB == cap_bytes), None)
         pretend = gr.Radio(
             [(f"{size} GB", size) for size in presets] + [(say("pretend_all"), 0)],
-            value=0 if cap_bytes is None else None,
+            value=preset,
             label=say("pretend"),
             elem_id="pretend",
         )

@@ -22,6 +22,7 @@ from lowmem.quant.calibration import Calibration
 from lowmem.quant.forecast import Forecast, forecast, remember
 from lowmem.quant.run import checked, output_folder, quantize_isolated
 from lowmem.settings import settings
+from lowmem.sweep.grid import MOST_CELLS, Grid
 from lowmem.ui.engine import Choice, Engine
 
 MOST_VARIANTS = 12
@@ -129,14 +130,38 @@ class Workshop:
         chosen = parse_variants(variants)
         if len(chosen) > MOST_VARIANTS:
             raise BadInput(f"{len(chosen)} variants are more than {MOST_VARIANTS}.", "Tick fewer.")
-        if self.engine.public and options.tokens > LARGEST_TEXT_TOKENS:
-            raise BadInput(f"{options.tokens:,} tokens are more than {LARGEST_TEXT_TOKENS:,}.", "Measure on fewer.")
-        if text not in texts.NAMES:
-            raise BadInput(f"There is no text {text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}.")
+        self._check_measuring(text, options)
         self.engine.spec(ref)  # refuses paths that strangers may not name
         limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
         first = "fp32" if "fp32" in self.variants() else chosen[0].name
         return self._noted(compare(ref, chosen, text, reference=first, options=options, limits=limits, cancel=cancel))
+
+    def sweep(
+        self, grid: Grid, cancel: CancelToken, budgets: Mapping[str, str], workers: int = 0
+    ) -> Iterator[Step | Row | Receipt]:
+        """Measure a grid of models and variants, as many side by side as the budget holds; its table is kept."""
+        from lowmem.sweep.run import sweep
+
+        cells = len(grid.cells())
+        if self.engine.public and cells > MOST_VARIANTS:
+            raise BadInput(f"{cells} cells are more than the {MOST_VARIANTS} of a visitor.", "Choose fewer.")
+        if cells > MOST_CELLS:
+            raise BadInput(f"{cells:,} cells are more than {MOST_CELLS}.", "Choose fewer.")
+        self._check_measuring(grid.text, grid.options)
+        for model in grid.models:
+            self.engine.spec(model)  # refuses models that whoever asks may not name
+        limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
+        return self._noted(sweep(grid, workers=workers, limits=limits, cancel=cancel))
+
+    def reference(self) -> str:
+        """The precision that others are held against: the original's own where it runs."""
+        return "fp32" if "fp32" in self.variants() else "fp16"
+
+    def _check_measuring(self, text: str, options: MeasureOptions) -> None:
+        if self.engine.public and options.tokens > LARGEST_TEXT_TOKENS:
+            raise BadInput(f"{options.tokens:,} tokens are more than {LARGEST_TEXT_TOKENS:,}.", "Measure on fewer.")
+        if text not in texts.NAMES:
+            raise BadInput(f"There is no text {text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}.")
 
     def _noted(self, events: Iterator[Step | Row | Receipt]) -> Iterator[Step | Row | Receipt]:
         for event in events:
@@ -153,14 +178,23 @@ class Workshop:
         for event in run_isolated("lowmem.quant.pictures:job", arguments, cancel):
             yield event.value if isinstance(event, Finished) else event
 
+    def result(self, folder: str) -> Path:
+        """A folder that this page made.
+
+        Raises:
+            BadInput: it is elsewhere.
+        """
+        path = Path(folder).resolve()
+        if not folder or not path.is_dir() or not path.is_relative_to(settings().outputs.resolve()):
+            raise BadInput("Only results of this page can be used.", "Quantize or export a model first.")
+        return path
+
     def push(self, folder: str, repo: str, token: str, private: bool, cancel: CancelToken) -> str:
         """Upload a finished folder; returns its address. For the owner of the page only."""
         from lowmem.models.push import push
 
         self.engine.access.require_owner("Pushing to the hub")
-        path = Path(folder).resolve()
-        if not path.is_relative_to(settings().outputs.resolve()):
-            raise BadInput("Only results of this page can be pushed.", "Quantize a model first.")
+        path = self.result(folder)
         return push(path, repo, token.strip() or settings().hub_token or "", private=private, cancel=cancel)
 
 

@@ -1,0 +1,246 @@
+"""Take the README's pictures: the real app with its demo model, driven in Debian's chromium.
+
+python -m benchmarks.pictures [NAME...]     all of them, or those named, into docs/
+
+Each picture is a scene: what a person would click before they look. `lowmem.gif` is a film of the first minute.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.common import ROOT
+from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.ui.engine import Engine
+from lowmem.ui.launch import launch_options
+from lowmem.ui.page import build_ui
+
+DOCS = ROOT.parent / "docs"
+DESKTOP, PHONE, FILM = (1280, 900), (390, 844), (1120, 700)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+QUESTION = "What is a memory budget, and why would a program keep one?"
+LONG = 240_000
+"""Milliseconds that a scene may take to measure something."""
+
+FILM_WIDTH, FILM_COLORS, FRAME_SECONDS, LONGEST_FRAME_SECONDS = 840, 64, 0.12, 0.5
+
+Scene = Callable[[Any], None]
+
+
+@contextmanager
+def _page(browser: Any, url: str, size: tuple[int, int], scheme: str = "light") -> Iterator[Any]:
+    """A visitor's page, once it has settled."""
+    context = browser.new_context(
+        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, has_touch=size == PHONE
+    )
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"{url.rstrip('/')}/?__theme={scheme}")
+    page.wait_for_selector("#load:not([disabled])")
+    page.wait_for_selector("body.lm-settled")
+    yield page
+    context.close()
+
+
+def _tab(page: Any, name: str) -> None:
+    page.click(f"#tabs button[role=tab]:has-text('{name}') >> nth=0")
+
+
+def _fill(page: Any, element: str, value: float) -> None:
+    field = page.locator(f"#{element} input[type=number]")
+    field.fill(str(value))
+    field.blur()
+
+
+def _load(page: Any) -> None:
+    """The recommended model, unless it is resident."""
+    if page.is_visible("#load"):
+        page.click("#load")
+    page.wait_for_selector("#message textarea")
+
+
+def _ask(page: Any, tokens: int) -> None:
+    _fill(page, "option-max_new_tokens", tokens)
+    page.fill("#message textarea", QUESTION)
+    page.keyboard.press("Enter")
+
+
+def first(page: Any) -> None:
+    page.wait_for_selector("#budget .lm-pill")
+
+
+def over(page: Any) -> None:
+    _fill(page, "ram-budget", 0.6)
+    page.wait_for_selector("#budget [data-verdict=over] >> nth=0")
+
+
+def chat(page: Any) -> None:
+    _load(page)
+    _ask(page, 160)
+    page.wait_for_selector("#receipt .lm-against")
+    page.wait_for_selector("#message .submit-button")
+
+
+def quantize(page: Any) -> None:
+    _tab(page, "Quantize")
+    page.click("#quant-method label:has-text('HQQ')")
+    page.wait_for_selector("#quantize-start:not([disabled])")
+    page.click("#quantize-start")
+    page.wait_for_selector("#quantize-load", timeout=LONG)
+
+
+def how(page: Any) -> None:
+    _tab(page, "Quantize")
+    page.click("#quantize-modes button[role=tab]:has-text('How it works')")
+    page.click("#explain-draw")
+    page.wait_for_selector("#explain-pictures svg", timeout=LONG)
+
+
+def sweep(page: Any) -> None:
+    _tab(page, "Quantize")
+    page.click("#quantize-modes button[role=tab]:has-text('Compare')")
+    page.click("#compare-options > button")
+    for option, value in (("tokens", 512), ("window", 256), ("stride", 128), ("prompt_tokens", 64), ("runs", 1)):
+        _fill(page, f"measure-{option}", value)
+    page.click("#compare-options > button")
+    page.click("#sweep > button")
+    page.click("#sweep-start")
+    page.wait_for_selector("#sweep-notes .lm-files", state="attached", timeout=2 * LONG)
+    page.locator("#sweep-table").scroll_into_view_if_needed()
+    page.evaluate("document.querySelector('#sweep-start, #sweep-count').scrollIntoView()")
+
+
+def offload(page: Any) -> None:
+    _tab(page, "Offload")
+    page.wait_for_selector("#offload-picture .lm-blocks")
+    page.click("#offload-where label:has-text('All on disk')")
+    page.wait_for_selector("#offload-picture .lm-pace", timeout=LONG)
+    page.wait_for_timeout(1500)
+    page.wait_for_selector("#offload-start:not([disabled])")
+    page.click("#offload-start")
+    page.wait_for_selector("#offload-measured .lm-against", timeout=LONG)
+
+
+def longctx(page: Any) -> None:
+    _load(page)
+    _tab(page, "Long Context")
+    page.click("#longctx-modes button[role=tab]:has-text('Memory test')")
+    _fill(page, "long-window", 256)
+    page.click("#long-recall-start")
+    page.wait_for_selector("#long-recall-result table", timeout=LONG)
+
+
+def export(page: Any) -> None:
+    _tab(page, "Export")
+    page.wait_for_selector("#export-card .lm-pill")
+    page.click("#export-start")
+    page.wait_for_selector("#export-load", timeout=LONG)
+
+
+SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {
+    "first": (DESKTOP, "light", first),
+    "over": (DESKTOP, "light", over),
+    "chat": (DESKTOP, "light", chat),
+    "dark": (DESKTOP, "dark", chat),
+    "phone": (PHONE, "dark", chat),
+    "longctx": (DESKTOP, "light", longctx),
+    "offload": (DESKTOP, "light", offload),
+    "quantize": (DESKTOP, "light", quantize),
+    "how": (DESKTOP, "light", how),
+    "compare": (DESKTOP, "light", sweep),
+    "export": (DESKTOP, "light", export),
+}
+"""Picture -> screen, theme, and what is clicked before it is taken."""
+
+
+def film(browser: Any, url: str) -> None:
+    """From the first screen to an answer, the budget beside it, as a GIF of real frames."""
+    frames: list[tuple[float, bytes]] = []
+    with _page(browser, url, FILM) as page:
+
+        def roll(selector: str, seconds: float, at_least: float = 0.0) -> None:
+            """Take frames until `selector` is visible."""
+            started = time.perf_counter()
+            while (spent := time.perf_counter() - started) < seconds:
+                frames.append((time.perf_counter(), page.screenshot(type="png")))
+                if spent >= at_least and page.is_visible(selector):
+                    return
+                page.wait_for_timeout(1000 * FRAME_SECONDS)
+
+        roll("#load", 2.0, 1.2)
+        page.click("#load")
+        roll("#message textarea", 60, 0.5)
+        _fill(page, "option-max_new_tokens", 110)
+        page.type("#message textarea", QUESTION[:31] + "?", delay=5)
+        roll("#message", 1.0)
+        page.keyboard.press("Enter")
+        roll("#message .submit-button", 30, 1.0)
+        roll("#never", 2.5)
+    _write_film(frames)
+
+
+def _write_film(frames: list[tuple[float, bytes]]) -> None:
+    from PIL import Image
+
+    pictures: list[Image.Image] = []
+    durations: list[int] = []
+    times = [at for at, _ in frames] + [frames[-1][0] + 2.0]
+    last: bytes | None = None
+    for (at, png), until in zip(frames, times[1:], strict=True):
+        duration = int(1000 * min(LONGEST_FRAME_SECONDS if until != times[-1] else 2.0, until - at))
+        if png == last:
+            durations[-1] += duration
+            continue
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image = image.resize((FILM_WIDTH, FILM_WIDTH * image.height // image.width), Image.Resampling.LANCZOS)
+        pictures.append(image)
+        durations.append(duration)
+        last = png
+    # One palette for all: what does not change between frames then costs nothing.
+    palette = pictures[len(pictures) // 2].quantize(FILM_COLORS)
+    flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
+    flat[0].save(
+        DOCS / "lowmem.gif",
+        save_all=True,
+        append_images=flat[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,
+        disposal=1,
+    )
+
+
+def main(names: list[str]) -> None:
+    from playwright.sync_api import sync_playwright
+
+    measure_runtime_bytes()
+    engine = Engine()
+    demo = build_ui(engine, model="demo")
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    chromium = shutil.which("chromium") or "/usr/bin/chromium"
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
+        if not names or "film" in names:
+            film(browser, url)
+        for name, (size, scheme, scene) in SCENES.items():
+            if names and name not in names:
+                continue
+            engine.unload()
+            with _page(browser, url, size, scheme) as page:
+                try:
+                    scene(page)
+                    page.wait_for_timeout(700)
+                finally:
+                    page.screenshot(path=DOCS / f"{name}.png")
+        browser.close()
+    demo.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

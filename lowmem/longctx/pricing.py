@@ -1,0 +1,43 @@
+"""What reading a long text will take, by the resident model's plan; no torch."""
+
+from __future__ import annotations
+
+from lowmem.errors import DoesNotFit
+from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.limits import PASS_TOKENS
+from lowmem.planning.estimate import priced
+from lowmem.planning.plan import Plan
+
+
+def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
+    """`plan` re-priced for reading `tokens` with the cache that `options` name."""
+    recomputes = bool(options.window) and not options.use_cache
+    return priced(
+        plan,
+        context=min(tokens, options.window) if recomputes else tokens,
+        batch=1,
+        kv=options.kv if options.use_cache else "none",
+        window=options.window,
+        sinks=options.sinks if options.window else 0,
+        prefill_chunk=options.window or tokens if not options.use_cache else options.prefill_chunk,
+    )
+
+
+def sliding_plan(plan: Plan, window: int, tokens: int) -> Plan:
+    """`plan` re-priced for windows over `tokens`: its context is the tokens of a pass, several windows where memory allows."""
+    several = pass_plan(plan, max(window, PASS_TOKENS if tokens > window else 0))
+    return several if several.verdict != "over" else pass_plan(plan, window)
+
+
+def pass_plan(plan: Plan, tokens: int) -> Plan:
+    """`plan` re-priced for passes of `tokens` without a cache."""
+    return priced(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
+
+
+def refuse_if_over(plan: Plan, force: bool, hint: str) -> None:
+    """
+    Raises:
+        DoesNotFit: the plan exceeds its budget, and `force` is off.
+    """
+    if plan.verdict == "over" and not force:
+        raise DoesNotFit(plan.sentence(), hint)

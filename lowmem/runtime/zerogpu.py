@@ -1,0 +1,236 @@
+"""A GPU that is lent for one action at a time, as ZeroGPU Spaces do.
+
+The app's own process has none. What `spaces.GPU` decorates runs in a worker that has one for as many seconds as were
+asked for; arguments and what it yields are pickled, and nothing else comes back. So loading a model here fetches and
+plans it; each answer loads it in its worker, which keeps it for the next answer if it lives that long. Seconds are
+predicted from the plan, since visitors have few of them a day. Importing this needs the package `spaces`, which wants
+to be imported before torch.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import spaces
+
+from lowmem.errors import Cancelled, LowMemError, NotAllowed, Unsupported
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.generate.options import GenerateOptions
+from lowmem.planning.plan import Plan
+from lowmem.runtime import receipts
+from lowmem.runtime.session import Message, Session
+from lowmem.settings import gpu_is_attached
+
+if TYPE_CHECKING:
+    from lowmem.runtime.loader import Loaded
+
+Event = Step | Chunk | Completion | Receipt
+
+# Half an RTX Pro 6000 Blackwell, on the cautious side: seconds that were not needed are given back.
+START_SECONDS = 10.0  # torch, CUDA and the first kernels
+READ_BYTES_PER_SECOND = 0.8e9
+VRAM_BYTES_PER_SECOND = 500e9
+SECONDS_PER_LAYER = 1e-3  # of one pass: Python and the starts of its kernels
+PREFILL_TOKENS_PER_SECOND = 2000.0
+CHARACTERS_PER_TOKEN = 3
+PROMPTS_AT_ONCE = 8
+SAFETY = 1.5
+LONGEST_SECONDS = 110
+"""Anonymous visitors have 120 a day, and a longer wish than what they have left is refused."""
+GRACE_SECONDS = 5.0  # the worker starts before its clock does
+
+_kept: Session | None = None
+"""The worker's session; the app's own process never has one here."""
+
+
+def predicted_seconds(
+    plan: Plan,
+    asked: str | Sequence[Message] | Sequence[str],
+    options: GenerateOptions,
+    raw: bool = False,  # noqa: ARG001  it is called with what `lent` is called with
+    batch_size: int | None = None,
+) -> int:
+    """Seconds to ask the GPU for: to load `plan` and to answer, with room for error; `LONGEST_SECONDS` at most."""
+    prompts = 1 if isinstance(asked, str) or not asked or isinstance(asked[0], dict) else len(asked)
+    turns = math.ceil(prompts / (batch_size or PROMPTS_AT_ONCE))
+    load = START_SECONDS + plan.spec.size_on_disk / READ_BYTES_PER_SECOND
+    read = len(str(asked)) / CHARACTERS_PER_TOKEN / PREFILL_TOKENS_PER_SECOND
+    token = plan.spec.layers * SECONDS_PER_LAYER + plan.main.share("weights") / VRAM_BYTES_PER_SECOND
+    return min(LONGEST_SECONDS, math.ceil(SAFETY * (load + read + turns * options.max_new_tokens * token)))
+
+
+@spaces.GPU(duration=predicted_seconds)
+def lent(
+    plan: Plan,
+    asked: str | Sequence[Message] | Sequence[str],
+    options: GenerateOptions,
+    raw: bool = False,
+    batch_size: int | None = None,
+) -> Iterator[Event | LowMemError]:
+    """In the worker: load the plan unless it is there, then answer a prompt or conversation, or a tuple of prompts.
+
+    Ends by itself before the GPU is taken away. A `LowMemError` is yielded, since raised ones lose their sentence.
+    """
+    global _kept
+    gpu_is_attached()
+    token = CancelToken()
+    timer = threading.Timer(predicted_seconds(plan, asked, options, raw, batch_size) - GRACE_SECONDS, token.set)
+    timer.daemon = True
+    timer.start()
+    started = time.perf_counter()
+    _kept = session = _kept or Session()
+    try:
+        if session.plan != plan:
+            gpu = _pretend(plan)
+            yield from (event for event in session.load(plan, token) if isinstance(event, Step))
+        else:
+            gpu = _real_memory()
+        loading = time.perf_counter() - started
+        work = (
+            session.batch(asked, options, token, raw=raw, batch_size=batch_size)
+            if isinstance(asked, tuple)
+            else session.generate(asked, options, token, raw=raw)  # type: ignore[arg-type]
+        )
+        for event in work:
+            yield _told(event, gpu, loading, token.cancelled) if isinstance(event, Receipt) else event
+    except LowMemError as error:
+        yield error
+    finally:
+        timer.cancel()
+
+
+def _pretend(plan: Plan) -> dict[str, Any]:
+    """Let torch have no more of the card than the budget, as on a card of that size."""
+    gpu, limit = _real_memory(), plan.limits.vram
+    if gpu and limit is not None:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / gpu["gpu_total_bytes"]))
+    return gpu
+
+
+def _real_memory() -> dict[str, Any]:
+    """What the worker's GPU says of itself; empty where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu": torch.cuda.get_device_name(), "gpu_total_bytes": total, "gpu_free_bytes": free}
+
+
+def _told(receipt: Receipt, gpu: dict[str, Any], loading: float, out_of_time: bool) -> Receipt:
+    notes = (f"Loading on the lent GPU took {loading:.1f} s of it.",) if loading > 1 else ()
+    if out_of_time:
+        notes = (*notes, "The seconds that the GPU was lent for are over.")
+    details = receipt.details | gpu | {"loading_seconds": loading}
+    return replace(receipt, notes=(*receipt.notes, *notes), details=details)
+
+
+class LentSession(Session):
+    """The session of a Space whose GPU is lent. On the CPU it is like any other."""
+
+    def _attempt(
+        self, plan: Plan, folder: Path, cancel: CancelToken, force: bool
+    ) -> Generator[Step, None, dict[str, int]]:
+        if plan.place.kind == "cpu":
+            return (yield from super()._attempt(plan, folder, cancel, force))
+        yield Step(0, 0, "The GPU comes with the first answer")
+        self._taken_bytes, self._overhead_bytes = 0, plan.hardware.runtime_bytes
+        self._plan = plan
+        return {}
+
+    @property
+    def _lends(self) -> bool:
+        return self._plan is not None and self._loaded is None
+
+    def _resident(self) -> tuple[Loaded, Plan]:
+        if self._lends:
+            raise Unsupported(
+                "This needs a model that stays in memory, and here the GPU is lent for one answer at a time.",
+                "Load the model with CPU under Runs on.",
+            )
+        return super()._resident()
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        options: GenerateOptions,
+        cancel: CancelToken | None = None,
+        *,
+        raw: bool = False,
+        force: bool = False,
+    ) -> Iterator[Step | Chunk | Receipt]:
+        if not self._lends:
+            yield from super().generate(prompt, options, cancel, raw=raw, force=force)
+            return
+        asked = prompt if isinstance(prompt, str) else list(prompt)
+        yield from self._lent("Generating", asked, options, raw, None, cancel or CancelToken())  # type: ignore[misc]
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        options: GenerateOptions,
+        cancel: CancelToken | None = None,
+        *,
+        raw: bool = False,
+        batch_size: int | None = None,
+        force: bool = False,
+    ) -> Iterator[Step | Completion | Receipt]:
+        if not self._lends:
+            yield from super().batch(prompts, options, cancel, raw=raw, batch_size=batch_size, force=force)
+            return
+        what = f"Answering {len(prompts):,} prompts"
+        yield from self._lent(what, tuple(prompts), options, raw, batch_size, cancel or CancelToken())  # type: ignore[misc]
+
+    def _lent(
+        self, what: str, asked: Any, options: GenerateOptions, raw: bool, batch_size: int | None, cancel: CancelToken
+    ) -> Iterator[Event]:
+        """Pass on what the worker yields; Stop takes effect at its next event."""
+        yield from self._turn(what, cancel)
+        try:
+            plan, started = self._planned(), time.perf_counter()
+            yield Step(0, 0, "Waiting for a GPU")
+            last: dict[int, Chunk] = {}
+            events = lent(plan, asked, options, raw, batch_size)
+            try:
+                for event in _sentences(events):
+                    if isinstance(event, Chunk):
+                        last[event.index] = event
+                    if isinstance(event, Receipt):
+                        self._last_receipt = event
+                    yield event
+                    if cancel.cancelled and not isinstance(event, Receipt):
+                        break
+                else:
+                    return
+            finally:
+                events.close()
+            if not last:
+                raise Cancelled()
+            ended = [replace(chunk, finish="cancelled") for chunk in last.values()]
+            self._last_receipt = receipts.generate_receipt(plan, time.perf_counter() - started, ended, {}, [])
+            yield self._last_receipt
+        finally:
+            self._done()
+
+
+def _sentences(events: Iterator[Event | LowMemError]) -> Iterator[Event]:
+    """The events; what the worker or the lender refuses is raised as a sentence."""
+    try:
+        for event in events:
+            if isinstance(event, LowMemError):
+                raise event
+            yield event
+    except Exception as error:
+        # The lender's own kind is gradio's, which the engine does not know: a title and a message.
+        title, message = getattr(error, "title", ""), getattr(error, "message", "")
+        if isinstance(error, LowMemError) or "ZeroGPU" not in str(title):
+            raise
+        raise NotAllowed(f"{title}: {message}.".replace("..", "."), "Try again later, or load it on the CPU.") from None

@@ -1,0 +1,181 @@
+"""What a sweep consists of: models x (precisions, methods x settings), from a YAML file or from plain data.
+
+    models: [demo, Qwen/Qwen2.5-0.5B-Instruct]
+    precisions: [fp32, int8]
+    methods:
+      rtn: {bits: [3, 4, 8], group_size: [32, 64]}
+      gptq: {bits: 4, symmetric: [false, true], samples: 16}
+    text: manual
+    measure: {tokens: 1024}
+    ram: 4G
+
+A setting with a list is tried value by value. Knows names and counts; reads no model. No torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import BadInput
+from lowmem.fields import build
+from lowmem.measure.compare import DEFAULT_OPTIONS
+from lowmem.measure.options import MeasureOptions
+from lowmem.measure.texts import MANUAL
+from lowmem.measure.variants import Variant, make_variant, parse_variant
+from lowmem.planning.plan import PRECISIONS
+from lowmem.quant import METHODS
+from lowmem.units import MB, format_bytes, parse_bytes
+
+KEYS = ("models", "precisions", "methods", "text", "reference", "measure", "ram", "vram")
+MOST_CELLS = 500
+LARGEST_FILE_BYTES = 1 * MB
+
+_EXAMPLE = "Write it like: models: [demo], precisions: [fp32, int8], methods: {rtn: {bits: [3, 4]}}."
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One line of the table: a variant of a model."""
+
+    model: str
+    variant: Variant
+    is_reference: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.variant.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A checked grid.
+
+    Args:
+        reference: the variant that the others of a model are held against; it is measured first in any case.
+        text: what quality is measured on, see `measure.texts.tail`.
+        ram, vram: budgets in bytes for all processes together; all that is free when None.
+    """
+
+    models: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    reference: Variant
+    text: str = MANUAL
+    options: MeasureOptions = DEFAULT_OPTIONS
+    ram: int | None = None
+    vram: int | None = None
+
+    def cells(self) -> list[Cell]:
+        """Every variant of every model, each model's reference first."""
+        others = [variant for variant in self.variants if variant != self.reference]
+        return [
+            Cell(model, variant, variant == self.reference)
+            for model in self.models
+            for variant in (self.reference, *others)
+        ]
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid in a YAML (or JSON) file.
+
+    Raises:
+        BadInput: it cannot be read, or is no grid.
+    """
+    import yaml
+
+    try:
+        if (size := path.stat().st_size) > LARGEST_FILE_BYTES:
+            raise BadInput(f"{path} has {format_bytes(size)}, too much for a grid.", _EXAMPLE)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}.", "Name a YAML file.") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise BadInput(f"{path} is not YAML, see line {line}.", _EXAMPLE) from None
+    return make_grid(content)
+
+
+def make_grid(content: Any) -> Grid:
+    """The grid that plain data describes: a mapping with `KEYS`, see above.
+
+    Raises:
+        BadInput: naming what is wrong.
+    """
+    if not isinstance(content, Mapping) or not content:
+        raise BadInput("The grid is empty.", _EXAMPLE)
+    if unknown := [str(key) for key in content if key not in KEYS]:
+        raise BadInput(f"A grid has no {unknown[0][:40]!r}.", f"It may have {', '.join(KEYS)}.")
+    models, precisions = _texts(content, "models"), _texts(content, "precisions")
+    methods = _methods(content.get("methods") or {})
+    if not models:
+        raise BadInput("The grid names no model.", _EXAMPLE)
+    count = len(models) * (len(precisions) + sum(map(_count, methods.values())))
+    if not count:
+        raise BadInput("The grid names no precision and no method.", _EXAMPLE)
+    if count > MOST_CELLS:
+        raise BadInput(f"The grid has {count:,} cells, more than {MOST_CELLS}.", "Leave out some settings.")
+    reference = parse_variant(str(content.get("reference") or "fp32"))
+    variants = [_precision(word) for word in precisions]
+    variants += [make_variant(method, chosen) for method, settings in methods.items() for chosen in _product(settings)]
+    return Grid(
+        models=tuple(dict.fromkeys(models)),
+        variants=tuple(dict.fromkeys(variants)),
+        reference=reference,
+        text=str(content.get("text") or MANUAL),
+        options=build(MeasureOptions, _mapping(content.get("measure") or {}, "measure")),
+        ram=_size(content.get("ram")),
+        vram=_size(content.get("vram")),
+    )
+
+
+def _texts(content: Mapping[str, Any], key: str) -> list[str]:
+    given = content.get(key) or []
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+        raise BadInput(f"{key} of the grid is no list of names.", _EXAMPLE)
+    return [word.strip() for word in words]
+
+
+def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
+    """Settings by method; a list of names has none."""
+    if isinstance(given, (str, list)):
+        given = dict.fromkeys(_texts({"methods": given}, "methods"))
+    methods = _mapping(given, "methods")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise BadInput(f"There is no quantization method {unknown[0][:40]!r}.", f"Choose from {', '.join(METHODS)}.")
+    return {method: _mapping(settings or {}, method) for method, settings in methods.items()}
+
+
+def _mapping(given: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise BadInput(f"{key} of the grid is no mapping of names to values.", _EXAMPLE)
+    return given
+
+
+def _precision(word: str) -> Variant:
+    variant = parse_variant(word)
+    if not variant.precision:
+        raise BadInput(f"{word[:40]!r} is no precision.", f"Choose from {', '.join(PRECISIONS)}; methods are apart.")
+    return variant
+
+
+def _values(setting: Any) -> list[Any]:
+    return setting if isinstance(setting, list) else [setting]
+
+
+def _count(settings: Mapping[str, Any]) -> int:
+    return math.prod(len(_values(setting)) for setting in settings.values())
+
+
+def _product(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*map(_values, settings.values())):
+        yield dict(zip(settings, values, strict=True))
+
+
+def _size(given: Any) -> int | None:
+    return None if given is None else parse_bytes(str(given))

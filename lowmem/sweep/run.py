@@ -1,0 +1,209 @@
+"""The sweep itself: which cell comes next, what is known already, and the receipt. Where cells run is the pool's matter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Protocol
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.hardware import Hardware, probe
+from lowmem.measure.compare import against, notes_on
+from lowmem.measure.rows import Row
+from lowmem.measure.texts import tail
+from lowmem.models.source import read_spec
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.goal import Limits, limits_from
+from lowmem.sweep.forecast import peaks
+from lowmem.sweep.grid import Cell, Grid
+from lowmem.sweep.local import MARGIN, LocalPool, Report, Task
+from lowmem.sweep.table import Table, default_folder, opened, ordered
+from lowmem.units import MB
+
+WAIT_SECONDS = 0.2
+SMALLEST_CELL_BYTES = 500 * MB
+
+
+class Pool(Protocol):
+    """Where cells run."""
+
+    def start(self, task: Task) -> bool:
+        """Start a task, unless there is no room for it now."""
+        ...
+
+    def reports(self, seconds: float) -> list[Report]:
+        """What happened, waiting at most `seconds` for something."""
+        ...
+
+    def close(self) -> None: ...
+
+    def note(self) -> str:
+        """What a reader of the speeds should know, or ""."""
+        ...
+
+
+def sweep(
+    grid: Grid,
+    folder: Path | None = None,
+    *,
+    workers: int = 0,
+    ray: str = "",
+    limits: Limits | None = None,
+    cancel: CancelToken | None = None,
+) -> Iterator[Step | Row | Receipt]:
+    """Measure every cell of `grid`; rows come as cells finish, those of an earlier run first, the receipt last.
+
+    Args:
+        folder: where the table is kept, see `table`; one named after the grid when None.
+        workers: most cells side by side; as many as fit when 0.
+        ray: address of a Ray cluster that runs the cells, see `cluster`; this machine when "".
+        limits: budget for all cells on this machine together; that of the grid, less this process, when None.
+
+    Raises:
+        BadInput, ModelNotFound, Offline: models, text or folder cannot be used.
+        MissingDependency: Ray is wanted and not installed.
+        Cancelled: within a second; the table stays, and the same call goes on from it.
+    """
+    cancel, started = cancel or CancelToken(), time.perf_counter()
+    text = tail(grid.text, cancel)
+    specs = {model: read_spec(model) for model in grid.models}
+    hardware = probe()
+    if limits is None:
+        whole = limits_from(hardware, grid.ram, grid.vram)
+        limits = Limits(max(0, whole.ram - hardware.process_bytes), whole.vram)  # this process goes on holding its own
+    inner = CancelToken()
+    with opened(folder or default_folder(grid, text), grid, text) as table:
+        run = _Run(grid, specs, table, hardware, limits)
+        pool = _pool(run, workers, ray, inner)
+        try:
+            yield from run.rows_so_far()
+            yield from run.drive(pool, cancel)
+            table.finish()
+            yield run.receipt(time.perf_counter() - started, pool.note())
+        finally:
+            inner.set()
+            pool.close()
+
+
+def _pool(run: _Run, workers: int, ray: str, cancel: CancelToken) -> Pool:
+    if workers < 0:
+        raise BadInput(f"{workers} cells side by side make no sense.", "Use 1 or more, or 0 for as many as fit.")
+    if ray:
+        from lowmem.sweep.cluster import RayPool
+
+        return RayPool(ray, workers, cancel)
+    most = max(1, min(run.hardware.cores, len(run.pending), workers or run.side_by_side()))
+    return LocalPool(run.limits, most, max(1, run.hardware.cores // most), cancel)
+
+
+class _Run:
+    """One pass over the cells that are missing."""
+
+    def __init__(
+        self, grid: Grid, specs: dict[str, ModelSpec], table: Table, hardware: Hardware, limits: Limits
+    ) -> None:
+        self.grid, self.specs, self.table, self.hardware, self.limits = grid, specs, table, hardware, limits
+        self.cells = grid.cells()
+        self.rows: list[Row] = []
+        self.pending = self._missing()
+        self._started: dict[Cell, int] = {}
+
+    def _missing(self) -> list[Cell]:
+        """Cells without a figure; with them comes their reference, whose predictions are compared with."""
+        missing = [cell for cell in self.cells if self.table.row(cell) is None]
+        models = {cell.model for cell in missing}
+        gone = [model for model in models if not (self.table.work(model) / "reference.bin").exists()]
+        return [cell for cell in self.cells if cell in missing or (cell.is_reference and cell.model in gone)]
+
+    def side_by_side(self) -> int:
+        """How many cells of average size fit into the budget."""
+        sizes = [int(found["ram"] * (1 + MARGIN)) for cell in self.pending if (found := self._peaks(cell))]
+        average = sum(sizes) // len(sizes) if sizes else SMALLEST_CELL_BYTES
+        return self.limits.ram // max(1, average)
+
+    def _peaks(self, cell: Cell) -> dict[str, int] | None:
+        return peaks(self.specs[cell.model], cell.variant, self.grid.options, self.hardware, self.limits)
+
+    def rows_so_far(self) -> Iterator[Row]:
+        """Of an earlier run."""
+        for cell in self.cells:
+            if cell not in self.pending and (row := self.table.row(cell)):
+                self.rows.append(row)
+                yield row
+
+    def drive(self, pool: Pool, cancel: CancelToken) -> Iterator[Step | Row]:
+        """Run what is pending. A model's cells wait for its reference; a failed reference lets them go."""
+        waiting = list(self.pending)
+        while waiting or self._started:
+            cancel.check()
+            for cell in list(waiting):
+                if self._ready(cell, waiting) and pool.start(self._task(cell)):
+                    waiting.remove(cell)
+                    self._started[cell] = 0
+            for report in pool.reports(WAIT_SECONDS):
+                cell = report.task.cell
+                if report.step is not None:
+                    self._started[cell] = report.step.done
+                    yield self._step(f"{cell.name}: {report.step.note}")
+                    continue
+                del self._started[cell]
+                if report.row is None:
+                    waiting.insert(0, cell)
+                    yield self._step(f"{cell.name}: again, with the whole budget")
+                else:
+                    yield self._finished(cell, report.row, waiting)
+
+    def _ready(self, cell: Cell, waiting: Sequence[Cell]) -> bool:
+        others = (*waiting, *self._started)
+        return cell.is_reference or not any(other.is_reference and other.model == cell.model for other in others)
+
+    def _task(self, cell: Cell) -> Task:
+        return Task(cell, self.specs[cell.model], self.table.work(cell.model), self.grid.options, self._peaks(cell))
+
+    def _finished(self, cell: Cell, row: Row, waiting: Sequence[Cell]) -> Row:
+        first = next((r for r in self.rows if (r.model, r.variant) == (cell.model, self.grid.reference.name)), row)
+        row = against(replace(row, model=cell.model), first)
+        self.table.add(row)
+        self.rows = [one for one in self.rows if (one.model, one.variant) != (row.model, row.variant)] + [row]
+        if not any(other.model == cell.model for other in (*waiting, *self._started)):
+            self.table.clear(cell.model)
+        return row
+
+    def _step(self, note: str) -> Step:
+        done, count = len(self.rows), len(self.cells)
+        share = min(100 * done + sum(self._started.values()), 100 * count)
+        return Step(share, 100 * count, f"{done} of {count} done. {note}", "%")
+
+    def receipt(self, seconds: float, note: str) -> Receipt:
+        rows = ordered(self.rows, self.cells)
+        worst = max(rows, key=lambda row: row.peak_bytes or 0)
+        memory = "ram" if worst.predicted_vram_bytes is None else "vram"
+        said = dict.fromkeys(
+            said for spec in self.specs.values() for said in notes_on(spec, self.table.text, self.grid.variants)
+        )
+        failed = (f"{row.model} {row.variant}: {row.error}" for row in rows if row.error)
+        return Receipt(
+            action="sweep",
+            model=", ".join(self.grid.models),
+            precision=", ".join(variant.name for variant in self.grid.variants),
+            device=self.hardware.device.key,
+            seconds=seconds,
+            predicted={memory: worst.predicted_bytes} if worst.predicted_bytes else {},
+            measured={memory: worst.peak_bytes} if worst.peak_bytes else {},
+            notes=(*said, *filter(None, [note]), *failed),
+            snippet=(
+                "from pathlib import Path\n"
+                "from lowmem.sweep.grid import read_grid\n"
+                "from lowmem.sweep.run import sweep\n\n"
+                "for event in sweep(read_grid(Path('grid.yaml'))):\n"
+                "    print(event)\n"
+            ),
+            details={
+                "folder": str(self.table.folder),
+                **self.table.conditions,
+                "rows": [asdict(row) for row in rows],
+            },
+        )

@@ -1,0 +1,164 @@
+"""What scripts and agents use: the README's example against the launched app, its arguments, and the MCP tools."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+import toys
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from ui_stub import StubEngine
+
+from lowmem.errors import MissingDependency
+from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.settings import settings
+from lowmem.ui.arguments import ARGUMENTS, SPECIAL
+from lowmem.ui.engine import Engine
+from lowmem.ui.launch import launch_options, serve
+from lowmem.ui.page import build_ui
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def example() -> str:
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"<!-- example -->\n```python\n(.*?)```\n<!-- /example -->", text, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def recorded() -> list[str]:
+    found = re.search(r"<!-- output -->\n(.*?)<!-- /output -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return found[1].strip("\n").splitlines()
+
+
+def launched(demo: gr.Blocks, **more: Any) -> str:
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options() | more)
+    return url
+
+
+def run_example() -> list[str]:
+    """What the README's example prints."""
+    demo = build_ui(Engine())
+    printed = io.StringIO()
+    try:
+        code = example().replace("http://127.0.0.1:7860", launched(demo))
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), {})
+    finally:
+        demo.close()
+    return printed.getvalue().splitlines()
+
+
+def test_the_readmes_example_runs_on_a_toy() -> None:
+    folder = settings().models / "demo"
+    toys.save_toy("llama", folder)
+    (folder / "source.json").write_text(json.dumps({"ref": "demo", "name": "Toy-Llama", "licence": "mit"}))
+    lines = run_example()
+    assert lines[0].startswith("Fits")
+    assert any(line.startswith("Round to nearest, 4 bits, groups of 32") for line in lines)
+    assert sorted(line.split()[0] for line in lines[-3:]) == ["fp32", "int8", "rtn:4:32"]
+
+
+@pytest.mark.real
+def test_the_readmes_output_is_that_of_the_demo_model() -> None:
+    measure_runtime_bytes()
+    lines = run_example()
+    assert len(lines) == len(recorded())
+    # Two cells run side by side: their rows come in either order.
+    assert sorted(line.split()[0] for line in lines) == sorted(line.split()[0] for line in recorded())
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    demo = build_ui(StubEngine(delay=0.002))
+    yield Client(launched(demo), verbose=False)
+    demo.close()
+
+
+def test_no_argument_is_described_that_there_is_not(client: Client) -> None:
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    names = {(path[1:], one["parameter_name"]) for path, made in endpoints.items() for one in made["parameters"]}
+    assert {name for _, name in names} == set(ARGUMENTS)
+    assert set(SPECIAL) <= names
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "values", "words"),
+    [
+        ("/sweep", [["demo"], ["fp31"]], "fp31"),
+        ("/sweep", [["demo"]], "no precision and no method"),
+        ("/sweep", [[], ["fp32"]], "no model"),
+        ("/sweep", [["demo"], [], {"rnt": {}}], "'rnt'"),
+        ("/sweep", [["demo"], ["fp32"], {}, "/etc/passwd"], "no text"),
+        ("/forecast", ["demo", "magic"], "'magic'"),
+        ("/push", ["/etc", "me/it"], "Only results of this page"),
+        ("/race", ["/etc"], "Only results of this page"),
+        ("/export_forecast", ["demo", "onnx", "int3"], "int3"),
+        ("/recall", [], "No model is loaded"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(client: Client, endpoint: str, values: list, words: str) -> None:
+    with pytest.raises(AppError, match=words):
+        client.predict(*values, api_name=endpoint)
+
+
+def test_forecasts_are_plain_numbers(client: Client) -> None:
+    made = client.predict("demo", "rtn", api_name="/forecast")
+    assert made["verdict"] == "fits"
+    assert 100_000_000 < made["estimate"]["output_bytes"] < 150_000_000
+    assert client.predict("demo", api_name="/export_forecast")["disk_bytes"] > 0
+    assert "demo" in client.predict(api_name="/models")["models"]
+
+
+def test_mcp_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match="mcp") as caught:
+        serve(mcp=True)
+    assert "pip install" in caught.value.hint
+
+
+def test_the_endpoints_are_mcp_tools() -> None:
+    pytest.importorskip("mcp", reason="gradio[mcp] is not installed")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    demo = build_ui(StubEngine(delay=0.002))
+    address = f"{launched(demo, mcp_server=True)}gradio_api/mcp/"
+
+    async def ask() -> tuple[dict[str, Any], list[Any]]:
+        async with streamablehttp_client(address) as (reading, writing, _), ClientSession(reading, writing) as session:
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            calls = [("plan", {"model": "demo"}), ("load", {"model": "demo"})]
+            calls += [
+                ("generate", {"prompt": "The sky", "options": {"max_new_tokens": 5}}),
+                ("generate", {"prompt": " "}),
+            ]
+            return tools, [await session.call_tool(name, given) for name, given in calls]
+
+    try:
+        tools, answers = asyncio.run(ask())
+    finally:
+        demo.close()
+    assert {"plan", "load", "generate", "quantize", "compare", "sweep", "offload", "export", "recall"} <= set(tools)
+    quantize = tools["quantize"]
+    assert "Quantize a model" in quantize.description
+    assert quantize.inputSchema["properties"]["group_size"]["type"] in ("number", "integer")
+    assert "share a scale" in quantize.inputSchema["properties"]["group_size"]["description"]
+    said = ["".join(part.text for part in answer.content) for answer in answers]
+    assert "fits" in said[0]
+    assert "receipt" in said[1]
+    assert "new_tokens" in said[2]
+    assert "nothing to send" in said[3]

@@ -1,0 +1,76 @@
+"""The Colab notebook: what it promises of itself, and all of it executed, with the demo model in the 7B's place."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+NOTEBOOK = Path(__file__).parents[1] / "spaces_config" / "colab.ipynb"
+PREINSTALLED = {"transformers": "5.15.0", "gradio": "6.24.0", "torch": "2.11.0", "accelerate": "1.14.0", "safetensors": "0.8.0",
+                "huggingface_hub": "1.27.0", "numpy": "2.1.3", "pillow": "11.3.0", "psutil": "5.9.5"}  # fmt: skip
+"""Of Colab's image of August 2026."""
+
+
+def notebook() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def fill(book: Any, **values: Any) -> Any:
+    """The notebook with its forms filled in, which is what Colab does: the line with #@param gets another value."""
+    left = set(values)
+    for cell in book.cells:
+        for name, value in values.items():
+            cell.source, count = re.subn(rf"^{name} = .*?(?=  #@param)", f"{name} = {value!r}", cell.source, flags=re.M)
+            left -= {name} if count else set()
+    assert not left
+    return book
+
+
+def test_it_asks_for_a_t4_and_every_cell_is_a_form() -> None:
+    book = notebook()
+    nbformat.validate(book)
+    assert book.metadata.accelerator == "GPU"
+    assert book.metadata.colab.gpuType == "T4"
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            ast.parse(cell.source)
+            assert cell.source.startswith("#@title")
+            assert cell.outputs == []
+    text = "\n".join(cell.source for cell in book.cells)
+    assert "bypassing the notebook UI" in text  # the risk of a public link is said
+    assert "7B" in text
+
+
+def test_colabs_own_packages_are_recent_enough_to_stay() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (NOTEBOOK.parents[1] / "requirements.txt").read_text().splitlines()
+    wanted = {one.name: one for one in map(Requirement, filter(None, lines))}
+    refused = [
+        name for name, version in PREINSTALLED.items() if name in wanted and version not in wanted[name].specifier
+    ]
+    assert refused == []
+
+
+@pytest.mark.real
+def test_every_cell_runs_with_the_demo_in_the_7bs_place(demo_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    book = fill(notebook(), MODEL="demo", NEW_TOKENS=8, CONTEXT=512)
+    client = nbclient.NotebookClient(book, timeout=500, kernel_name="python3", resources={"metadata": {"path": "/tmp"}})
+    client.execute()
+    printed = ["".join(out.get("text", "") for out in cell.get("outputs", ())) for cell in book.cells]
+    whole = "\n".join(printed)
+    assert "lowmem is installed" in whole
+    assert "http://127.0.0.1:" in whole  # the app was opened
+    assert re.search(r"ram: predicted \d\.\d\d GB, measured \d\.\d\d GB", whole)
+    assert re.search(r"then \d+\.\d tokens a second", whole)
+    predicted, measured = map(float, re.search(r"ram: predicted (\S+) GB, measured (\S+) GB", whole).groups())  # type: ignore[union-attr]
+    assert measured <= predicted * 1.15
+    assert "given back" in printed[-1]
