@@ -24,11 +24,14 @@ from lowmem.ui.page import build_ui
 DOCS = ROOT.parent / "docs"
 DESKTOP, PHONE, FILM = (1280, 900), (390, 844), (1120, 700)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
-QUESTION = "What is a memory budget, and why would a program keep one?"
+QUESTION = "Explain why the sky is blue."
 LONG = 240_000
 """Milliseconds that a scene may take to measure something."""
 
-FILM_WIDTH, FILM_COLORS, FRAME_SECONDS, LONGEST_FRAME_SECONDS = 840, 64, 0.12, 0.5
+FILM_WIDTH, FILM_COLORS, FRAME_SECONDS, LONGEST_FRAME_SECONDS = 840, 128, 0.12, 0.5
+
+HIDDEN = "#hub-notice { display: none !important }"
+"""A machine that cannot reach the hub says so, which is not what the pictures are of."""
 
 Scene = Callable[[Any], None]
 
@@ -44,6 +47,7 @@ def _page(browser: Any, url: str, size: tuple[int, int], scheme: str = "light") 
     page.goto(f"{url.rstrip('/')}/?__theme={scheme}")
     page.wait_for_selector("#load:not([disabled])")
     page.wait_for_selector("body.lm-settled")
+    page.add_style_tag(content=HIDDEN)
     yield page
     context.close()
 
@@ -56,6 +60,12 @@ def _fill(page: Any, element: str, value: float) -> None:
     field = page.locator(f"#{element} input[type=number]")
     field.fill(str(value))
     field.blur()
+
+
+def _pretend(page: Any) -> None:
+    """A small machine, on which the budget's shares can be seen."""
+    page.click("#pretend label:has-text('2 GB') >> nth=0")
+    page.wait_for_selector("#budget:has-text('2.00 GB')")
 
 
 def _load(page: Any) -> None:
@@ -81,6 +91,8 @@ def over(page: Any) -> None:
 
 
 def chat(page: Any) -> None:
+    if page.is_visible("#pretend"):
+        _pretend(page)
     _load(page)
     _ask(page, 160)
     page.wait_for_selector("#receipt .lm-against")
@@ -173,11 +185,13 @@ def film(browser: Any, url: str) -> None:
                     return
                 page.wait_for_timeout(1000 * FRAME_SECONDS)
 
-        roll("#load", 2.0, 1.2)
+        roll("#load", 2.0, 1.0)
+        page.click("#pretend label:has-text('2 GB') >> nth=0")
+        roll("#load", 2.5, 1.8)
         page.click("#load")
         roll("#message textarea", 60, 0.5)
         _fill(page, "option-max_new_tokens", 110)
-        page.type("#message textarea", QUESTION[:31] + "?", delay=5)
+        page.type("#message textarea", QUESTION, delay=5)
         roll("#message", 1.0)
         page.keyboard.press("Enter")
         roll("#message .submit-button", 30, 1.0)
@@ -202,8 +216,8 @@ def _write_film(frames: list[tuple[float, bytes]]) -> None:
         pictures.append(image)
         durations.append(duration)
         last = png
-    # One palette for all: what does not change between frames then costs nothing.
-    palette = pictures[len(pictures) // 2].quantize(FILM_COLORS)
+    # One palette for all: what does not change between frames then costs nothing. Coverage keeps small patches' colours.
+    palette = pictures[-1].quantize(FILM_COLORS, Image.Quantize.MAXCOVERAGE)
     flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
     flat[0].save(
         DOCS / "lowmem.gif",
