@@ -165,8 +165,8 @@ SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {
     "offload": (DESKTOP, "light", offload),
     "quantize": (DESKTOP, "light", quantize),
     "how": (DESKTOP, "light", how),
-    "compare": (DESKTOP, "light", sweep),
     "export": (DESKTOP, "light", export),
+    "compare": (DESKTOP, "light", sweep),
 }
 """Picture -> screen, theme, and what is clicked before it is taken."""
 
