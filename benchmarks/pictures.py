@@ -91,7 +91,7 @@ def over(page: Any) -> None:
 
 
 def chat(page: Any) -> None:
-    if page.is_visible("#pretend"):
+    if page.viewport_size["width"] > PHONE[0]:  # whose sidebar is folded away
         _pretend(page)
     _load(page)
     _ask(page, 160)
@@ -216,8 +216,12 @@ def _write_film(frames: list[tuple[float, bytes]]) -> None:
         pictures.append(image)
         durations.append(duration)
         last = png
-    # One palette for all: what does not change between frames then costs nothing. Coverage keeps small patches' colours.
-    palette = pictures[-1].quantize(FILM_COLORS, Image.Quantize.MAXCOVERAGE)
+    # One palette for all: what does not change between frames then costs nothing. The commonest colours are kept exactly,
+    # the rest of the palette covers small patches.
+    common = sorted(pictures[-1].getcolors(1 << 24), reverse=True)[: FILM_COLORS // 2]
+    covering = pictures[-1].quantize(FILM_COLORS // 2, Image.Quantize.MAXCOVERAGE).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for _, color in common for value in color] + covering[: 3 * FILM_COLORS // 2])
     flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
     flat[0].save(
         DOCS / "lowmem.gif",
