@@ -131,7 +131,7 @@ def sweep(page: Any) -> None:
 def offload(page: Any) -> None:
     _tab(page, "Offload")
     page.wait_for_selector("#offload-picture .lm-blocks")
-    page.click("#offload-where label:has-text('All on disk')")
+    _fill(page, "offload-ram", 0.95)
     page.wait_for_selector("#offload-picture .lm-pace", timeout=LONG)
     page.wait_for_timeout(1500)
     page.wait_for_selector("#offload-start:not([disabled])")
@@ -153,6 +153,9 @@ def export(page: Any) -> None:
     page.wait_for_selector("#export-card .lm-pill")
     page.click("#export-start")
     page.wait_for_selector("#export-load", timeout=LONG)
+    page.click("#race-start")
+    page.wait_for_selector("#race-plot svg", timeout=LONG)
+    page.locator("#export-receipt").scroll_into_view_if_needed()
 
 
 SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {

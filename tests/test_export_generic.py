@@ -15,7 +15,7 @@ import transformers
 
 from lowmem.errors import MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.export import segments, tensorrt
+from lowmem.export import lazy, segments, tensorrt
 from lowmem.export.manifest import GRAPH, read_manifest
 from lowmem.export.onnx_session import OnnxModel, open_session
 from lowmem.export.options import ExportOptions
@@ -33,6 +33,11 @@ def export(source: Path, out: Path, **options: object) -> Receipt:
     *_, receipt = export_model(source, out, ExportOptions(**options))  # type: ignore[arg-type]
     assert isinstance(receipt, Receipt)
     return receipt
+
+
+@pytest.fixture(autouse=True)
+def _toys_have_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy, "LARGE", 1025)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "qwen2", "qwen3", "gemma", "gemma3"])
@@ -161,9 +166,9 @@ def test_the_pieces_of_a_graph_compute_what_it_computes(tmp_path: Path, family: 
     pieces = [open_session(path) for path in segments.cut(graph, runs)]
     whole = open_session(graph)
     shapes = {value.name: value.shape for value in whole.get_inputs()}
-    random = np.random.default_rng(0)
+    random, dtype = np.random.default_rng(0), np.float16 if precision == "fp16" else np.float32
     feeds = {
-        name: random.standard_normal((1, shape[1], 4, shape[3]), np.float32)
+        name: random.standard_normal((1, shape[1], 4, shape[3]), np.float32).astype(dtype)
         for name, shape in shapes.items()
         if name.startswith("past")
     }
