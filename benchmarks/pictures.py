@@ -24,11 +24,14 @@ from lowmem.ui.page import build_ui
 DOCS = ROOT.parent / "docs"
 DESKTOP, PHONE, FILM = (1280, 900), (390, 844), (1120, 700)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
-QUESTION = "What is a memory budget, and why would a program keep one?"
+QUESTION = "Explain why the sky is blue."
 LONG = 240_000
 """Milliseconds that a scene may take to measure something."""
 
-FILM_WIDTH, FILM_COLORS, FRAME_SECONDS, LONGEST_FRAME_SECONDS = 840, 64, 0.12, 0.5
+FILM_WIDTH, FILM_COLORS, FRAME_SECONDS, LONGEST_FRAME_SECONDS = 840, 128, 0.12, 0.5
+
+HIDDEN = "#hub-notice { display: none !important }"
+"""A machine that cannot reach the hub says so, which is not what the pictures are of."""
 
 Scene = Callable[[Any], None]
 
@@ -44,6 +47,7 @@ def _page(browser: Any, url: str, size: tuple[int, int], scheme: str = "light") 
     page.goto(f"{url.rstrip('/')}/?__theme={scheme}")
     page.wait_for_selector("#load:not([disabled])")
     page.wait_for_selector("body.lm-settled")
+    page.add_style_tag(content=HIDDEN)
     yield page
     context.close()
 
@@ -56,6 +60,12 @@ def _fill(page: Any, element: str, value: float) -> None:
     field = page.locator(f"#{element} input[type=number]")
     field.fill(str(value))
     field.blur()
+
+
+def _pretend(page: Any) -> None:
+    """A small machine, on which the budget's shares can be seen."""
+    page.click("#pretend label:has-text('2 GB') >> nth=0")
+    page.wait_for_selector("#budget:has-text('2.00 GB')")
 
 
 def _load(page: Any) -> None:
@@ -81,6 +91,8 @@ def over(page: Any) -> None:
 
 
 def chat(page: Any) -> None:
+    if page.viewport_size["width"] > PHONE[0]:  # whose sidebar is folded away
+        _pretend(page)
     _load(page)
     _ask(page, 160)
     page.wait_for_selector("#receipt .lm-against")
@@ -119,7 +131,7 @@ def sweep(page: Any) -> None:
 def offload(page: Any) -> None:
     _tab(page, "Offload")
     page.wait_for_selector("#offload-picture .lm-blocks")
-    page.click("#offload-where label:has-text('All on disk')")
+    _fill(page, "offload-ram", 0.95)
     page.wait_for_selector("#offload-picture .lm-pace", timeout=LONG)
     page.wait_for_timeout(1500)
     page.wait_for_selector("#offload-start:not([disabled])")
@@ -141,6 +153,9 @@ def export(page: Any) -> None:
     page.wait_for_selector("#export-card .lm-pill")
     page.click("#export-start")
     page.wait_for_selector("#export-load", timeout=LONG)
+    page.click("#race-start")
+    page.wait_for_selector("#race-plot svg", timeout=LONG)
+    page.locator("#export-receipt").scroll_into_view_if_needed()
 
 
 SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {
@@ -153,8 +168,8 @@ SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {
     "offload": (DESKTOP, "light", offload),
     "quantize": (DESKTOP, "light", quantize),
     "how": (DESKTOP, "light", how),
-    "compare": (DESKTOP, "light", sweep),
     "export": (DESKTOP, "light", export),
+    "compare": (DESKTOP, "light", sweep),
 }
 """Picture -> screen, theme, and what is clicked before it is taken."""
 
@@ -173,11 +188,13 @@ def film(browser: Any, url: str) -> None:
                     return
                 page.wait_for_timeout(1000 * FRAME_SECONDS)
 
-        roll("#load", 2.0, 1.2)
+        roll("#load", 2.0, 1.0)
+        page.click("#pretend label:has-text('2 GB') >> nth=0")
+        roll("#load", 2.5, 1.8)
         page.click("#load")
         roll("#message textarea", 60, 0.5)
         _fill(page, "option-max_new_tokens", 110)
-        page.type("#message textarea", QUESTION[:31] + "?", delay=5)
+        page.type("#message textarea", QUESTION, delay=5)
         roll("#message", 1.0)
         page.keyboard.press("Enter")
         roll("#message .submit-button", 30, 1.0)
@@ -202,8 +219,12 @@ def _write_film(frames: list[tuple[float, bytes]]) -> None:
         pictures.append(image)
         durations.append(duration)
         last = png
-    # One palette for all: what does not change between frames then costs nothing.
-    palette = pictures[len(pictures) // 2].quantize(FILM_COLORS)
+    # One palette for all: what does not change between frames then costs nothing. The commonest colours are kept exactly,
+    # the rest of the palette covers small patches.
+    common = sorted(pictures[-1].getcolors(1 << 24), reverse=True)[: FILM_COLORS // 2]
+    covering = pictures[-1].quantize(FILM_COLORS // 2, Image.Quantize.MAXCOVERAGE).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for _, color in common for value in color] + covering[: 3 * FILM_COLORS // 2])
     flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
     flat[0].save(
         DOCS / "lowmem.gif",

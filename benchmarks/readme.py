@@ -30,7 +30,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 """Results files in the README's order, each with how a row is shown; those that are missing are left out."""
 
-
 TITLES = {
     "memory": "Peak memory, predicted and measured",
     "speed": "Speed, beside transformers",
@@ -39,7 +38,13 @@ TITLES = {
     "quantize": "Quantization of the demo model",
     "quantize_7b": "Quantization of a model of 7B",
     "crossload": "Checkpoints in gptqmodel",
-    "export": "Exported graphs, beside PyTorch, llama.cpp and onnxruntime-genai",
+    "first_token": "From a bare machine to the first token",
+    "export": "Exported graphs, beside other runtimes",
+    "longctx_stream": "Text without end",
+    "longctx_speed": "Speed with a window",
+    "longctx_kv": "Quantized keys and values",
+    "longctx_quality": "Quality of ways to read on",
+    "longctx_hidden": "Hidden states by windows",
 }
 
 

@@ -40,7 +40,7 @@ def example() -> str:
 def recorded() -> list[str]:
     found = re.search(r"<!-- output -->\n(.*?)<!-- /output -->", README.read_text(encoding="utf-8"), re.DOTALL)
     assert found
-    return found[1].strip("\n").splitlines()
+    return [line.removeprefix("    ") for line in found[1].strip("\n").splitlines()]
 
 
 def launched(demo: gr.Blocks, **more: Any) -> str:
