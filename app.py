@@ -23,6 +23,7 @@ if os.environ.get("SPACES_ZERO_GPU"):
 from lowmem.errors import LowMemError  # noqa: E402
 from lowmem.ui.launch import serve  # noqa: E402
 from lowmem.ui.page import build_ui  # noqa: E402
+from lowmem.ui.translate import languages  # noqa: E402
 
 demo = build_ui()
 
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--auth", metavar="USER:PASS", help="ask for this sign-in")
     parser.add_argument("--budget", metavar="SIZE", help="memory to use on the computing device, such as 4G")
     parser.add_argument("--model", metavar="REF", help="model to propose: a hub id, a folder, a .gguf file")
+    parser.add_argument("--lang", choices=languages(), help="language of the page (what each browser asks for)")
     parser.add_argument("--listed-only", action="store_true", help="visitors run the listed models and no others")
     parser.add_argument("--mcp", action="store_true", help="offer everything as MCP tools, too")
     flags = parser.parse_args()

@@ -110,7 +110,6 @@ def sweep(page: Any) -> None:
         _fill(page, f"measure-{option}", value)
     page.click("#compare-options > button")
     page.click("#sweep > button")
-    page.click("#sweep-bits label:has-text('8')")
     page.click("#sweep-start")
     page.wait_for_selector("#sweep-notes .lm-files", state="attached", timeout=2 * LONG)
     page.locator("#sweep-table").scroll_into_view_if_needed()
@@ -189,7 +188,8 @@ def film(browser: Any, url: str) -> None:
 def _write_film(frames: list[tuple[float, bytes]]) -> None:
     from PIL import Image
 
-    pictures, durations = [], []
+    pictures: list[Image.Image] = []
+    durations: list[int] = []
     times = [at for at, _ in frames] + [frames[-1][0] + 2.0]
     last: bytes | None = None
     for (at, png), until in zip(frames, times[1:], strict=True):

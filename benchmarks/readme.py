@@ -39,6 +39,7 @@ TITLES = {
     "quantize": "Quantization of the demo model",
     "quantize_7b": "Quantization of a model of 7B",
     "crossload": "Checkpoints in gptqmodel",
+    "export": "Exported graphs, beside PyTorch, llama.cpp and onnxruntime-genai",
 }
 
 

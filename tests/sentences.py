@@ -18,8 +18,8 @@ ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind,
 SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,), "Label": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
-COMMANDS = ("__main__.py", "command.py", "launch.py")
-"""The command line speaks English; its failures may come up in the page, too."""
+COMMANDS = ("__main__.py", "command.py", "launch.py", "arguments.py", "serving.py")
+"""The command line, the endpoints' documentation and model cards speak English; failures may come up in the page, too."""
 
 QUIET_CALLS = {
     "ArgumentParser", "add_argument", "add_parser", "add_mutually_exclusive_group", "compile", "getLogger", "print",
@@ -36,15 +36,15 @@ IGNORED = re.compile(
     r"|^(ram|disk|bus) \{\}|^model name|not implemented|registered function|kB$|^\(\) =>|^import |Segoe|Plex|^https?:"
 )
 CODE = re.compile(
-    r"^pip install|rotary\{\}|^\\\(|=\"|@media|-\{\}bit|^\{\{:|^PyTorch fp32$|^ONNX Runtime$|tokens  perplexity"
-    r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^Where\(|^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
+    r"^pip install|^vllm serve|rotary\{\}|^\\\(|=\"|@media|-\{\}bit|^\{\{:|^PyTorch fp32$|^ONNX Runtime$|tokens  perplexity"
+    r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^Where\(|^[\d.]+ [KMG]B$|^Quantização |^GPTQ: Q|^Inferência |^Otimização |^GPT-2 Small|^BERT |^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
 )
 """Patterns, file names, styles and names of products, in any language the same."""
 
 WORDS = (
     "load", "unload", "generate", "batch", "quantize", "compare", "export", "exercise", "offload",
-    "time", "decode", "prefill", "perplexity", "tokens", "shape", "dtype", "windows", "tokens/s",
-    "Prompt", "Answer", "Speed", "Memory", "Prefill", "none",
+    "blocks", "runs", "time", "decode", "prefill", "perplexity", "tokens", "shape", "dtype", "windows", "tokens/s",
+    "Prompt", "Answer", "Speed", "Memory", "Prefill", "Parameters", "none",
 )  # fmt: skip
 """Single words, which cannot be told from keys: shown all the same."""
 
@@ -127,7 +127,7 @@ def _quiet(node: ast.AST) -> bool:
             return arg in QUIET_KEYWORDS
         case ast.FunctionDef(name=name):
             return bool(QUIET_FUNCTIONS.search(name))
-    return isinstance(node, (ast.Assert, ast.Compare, ast.Subscript))
+    return isinstance(node, (ast.Assert, ast.Compare))
 
 
 def _called(node: ast.Call) -> str:
@@ -173,6 +173,7 @@ def _is_sentence(template: str) -> bool:
     return bool(
         re.search(r"[A-Za-z]{2,}[,:;]? +\S", bare)
         or re.search(r"\S +[A-Za-z]{2,}", bare)
+        or re.search(r"\{\} of \{\}", template)
         or ("{}" in template and re.search(r"[A-Za-z]{4,}", bare) and " " in template.strip())
     ) and not IGNORED.search(template)
 

@@ -65,10 +65,13 @@ def stub_url() -> Iterator[str]:
 class Visit:
     """One visitor: the page, the size of their screen, and what the console complained about."""
 
-    def __init__(self, browser: Any, url: str, size: str, scheme: str, label: str) -> None:
+    def __init__(self, browser: Any, url: str, size: str, scheme: str, label: str, locale: str = "en-US") -> None:
         width, height = SIZES[size]
         self.context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=size == "phone"
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            has_touch=size == "phone",
+            locale=locale,
         )
         self.page = self.context.new_page()
         self.page.set_default_timeout(30_000)
@@ -230,6 +233,26 @@ def test_a_failure_stays_in_place_and_the_page_goes_on(browser: Any, stub_url: s
     visit.send("What is a KV cache?")
     page.wait_for_selector("#chat .bot")
     assert not page.is_visible("#chat-notice")
+    visit.close()
+
+
+def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -> None:
+    visit = Visit(browser, stub_url, "desktop", "light", "portuguese", locale="pt-BR")
+    page = visit.page
+    assert page.evaluate("document.documentElement.lang") == "pt-BR"
+    assert page.is_visible("#tabs button[role=tab]:has-text('Gerar') >> nth=0")
+    assert "Carregar" in page.inner_text("#load")
+    assert "Orçamento de memória" in page.inner_text("#budget")
+    page.click("#load")
+    page.wait_for_selector("#message textarea")
+    assert page.get_attribute("#message textarea", "placeholder") == "Escreva uma mensagem"
+    visit.send("boom")
+    page.wait_for_selector("#chat-notice [role=alert]")
+    assert "Algo deu errado dentro do lowmem" in page.inner_text("#chat-notice")
+    page.click("#learn-generate > button")
+    page.wait_for_selector("#learn-generate-text svg")
+    assert "SmolLM2" in page.inner_text("#learn-generate-text")
+    visit.shot("learn")
     visit.close()
 
 

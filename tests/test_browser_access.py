@@ -38,10 +38,13 @@ FOCUSED = """() => {
     for (let node = one, up = 0; node && up < 4; node = node.parentElement, up++) outlined = outlined || ring(node);
     const edge = style.borderColor;
     one.blur(); const before = getComputedStyle(one).borderColor; one.focus();
+    // Nodes come and go while the meters move, so places are compared and not counted.
+    const last = window.lmLast, follows = !last || (last.compareDocumentPosition(one) & Node.DOCUMENT_POSITION_FOLLOWING);
+    window.lmFirst = window.lmFirst || one; window.lmLast = one;
     return {
-        what: (one.id || one.getAttribute('aria-label') || one.textContent || one.tagName).trim().slice(0, 40),
-        html: one.outerHTML.slice(0, 200), key: [...document.querySelectorAll('*')].indexOf(one), tag: one.tagName, tabindex: one.tabIndex,
-        shown: box.width > 0 && box.height > 0, marked: outlined || edge !== before,
+        html: one.outerHTML.slice(0, 200), tag: one.tagName, tabindex: one.tabIndex,
+        around: last !== undefined && one === window.lmFirst && last !== null,
+        follows: Boolean(follows), shown: box.width > 0 && box.height > 0, marked: outlined || edge !== before,
     };
 }"""
 
@@ -118,26 +121,27 @@ def test_the_keyboard_reaches_everything_in_reading_order(browser: Any, stub_url
     visit = Visit(browser, stub_url, "desktop", "light", "access-keys")
     page = visit.page
     load(visit)
-    unmarked: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for view in views(page):
-        page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0); }")
+        page.evaluate("() => { document.activeElement.blur(); window.lmFirst = window.lmLast = null; }")
         page.mouse.click(5, 5)
         steps: list[dict[str, Any]] = []
-        for _ in range(120):
+        for _ in range(150):
             page.keyboard.press("Tab")
             focus = page.evaluate(FOCUSED)
-            if focus["tag"] == "BODY" or (steps and focus["key"] == steps[0]["key"]):
+            if focus["tag"] == "BODY" or focus["around"]:
                 break
             steps.append(focus)
-        keys = [step["key"] for step in steps]
-        assert len(keys) > 15, view
-        assert keys == sorted(keys), (view, [step["what"] for step in steps])  # as it is read, and never back
-        assert len(keys) == len(set(keys)), view
-        assert [step for step in steps if step["tabindex"] > 0] == [], view
-        unmarked[view] = [step["html"] for step in steps if step["shown"] and not step["marked"]]
+        assert 15 < len(steps) < 150, view
+        wrong = {
+            "goes back": [step["html"] for step in steps if not step["follows"]],
+            "jumps the order": [step["html"] for step in steps if step["tabindex"] > 0],
+            "shows no focus": [step["html"] for step in steps if step["shown"] and not step["marked"]],
+        }
+        found |= {view: {what: which for what, which in wrong.items() if which}}
     visit.close()
-    assert len(unmarked) > 8
-    assert {view: steps for view, steps in unmarked.items() if steps} == {}
+    assert len(found) > 8
+    assert {view: wrong for view, wrong in found.items() if wrong} == {}
 
 
 def test_the_first_answer_needs_no_mouse(browser: Any, stub_url: str) -> None:  # noqa: F811

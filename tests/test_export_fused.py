@@ -142,6 +142,15 @@ def test_the_size_is_predicted(tmp_path: Path) -> None:
         assert predicted <= data + 4096 < predicted + pages
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": False}])
+def test_the_program_runs_in_fp16(tmp_path: Path, options: dict[str, bool]) -> None:
+    export(toys.save_toy("llama", tmp_path / "m"), tmp_path / "out", precision="fp16", **options)
+    done = subprocess.run(
+        [sys.executable, "run.py", "Hello", "5"], cwd=tmp_path / "out", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_program_runs_with_nothing_else(folders: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = ['run.py', 'Hello', '5']\n"

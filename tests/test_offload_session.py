@@ -195,6 +195,12 @@ def test_the_rung_offloads_only_what_does_not_fit(seven_billion: Plan) -> None:
     assert "on disk" in lower.reason
 
 
+def test_a_graph_that_does_not_fit_is_offloaded_as_a_model(seven_billion: Plan) -> None:
+    lower = offload(dataclasses.replace(seven_billion, precision="int8", backend="onnx", or_torch=True))
+    assert lower is not None
+    assert (lower.backend, lower.or_torch) == ("torch", False)
+
+
 def test_the_rung_after_it_halves_what_stays(seven_billion: Plan) -> None:
     plan = by_budget(big(seven_billion, 10_000_000_000))
     counts = []

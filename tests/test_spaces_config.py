@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,3 +232,12 @@ def test_a_visitor_without_seconds_left_is_told(tmp_path: Path, home: Path) -> N
         client.predict(toy, "fp16", 256, "cuda:0", api_name="/load")
         with pytest.raises(Exception, match="ZeroGPU quota exceeded: You have exceeded your quota"):
             client.predict("Hello", api_name="/generate")
+
+
+def test_the_package_carries_every_file_that_it_reads() -> None:
+    """Where it is installed and not checked out, as on Colab."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["lowmem"]
+    package = ROOT / "lowmem"
+    carried = {file for pattern in told for file in package.glob(pattern)}
+    read = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert read == carried

@@ -25,6 +25,7 @@ from lowmem.machine.hardware import probe
 from lowmem.measure import compare as compare_module
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
+from lowmem.measure.texts import tail
 from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
 from lowmem.planning.estimate import weight_bytes
@@ -38,6 +39,7 @@ from lowmem.sweep.forecast import peaks, quantized
 from lowmem.sweep.grid import MOST_CELLS, Grid, make_grid, read_grid
 from lowmem.sweep.local import LocalPool, Task
 from lowmem.sweep.run import sweep
+from lowmem.sweep.table import opened
 from lowmem.units import GB, MB
 
 MEASURE = {"tokens": 200, "window": 64, "stride": 32, "prompt_tokens": 32, "new_tokens": 4, "runs": 1}
@@ -83,7 +85,7 @@ def test_a_grid_is_models_times_precisions_and_methods_times_settings(tmp_path):
     [
         ("", "empty"),
         ("[1, 2]", "empty"),
-        ("models: [demo\nprecisions: x", "not YAML, line"),
+        ("models: [demo\nprecisions: x", "not YAML, see line"),
         ("models: [demo]", "no precision and no method"),
         ("precisions: [fp32]", "no model"),
         ("models: [demo]\nmethod: [rtn]", "no 'method'"),
@@ -187,7 +189,7 @@ def test_cells_run_side_by_side_and_never_hold_more_than_the_budget(folder, jobs
     assert isinstance(receipt, Receipt)
     assert [row["variant"] for row in receipt.details["rows"]] == [cell.variant.name for cell in grid.cells()]
     assert rows[1].perplexity_change == pytest.approx(rows[1].perplexity / rows[0].perplexity - 1)
-    assert any("side by side on 1 core each" in note for note in receipt.notes)
+    assert any("side by side, each with 1 of the cores" in note for note in receipt.notes)
     steps = [event for event in events if isinstance(event, Step)]
     assert steps[-1].done <= steps[-1].total == 800
     references = [arguments for _, arguments, _ in jobs.calls if arguments.get("is_reference")]
@@ -294,6 +296,15 @@ def test_a_folder_takes_one_sweep_at_a_time(folder, jobs, tmp_path):
         next(sweep(grid_of(folder), tmp_path / "out"))
     first.close()
     assert len(rows_of(sweep(grid_of(folder), tmp_path / "out"))) == 2
+
+
+def test_the_text_is_written_once_since_running_cells_read_it(folder, tmp_path):
+    grid, text = grid_of(folder), tail()
+    with opened(tmp_path / "out", grid, text) as table:
+        first = (table.work(folder) / "text.txt").stat()
+        assert table.work(folder) == table.work(folder)
+        assert (table.work(folder) / "text.txt").stat().st_mtime_ns == first.st_mtime_ns
+        assert (table.work(folder) / "text.txt").read_text(encoding="utf-8") == text.text
 
 
 def test_the_default_folder_is_the_same_for_the_same_grid(folder, jobs):

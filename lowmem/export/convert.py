@@ -1,7 +1,6 @@
-"""A traced fp32 graph in fewer bits, weight by weight: what is written once is read, rounded and written again.
+"""A traced fp32 graph in int8 or int4, weight by weight: what is written once is read, rounded and written again.
 
 8 bits are dynamic int8 per channel, 4 bits are blocks with an output head in 8; the same ways as in fused graphs (`linears.py`).
-fp16 is ONNX Runtime's own conversion, which sees the graph without its weights.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ from lowmem.export.weights import Matrix
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
 from lowmem.quant.int8_linear import largest_code
 
-HALF_RANGE = 6e-8, 65_504.0
-"""The smallest and the largest that fp16 holds."""
-
 
 def convert(path: Path, options: ExportOptions, cancel: CancelToken) -> None:
     """Write the fp32 graph in `path` anew in the precision of `options`, in its place."""
@@ -34,9 +30,8 @@ def convert(path: Path, options: ExportOptions, cancel: CancelToken) -> None:
         file.rename(apart / file.name)
     model = onnx.load(apart / path.name, load_external_data=False)
     with WeightFile(path.with_name(DATA)) as weights:
-        write = _half if options.precision == "fp16" else _quantized
         graph = Graph(weights)
-        write(model, _Weights(model, apart), graph, options, cancel)
+        _quantize(model, _Weights(model, apart), graph, options, cancel)
         graph.save(path, {"precision": options.precision})
     for file in apart.iterdir():
         file.unlink()
@@ -61,7 +56,7 @@ class _Weights:
         return external_data_helper.uses_external_data(self.tensors[name])
 
 
-def _quantized(
+def _quantize(
     model: onnx.ModelProto, weights: _Weights, graph: Graph, options: ExportOptions, cancel: CancelToken
 ) -> None:
     way, head = _ways(options, cancel)
@@ -108,40 +103,3 @@ def _is_head(node: onnx.NodeProto, outputs: int, inputs: int) -> bool:
 
 def _divides(way: Linear, inputs: int) -> bool:
     return not isinstance(way, Blocks) or inputs % way.group_size == 0
-
-
-def _half(
-    model: onnx.ModelProto, weights: _Weights, graph: Graph, _options: ExportOptions, cancel: CancelToken
-) -> None:
-    """Weights are inputs while the graph is converted, and constants again afterwards."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    ports = [value.name for value in (*model.graph.input, *model.graph.output)]
-    apart = [name for name in weights.tensors if weights.is_apart(name)]
-    near = [tensor for name, tensor in weights.tensors.items() if name not in apart]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(near)
-    for name in apart:
-        tensor = weights.tensors[name]
-        model.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
-    converted = convert_float_to_float16(model, keep_io_types=ports, disable_shape_infer=True)
-    types = {value.name: value.type.tensor_type.elem_type for value in converted.graph.input}
-    kept = [value for value in converted.graph.input if value.name not in apart]
-    del converted.graph.input[:]
-    converted.graph.input.extend(kept)
-    graph.take_ports(converted.graph)
-    for name in apart:
-        cancel.check()
-        values = weights.read(name)
-        graph.weight(name, _as_half(values) if types[name] == TensorProto.FLOAT16 else values)
-    for tensor in converted.graph.initializer:
-        graph.weight(tensor.name, numpy_helper.to_array(tensor))
-    for node in converted.graph.node:
-        graph.take_node(node)
-
-
-def _as_half(values: np.ndarray) -> np.ndarray:
-    """Clipped to what fp16 holds."""
-    smallest, largest = HALF_RANGE
-    tiny = (np.abs(values) < smallest) & (values != 0)
-    return np.where(tiny, np.copysign(smallest, values), np.clip(values, -largest, largest)).astype(np.float16)

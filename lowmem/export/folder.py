@@ -34,12 +34,13 @@ def generate(prompt: str, new_tokens: int = 32) -> str:
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     session = ort.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
     shapes = {{value.name: value.shape for value in session.get_inputs()}}
+    half = any(value.type == "tensor(float16)" for value in session.get_inputs())
     ids = tokenizer.encode(prompt).ids
     new, made, capacity = ids, [], len(ids) + new_tokens
     # In place: one buffer is past and present, so nothing is copied. Else the cache grows from nothing.
     cache = {{
         name: ort.OrtValue.ortvalue_from_numpy(
-            np.zeros((1, shape[1], capacity if IN_PLACE else 0, shape[3]), np.float32)
+            np.zeros((1, shape[1], capacity if IN_PLACE else 0, shape[3]), np.float16 if half else np.float32)
         )
         for name, shape in shapes.items()
         if name.startswith("past_key_values.")

@@ -94,7 +94,6 @@ class FusedDecoder:
         self._window = getattr(self.config, "sliding_window", None)
         self._decoder = layout.path.rpartition(".")[0]
         self._tied = bool(self.config.tie_word_embeddings) or not source.has("lm_head.weight")
-        self._embedding_weight: Matrix | None = None
 
     def write(self, window_types: tuple[str, ...], cancel: CancelToken) -> Iterator[Step]:
         """All nodes, block by block. `window_types`: per layer "full" or "sliding"."""
@@ -137,11 +136,9 @@ class FusedDecoder:
         return rows
 
     def _embedding_matrix(self) -> Matrix:
-        """As the head's where they are the same, so that its codes are written once."""
-        if self._embedding_weight is None:
-            name = "lm_head" if self._tied else "embed_tokens"
-            self._embedding_weight = Matrix(name, self._source.tensor(f"{self._decoder}.embed_tokens.weight"))
-        return self._embedding_weight
+        """Named as the head where they are the same, so that its codes are written once. Read anew each time: it is the largest."""
+        name = "lm_head" if self._tied else "embed_tokens"
+        return Matrix(name, self._source.tensor(f"{self._decoder}.embed_tokens.weight"))
 
     def _head(self, hidden: str) -> None:
         assert self._ways.head is not None  # the caller has looked

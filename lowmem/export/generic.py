@@ -79,38 +79,40 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     yield Step(0, 3, "Tracing the model")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with quiet():
-        (_write_encoder if is_encoder(config.model_type) else _write_decoder)(folder, out / GRAPH)
+        # In fp16 the model's own code keeps norms in fp32, which a conversion afterwards would not.
+        dtype = torch.float16 if options.precision == "fp16" else torch.float32
+        (_write_encoder if is_encoder(config.model_type) else _write_decoder)(folder, out / GRAPH, dtype)
     cancel.check()
     yield Step(2, 3, f"Converting to {options.precision}")
-    if options.precision != "fp32":
+    if options.precision in ("int8", "int4"):
         with quiet():
             convert(out / GRAPH, options, cancel)
     yield Step(3, 3, "Written")
 
 
-def _write_decoder(folder: Path, path: Path) -> None:
+def _write_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     with Checkpoint(folder) as checkpoint:
-        lazy = LazyModel(folder, checkpoint)
+        lazy = LazyModel(folder, checkpoint, dtype)
         # `FlatCache` holds the model by this name.
         readers = {f"model.{name}": read for name, read in lazy.readers.items()}
-        traced = _traced(_decoder_arguments(lazy.model), set(readers))
+        traced = _traced(_decoder_arguments(lazy.model, dtype), set(readers))
         put(traced.graph, readers)
         onnx_ir.save(traced, path, external_data=DATA)
 
 
-def _write_encoder(folder: Path, path: Path) -> None:
+def _write_encoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     model: Any = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
     )
     onnx_ir.save(_traced(_encoder_arguments(model.eval()), set()), path, external_data=DATA)
 
 
-def _decoder_arguments(model: Any) -> dict[str, Any]:
+def _decoder_arguments(model: Any, dtype: torch.dtype) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows, new, past = _SAMPLE
-    cache = [torch.randn(rows, heads, past, width) for _ in range(2 * config.num_hidden_layers)]
+    cache = [torch.randn(rows, heads, past, width, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
     batch, fresh, old, everything = (torch.export.Dim(n) for n in ("batch", "new", "past", "all"))
     names = [f"{index}.{part}" for index in range(config.num_hidden_layers) for part in ("key", "value")]
     return {

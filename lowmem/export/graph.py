@@ -99,6 +99,7 @@ class Graph:
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+        self._between: list[onnx.ValueInfoProto] = []
         self._names: dict[str, int] = {}
 
     def input(self, name: str, dtype: type, dims: Dims) -> str:
@@ -156,8 +157,8 @@ class Graph:
         return names[0]
 
     def take_ports(self, other: onnx.GraphProto) -> None:
-        """Have the inputs and outputs of `other`."""
-        self._inputs, self._outputs = [*other.input], [*other.output]
+        """Have the inputs and outputs of `other`, and the types that it notes of values between them."""
+        self._inputs, self._outputs, self._between = [*other.input], [*other.output], [*other.value_info]
 
     def take_node(self, node: onnx.NodeProto) -> None:
         """A node of another graph, as it is."""
@@ -169,7 +170,10 @@ class Graph:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the graph; its weights are written already."""
-        graph = helper.make_graph(self._nodes, path.stem, self._inputs, self._outputs, [*self._initializers.values()])
+        constants = [*self._initializers.values()]
+        graph = helper.make_graph(
+            self._nodes, path.stem, self._inputs, self._outputs, constants, value_info=self._between
+        )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="lowmem")
         helper.set_model_props(model, dict(metadata))

@@ -30,35 +30,41 @@ STANDING_IN = 0.123
 
 
 class LazyModel:
-    """`model` is the traceable one; `readers` read its matrices in fp32, by the names of its parameters.
+    """`model` is the traceable one in `dtype`; `readers` read its matrices, by the names of its parameters.
 
     Raises:
         CorruptModel, Unsupported: see `match_names`.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.model = empty_model(folder)
         stored = match_names(self.model, checkpoint)
         turned = _plain_linears(self.model)
         self.readers: dict[str, Reader] = {}
         for name, source in stored.items():
-            self._fill(name, _reader(checkpoint, source, name in turned))
+            self._fill(name, _reader(checkpoint, source, name in turned, dtype), dtype)
         for name, source in tied_parameters(self.model).items():
             if name not in stored:
                 _set(self.model, name, self.model.get_parameter(source))
+                if source in self.readers:  # the exporter may call it by either name
+                    self.readers[name] = self.readers[source]
 
-    def _fill(self, name: str, read: Reader) -> None:
+    def _fill(self, name: str, read: Reader, dtype: torch.dtype) -> None:
         shape = self.model.get_parameter(name).shape
         if shape.numel() < LARGE:
             _set(self.model, name, nn.Parameter(read(), requires_grad=False))
         else:
             self.readers[name] = read
-            _set(self.model, name, nn.Parameter(torch.full((1,), STANDING_IN).expand(shape), requires_grad=False))
+            _set(
+                self.model,
+                name,
+                nn.Parameter(torch.full((1,), STANDING_IN, dtype=dtype).expand(shape), requires_grad=False),
+            )
 
 
-def _reader(checkpoint: Checkpoint, name: str, turned: bool) -> Reader:
+def _reader(checkpoint: Checkpoint, name: str, turned: bool, dtype: torch.dtype) -> Reader:
     def read() -> Tensor:
-        values = checkpoint.read(name, torch.float32)
+        values = checkpoint.read(name, dtype)
         return values.t().contiguous() if turned else values
 
     return read
@@ -99,7 +105,8 @@ def put(graph: ir.Graph, readers: dict[str, Reader]) -> None:
             if node.op_type == "Transpose" and value.shape is not None and len(value.shape) == 2:
                 _put_transposed(graph, node, name, read)
         if value.uses():
-            value.const_value = _lazy(name, read, value.const_value.shape)
+            held: Any = value.const_value
+            value.const_value = _lazy(name, read, held, held.shape)
         else:
             del graph.initializers[name]
 
@@ -108,17 +115,17 @@ def _put_transposed(graph: ir.Graph, node: ir.Node, name: str, read: Reader) -> 
     other = f"{name}.transposed"
     found = graph.initializers.get(other)
     if found is None:
-        old = graph.initializers[name].const_value
+        old: Any = graph.initializers[name].const_value
         shape = ir.Shape([old.shape[1], old.shape[0]])
-        found = ir.Value(name=other, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
-        found.const_value = _lazy(other, lambda: read().t(), shape)
+        found = ir.Value(name=other, shape=shape, type=ir.TensorType(old.dtype))
+        found.const_value = _lazy(other, lambda: read().t(), old, shape)
         graph.initializers[other] = found
     ir.convenience.replace_all_uses_with(node.outputs[0], found)
     graph.remove(node, safe=True)
 
 
-def _lazy(name: str, read: Reader, shape: Any) -> ir.LazyTensor:
+def _lazy(name: str, read: Reader, like: Any, shape: Any) -> ir.LazyTensor:
     def tensor() -> ir.Tensor:
         return ir.Tensor(read().contiguous().numpy(), name=name)
 
-    return ir.LazyTensor(tensor, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name, cache=False)
+    return ir.LazyTensor(tensor, dtype=like.dtype, shape=ir.Shape(shape), name=name, cache=False)

@@ -155,7 +155,7 @@ class OnnxModel:
             logits = cache.extend(ids, mask, keep_all=logits_to_keep != 1)
         else:
             logits = cache.extend(ids, mask, None if position_ids is None else position_ids.numpy())
-        return SimpleNamespace(logits=torch.from_numpy(logits))
+        return SimpleNamespace(logits=torch.from_numpy(logits).float())
 
     __call__ = forward
 

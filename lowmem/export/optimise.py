@@ -104,7 +104,8 @@ def _seconds(path: Path) -> float:
 
 def _sample(value: Any) -> np.ndarray:
     if value.name.startswith("past_key_values."):
-        return np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+        return np.zeros((1, value.shape[1], 0, value.shape[3]), dtype)
     if value.name == "position_ids":
         return np.arange(TOKENS, dtype=np.int64)[None]
     return np.ones((1, TOKENS), np.int64)

@@ -17,7 +17,6 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
 from lowmem.export.manifest import PREFILL, Manifest
-from lowmem.export.optimise import optimise
 from lowmem.export.options import ExportOptions
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
@@ -150,15 +149,18 @@ class _Job:
         return runtime + exported.writing_bytes(self.spec, options.precision, options.group_size, options.has_prefill)
 
     def run(self, part: Path, cancel: CancelToken) -> Iterator[Step]:
-        from lowmem.export.decoder import write_decoder
-        from lowmem.export.generic import write_generic
-
         if self.spec is not None and not self.fused_refusal:
+            from lowmem.export.decoder import write_decoder
+
             yield from write_decoder(self.folder, part, self.spec, self.options, cancel)
         else:
+            from lowmem.export.generic import write_generic
+
             yield from write_generic(self.folder, part, self.options, cancel)
         release_memory()
         if self.options.optimise and self.fused_refusal:
+            from lowmem.export.optimise import optimise
+
             yield from optimise(part, self.folder)
         write_companions(self.folder, part)
         self._describe(part)

@@ -113,7 +113,7 @@ def prove_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     del model
     yield Step(1, 2, "Proving it: asking the graph")
     session = open_session(exported / GRAPH)
-    found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])
+    found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]).float()
     states, others = wanted[mask.bool()], found[mask.bool()]
     difference = float((states - others).abs().max().nan_to_num(float("inf")))
     error = float((states - others).norm() / states.norm())

@@ -71,7 +71,8 @@ def cut(path: Path, runs: Sequence[Segment]) -> list[Path]:
 def _places(graph: onnx.GraphProto, runs: Sequence[Segment]) -> list[int]:
     """The run of every node: that of its block, or the latest of those whose values it takes."""
     made: dict[str, int] = {}
-    places, named = [], set()
+    places: list[int] = []
+    named: set[int | None] = set()
     for node in graph.node:
         block = _block(node)
         own = next((index for index, run in enumerate(runs) if block is not None and block < run.last), 0)

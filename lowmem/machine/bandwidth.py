@@ -28,6 +28,7 @@ PROBE_SECONDS = 0.3
 """Of everything else, which needs no more to be steady."""
 
 CHUNK_BYTES = 4 << 20
+BUFFER_CHUNKS = 16
 READERS = 2
 
 PROBE_BYTES = 64 * MB
@@ -89,7 +90,9 @@ def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
 
 
 def _measure_disk(file: Path) -> float:
-    from lowmem.offload.shards import Shard  # the same reads as those that are predicted
+    from lowmem.models.checkpoint import as_bytes
+    from lowmem.offload.blocks import page_aligned
+    from lowmem.offload.shards import Shard  # the same reads, into the same kind of buffer, as those that are predicted
     from lowmem.planning.placement import PAGE
 
     size = file.stat().st_size
@@ -97,21 +100,22 @@ def _measure_disk(file: Path) -> float:
     if not chunk:
         return 0.0
     size -= size % chunk
-    shard = Shard(file)
-    deadline = time.perf_counter() + SECONDS
-    started, offsets = time.perf_counter(), iter(range(0, 1 << 62, chunk))
+    shard, buffer = Shard(file), as_bytes(page_aligned(BUFFER_CHUNKS * chunk))
+    for page in range(0, len(buffer), PAGE):
+        buffer[page] = 0  # the system hands pages out on the first touch, which is no part of a disk
+    offsets, deadline = iter(range(0, 1 << 62, chunk)), time.perf_counter() + SECONDS
 
     def work(_: int) -> int:
-        import mmap
-
         read = 0
-        with mmap.mmap(-1, chunk) as buffer, memoryview(buffer) as memory:
-            while time.perf_counter() < deadline:
-                # Counting up is atomic; two readers never take the same chunk.
-                shard.read(next(offsets) % size, memory, chunk)
-                read += chunk
+        while time.perf_counter() < deadline:
+            # Counting up is atomic; two readers never take the same chunk.
+            offset = next(offsets)
+            place = offset % len(buffer)
+            shard.read(offset % size, buffer[place : place + chunk], chunk)
+            read += chunk
         return read
 
+    started = time.perf_counter()
     try:
         with ThreadPoolExecutor(READERS) as readers:
             total = sum(readers.map(work, range(READERS)))

@@ -166,8 +166,14 @@ class StoredPacked(nn.Module):
         y = x.new_empty(len(rows), self.out_features)
         step = _tile(self.in_features, self.out_features, x.device)
         groups = self._scattered(x.device)
+        few = len(rows) <= FEW_ROWS and x.dtype == torch.float32 and groups is None and self._stored.bits != 3
+        thin = rows / self._places(x) if few else None
         for start in range(0, self.out_features, step):
-            self._multiply(rows, slice(start, min(start + step, self.out_features)), groups, y)
+            outputs = slice(start, min(start + step, self.out_features))
+            if thin is not None:
+                self._multiply_few(rows, thin, outputs, y[:, outputs])
+            else:
+                self._multiply(rows, outputs, groups, y[:, outputs])
         if self.bias is not None:
             y += self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -179,32 +185,50 @@ class StoredPacked(nn.Module):
         even = self.in_features % self._group == 0
         return None if even else torch.arange(self.in_features, device=device) // self._group
 
-    def _multiply(self, rows: Tensor, outputs: slice, groups: Tensor | None, y: Tensor) -> None:
-        out = y[:, outputs]
+    def _multiply(self, rows: Tensor, outputs: slice, groups: Tensor | None, out: Tensor) -> None:
+        """Many rows: the weights are multiplied out."""
         if self._stored.bits == 3:
             torch.mm(rows, self._general(outputs, rows.dtype).t(), out=out)
             return
-        codes = self._codes(outputs, rows)
-        scales = self.scales[:, outputs].to(rows.dtype)
-        zeros = self._zeros(outputs).to(rows.dtype)
-        if groups is not None:
-            torch.mm(rows, codes.sub_(zeros[groups]).mul_(scales[groups]), out=out)
-            return
-        grouped = codes.view(len(scales), self._group, -1)
-        if len(rows) > FEW_ROWS or rows.dtype != torch.float32:
-            grouped.sub_(zeros[:, None]).mul_(scales[:, None])
-            torch.mm(rows, codes, out=out)
-            return
-        parts = rows.view(len(rows), len(scales), self._group)
+        codes, scales, zeros = self._codes(outputs, rows), *self._grid(outputs, rows.dtype)
+        if groups is None:
+            codes.view(len(scales), self._group, -1).sub_(zeros[:, None]).mul_(scales[:, None])
+        else:
+            codes.sub_(zeros[groups]).mul_(scales[groups])
+        torch.mm(rows, codes, out=out)
+
+    def _multiply_few(self, rows: Tensor, thin: Tensor, outputs: slice, out: Tensor) -> None:
+        """Few rows: the codes are multiplied, and then the sums of each group are scaled."""
+        scales, zeros = self._grid(outputs, rows.dtype)
+        grouped = self._codes(outputs, rows, in_place=True).view(len(scales), self._group, -1)
+        parts = thin.view(len(rows), len(scales), self._group)
         products = torch.bmm(parts.transpose(0, 1), grouped)  # [groups, rows, outputs]
         torch.sum(products.mul_(scales[:, None]), 0, out=out)
-        out.addmm_(parts.sum(-1), zeros.mul_(scales), alpha=-1)
+        out.addmm_(rows.view(parts.shape).sum(-1), zeros.mul_(scales), alpha=-1)
 
-    def _codes(self, outputs: slice, like: Tensor) -> Tensor:
-        """Codes [in, outputs] as numbers."""
+    def _grid(self, outputs: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scales and zero points [groups, outputs]."""
+        return self.scales[:, outputs].to(dtype), self._zeros(outputs).to(dtype)
+
+    def _places(self, like: Tensor) -> Tensor:
+        """What `_codes` leaves the code of each input [in] multiplied by: powers of two, so dividing by them is exact."""
+        bits, lanes = self._stored.bits, 32 // self._stored.bits
+        if self._stored.method == "awq":  # where inputs are rows of words
+            return like.new_ones(self.in_features)
+        places = like.new_tensor([2.0 ** (lane * bits) for lane in range(lanes - 1)] + [1.0])
+        return places.repeat(-(-self.in_features // lanes))[: self.in_features]
+
+    def _codes(self, outputs: slice, like: Tensor, in_place: bool = False) -> Tensor:
+        """Codes [in, outputs] as numbers.
+
+        Args:
+            in_place: leave them multiplied by `_places`, which saves a third of the work: a code's bits are not brought
+                down to the lowest, but for the last code of a word, which holds its sign.
+        """
         bits, lanes = self._stored.bits, 32 // self._stored.bits
         width = outputs.stop - outputs.start
         if self._stored.method == "awq":
+            in_place = False
             words = self.qweight[:, outputs.start // lanes : outputs.stop // lanes]
             tile = _scratch("tile", (self.in_features, width), like)
             split = tile.view(self.in_features, -1, lanes)
@@ -216,6 +240,9 @@ class StoredPacked(nn.Module):
             targets = [split[:, lane] for lane in range(lanes)]
         spare = _scratch("words", tuple(words.shape), words)
         for lane, target in enumerate(targets):
+            if in_place and lane < lanes - 1:
+                target.copy_(torch.bitwise_and(words, ((1 << bits) - 1) << lane * bits, out=spare))
+                continue
             torch.bitwise_right_shift(words, lane * bits, out=spare)
             target.copy_(spare.bitwise_and_((1 << bits) - 1))
         return tile[: self.in_features]

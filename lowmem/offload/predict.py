@@ -22,7 +22,7 @@ PLAIN, STREAMED, HOME = "plain", "streamed", "loaded"
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What one token of one sequence is predicted to take, in seconds, and why.
+    """What a pass, a token of every sequence, is predicted to take, in seconds, and why.
 
     Args:
         disk, bus, compute: seconds each would take alone.
@@ -124,15 +124,19 @@ def _kind(plan: Plan, streams: bool, tensor: Tensor, dtype: str) -> str:
 
 
 def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
-    if kind == PLAIN:
+    """Bytes per second of one kind of weights, for a token of every sequence of the plan."""
+    rows = 1 << (plan.batch - 1).bit_length()  # few sizes are enough, and each is measured once
+    many = f"x{rows}" if rows > 1 else ""
+    if kind == PLAIN and not many:
         return bandwidth.ram_bandwidth(again)
     if kind not in (STREAMED, HOME):
-        return bandwidth.kept(f"{kind} weights", again, lambda: _probes().dense_rate(kind))
+        dtype = "fp32" if kind == PLAIN else kind
+        return bandwidth.kept(f"{dtype}-weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
     stored = plan.spec.stored
     assert stored is not None  # or nothing would be packed
-    name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}"
+    name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}{many}"
     measure = "streamed_rate" if kind == STREAMED else "home_rate"
-    return bandwidth.kept(name, again, lambda: getattr(_probes(), measure)(stored))
+    return bandwidth.kept(name, again, lambda: getattr(_probes(), measure)(stored, rows))
 
 
 def _blocks(device: str, again: bandwidth.Again) -> float:

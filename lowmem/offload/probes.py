@@ -1,6 +1,6 @@
 """How fast this machine computes with weights in the forms that files store them in, measured with the layers that run.
 
-A rate is stored bytes per second for one token of one sequence. Imported late: everything here needs torch.
+A rate is stored bytes per second for one token of each of `rows` sequences. Imported late: everything here needs torch.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ def block_rate(device: str) -> float:
         return bandwidth.rate(lambda: model(token).logits.cpu(), BLOCKS)
 
 
-def dense_rate(dtype: str) -> float:
-    """Of a matrix that is stored in another dtype than the computation's, fp32."""
-    return _rate(StoredLinear(torch.zeros(OUTPUTS, INPUTS, dtype=TORCH_DTYPES[dtype]), None))
+def dense_rate(dtype: str, rows: int = 1) -> float:
+    """Of a matrix that is stored in `dtype`, and computed with in fp32."""
+    return _rate(StoredLinear(torch.zeros(OUTPUTS, INPUTS, dtype=TORCH_DTYPES[dtype]), None), rows)
 
 
-def streamed_rate(stored: Quantization) -> float:
+def streamed_rate(stored: Quantization, rows: int = 1) -> float:
     """Of the codes of a layer that streams as it is stored."""
     parts = _parts(stored)
     if stored.method in (INT8, BNB) and stored.bits == 8:
-        return dense_rate("int8")
+        return dense_rate("int8", rows)
     if stored.method == BNB:
         made: Any = bnb_linear.stored4("probe", parts, OUTPUTS, INPUTS, CPU, torch.float32)
-        return _rate(StoredNf4(made.weight.data, made.weight.quant_state, INPUTS, OUTPUTS), parts["weight"])
+        return _rate(StoredNf4(made.weight.data, made.weight.quant_state, INPUTS, OUTPUTS), rows, parts["weight"])
     layer = StoredPacked(stored, "probe", INPUTS, OUTPUTS)
     for part, tensor in parts.items():
         setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
-    return _rate(layer, parts["qweight"])
+    return _rate(layer, rows, parts["qweight"])
 
 
-def home_rate(stored: Quantization) -> float:
+def home_rate(stored: Quantization, rows: int = 1) -> float:
     """Of the codes of a layer that is loaded for good, in whatever form the fastest kernel wants them."""
     parts = _parts(stored)
     if stored.method != BNB:
@@ -65,14 +65,14 @@ def home_rate(stored: Quantization) -> float:
         layer = bnb_linear.stored8(parts, CPU, torch.float32)
     else:
         layer = bnb_linear.stored4("probe", parts, OUTPUTS, INPUTS, CPU, torch.float32)
-    return _rate(layer, parts["qweight" if "qweight" in parts else "weight"])
+    return _rate(layer, rows, parts["qweight" if "qweight" in parts else "weight"])
 
 
-def _rate(layer: nn.Module, codes: Tensor | None = None) -> float:
-    row = torch.zeros(1, INPUTS)
+def _rate(layer: nn.Module, rows: int, codes: Tensor | None = None) -> float:
+    x = torch.zeros(rows, INPUTS)
     counted = layer.weight if codes is None else codes
     with torch.inference_mode():
-        return bandwidth.rate(lambda: layer(row), int(counted.nbytes))  # type: ignore[arg-type]
+        return bandwidth.rate(lambda: layer(x), int(counted.nbytes))  # type: ignore[arg-type]
 
 
 def _parts(stored: Quantization) -> dict[str, Tensor]:

@@ -93,11 +93,12 @@ def plan_for(
 
 
 def measure(
-    model: str, disk: list[int], in_ram: list[int], mapped: bool, again: bool = False
+    model: str, disk: list[int], in_ram: list[int], mapped: bool, batch: int = 1, again: bool = False
 ) -> Generator[Step, None, None]:
     """A job of its own that measures what predicting this placement takes: its caller need not load torch for it."""
     yield Step(0, 0, "Measuring how fast this machine reads")
-    plan = plan_for(Session(), model, Goal(), where=Where(tuple(in_ram), tuple(disk), may_map=mapped))
+    places = Where(tuple(in_ram), tuple(disk), may_map=mapped)
+    plan = plan_for(Session(), model, Goal(batch=batch), where=places)
     folder = yield from fetch(plan.spec.ref, CancelToken())
     predict(plan, weights(folder) or folder, again)
 

@@ -125,14 +125,15 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
     """Peak of writing and proving a fused graph, beside the process itself.
 
     While it is written: the largest matrix in fp32, its codes and what rounding takes; layers that share an input are stacked. While
-    it is proven: first the original's logits beside its embedding, then those of both beside the session.
+    it is proven: first that matrix on its way from the file beside the original's logits, then the logits of both beside the session,
+    which on a CPU computes fp16 with fp32 copies of the weights.
     """
     largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
     count, length = proof_windows(spec.vocab, spec.context)
     logits = 4 * count * length * spec.vocab
     logarithms = 5 * 4 * PROOF_ROWS * spec.vocab
-    session = disk_bytes(spec, precision, group_size, fast_prefill)
-    return max(7 * largest, 5 * largest + logits, session + 4 * logits + logarithms)
+    session = disk_bytes(spec, precision, group_size, fast_prefill) * (2 if precision == "fp16" else 1)
+    return max(7 * largest + logits, session + 4 * logits + logarithms)
 
 
 def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:

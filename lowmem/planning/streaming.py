@@ -151,7 +151,8 @@ def offloaded(plan: Plan) -> Plan | None:
     kind = plan.place.kind
     if kind == "mps" or plan.spec.layers < 1 or len([s for s in stored_block_bytes(plan.spec) if s]) < plan.spec.layers:
         return None
-    base = replace(plan, precision=offload_precision(plan), placement=None)
+    # Only torch's modules can be filled and emptied.
+    base = replace(plan, precision=offload_precision(plan), placement=None, backend="torch", or_torch=False)
     if kind == "cpu":
         return _most(base, lambda count: _on_cpu(base, count))
     return _most(base, lambda count: _on_gpu(base, count))

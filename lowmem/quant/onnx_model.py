@@ -34,7 +34,7 @@ def one_node(op: str, domain: str, attributes: Mapping[str, int], weights: Mappi
 
 def _tensor(name: str, array: np.ndarray) -> Pieces:
     sizes = [piece for size in array.shape for piece in _number(1, size)]
-    content = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return [*sizes, *_number(2, _ELEMENT_TYPES[array.dtype.name]), *_text(8, name), *_field(9, [content])]
 
 

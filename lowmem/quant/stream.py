@@ -152,7 +152,7 @@ class Stream:
         here = done - self._first_block
         if here >= 0.5:
             left = (time.monotonic() - self._started) / here * (count - done)
-            note = f"{note}, {format_seconds(left)} left"
+            note = f"{note} · {format_seconds(left)} left"
         return Step(round(PARTS * done), PARTS * count, note)
 
 

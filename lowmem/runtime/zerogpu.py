@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Event = Step | Chunk | Completion | Receipt
 
 # Half an RTX Pro 6000 Blackwell, on the cautious side: seconds that were not needed are given back.
-START_SECONDS = 8.0  # torch, CUDA and the first kernels
+START_SECONDS = 10.0  # torch, CUDA and the first kernels
 READ_BYTES_PER_SECOND = 0.8e9
 VRAM_BYTES_PER_SECOND = 500e9
 SECONDS_PER_LAYER = 1e-3  # of one pass: Python and the starts of its kernels
@@ -43,7 +43,7 @@ PROMPTS_AT_ONCE = 8
 SAFETY = 1.5
 LONGEST_SECONDS = 110
 """Anonymous visitors have 120 a day, and a longer wish than what they have left is refused."""
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 5.0  # the worker starts before its clock does
 
 _kept: Session | None = None
 """The worker's session; the app's own process never has one here."""

@@ -185,5 +185,5 @@ def _cause(error: Any) -> Exception:
     """What a task failed with before it could make a row: another version, a folder that is not there, no lowmem."""
     cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
     if isinstance(cause, ModuleNotFoundError):
-        return Unsupported(f"The cluster's machines lack a package: {cause}.", "Install lowmem on each of them.")
+        return Unsupported(f"The cluster's machines lack a package: {cause}", "Install lowmem on each of them.")
     return cause

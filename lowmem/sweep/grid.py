@@ -95,8 +95,8 @@ def read_grid(path: Path) -> Grid:
         raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}.", "Name a YAML file.") from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise BadInput(f"{path} is not YAML{where}.", _EXAMPLE) from None
+        line = mark.line + 1 if mark else 1
+        raise BadInput(f"{path} is not YAML, see line {line}.", _EXAMPLE) from None
     return make_grid(content)
 
 

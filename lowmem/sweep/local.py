@@ -142,10 +142,9 @@ class LocalPool:
     def note(self) -> str:
         if self.workers == 1:
             return ""
-        cores = f"{self.threads} core{'s' * (self.threads != 1)}"
         return (
-            f"Up to {self.workers} cells ran side by side on {cores} each: speeds are below those of a cell alone, "
-            "which one worker at a time measures."
+            f"Up to {self.workers} cells ran side by side, each with {self.threads} of the cores: speeds are below those of "
+            "a cell alone, which one worker at a time measures."
         )
 
     def close(self) -> None:

@@ -58,7 +58,8 @@ class Table:
         """The folder of a model's cells, with the evaluation text in it."""
         folder = self.folder / WORK / _slug(model)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "text.txt").write_text(self.text.text, encoding="utf-8")
+        if not (path := folder / "text.txt").exists():  # cells may be reading it
+            write_atomically(path, self.text.text)
         return folder
 
     def clear(self, model: str) -> None:

@@ -17,6 +17,7 @@ import gradio as gr
 
 from lowmem.errors import BadInput, Cancelled, LowMemError
 from lowmem.events import CancelToken
+from lowmem.ui.edge import shown
 from lowmem.ui.strings import say
 
 E = TypeVar("E")
@@ -145,11 +146,11 @@ def explain(error: Exception) -> tuple[str, str]:
 
 def notice(error: Exception, *, toast: bool = True) -> str:
     """The failure as HTML that stays in place, and as a toast (only queued events can show one)."""
-    message, hint = (html.escape(text) for text in explain(error))
+    message, hint = (html.escape(shown(text)) for text in explain(error))
     if isinstance(error, Cancelled):
         return f'<p class="lm-notice" data-kind="quiet" role="status">{message}</p>'
     if toast:
-        gr.Warning(f"{message} {hint}".strip(), title=say("trouble"))
+        gr.Warning(f"{message} {hint}".strip(), title=shown(say("trouble")))
     return f'<div class="lm-notice" data-kind="error" role="alert"><strong>{message}</strong> {hint}</div>'
 
 

@@ -20,6 +20,7 @@ from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.settings import settings
 from lowmem.ui import render, render_quantize
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
+from lowmem.ui.edge import shown_sheet
 from lowmem.ui.fields import read, widgets
 from lowmem.ui.quantize_form import originals
 from lowmem.ui.sidebar import Sidebar
@@ -165,5 +166,5 @@ def _files(rows: list[Row], model: str, text: str) -> list[Any]:
     folder = settings().outputs / f"compare-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder.mkdir(parents=True)
     table = write_atomically(folder / "comparison.csv", to_csv(rows))
-    drawn = write_atomically(folder / "comparison.png", to_png(picture(rows, model, text)))
+    drawn = write_atomically(folder / "comparison.png", to_png(shown_sheet(picture(rows, model, text))))
     return [gr.Row(visible=True), gr.DownloadButton(value=str(table)), gr.DownloadButton(value=str(drawn))]

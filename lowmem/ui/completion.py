@@ -12,6 +12,7 @@ from lowmem.events import Chunk, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui import render
 from lowmem.ui.bind import HEAVY, QUICK, TEXT_LIMIT, Jobs, bounded, notice, pump
+from lowmem.ui.edge import shown
 from lowmem.ui.engine import Engine
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -85,4 +86,4 @@ def joined(answers: dict[int, str]) -> str:
     """One answer as it is; several under numbered headings."""
     if len(answers) <= 1:
         return "".join(answers.values())
-    return "\n\n".join(f"— {say('answer', number=index + 1)} —\n{answers[index]}" for index in sorted(answers))
+    return "\n\n".join(f"— {shown(say('answer', number=index + 1))} —\n{answers[index]}" for index in sorted(answers))

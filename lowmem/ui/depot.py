@@ -89,10 +89,16 @@ class Depot:
         placement = plan.placement
         if placement is None or not self.here(plan) or self.engine.busy:
             return self.speed(plan)
-        places = {"disk": placement.indices("disk"), "in_ram": placement.indices("ram"), "mapped": placement.mapped}
+        asked: dict[str, Any] = {
+            "model": plan.spec.ref,
+            "batch": plan.batch,
+            "mapped": placement.mapped,
+            "again": again,
+        }
+        asked |= {"disk": placement.indices("disk"), "in_ram": placement.indices("ram")}
         with self._measuring:
             if again or self.speed(plan) is None:
-                for _ in run_isolated("lowmem.offload.run:measure", {"model": plan.spec.ref, **places, "again": again}):
+                for _ in run_isolated("lowmem.offload.run:measure", asked):
                     pass
         return self.speed(plan)
 

@@ -69,7 +69,7 @@ class Page(gr.Blocks):
         if language == SOURCE:
             return outputs
         kinds = [block.get_block_name() for block in block_fn.outputs]
-        return [translated(kind, value, language) for kind, value in zip(kinds, outputs, strict=True)]
+        return [translated(kind, value, language) for kind, value in zip(kinds, outputs, strict=False)]
 
 
 def shown(text: str) -> str:

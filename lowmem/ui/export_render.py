@@ -19,7 +19,7 @@ from lowmem.units import format_bytes, format_seconds
 COLORS = {"torch": "#d9822b", "onnx": "#4c8bd6"}
 NAMES = {"torch": "PyTorch fp32", "onnx": "ONNX Runtime"}
 
-WIDTH, MARGIN, ROW, BAR, GAP = 520, 20, 20, 14, 40
+WIDTH, MARGIN, ROW, BAR, GAP = 520, 20, 20, 14, 32
 
 
 def card(expected: Forecast, original_bytes: int) -> str:
@@ -108,7 +108,7 @@ def race(result: dict[str, Any]) -> list[Sheet]:
     panels = [("prefill_tps", "Prefill", "prompt tokens a second; longer is better", "{:,.0f}")]
     if any(value is not None for engine in COLORS for value in result[engine]["token_ms"]):
         panels.append(("token_ms", "Each new token", "milliseconds; shorter is better", "{:.1f} ms"))
-    height = 64 + len(result["prompts"]) * (2 * ROW + GAP)
+    height = 58 + len(result["prompts"]) * (2 * ROW + GAP)
     return [Sheet(WIDTH, height, tuple(_panel(result, *panel)), panel[1]) for panel in panels]
 
 
@@ -130,7 +130,7 @@ def _panel(result: dict[str, Any], key: str, title: str, unit: str, form: str) -
             width = room * value / largest
             yield Bar(named, y - BAR / 2, width, BAR, color)
             yield Label(named + width + 6, y, form.format(value), 12, color=GREY)
-        y += GAP - 8
+        y += GAP
 
 
 def race_table(result: dict[str, Any]) -> str:

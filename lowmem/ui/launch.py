@@ -8,13 +8,13 @@ import secrets
 import threading
 from typing import Any
 
-import gradio as gr
 from starlette.middleware import Middleware
 
 from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.access import Access
+from lowmem.ui.edge import Languages, Page
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.limits import VisitorLimits
 from lowmem.ui.page import build_ui
@@ -42,7 +42,7 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "max_file_size": UPLOAD_LIMIT,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
-        "app_kwargs": {"middleware": [Middleware(VisitorLimits)]} if public else None,
+        "app_kwargs": {"middleware": [Middleware(Languages), *([Middleware(VisitorLimits)] if public else [])]},
     }
 
 
@@ -56,7 +56,8 @@ def serve(
     *,
     listed_only: bool = False,
     mcp: bool = False,
-    demo: gr.Blocks | None = None,
+    lang: str | None = None,
+    demo: Page | None = None,
     **launching: Any,
 ) -> tuple[str, str]:
     """Serve until interrupted; in a notebook's kernel return at once. Returns the local and the public address.
@@ -71,6 +72,7 @@ def serve(
         budget: memory that may be used on the computing device, such as "4G".
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
+        lang: the language of the page, whatever a browser asks for.
         mcp: serve the page's endpoints as MCP tools, too, below /gradio_api/mcp/.
         demo: a page that is built already.
         launching: more for gradio's `launch`.
@@ -92,6 +94,7 @@ def serve(
         small = ZEROGPU_BUDGET if here.host == "zerogpu" else ""
         cap = parse_bytes(budget or small) if budget or small else None
         demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
+    demo.language = lang or demo.language
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
     measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)
     measuring.daemon = True

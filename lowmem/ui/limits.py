@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.settings import settings
+from lowmem.ui.edge import shown
 from lowmem.units import MB, format_bytes
 
 Scope = MutableMapping[str, Any]
@@ -123,7 +124,7 @@ def _bounded(receive: Receive) -> Receive:
 
 
 async def _refuse(send: Send, status: int, sentence: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    body = json.dumps({"detail": sentence}).encode()
+    body = json.dumps({"detail": shown(sentence)}).encode()
     kind = (b"content-type", b"application/json")
     await send({"type": "http.response.start", "status": status, "headers": [kind, *(headers or [])]})
     await send({"type": "http.response.body", "body": body})

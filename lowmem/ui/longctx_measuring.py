@@ -22,6 +22,7 @@ from lowmem.measure.rows import write_atomically
 from lowmem.measure.texts import MANUAL, tail
 from lowmem.ui import render, render_longctx, render_quantize
 from lowmem.ui.bind import Jobs
+from lowmem.ui.edge import shown_sheet
 from lowmem.ui.engine import Engine
 from lowmem.ui.fields import widgets
 from lowmem.ui.runner import Runner, View, new_folder
@@ -217,7 +218,7 @@ class ExerciseMode:
 def _written(points: Sequence[Point], ref: str) -> str:
     folder = new_folder("exercise")
     table = write_atomically(folder / "exercise.csv", to_csv(points))
-    drawn = write_atomically(folder / "exercise.png", to_png(picture(points, ref)))
+    drawn = write_atomically(folder / "exercise.png", to_png(shown_sheet(picture(points, ref))))
     return render_longctx.link(table, say("csv")) + render_longctx.link(drawn, say("png"))
 
 

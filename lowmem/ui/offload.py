@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.events import CancelToken, Chunk, Completion, Receipt
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.offload.predict import Speed
 from lowmem.planning.goal import detected_limits
 from lowmem.planning.plan import Plan
@@ -189,7 +189,7 @@ class OffloadTab:
                     told["receipt"] = render_offload.measured(event)
             return [told.get("live", ""), joined(answers), told.get("receipt", "")]
 
-        return self.depot.run(self._ask(values), prompt, int(tokens), token), view
+        return _counted(self.depot.run(self._ask(values), prompt, int(tokens), token), int(tokens)), view
 
     def _compare(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
         bounded(prompt)
@@ -201,6 +201,14 @@ class OffloadTab:
             return [render_offload.comparison(rows), render_offload.plot(rows, title)]
 
         return self.depot.compare(self._ask(values), prompt, int(tokens), token), view
+
+
+def _counted(events: Iterator[Any], tokens: int) -> Iterator[Any]:
+    """Tokens as progress, too: each may take seconds."""
+    for event in events:
+        if isinstance(event, Chunk):
+            yield Step(event.new_tokens, tokens, say("offload_writing"), "tokens")
+        yield event
 
 
 def _budget(most: int | None, label: str, elem_id: str) -> gr.Slider:

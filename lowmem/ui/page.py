@@ -9,10 +9,12 @@ from lowmem.ui import render
 from lowmem.ui.api import add_endpoints
 from lowmem.ui.bind import QUICK, Jobs
 from lowmem.ui.depot import Depot
+from lowmem.ui.edge import Page
 from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.export import ExportTab
 from lowmem.ui.export_api import add_export_endpoints
 from lowmem.ui.generate import GenerateTab
+from lowmem.ui.learn import Learn
 from lowmem.ui.longctx import LongContextTab
 from lowmem.ui.longctx_api import add_longctx_endpoints
 from lowmem.ui.offload import OffloadTab
@@ -28,6 +30,7 @@ SETTLE = """() => {
     const toggle = document.querySelector('#sidebar.open .toggle-button');
     if (window.innerWidth <= 768 && toggle) toggle.click();
     setTimeout(() => document.body.classList.add('lm-settled'), 350);
+    document.documentElement.lang = document.querySelector('.lm-header')?.lang || 'en';
 }"""
 
 
@@ -37,7 +40,7 @@ def build_ui(
     budget_bytes: int | None = None,
     model: str = AUTO,
     workshop: Workshop | None = None,
-) -> gr.Blocks:
+) -> Page:
     """The page over an engine.
 
     Args:
@@ -49,22 +52,27 @@ def build_ui(
     engine = engine or Engine()
     workshop = workshop or Workshop(engine)
     jobs = Jobs()
-    with gr.Blocks(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+    with Page(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(render.header(), elem_id="header")
         hub = gr.HTML(elem_id="hub-notice")
         sidebar = Sidebar(engine, budget_bytes)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(say("generate"), id="generate"):
                 generate = GenerateTab(engine, jobs, sidebar, model)
+                Learn(engine, "generate")
             with gr.Tab(say("quantize"), id="quantize"):
                 quantize = QuantizeTab(workshop, jobs, sidebar, tabs, generate.setup)
+                Learn(engine, "quantize", quantize.form.model)
             depot = Depot(engine)
             with gr.Tab(say("offload"), id="offload") as offload_tab:
                 offload = OffloadTab(depot, jobs, sidebar)
+                Learn(engine, "offload", offload.model)
             with gr.Tab(say("longctx"), id="longctx"):
                 longctx = LongContextTab(engine, jobs, sidebar)
+                Learn(engine, "longctx")
             with gr.Tab(say("export"), id="export"):
                 export = ExportTab(workshop, jobs, sidebar, tabs, generate.setup)
+                Learn(engine, "export", export.model)
         add_endpoints(engine)
         add_workshop_endpoints(workshop)
         add_longctx_endpoints(engine)
@@ -84,4 +92,5 @@ def build_ui(
         opened.then(lambda: "" if hub_reachable() else render.quiet(say("no_hub")), None, hub, **QUICK)
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
-    return demo.queue(max_size=32)
+    demo.queue(max_size=32)
+    return demo

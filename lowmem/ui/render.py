@@ -23,7 +23,7 @@ LOGO = (
 
 
 def header() -> str:
-    return f'<header class="lm-header">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
+    return f'<header class="lm-header" lang="en">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
 
 
 # --- budgets
@@ -308,7 +308,7 @@ def table(rows: Sequence[Completion]) -> str:
         return ""
     shown = sorted(rows, key=lambda row: (row.index, row.sequence))[:ROWS_SHOWN]
     body = "".join(
-        f'<tr><td class="lm-num">{row.index + 1}</td><td>{escape(row.prompt)}</td><td>{escape(row.text)}</td>'
+        f'<tr><td class="lm-num">{row.index + 1}</td><td translate="no">{escape(row.prompt)}</td><td translate="no">{escape(row.text)}</td>'
         f'<td class="lm-num">{row.new_tokens:,}</td></tr>'
         for row in shown
     )

@@ -258,6 +258,7 @@ ENGLISH: dict[str, Any] = {
     "offload_tokens_help": "Each is a pass of the weights.",
     "offload_answers": "Answers at once",
     "offload_answers_help": "A pass serves all. 0: as many as pay.",
+    "offload_writing": "Writing",
     "offload_run": "Load and run",
     "offload_exercise": "Compare every way",
     "offload_exercise_title": "The exercise: every way, side by side",
@@ -381,6 +382,13 @@ ENGLISH: dict[str, Any] = {
     "export_fusions": "Fusions",
     "start_race": "Race against PyTorch",
     "export_race_table": "Prompt tokens|PyTorch prefill/s|ONNX prefill/s|PyTorch per token|ONNX per token",
+    # learn
+    "learn": "Learn",
+    "learn_does": "What it does",
+    "learn_costs": "What it costs",
+    "learn_avoid": "When not to use it",
+    "learn_own": "In figures:",
+    "learn_source": 'Typical figures of the course, module "{module}", section "{section}"; not of this model.',
     # failures
     "bug": "Something went wrong inside lowmem.",
     "bug_hint": "The log has the details under {id}.",

@@ -49,7 +49,7 @@ class SweepView:
         with gr.Accordion(say("sweep"), open=False, elem_id="sweep"):
             gr.HTML(render.quiet(say("sweep_help")))
             self._build_form()
-            self.count = gr.HTML(elem_id="sweep-count")
+            self.count = gr.HTML(self._counted(*(control.value for control in self.chosen)), elem_id="sweep-count")
             self.runner = Runner(workshop.engine, jobs, "sweep", say("start_sweep"))
             self.table = gr.HTML(elem_id="sweep-table")
             self.plots = gr.HTML(elem_id="sweep-plots")

@@ -27,7 +27,15 @@ _UNIT = r"(?:[KMGT]?B|[%xX]|ms|min|s|h|tok|tokens)"
 _FIGURES = re.compile(rf"(?=.*\d)(?:[^A-Za-zÀ-ɏ]|(?<![A-Za-z]){_UNIT}(?![A-Za-z]))+", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![.,]?\d)|(?<![\w.,])\d+\.\d+(?![.,]?\d)")
 _HOLE = rf"([+-]?\d[\d,]*(?:\.\d+)?(?: ?{_UNIT}(?![A-Za-z]))?|.*?)"
-_SEPARATORS = tuple(map(re.compile, (r"( · )", r"(?<=[.!?])( )(?=[A-ZÀ-Þ0-9'\"])", r"(; )", r"(: )", r"(, )")))
+_SENTENCES = re.compile(r"(?<=[.!?])( )(?=[A-ZÀ-Þ0-9'\"])")
+_NEXT_SENTENCE = re.compile(r" [A-ZÀ-Þ]")
+_SEPARATORS = (
+    re.compile(r"( · )"),
+    _SENTENCES,
+    re.compile(r"(; )"),
+    re.compile(r"(: )"),
+    re.compile(r"(, )(?![^(]*\))"),
+)
 _SIZE = r"[+-]?\d[\d.,]*(?: [KMG]?B)?"
 _BESIDE_A_SIZE = (re.compile(rf"(.*\D)( )({_SIZE})"), re.compile(rf"({_SIZE})( )(\D.*)"))
 
@@ -40,15 +48,34 @@ _SILENT = ("style", "script", "code", "pre")
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A sentence with holes; `pattern` finds what fills them, `words` is its own text, piece by piece."""
+    """A sentence with holes.
+
+    Args:
+        pattern: finds what fills them.
+        words: its own text, piece by piece.
+        target: the sentence in the other language.
+    """
 
     pattern: re.Pattern[str]
     words: tuple[str, ...]
     target: str
 
+    def fillings(self, text: str) -> tuple[str, ...] | None:
+        """What fills the holes; each takes whole sentences or stays within one."""
+        match = self.pattern.fullmatch(text) if all(word in text for word in self.words) else None
+        whole = match and all(_is_whole(match, number) for number in range(1, len(match.groups()) + 1))
+        return match.groups() if match and whole else None
+
     @property
     def letters(self) -> int:
         return sum(character.isalpha() for word in self.words for character in word)
+
+
+def _is_whole(match: re.Match[str], number: int) -> bool:
+    before, after = match.string[: match.start(number)], match.string[match.end(number) :]
+    if not _SENTENCES.search(match[number]) or before.endswith((". ", ": ")):
+        return True
+    return not before and _NEXT_SENTENCE.match(after) is not None
 
 
 class Catalogue:
@@ -77,8 +104,8 @@ class Catalogue:
 
     def _matched(self, text: str) -> str | None:
         for template in self._templates:
-            if all(word in text for word in template.words) and (match := template.pattern.fullmatch(text)):
-                parts = [(part, self.find(part.strip())) for part in match.groups()]
+            if (fillings := template.fillings(text)) is not None:
+                parts = [(part, self.find(part.strip())) for part in fillings]
                 if template.letters >= FEW_LETTERS or all(
                     known is not None or " " not in part for part, known in parts
                 ):
@@ -90,9 +117,10 @@ class Catalogue:
         rows = [separator.split(text) for separator in _SEPARATORS]
         rows += [list(match.groups()) for pattern in _BESIDE_A_SIZE if (match := pattern.fullmatch(text))]
         for row in rows:
-            if len(row) > 1 and any(found := [self.find(part) for part in row[::2]]):
-                row[::2] = [part if known is None else known for part, known in zip(row[::2], found, strict=True)]
-                return "".join(row)
+            if len(row) > 1:
+                row[::2] = [self.find(part) or part for part in row[::2]]
+                if (joined := "".join(row)) != text:
+                    return joined
         return None
 
 
