@@ -49,7 +49,7 @@ def test_a_text_without_end_and_what_can_be_measured_of_one(
     page = tab(visit)
     before = page.text_content("#long-memory")
     page.click("#long-kv input")
-    page.click("[role=option]:has-text('int4') >> nth=0")
+    page.click("[role=option]:has-text('4 bits') >> nth=0")
     page.wait_for_function("before => document.querySelector('#long-memory').textContent !== before", arg=before)
     visit.shot("priced")
     page.click("#long-continue-start")

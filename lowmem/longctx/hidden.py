@@ -25,6 +25,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
 from lowmem.longctx.limits import PASS_TOKENS, check_stride, check_token_window
 from lowmem.machine.hardware import disk_free_bytes
+from lowmem.machine.monitor import trim_heap
 from lowmem.measure.windows import Window, cut
 from lowmem.units import format_bytes
 
@@ -99,6 +100,8 @@ def hidden_states(
         yield Step(0, offsets[-1], "Computing hidden states", "tokens")
         for batch in _batches(pieces, max(1, pass_tokens // window)):
             check()
+            # Passes of different sizes leave holes, in which the next do not fit.
+            trim_heap()
             for layer, states in enumerate(_states(model, batch, chosen)):
                 for piece, row in zip(batch, states, strict=True):
                     file.write(layer, piece.row, row[piece.first : len(piece.ids)])

@@ -69,7 +69,7 @@ class LongContextTab:
 
     def _build_modes(self, jobs: Jobs) -> list[Any]:
         kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, ExerciseMode)
-        with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes"):
+        with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes", overflow_behavior="wrap"):
             made = []
             for kind in kinds:
                 with gr.Tab(say(f"long_{kind.key}"), id=kind.key):

@@ -208,7 +208,7 @@ class ExerciseMode:
             points.extend(event for event in gathered if isinstance(event, Point))
             if not points:
                 return ["", "", ""]
-            drawn = picture(points, columns=2)
+            drawn = picture(points, columns=1)
             files = gr.skip() if gathered else _written(points, ref)
             return [render_longctx.points(points), render_quantize.drawing(to_svg(drawn)), files]
 

@@ -67,8 +67,7 @@ def perplexity(receipt: Receipt) -> str:
 def hidden(receipt: Receipt, path: Path) -> str:
     shape = " x ".join(f"{size:,}" for size in receipt.details["shape"])
     facts = [
-        ("shape", shape),
-        ("dtype", receipt.details["dtype"]),
+        ("shape", f"{shape} {receipt.details['dtype']}"),
         ("windows", f"{receipt.details['windows']:,}"),
         ("tokens/s", f"{receipt.prefill_tps:,.0f}"),
     ]
