@@ -221,8 +221,9 @@ def _write_film(frames: list[tuple[float, bytes]]) -> None:
         last = png
     # One palette for all: what does not change between frames then costs nothing. The commonest colours are kept exactly,
     # the rest of the palette covers small patches.
-    common = sorted(pictures[-1].getcolors(1 << 24), reverse=True)[: FILM_COLORS // 2]
-    covering = pictures[-1].quantize(FILM_COLORS // 2, Image.Quantize.MAXCOVERAGE).getpalette()
+    counted: Any = pictures[-1].getcolors(1 << 24)
+    common = sorted(counted, reverse=True)[: FILM_COLORS // 2]
+    covering = pictures[-1].quantize(FILM_COLORS // 2, Image.Quantize.MAXCOVERAGE).getpalette() or []
     palette = Image.new("P", (1, 1))
     palette.putpalette([value for _, color in common for value in color] + covering[: 3 * FILM_COLORS // 2])
     flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
