@@ -18,7 +18,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.ui import limits
 from lowmem.ui.access import Access
 from lowmem.ui.launch import launch_options, serve
-from lowmem.ui.limits import MOST_BODY_BYTES, RULES, Counter, Rule
+from lowmem.ui.limits import MOST_BODY_BYTES, RULES, Counter, Rule, VisitorLimits
 from lowmem.ui.page import build_ui
 from lowmem.ui.workshop import Workshop
 
@@ -179,13 +179,13 @@ def test_sharing_implies_a_password_and_prints_it_once(
     assert (user, owner) == ("lowmem", "owner")
     assert min(len(password), len(own)) >= 12
     assert printed.count(password) == printed.count(own) == 1
-    assert launched["app_kwargs"]["middleware"]
+    assert VisitorLimits in [one.cls for one in launched["app_kwargs"]["middleware"]]
 
 
 def test_a_sign_in_of_ones_own(launched: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     serve(auth="ada:secret")
     assert launched["auth"] == [("ada", "secret")]
-    assert launched["app_kwargs"] is None
+    assert VisitorLimits not in [one.cls for one in launched["app_kwargs"]["middleware"]]
     serve(share=True, auth="ada:secret")
     assert launched["auth"][0] == ("ada", "secret")
     assert "secret" not in capsys.readouterr().out.replace(launched["auth"][1][1], "")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Event = Step | Chunk | Completion | Receipt
 
 # Half an RTX Pro 6000 Blackwell, on the cautious side: seconds that were not needed are given back.
-START_SECONDS = 10.0  # torch, CUDA and the first kernels
+START_SECONDS = 15.0  # torch, CUDA and the first kernels, from a cold disk
 READ_BYTES_PER_SECOND = 0.8e9
 VRAM_BYTES_PER_SECOND = 500e9
 SECONDS_PER_LAYER = 1e-3  # of one pass: Python and the starts of its kernels
