@@ -9,7 +9,7 @@ from lowmem.fields import option
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 LABELS = {
-    "fp32": "fp32 (exact)",
+    "fp32": "fp32 (full precision)",
     "fp16": "fp16 (for GPUs)",
     "int8": "int8 (8-bit weights, nearly exact)",
     "int4": "int4 (4-bit weights, smallest and fastest)",
