@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import sys
 from dataclasses import replace
 from functools import partial, wraps
@@ -33,8 +34,14 @@ class Worker:
         FORK.Process(target=self._serve, args=(task,), daemon=True).start()
 
     def _serve(self, task: Any) -> None:
+        parent = os.getppid()
         while True:
-            args, kwargs = self.asked.get()
+            try:
+                args, kwargs = self.asked.get(timeout=1)
+            except queue.Empty:
+                if os.getppid() != parent:  # the app was killed
+                    return
+                continue
             self.stop.clear()
             events = task(_on_cpu(args[0]), *args[1:], **kwargs)
             try:
