@@ -10,7 +10,7 @@ import gradio as gr
 from lowmem.events import Completion, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui import prompts, render
-from lowmem.ui.bind import HEAVY, QUICK, TEXT_LIMIT, Jobs, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, TEXT_LIMIT, Jobs, notice, pump, stops
 from lowmem.ui.engine import Engine
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -53,7 +53,7 @@ class Batch:
         inputs = [self.lines, self.file, self.size, self.template, *options]
         started = self.run.click(self._begin, None, outputs[:6], **QUICK)
         sidebar.after(started.then(self._answer_all, inputs, outputs, **HEAVY))
-        self.stop.click(self._stop, None, self.progress, **QUICK)
+        stops(self.stop.click, self.jobs, KIND, self.progress)
 
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, KIND)
@@ -66,10 +66,6 @@ class Batch:
             "",
             gr.Row(visible=False),
         ]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, KIND)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _answer_all(
         self, lines: str, file: str | None, size: float, template: bool, request: gr.Request, *values: Any

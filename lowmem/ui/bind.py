@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from lowmem.errors import BadInput, Cancelled, LowMemError
-from lowmem.events import CancelToken
+from lowmem.events import CancelToken, Step
+from lowmem.ui import render
 from lowmem.ui.edge import shown
 from lowmem.ui.strings import say
 
@@ -73,6 +74,16 @@ class Jobs:
             tokens = [token for (page, _), token in self._tokens.items() if page == _page(request)]
         for token in tokens:
             token.set()
+
+
+def stops(trigger: Callable[..., Any], jobs: Jobs, kind: str, shown_in: Any) -> None:
+    """Let an event say that work of `kind` is being stopped, then stop it: what the work says at its end comes later."""
+
+    def stop(request: gr.Request) -> None:
+        jobs.stop(request, kind)
+
+    said = trigger(lambda: render.progress(Step(0, 0, say("stopping"))), None, shown_in, **QUICK)
+    said.then(stop, None, None, **QUICK)
 
 
 def _page(request: gr.Request | None) -> str:

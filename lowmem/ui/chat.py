@@ -10,7 +10,7 @@ import gradio as gr
 from lowmem.events import Chunk, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui import render
-from lowmem.ui.bind import HEAVY, QUICK, Jobs, bounded, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, Jobs, bounded, notice, pump, stops
 from lowmem.ui.engine import Engine
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -61,7 +61,7 @@ class Chat:
         for start in starts:
             ran = start.then(self._answer, [self.history, system, *options], begun, **HEAVY)
             sidebar.after(ran)
-        self.message.stop(self._stop, None, self.live, **QUICK)
+        stops(self.message.stop, self.jobs, KIND, self.live)
         self.history.undo(self._undo, self.history, [self.history, self.message], **QUICK)
         self.history.clear(lambda: [render.live(None), ""], None, [self.live, self.notice], **QUICK)
 
@@ -81,10 +81,6 @@ class Chat:
     def _undo(self, history: list[Message], data: gr.UndoData) -> list[Any]:
         index = int(data.index)  # type: ignore[arg-type]
         return [history[:index], text_of(history[index])]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, KIND)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _answer(self, history: list[Message], system: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         if not history or history[-1]["role"] != "user":

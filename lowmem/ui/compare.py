@@ -19,7 +19,7 @@ from lowmem.measure.plots import picture
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.settings import settings
 from lowmem.ui import render, render_quantize
-from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
 from lowmem.ui.edge import shown_sheet
 from lowmem.ui.fields import read, widgets
 from lowmem.ui.quantize_form import originals
@@ -103,7 +103,7 @@ class CompareView:
         for trigger in (ticked.then, self.run.click):
             ran = trigger(self._begin, None, outputs[:9], **QUICK).then(self._run, inputs, outputs, **HEAVY)
             self.sidebar.after(ran)
-        self.stop.click(self._stop, None, self.progress, **QUICK)
+        stops(self.stop.click, self.jobs, KIND, self.progress)
 
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, KIND)
@@ -111,10 +111,6 @@ class CompareView:
         note = render.progress(Step(0, 0, say("waiting", busy=busy) if busy else say("starting")))
         off = gr.Button(interactive=False)
         return [off, off, gr.Button(visible=True), note, "", "", "", "", gr.Row(visible=False)]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, KIND)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _run(self, request: gr.Request, model: str, text: str, variants: list[str], *values: Any) -> Iterator[Any]:
         rows: list[Row] = []

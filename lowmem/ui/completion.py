@@ -11,7 +11,7 @@ import gradio as gr
 from lowmem.events import Chunk, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui import render
-from lowmem.ui.bind import HEAVY, QUICK, TEXT_LIMIT, Jobs, bounded, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, TEXT_LIMIT, Jobs, bounded, notice, pump, stops
 from lowmem.ui.edge import shown
 from lowmem.ui.engine import Engine
 from lowmem.ui.sidebar import Sidebar
@@ -52,16 +52,12 @@ class Completion:
         outputs = [self.run, self.stop, self.text, self.live, self.notice]
         started = self.run.click(self._begin, None, outputs, **QUICK)
         sidebar.after(started.then(self._continue, [self.prompt, *options], outputs, **HEAVY))
-        self.stop.click(self._stop, None, self.live, **QUICK)
+        stops(self.stop.click, self.jobs, KIND, self.live)
 
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, KIND)
         note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("reading")
         return [gr.Button(interactive=False), gr.Button(visible=True), "", render.progress(Step(0, 0, note)), ""]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, KIND)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _continue(self, prompt: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         answers: dict[int, str] = defaultdict(str)

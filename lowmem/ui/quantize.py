@@ -9,7 +9,7 @@ import gradio as gr
 
 from lowmem.events import Receipt, Step
 from lowmem.ui import render, render_quantize
-from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
 from lowmem.ui.compare import CompareView
 from lowmem.ui.engine import AUTO
 from lowmem.ui.explain import ExplainView
@@ -74,7 +74,7 @@ class QuantizeTab:
         ran.then(self._models, None, form.model, **QUICK)
         self.sidebar.after(ran)
         ran.then(self._price, form.controls, priced, **QUICK)
-        self.stop.click(self._stop, None, self.progress, **QUICK)
+        stops(self.stop.click, self.jobs, KIND, self.progress)
         self.push.wire(self.receipt)
         self._fit_context = setup.fit_context
         chosen = self.load.click(
@@ -111,10 +111,6 @@ class QuantizeTab:
             "",
             gr.Column(visible=False),
         ]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, KIND)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _run(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         trouble, receipt = "", None

@@ -13,7 +13,7 @@ import gradio as gr
 from lowmem.events import Receipt, Step
 from lowmem.settings import settings
 from lowmem.ui import render
-from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
 from lowmem.ui.engine import Engine
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
@@ -43,17 +43,13 @@ class Runner:
         self._start, self._count = start, len(outputs)
         own = [self.run, self.stop, self.progress, self.notice]
         begun = gr.on([self.run.click, *also], self._begin, None, own, **QUICK)
-        self.stop.click(self._stop, None, self.progress, **QUICK)
+        stops(self.stop.click, self.jobs, self.kind, self.progress)
         return sidebar.after(begun.then(self._go, inputs, [*own, *outputs], **HEAVY))
 
     def _begin(self, request: gr.Request) -> list[Any]:
         self.jobs.begin(request, self.kind)
         note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("starting")
         return [gr.Button(interactive=False), gr.Button(visible=True), render.progress(Step(0, 0, note)), ""]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, self.kind)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _go(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         trouble, view = "", None

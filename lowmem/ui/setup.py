@@ -12,7 +12,7 @@ from lowmem.fields import build
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.plan import PRECISIONS, Plan
 from lowmem.ui import render
-from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump
+from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
 from lowmem.ui.engine import AUTO, Choice, Engine, precision_label
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import name, say
@@ -145,7 +145,7 @@ class Setup:
         self._page_shown = page_shown
         self.load_on(self.load.click)
         self.load_on(self.anyway.click, self._load_anyway)
-        self.stop.click(self._stop, None, self.progress, **QUICK)
+        stops(self.stop.click, self.jobs, LOAD, self.progress)
         page_shown(self.change.click(lambda: True, None, self.choosing, **QUICK))
         page_shown(self.back.click(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
 
@@ -233,10 +233,6 @@ class Setup:
             render.progress(Step(0, 0, note)),
             "",
         ]
-
-    def _stop(self, request: gr.Request) -> str:
-        self.jobs.stop(request, LOAD)
-        return render.progress(Step(0, 0, say("stopping")))
 
     def _load(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         yield from self._run(request, values, force=False)
