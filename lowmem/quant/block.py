@@ -68,6 +68,7 @@ def plain_block(job: Job, block: nn.Module, owner: str, weights: Weights) -> Gen
     with threads(AT_ONCE) as pool:
         for number, part in enumerate(pool.map(made, names)):
             yield number / len(names), names[number].removesuffix(".weight")
+            job.cancel.check()  # the threads may be done by now
             result.tensors |= part.tensors
             result.losses |= part.losses
     return result
