@@ -6,20 +6,21 @@ models; a disk is measured by reading a file that is there, past the page cache.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lowmem.machine import kept as kept_figures
 from lowmem.machine import processor
 from lowmem.settings import settings
 from lowmem.units import MB
 
 log = logging.getLogger("lowmem.machine")
+
+FIGURES = "bandwidth.json"
 
 SECONDS = 2.0
 """Long enough for a disk to leave its burst of credit behind, short enough to wait for."""
@@ -85,7 +86,7 @@ def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
         log.warning("%s could not be measured: %s", key, error)
         return 0.0
     if measured:
-        _keep({**_figures(), key: measured})
+        kept_figures.keep(FIGURES, {**_figures(), key: measured})
     return measured
 
 
@@ -169,23 +170,5 @@ def _threads() -> str:
     return settings().threads or str(processor.cores())
 
 
-def _path() -> Path:
-    return settings().home / "bandwidth.json"
-
-
 def _figures() -> dict[str, float]:
-    try:
-        return {str(key): float(value) for key, value in json.loads(_path().read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _keep(figures: dict[str, float]) -> None:
-    """Written beside and moved into place: two processes may measure at once."""
-    unfinished = _path().with_suffix(f".{os.getpid()}.tmp")
-    try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(figures, indent=1))
-        unfinished.replace(_path())
-    except OSError as error:
-        log.warning("bandwidths could not be kept: %s", error)
+    return kept_figures.figures(FIGURES)

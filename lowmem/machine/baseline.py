@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
-import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
-from lowmem.settings import settings
+from lowmem.machine import kept
 
 log = logging.getLogger("lowmem.machine")
+
+FIGURES = "runtime_bytes.json"
 
 # Measured with torch 2.13 and transformers 5.23 on Linux x86-64; stands in until this machine is measured.
 DEFAULT_RUNTIME_BYTES = 450_000_000
@@ -56,31 +56,12 @@ def measure_runtime_bytes() -> int:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("the runtime's RAM could not be measured: %s", error)
         return DEFAULT_RUNTIME_BYTES
-    _keep({**_measured(), _versions(): measured})
+    kept.keep(FIGURES, {**_measured(), _versions(): measured})
     return measured
 
 
-def _path() -> Path:
-    return settings().home / "runtime_bytes.json"
-
-
 def _measured() -> dict[str, int]:
-    try:
-        figures = json.loads(_path().read_text())
-        return {str(key): int(value) for key, value in figures.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _keep(figures: dict[str, int]) -> None:
-    """Written beside and moved into place: two processes may measure at once."""
-    unfinished = _path().with_suffix(f".{os.getpid()}.tmp")
-    try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(figures, indent=1))
-        unfinished.replace(_path())
-    except OSError as error:
-        log.warning("the runtime's RAM could not be kept: %s", error)
+    return {versions: int(count) for versions, count in kept.figures(FIGURES).items()}
 
 
 @functools.cache

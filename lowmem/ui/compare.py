@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +15,12 @@ from lowmem.measure.drawing import to_png, to_svg
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.plots import picture
 from lowmem.measure.rows import Row, to_csv, write_atomically
-from lowmem.settings import settings
 from lowmem.ui import render, render_quantize
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
 from lowmem.ui.edge import shown_sheet
 from lowmem.ui.fields import read, widgets
 from lowmem.ui.quantize_form import originals
+from lowmem.ui.runner import new_folder
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import name, say
 from lowmem.ui.sweep import SweepView
@@ -159,8 +157,7 @@ def _notes(receipt: Receipt | None) -> str:
 def _files(rows: list[Row], model: str, text: str) -> list[Any]:
     if not rows:
         return [gr.Row(visible=False), gr.skip(), gr.skip()]
-    folder = settings().outputs / f"compare-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    folder.mkdir(parents=True)
+    folder = new_folder("compare")
     table = write_atomically(folder / "comparison.csv", to_csv(rows))
     drawn = write_atomically(folder / "comparison.png", to_png(shown_sheet(picture(rows, model, text))))
     return [gr.Row(visible=True), gr.DownloadButton(value=str(table)), gr.DownloadButton(value=str(drawn))]

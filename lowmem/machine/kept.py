@@ -1,0 +1,32 @@
+"""Figures that were measured once on this machine, in files of LOWMEM_HOME."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+
+from lowmem.settings import settings
+
+log = logging.getLogger("lowmem.machine")
+
+
+def figures(name: str) -> dict[str, float]:
+    """What file `name` holds; nothing where it is absent or damaged."""
+    try:
+        return {str(key): float(value) for key, value in json.loads((settings().home / name).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def keep(name: str, measured: Mapping[str, float]) -> None:
+    """Written beside and moved into place: two processes may measure at once."""
+    path = settings().home / name
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(measured, indent=1))
+        unfinished.replace(path)
+    except OSError as error:
+        log.warning("%s could not be kept: %s", name, error)
