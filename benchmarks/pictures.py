@@ -8,6 +8,7 @@ Each picture is a scene: what a person would click before they look. `lowmem.gif
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import time
@@ -31,7 +32,7 @@ LONG = 240_000
 FILM_WIDTH, FILM_COLORS, FRAME_SECONDS, LONGEST_FRAME_SECONDS = 840, 128, 0.12, 0.5
 
 HIDDEN = "#hub-notice { display: none !important }"
-"""A machine that cannot reach the hub says so, which is not what the pictures are of."""
+"""Without the hub the page says so, which is not what the pictures are of."""
 
 Scene = Callable[[Any], None]
 
@@ -86,8 +87,8 @@ def first(page: Any) -> None:
 
 
 def over(page: Any) -> None:
-    _fill(page, "ram-budget", 0.6)
-    page.wait_for_selector("#budget [data-verdict=over] >> nth=0")
+    _fill(page, "ram-budget", 0.8)
+    page.wait_for_selector("#card:has-text('would fit')")
 
 
 def chat(page: Any) -> None:
@@ -95,8 +96,9 @@ def chat(page: Any) -> None:
         _pretend(page)
     _load(page)
     _ask(page, 160)
-    page.wait_for_selector("#receipt .lm-against")
+    page.wait_for_selector("#message .stop-button")
     page.wait_for_selector("#message .submit-button")
+    page.wait_for_selector("#receipt:has-text('decode')", state="attached")
 
 
 def quantize(page: Any) -> None:
@@ -114,18 +116,16 @@ def how(page: Any) -> None:
     page.wait_for_selector("#explain-pictures svg", timeout=LONG)
 
 
-def sweep(page: Any) -> None:
+def compare(page: Any) -> None:
     _tab(page, "Quantize")
     page.click("#quantize-modes button[role=tab]:has-text('Compare')")
     page.click("#compare-options > button")
     for option, value in (("tokens", 512), ("window", 256), ("stride", 128), ("prompt_tokens", 64), ("runs", 1)):
         _fill(page, f"measure-{option}", value)
     page.click("#compare-options > button")
-    page.click("#sweep > button")
-    page.click("#sweep-start")
-    page.wait_for_selector("#sweep-notes .lm-files", state="attached", timeout=2 * LONG)
-    page.locator("#sweep-table").scroll_into_view_if_needed()
-    page.evaluate("document.querySelector('#sweep-start, #sweep-count').scrollIntoView()")
+    page.click("#compare-exercise")
+    page.wait_for_selector("#compare-csv:visible", timeout=2 * LONG)
+    page.evaluate("document.querySelector('#compare-variants').scrollIntoView()")
 
 
 def offload(page: Any) -> None:
@@ -136,7 +136,9 @@ def offload(page: Any) -> None:
     page.wait_for_timeout(1500)
     page.wait_for_selector("#offload-start:not([disabled])")
     page.click("#offload-start")
-    page.wait_for_selector("#offload-measured .lm-against", timeout=LONG)
+    page.wait_for_selector("#offload-stop:visible")
+    page.wait_for_selector("#offload-start:not([disabled])", timeout=LONG)
+    page.wait_for_selector("#offload-measured .lm-against")
 
 
 def longctx(page: Any) -> None:
@@ -169,7 +171,7 @@ SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {
     "quantize": (DESKTOP, "light", quantize),
     "how": (DESKTOP, "light", how),
     "export": (DESKTOP, "light", export),
-    "compare": (DESKTOP, "light", sweep),
+    "compare": (DESKTOP, "light", compare),
 }
 """Picture -> screen, theme, and what is clicked before it is taken."""
 
@@ -238,30 +240,40 @@ def _write_film(frames: list[tuple[float, bytes]]) -> None:
     )
 
 
+@contextmanager
+def _app() -> Iterator[str]:
+    """A page on which nothing has happened yet, with what is recommended where only the demo can be had."""
+    engine = Engine()
+    demo = build_ui(engine)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    try:
+        yield url
+    finally:
+        engine.unload()
+        demo.close()
+
+
 def main(names: list[str]) -> None:
     from playwright.sync_api import sync_playwright
 
+    os.environ["HF_HUB_OFFLINE"] = "1"
     measure_runtime_bytes()
-    engine = Engine()
-    demo = build_ui(engine, model="demo")
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     chromium = shutil.which("chromium") or "/usr/bin/chromium"
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
         if not names or "film" in names:
-            film(browser, url)
+            with _app() as url:
+                film(browser, url)
         for name, (size, scheme, scene) in SCENES.items():
             if names and name not in names:
                 continue
-            engine.unload()
-            with _page(browser, url, size, scheme) as page:
+            with _app() as url, _page(browser, url, size, scheme) as page:
                 try:
                     scene(page)
                     page.wait_for_timeout(700)
                 finally:
                     page.screenshot(path=DOCS / f"{name}.png")
         browser.close()
-    demo.close()
 
 
 if __name__ == "__main__":

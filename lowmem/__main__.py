@@ -31,6 +31,7 @@ from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.planning.planner import plan as make_plan
 from lowmem.quant.command import add_command as add_quantize
 from lowmem.runtime.session import Session
+from lowmem.ui.flags import add_flags
 from lowmem.units import format_bytes, format_seconds, parse_bytes
 
 MAXIMUM_PROMPTS = 100_000
@@ -90,13 +91,7 @@ def _generate_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve_command(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--share", action="store_true", help="a public link, protected by a password")
-    parser.add_argument("--auth", metavar="USER:PASSWORD")
-    parser.add_argument("--host", default=None)
-    parser.add_argument("--port", type=int, default=None)
-    parser.add_argument("--budget", metavar="SIZE", help="the most memory to use, e.g. 4G")
-    parser.add_argument("--model", metavar="MODEL", help="recommend this model")
-    parser.add_argument("--listed-only", action="store_true", help="visitors run the listed models and no others")
+    add_flags(parser)
     parser.set_defaults(run=_run_serve)
 
 

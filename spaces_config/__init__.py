@@ -1,1 +1,1 @@
-"""lowmem at home elsewhere: Spaces of two kinds, a Colab notebook. `python -m spaces_config.build` puts a Space together."""
+"""lowmem at home elsewhere: Spaces of two kinds (`build` puts one together), a Colab notebook (`address`)."""

@@ -33,11 +33,13 @@ def closure(wanted: Iterable[Requirement], absent: Iterable[str] = ()) -> dict[s
     while queue:
         one, extras = queue.pop()
         name = canonicalize_name(one.name)
-        if (name, extras) in seen or name in absent:
+        if name in absent:
             continue
-        seen.add((name, extras))
         found[name] = installed = distribution(one.name)
         assert one.specifier.contains(installed.version, prereleases=True), f"{one}: {installed.version} is installed"
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
         for text in installed.requires or ():
             needed = Requirement(text)
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in (extras or {""})):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from spaces_config import address
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -57,6 +62,28 @@ def test_colabs_own_packages_are_recent_enough_to_stay() -> None:
         name for name, version in PREINSTALLED.items() if name in wanted and version not in wanted[name].specifier
     ]
     assert refused == []
+
+
+def test_badge_and_notebook_name_one_repository_which_one_command_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(address.addresses()) == 1
+    for name in address.PLACES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(address.ROOT / name, tmp_path / name)
+    address.settle("ada/low.mem", tmp_path)
+    assert address.addresses(tmp_path) == {"ada/low.mem"}
+    nbformat.validate(nbformat.read(tmp_path / "spaces_config" / "colab.ipynb", as_version=4))
+    assert address.main(["https://github.com/ada/lowmem"]) == 2
+    assert "write it like ada/lowmem" in capsys.readouterr().err
+
+
+def test_without_an_address_the_notebook_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda *command, **more: pytest.fail("pip was started"))
+    (cell,) = [cell for cell in notebook().cells if "REPOSITORY = " in cell.source]
+    with pytest.raises(ValueError, match="Write into REPOSITORY"):
+        exec(re.sub(r"(?<=github\.com/)[\w-]+", "OWNER", cell.source), {})
 
 
 @pytest.mark.real

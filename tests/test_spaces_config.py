@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -86,7 +87,25 @@ def test_the_requirements_can_be_met_together() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Would install" not in done.stdout
-    clean_venv.closure(clean_venv.parse(requirements("zerogpu")), absent=["spaces"])
+    own = [one for one in clean_venv.parse(requirements("zerogpu")) if one.name not in ("spaces", "torch")]
+    clean_venv.closure(own)  # of its torch and spaces the index is asked, below
+
+
+def test_the_index_has_what_a_zerogpu_space_asks_for() -> None:
+    """pip's own resolver over its Python and platform; nothing is installed, and of torch only its description is read."""
+    values = readme("zerogpu")
+    version = ".".join(values["python_version"].split(".")[:2])
+    machine = ["--python-version", version, "--platform", "manylinux_2_28_x86_64", "--only-binary", ":all:"]
+    wanted = [*requirements("zerogpu"), f"gradio=={values['sdk_version']}"]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--report", "-"]
+    done = subprocess.run([*command, *machine, "--target", "/nowhere", *wanted], capture_output=True, text=True)
+    if "No matching distribution found for torch" not in done.stderr and "Connection" in done.stderr:
+        pytest.skip("there is no package index")
+    assert done.returncode == 0, done.stderr
+    found = {one["metadata"]["name"].lower(): one["metadata"]["version"] for one in json.loads(done.stdout)["install"]}
+    assert Version(found["torch"]) <= Version("2.11.0")
+    assert found["gradio"] == values["sdk_version"]
+    assert "spaces" in found
 
 
 def test_a_folder_that_is_not_empty_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,10 +181,15 @@ def test_a_space_of_two_cores_starts_from_its_folder_alone(tmp_path: Path, home:
             client.predict(toy, "fp32", 256, "auto", "same", "", "", True, api_name="/load")
 
 
+def zerogpu_venv(folder: Path, where: Path) -> Path:
+    """Its requirements, but for what is not here: `spaces` has a double, and this machine's torch may be a newer one."""
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    return clean_venv.make(where, [*(line for line in lines if not line.startswith(("spaces", "torch"))), "gradio"])
+
+
 def test_a_zerogpu_space_answers_from_its_worker(tmp_path: Path, home: Path) -> None:
     folder = build("zerogpu", tmp_path / "space")
-    lines = [line for line in (folder / "requirements.txt").read_text().splitlines() if not line.startswith("spaces")]
-    python = clean_venv.make(tmp_path / "venv", [*lines, "gradio"])
+    python = zerogpu_venv(folder, tmp_path / "venv")
     toy, asked = str(home / "outputs" / "toy"), tmp_path / "seconds"
     options = {"max_new_tokens": 4, "endless": True}
     with started(
@@ -224,8 +248,7 @@ for ref in ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
 def test_a_visitor_without_seconds_left_is_told(tmp_path: Path, home: Path) -> None:
     folder = build("zerogpu", tmp_path / "space")
     toy = str(home / "outputs" / "toy")
-    lines = [line for line in (folder / "requirements.txt").read_text().splitlines() if not line.startswith("spaces")]
-    python = clean_venv.make(tmp_path / "venv", [*lines, "gradio"])
+    python = zerogpu_venv(folder, tmp_path / "venv")
     variables = {"SPACES_ZERO_GPU": "true", "ZEROGPU_QUOTA": "0", "PYTHONPATH": str(FAKE_SPACES)}
     with started(folder, python, home, **variables) as url:
         client = Client(url, verbose=False)

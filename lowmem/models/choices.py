@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import math
+import time
 
 import httpx
 
@@ -13,6 +14,10 @@ from lowmem.models.spec import ModelSpec
 from lowmem.settings import settings
 
 HUB_SECONDS = 2.0
+AGAIN_SECONDS = 60.0
+
+_ask_after: dict[str, float] = {}
+"""Moments of the clock, by address: for ever where the hub has answered."""
 
 
 def choices() -> list[ModelSpec]:
@@ -23,12 +28,17 @@ def choices() -> list[ModelSpec]:
 
 
 def hub_reachable() -> bool:
-    """Does the hub answer? Asked once per process and address."""
+    """Does the hub answer? Asked once per process and address; after a while again where it did not."""
     return not settings().hub_offline and _answers(settings().hub_endpoint)
 
 
-@functools.cache
 def _answers(endpoint: str) -> bool:
+    if time.monotonic() > _ask_after.get(endpoint, 0.0):
+        _ask_after[endpoint] = math.inf if _asked(endpoint) else time.monotonic() + AGAIN_SECONDS
+    return _ask_after[endpoint] == math.inf
+
+
+def _asked(endpoint: str) -> bool:
     try:
         httpx.head(endpoint, timeout=HUB_SECONDS)
     except (httpx.HTTPError, OSError):

@@ -14,6 +14,9 @@ from lowmem.errors import NotAllowed
 from lowmem.generate.options import GenerateOptions
 
 MOST_TOKENS = 4096
+ENDLESS = 1_000_000
+"""Tokens of a text without end: nobody waits for the last of them."""
+
 MOST_PROMPTS = 100
 
 
@@ -56,6 +59,11 @@ class Access:
         """
         if not (self.any_model or _is_listed(ref) or self.owned):
             raise NotAllowed(f"This page runs only the models it lists, and not {ref[:80]!r}.", "Pick one of the list.")
+
+    @property
+    def longest(self) -> int:
+        """New tokens that whoever asks now gets where the text goes on until it is stopped."""
+        return ENDLESS if self.owned else MOST_TOKENS
 
     def check_work(self, options: GenerateOptions, prompts: int = 1) -> None:
         """Refuse a visitor's work that would keep everybody else waiting for hours.

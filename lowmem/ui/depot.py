@@ -124,7 +124,7 @@ class Depot:
             raise BadInput(f"There is no method {unknown[0]!r}.", f"Choose among {', '.join(METHODS)}.")
         self.engine.spec(ask.model)  # refuses paths that strangers may not name
         given = {"model": ask.model, "prompt": prompt, "new_tokens": _checked(new_tokens), "context": CONTEXT}
-        for method in methods:
+        for method in dict.fromkeys(methods):
             yield from _one(method, given | self.engine.budget_bytes({"ram": ask.ram, "vram": ask.vram}), cancel)
 
 

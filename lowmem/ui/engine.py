@@ -106,9 +106,10 @@ class Engine:
         return read_spec(ref, allow_paths=not self.public)
 
     def exportable(self, ref: str) -> ModelSpec:
-        """The model behind a reference, which may be an encoder here."""
+        """The model behind a reference, which may be an encoder here. Raises what `spec` raises."""
         from lowmem.models.source import read_spec
 
+        self.access.check_model(ref)
         return read_spec(ref, allow_paths=not self.public, encoders=True)
 
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:

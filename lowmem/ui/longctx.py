@@ -118,13 +118,13 @@ class LongContextTab:
         return event.then(self._card, [self.text, self.file, *self.options], self.memory, **QUICK)
 
     def read(self, *values: Any) -> GenerateOptions:
-        """The options' values as a generation without end, or as long as the model's context.
+        """The options' values as a generation without end, for visitors with one.
 
         Raises:
             BadInput: a value outside its range, named.
         """
         options = build(GenerateOptions, dict(zip(self.names, values, strict=True)))
-        return replace(options, max_new_tokens=1_000_000, endless=True)
+        return replace(options, max_new_tokens=self.engine.access.longest, endless=True)
 
     def given(self, text: str, file: str | None, address: str | None, cancel: CancelToken) -> str:
         """The long text; refuses files of the server's."""

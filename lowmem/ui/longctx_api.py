@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,10 +16,10 @@ from lowmem.longctx import actions
 from lowmem.longctx.exercise import exercise
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.sources import long_text
-from lowmem.measure.texts import tail
+from lowmem.measure.texts import MANUAL, tail
 from lowmem.ui.api import told_stream
 from lowmem.ui.bind import ENGINE, pump
-from lowmem.ui.engine import Engine
+from lowmem.ui.engine import AUTO, Engine
 from lowmem.ui.runner import new_folder
 
 Json = dict[str, Any]
@@ -31,10 +32,13 @@ def add_longctx_endpoints(engine: Engine) -> None:
 
 
 def _perplexity(engine: Engine) -> Callable[..., Iterator[Json]]:
-    def perplexity(text: str, window: int = 1024, stride: int = 0, sinks: int = 4, kv: str = "same") -> Iterator[dict]:
+    def perplexity(
+        text: str = "", window: int = 1024, stride: int = 0, sinks: int = 4, kv: str = "same", address: str = ""
+    ) -> Iterator[dict]:
         """Perplexity along a text: by windows with a stride, or read once through the cache where stride is 0."""
         engine.require_model()
-        token, given = CancelToken(), long_text(text).text
+        token = CancelToken()
+        given = long_text(text, source=address, cancel=token).text
         options = build(GenerateOptions, {"window": window, "sinks": sinks, "kv": kv})
         if stride:
             events = actions.sliding_perplexity(engine.session, given, window, stride, cancel=token)
@@ -47,11 +51,17 @@ def _perplexity(engine: Engine) -> Callable[..., Iterator[Json]]:
 
 def _hidden_states(engine: Engine) -> Callable[..., Iterator[Json]]:
     def hidden_states(
-        text: str, window: int = 1024, stride: int = 512, layers: list | None = None, format: str = "npy"
+        text: str = "",
+        window: int = 1024,
+        stride: int = 512,
+        layers: list | None = None,
+        format: str = "npy",
+        address: str = "",
     ) -> Iterator[dict]:
         """Hidden states window by window into a file, which the receipt's details name ("file")."""
         engine.require_model()
-        token, given = CancelToken(), long_text(text).text
+        token = CancelToken()
+        given = long_text(text, source=address, cancel=token).text
         kind = "safetensors" if format == "safetensors" else "npy"
         path = new_folder("hidden") / f"hidden_states.{kind}"
         chosen = [int(layer) for layer in layers or (-1,)]
@@ -72,16 +82,31 @@ def _recall(engine: Engine) -> Callable[..., Iterator[Json]]:
 
 
 def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
-    def exercise_(model: str = "demo", options: dict | None = None, ram: str = "") -> Iterator[dict]:
-        """Five ways to read the manual's tail, each in a process of its own; yields steps and points, last of all the receipt."""
+    def exercise_(
+        model: str = "demo",
+        options: dict | None = None,
+        ram: str = "",
+        precision: str = AUTO,
+        text: str = "",
+        address: str = "",
+    ) -> Iterator[dict]:
+        """Five ways to read a text, each in a process of its own; yields steps and points, last of all the receipt."""
         engine.spec(model)  # refuses paths that strangers may not name
         token, chosen = CancelToken(), build(ExerciseOptions, options or {})
-        budget = engine.budget_bytes({"ram": ram})
-        events = exercise(model, options=chosen, ram=budget["ram"], vram=budget["vram"], cancel=token)
+        read = _kept(text, address, token) if text.strip() or address else MANUAL
+        budget = engine.budget_bytes({"ram": ram}) | {"precision": precision}
+        events = exercise(model, read, chosen, cancel=token, **budget)
         yield from _as_json(engine, events, token)
 
     exercise_.__name__ = "exercise"
     return exercise_
+
+
+def _kept(text: str, address: str, cancel: CancelToken) -> Path:
+    """The text in a file, which other processes read."""
+    path = new_folder("exercise") / "text.txt"
+    path.write_text(long_text(text, source=address, cancel=cancel).text, encoding="utf-8")
+    return path
 
 
 def _as_json(engine: Engine, events: Iterator[Any], token: CancelToken) -> Iterator[Json]:

@@ -32,10 +32,11 @@ def _plan(depot: Depot) -> Callable[..., Json]:
         disk_blocks: str = "",
         ram_blocks: str = "",
         answers: int = 1,
+        again: bool = False,
     ) -> dict:
         """Where the blocks would live, and seconds per token where this machine was measured; loads nothing."""
         plan = depot.plan(Ask(model.strip(), ram, vram, disk_blocks, ram_blocks, answers))
-        speed = depot.measure(plan)
+        speed = depot.measure(plan, again)
         placement = {"blocks": list(plan.placement.blocks), "mapped": plan.placement.mapped} if plan.placement else None
         pace = (
             asdict(speed) | {"seconds_per_token": speed.seconds_per_token, "bound_by": speed.bound_by}
