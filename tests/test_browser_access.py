@@ -1,4 +1,4 @@
-"""What Lighthouse asks of a page, of every tab, at two sizes, light and dark: with axe-core, which Lighthouse runs too.
+"""What Lighthouse asks of a page, of every tab, at two sizes, in both themes and languages: with axe-core, which Lighthouse runs too.
 
 Names of all controls, contrast, order of headings and roles come from axe; keyboard order, visible focus and sideways
 scroll are tried. Foldable parts are open. Against a stub engine with its model loaded.
@@ -23,6 +23,8 @@ TABS = {
     "longctx": ("#longctx-modes", None),
     "export": ("", ()),
 }
+LOOKS = [("light", "en-US"), ("dark", "pt-BR")]
+"""Both themes and both languages: Portuguese words are longer."""
 AXE = {
     "runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]},
     "resultTypes": ["violations"],
@@ -90,9 +92,14 @@ def load(visit: Visit) -> None:
     visit.page.wait_for_selector("#message .submit-button")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_control_has_a_name_and_every_text_its_contrast(browser: Any, stub_url: str, scheme: str) -> None:  # noqa: F811
-    visit = Visit(browser, stub_url, "desktop", scheme, "access")
+@pytest.mark.parametrize(("scheme", "locale"), LOOKS)
+def test_every_control_has_a_name_and_every_text_its_contrast(
+    browser: Any,  # noqa: F811
+    stub_url: str,  # noqa: F811
+    scheme: str,
+    locale: str,
+) -> None:
+    visit = Visit(browser, stub_url, "desktop", scheme, "access", locale)
     found = {"first": violations(visit.page)}
     load(visit)
     found |= {view: violations(visit.page) for view in views(visit.page)}
@@ -103,9 +110,9 @@ def test_every_control_has_a_name_and_every_text_its_contrast(browser: Any, stub
     assert {view: wrong for view, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_view_of_a_phone_scrolls_sideways(browser: Any, stub_url: str, scheme: str) -> None:  # noqa: F811
-    visit = Visit(browser, stub_url, "phone", scheme, "access-phone")
+@pytest.mark.parametrize(("scheme", "locale"), LOOKS)
+def test_no_view_of_a_phone_scrolls_sideways(browser: Any, stub_url: str, scheme: str, locale: str) -> None:  # noqa: F811
+    visit = Visit(browser, stub_url, "phone", scheme, "access-phone", locale)
     load(visit)
     wide = {}
     for view in views(visit.page):

@@ -37,6 +37,21 @@ def test_a_hub_that_refuses_the_connection_is_not_reachable(monkeypatch):
     assert not choices.hub_reachable()
 
 
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_comes_back_is_seen_after_a_while_and_is_not_asked_in_between(monkeypatch):
+    answers, now = [False, False, True], 1000.0
+    monkeypatch.setenv("HF_ENDPOINT", "http://a.hub")
+    monkeypatch.setattr(choices, "_asked", lambda endpoint: answers.pop(0))
+    monkeypatch.setattr(choices.time, "monotonic", lambda: now)
+    assert [choices.hub_reachable(), choices.hub_reachable()] == [False, False]
+    assert len(answers) == 2
+    now += choices.AGAIN_SECONDS + 1
+    assert not choices.hub_reachable()
+    now += choices.AGAIN_SECONDS + 1
+    assert [choices.hub_reachable(), choices.hub_reachable()] == [True, True]
+    assert answers == []
+
+
 def test_a_stranger_cannot_name_a_folder_of_the_machine(tmp_path):
     folder = toys.save_toy("llama", tmp_path / "private")
     assert Engine().plan(Choice(model=str(folder))).spec.layers == 2

@@ -16,7 +16,7 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui import limits
-from lowmem.ui.access import Access
+from lowmem.ui.access import ENDLESS, MOST_TOKENS, Access
 from lowmem.ui.launch import launch_options, serve
 from lowmem.ui.limits import MOST_BODY_BYTES, RULES, Counter, Rule, VisitorLimits
 from lowmem.ui.page import build_ui
@@ -106,6 +106,7 @@ def test_outside_an_event_nobody_owns_a_public_page(tmp_path: Path) -> None:
     with pytest.raises(NotAllowed, match="new tokens"):
         access.check_work(GenerateOptions(max_new_tokens=10_000))
     assert Access().owned
+    assert (access.longest, Access().longest) == (MOST_TOKENS, ENDLESS)
 
 
 # --- how often and how much

@@ -7,24 +7,20 @@ AMD EPYC had, and the sentence says so.
 
 from __future__ import annotations
 
-import json
-import logging
-from contextlib import suppress
 from dataclasses import dataclass
 
 from lowmem.errors import Unsupported
 from lowmem.machine.hardware import Hardware
+from lowmem.machine.kept import figures, keep
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.estimate import is_linear, linear_shape
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.estimate import Estimate, check_shapes, estimate
-from lowmem.settings import settings
 from lowmem.units import format_bytes
 
-log = logging.getLogger("lowmem.quant")
-
+RATES = "quantize-rates.json"
 ELSEWHERE = {
     "int8_dynamic": 1.3e7,
     "bnb": 8.4e6,
@@ -85,10 +81,10 @@ def forecast(
         )
     check_shapes(spec, options.group_size)
     cost = estimate(spec, method, options, calibration, hardware.runtime_bytes)
-    rates = _rates()
-    rate = rates.get(method.name) or ELSEWHERE[method.name]
-    timing = "as fast as this method's last one here" if method.name in rates else "on two cores of an AMD EPYC"
-    return Forecast(cost, spec.size_on_disk, work(spec, method, options, calibration) / rate, timing, limit)
+    here = figures(RATES).get(method.name, 0.0)
+    timing = "as fast as this method's last one here" if here > 0 else "on two cores of an AMD EPYC"
+    seconds = work(spec, method, options, calibration) / (here if here > 0 else ELSEWHERE[method.name])
+    return Forecast(cost, spec.size_on_disk, seconds, timing, limit)
 
 
 def work(spec: ModelSpec, method: Quantizer, options: Options, calibration: Calibration) -> float:
@@ -106,20 +102,5 @@ def work(spec: ModelSpec, method: Quantizer, options: Options, calibration: Cali
 
 def remember(spec: ModelSpec, method: Quantizer, options: Options, calibration: Calibration, seconds: float) -> None:
     """Note how fast a run was, for the next forecast."""
-    if seconds <= 0:
-        return
-    rates = _rates() | {method.name: work(spec, method, options, calibration) / seconds}
-    path = settings().home / "quantize-rates.json"
-    draft = path.with_suffix(".part")
-    with suppress(OSError):  # a forecast that is less exact is no reason to fail
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(rates), encoding="utf-8")
-        draft.replace(path)
-
-
-def _rates() -> dict[str, float]:
-    try:
-        found = json.loads((settings().home / "quantize-rates.json").read_text(encoding="utf-8"))
-        return {str(name): float(rate) for name, rate in found.items() if float(rate) > 0}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+    if seconds > 0:
+        keep(RATES, figures(RATES) | {method.name: work(spec, method, options, calibration) / seconds})
