@@ -73,6 +73,7 @@ def test_a_visitor_chats(visitor: Client) -> None:
         (("stranger/model", "rtn", "/quantize"), "This page runs only the models it lists"),
         (("stranger/model", ["fp32"], "/compare"), "This page runs only the models it lists"),
         (("stranger/model", "/exercise"), "This page runs only the models it lists"),
+        (("demo", {"tokens": 5000}, "/exercise"), "5,000 tokens of text are more than the 4,096"),
         (("Hi", {"max_new_tokens": 5000}, "/generate"), "5,000 new tokens are more than the 4,096"),
         ((["Hi"] * 101, "/batch"), "101 prompts are more than the 100"),
     ],

@@ -75,6 +75,22 @@ class Access:
                 "Ask for fewer.",
             )
 
+    def most_tokens(self, wanted: int) -> int:
+        """New tokens of a text without end, for whoever asks now."""
+        return wanted if self.owned else min(wanted, MOST_TOKENS)
+
+    def check_reading(self, tokens: int) -> None:
+        """The same of reading a text several times, some of them slowly.
+
+        Raises:
+            NotAllowed: too many tokens.
+        """
+        if tokens > MOST_TOKENS and not self.owned:
+            raise NotAllowed(
+                f"{tokens:,} tokens of text are more than the {MOST_TOKENS:,} that visitors may have read so.",
+                "Read fewer.",
+            )
+
 
 def _is_listed(ref: str) -> bool:
     from lowmem.models.catalog import find

@@ -55,6 +55,7 @@ SPECIAL = {
     ("perplexity", "stride"): "tokens that the window moves on; 0 reads the text once, through the cache.",
     ("perplexity", "text"): "the text itself.",
     ("hidden_states", "text"): "the text itself.",
+    ("exercise", "text"): "the text itself; empty for the manual's tail.",
     ("offload_compare", "methods"): "names of ways to offload; all of them when left out.",
 }
 """Where an argument means something of its own: (endpoint, argument)."""

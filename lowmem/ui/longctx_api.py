@@ -15,7 +15,7 @@ from lowmem.longctx import actions
 from lowmem.longctx.exercise import exercise
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.sources import long_text
-from lowmem.measure.texts import tail
+from lowmem.measure.texts import MANUAL, tail
 from lowmem.ui.api import told_stream
 from lowmem.ui.bind import ENGINE, pump
 from lowmem.ui.engine import Engine
@@ -72,12 +72,14 @@ def _recall(engine: Engine) -> Callable[..., Iterator[Json]]:
 
 
 def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
-    def exercise_(model: str = "demo", options: dict | None = None, ram: str = "") -> Iterator[dict]:
-        """Five ways to read the manual's tail, each in a process of its own; yields steps and points, last of all the receipt."""
+    def exercise_(model: str = "demo", options: dict | None = None, ram: str = "", text: str = "") -> Iterator[dict]:
+        """Five ways to read a text, each in a process of its own; yields steps and points, last of all the receipt."""
         engine.spec(model)  # refuses paths that strangers may not name
         token, chosen = CancelToken(), build(ExerciseOptions, options or {})
+        engine.access.check_reading(chosen.tokens)
+        source = long_text(text) if text.strip() else MANUAL
         budget = engine.budget_bytes({"ram": ram})
-        events = exercise(model, options=chosen, ram=budget["ram"], vram=budget["vram"], cancel=token)
+        events = exercise(model, source, chosen, ram=budget["ram"], vram=budget["vram"], cancel=token)
         yield from _as_json(engine, events, token)
 
     exercise_.__name__ = "exercise"

@@ -55,6 +55,7 @@ class ContinueMode:
         self, token: CancelToken, text: str, file: str, address: str, *values: Any
     ) -> tuple[Iterator[Any], View]:
         options = self.tab.read(*values)
+        options = replace(options, max_new_tokens=self.engine.access.most_tokens(options.max_new_tokens))
         self.engine.require_model()
         path = new_folder("stream") / "continuation.txt"
         shown, last = "", None
