@@ -26,8 +26,9 @@ from torch import Tensor
 
 from benchmarks.common import save, table
 from benchmarks.memory import demo_folder
-from lowmem.events import CancelToken, Step
+from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import actions
 from lowmem.longctx.hidden import hidden_states
 from lowmem.longctx.reading import Reader
 from lowmem.machine.memory_limits import process_bytes
@@ -61,13 +62,17 @@ def main() -> None:
 
 
 def loaded(precision: str) -> Any:
+    return resident(precision)._resident()[0]
+
+
+def resident(precision: str) -> Session:
     session = Session()
     hardware = session.hardware()
     for _ in session.load(
         plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision, backend="torch"))
     ):
         pass
-    return session._resident()[0]
+    return session
 
 
 def repeated(tokenizer: Any, tokens: int) -> list[int]:
@@ -254,13 +259,15 @@ def _read_on(model: Any, ids: Sequence[int], options: GenerateOptions) -> tuple[
 
 
 def hidden(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """The action as the page and the command line run it, each length in a process of its own."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens in (10_000, args.tokens or 100_000):
             arguments = {"tokens": tokens, "precision": args.precision, "out": str(Path(folder) / "states.npy")}
             for event in run_isolated("benchmarks.longctx:hidden_job", arguments):
                 if isinstance(event, Finished):
-                    rows.append({"tokens": tokens, "peak MB": round(event.peak_bytes["ram"] / 1e6, 1), **event.value})
+                    rows.append({"tokens": tokens, **event.value})
+            print(rows[-1], flush=True)
     notes = [f"peak of the longer text: {rows[1]['peak MB'] / rows[0]['peak MB']:.3f} of the shorter one's"]
     ours, plain, batched = _throughput(args.precision)
     notes.append(
@@ -271,18 +278,25 @@ def hidden(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, dict[str, Any]]:
-    model = loaded(precision)
-    text = head().text + tail().text
-    ids = (model.tokenizer(text, add_special_tokens=False)["input_ids"] * 10)[:tokens]
-    started = time.perf_counter()
-    yield from hidden_states(model.model, [ids], SEEN, STRIDE, Path(out))
-    return {"tokens/s": round(tokens / (time.perf_counter() - started))}
+    session, text = resident(precision), 10 * (head().text + tail().text)
+    for event in actions.hidden_states(session, text, SEEN, STRIDE, Path(out), tokens=tokens):
+        if isinstance(event, Receipt):
+            receipt = event
+        else:
+            yield event
+    predicted, measured = receipt.predicted["ram"], receipt.measured["ram"]
+    return {
+        "predicted MB": round(predicted / 1e6, 1),
+        "peak MB": round(measured / 1e6, 1),
+        "error": f"{predicted / measured - 1:+.1%}",
+        "tokens/s": round(receipt.prefill_tps),
+    }
 
 
 def _throughput(precision: str) -> tuple[float, float, float]:
     """Interleaved: the same tokens by our windows into a file, and the same windows through the model, alone and by fours."""
     model = loaded(precision)
-    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][: SEEN + 10 * STRIDE]
+    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][: SEEN + 7 * STRIDE]
     windows = torch.tensor(ids).unfold(0, SEEN, STRIDE)
     times: tuple[list[float], ...] = ([], [], [])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from test_browser import Visit, browser, pytestmark  # noqa: F401  a fixture, and what marks this file
 from test_browser_quantize import url  # noqa: F401  a fixture
+from test_longctx_sources import server  # noqa: F401  a fixture
+
+from lowmem.longctx import sources
 
 STORY = "The river runs to the sea, and the sea does not ask from where. " * 20
 
@@ -82,6 +85,40 @@ def test_a_text_without_end_and_what_can_be_measured_of_one(
     page.click("#long-recall-start")
     page.wait_for_selector("#long-recall-result tbody tr >> nth=1", timeout=60_000)
     visit.shot("recall")
+    visit.close()
+
+
+def test_a_text_from_an_address_and_why_one_cannot_be_had(
+    browser: Any,  # noqa: F811
+    url: str,  # noqa: F811
+    server: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    visit = Visit(browser, url, "desktop", "light", "longctx-address")
+    page = tab(visit)
+    mode(page, "Perplexity")
+
+    def read(path: str) -> None:
+        page.fill("#long-address input", server + path)
+        page.press("#long-address input", "Enter")
+        page.click("#long-perplexity-start:not([disabled])")
+
+    read("/page")
+    page.wait_for_selector("#long-perplexity-notice :text('127.0.0.1 is not on the public network.')")
+    visit.shot("refused")
+    monkeypatch.setattr(sources, "_is_public", lambda ip: ip == "127.0.0.1")
+    for path, sentence in (
+        ("/missing", "answers with status 404."),
+        ("/huge", "The text is larger than the 4.00 MB allowed."),
+        ("/pdf", "The address gives application/pdf, not text."),
+        ("/inside", "169.254.169.254 is not on the public network."),
+    ):
+        read(path)
+        page.wait_for_selector(f"#long-perplexity-notice :text('{sentence}')")
+    read("/page")
+    page.wait_for_selector("#long-perplexity-result :text('13')", timeout=60_000)
+    assert not page.inner_text("#long-perplexity-notice").strip()
+    visit.shot("read")
     visit.close()
 
 

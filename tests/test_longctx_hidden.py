@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_longctx_sinks import other
 from toys import prompt, toy
 
 from lowmem.errors import BadInput, Cancelled, DiskFull
@@ -74,6 +75,16 @@ def test_layers_and_texts_of_unequal_lengths(tmp_path: Path) -> None:
         torch.testing.assert_close(
             stored[f"layer_{layer}"][73 : 73 + 32], one_pass("llama", texts[2][:32], layer), atol=1e-5, rtol=1e-5
         )
+
+
+def test_families_that_name_their_context_otherwise(tmp_path: Path) -> None:
+    model, ids = other("BloomConfig", n_layer=2, n_head=4, seq_length=512), prompt(60)
+    run(model, [ids, ids[:5]], 64, 32, tmp_path / "states.npy")
+    with torch.inference_mode():
+        expected = model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "states.npy")[:60], expected, atol=1e-5)
+    with pytest.raises(BadInput, match="it knows 512 positions"):
+        run(model, [ids], 513, 8, tmp_path / "more.npy")
 
 
 def test_several_layers_in_one_array(tmp_path: Path) -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_longctx_sinks import GREEDY, ours, windowed_logits
+from test_longctx_sinks import GREEDY, other, ours, windowed_logits
 from toys import prompt, save_toy, toy
-from transformers import BloomConfig, BloomForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from lowmem.errors import Unsupported
 from lowmem.events import Completion
 from lowmem.generate.options import GenerateOptions
+from lowmem.generate.rows import Rows
 from lowmem.longctx import policy
 from lowmem.longctx.kv_quant import BlockLayer, pack, quantize, unpack
+from lowmem.longctx.packed_layer import PackedLayer
 from lowmem.offload.run import Where, plan_for, run
 from lowmem.planning.cache import BLOCK, block_bytes
 from lowmem.planning.goal import Goal
@@ -46,17 +47,21 @@ def full_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids]), past_key_values=DynamicCache(config=model.config)).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "phi"])
-@pytest.mark.parametrize(("kv", "error"), [("int4", 0.2), ("int2", 0.95)])
+def bloom() -> Any:
+    return other("BloomConfig", n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "phi", "bloom"])
+@pytest.mark.parametrize(("kv", "error"), [("int8", 0.02), ("int4", 0.2), ("int2", 0.95)])
 def test_logits_stay_near_the_exact_ones(name: str, kv: str, error: float) -> None:
-    model, ids = toy(name), prompt(300)
+    model, ids = bloom() if name == "bloom" else toy(name), prompt(300)
     expected = full_logits(model, ids)
     cache = policy.make_cache(model, replace(GREEDY, kv=kv), rows=1, capacity=300, pads=[0])
-    found = []
     with torch.inference_mode():
-        for part in torch.tensor([ids]).split([100, 1, 1, 100, 98], dim=1):
-            inputs = cache.inputs(part.shape[1], model.device, model.dtype)
-            found.append(model(input_ids=part, past_key_values=cache, use_cache=True, **inputs).logits)
+        found = [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in torch.tensor([ids]).split([100, 1, 1, 100, 98], dim=1)
+        ]
     got = torch.cat(found, dim=1)
     torch.testing.assert_close(got[:, :100], expected[:, :100], atol=1e-4, rtol=1e-4)
     assert (got - expected).norm() < error * expected.norm()
@@ -79,23 +84,28 @@ def test_positions_that_come_back_change_nothing_but_rounding(kv: str, monkeypat
     assert (got - expected).norm() < (0.02 if kv == "int8" else 0.4) * expected.norm()
 
 
-def test_unequal_rows_of_a_batch_are_near_what_they_are_alone() -> None:
+def last_logits(model: Any, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> torch.Tensor:
+    rows = Rows(model, prompts, options)
+    with torch.inference_mode():
+        return [rows.logits(start, end) for start, end in rows.parts(64)][-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("fields", [{"kv": "int8"}, {"kv": "int4"}, {"kv": "int8", "window": 100}])
+def test_unequal_rows_of_a_batch_are_near_what_they_are_alone(name: str, fields: dict[str, Any]) -> None:
+    model, options = bloom() if name == "bloom" else toy(name), replace(GREEDY, **fields)
     prompts = [prompt(150), prompt(3, 1), prompt(90, 2)]
-    for options in (replace(GREEDY, kv="int8", sinks=4, window=100), replace(GREEDY, kv="int4", max_new_tokens=100)):
-        model = toy("llama")
-        pads = [150 - len(one) for one in prompts]
-        cache = policy.make_cache(model, options, rows=3, capacity=250, pads=pads)
-        padded = torch.tensor([[0] * pad + one for one, pad in zip(prompts, pads, strict=True)])
-        start = 0
-        with torch.inference_mode():
-            for tokens in [*cache.parts(149, 64), 1]:
-                inputs = cache.inputs(tokens, model.device, model.dtype)
-                part = padded[:, start : start + tokens]
-                logits = model(input_ids=part, past_key_values=cache, use_cache=True, **inputs).logits[:, -1]
-                start += tokens
-        for row, one in enumerate(prompts):
-            alone = windowed_logits(model, [one], replace(options, window=options.window or 246), 64)[0, -1]
-            assert (logits[row] - alone).norm() < (0.05 if options.kv == "int8" else 0.4) * alone.norm()
+    for row, one in zip(last_logits(model, prompts, options), prompts, strict=True):
+        (alone,) = last_logits(model, [one], options)
+        assert (row - alone).norm() < (0.05 if options.kv == "int8" else 0.4) * alone.norm()
+
+
+@pytest.mark.parametrize("kv", ["int8", "int2"])
+def test_a_window_computed_anew_goes_through_packed_layers_too(kv: str) -> None:
+    options = replace(GREEDY, window=100, kv=kv, max_new_tokens=150)
+    together = ours(toy("gpt2"), [prompt(150), prompt(90, 2)], options)
+    assert [len(text) for text in together] == [150, 150]
+    assert together[0][0] == ours(toy("gpt2"), [prompt(150)], options)[0][0]
 
 
 def test_rows_that_end_leave_the_others_alone() -> None:
@@ -105,15 +115,15 @@ def test_rows_that_end_leave_the_others_alone() -> None:
     assert three == alone
 
 
-@pytest.mark.parametrize(("bits", "share"), [(4, 0.32), (2, 0.20)])
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.57), (4, 0.32), (2, 0.20)])
 def test_bytes_are_what_the_planner_says(bits: int, share: float) -> None:
     model = toy("llama")
     cache = policy.make_cache(model, replace(GREEDY, kv=f"int{bits}"), rows=1, capacity=4096, pads=[0])
     with torch.inference_mode():
         model(input_ids=torch.tensor([prompt(8)]), past_key_values=cache, use_cache=True)
     layer = cache.layers[0]
-    assert isinstance(layer, BlockLayer)
-    packed = sum(store.nbytes for store in (*layer.packed_keys.stores, *layer.packed_values.stores))
+    assert isinstance(layer, PackedLayer)
+    packed = sum(store.nbytes for side in layer._sides for store in side.packed.stores)
 
     class Spec:
         kv_heads, head_dim = 2, 16
@@ -123,15 +133,15 @@ def test_bytes_are_what_the_planner_says(bits: int, share: float) -> None:
     assert block_bytes(type("Spec", (), wide), bits) <= share * BLOCK * 2 * 3 * 64 * 2  # type: ignore[arg-type]
 
 
-def test_a_block_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_of_a_window_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     retire = BlockLayer._retire
     monkeypatch.setattr(BlockLayer, "_retire", lambda self, block: (made.append(block), retire(self, block))[1])
-    ours(toy("llama"), [prompt(200)], replace(GREEDY, kv="int4", max_new_tokens=100))
+    ours(toy("llama"), [prompt(200)], replace(GREEDY, kv="int4", window=100, max_new_tokens=100))
     assert sorted(made) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("fields", [{"kv": "int4"}, {"kv": "int2", "window": 64}])
+@pytest.mark.parametrize("fields", [{"kv": "int8"}, {"kv": "int4"}, {"kv": "int2", "window": 64}])
 def test_streamed_blocks_write_the_same_through_packed_caches(fields: dict[str, Any], tmp_path: Path) -> None:
     save_toy("llama", tmp_path)
     options = replace(GREEDY, endless=True, max_new_tokens=150, **fields)
@@ -144,9 +154,3 @@ def test_streamed_blocks_write_the_same_through_packed_caches(fields: dict[str, 
         session.unload()
     assert len(texts[0]) == 2
     assert [one.text for one in texts[0]] == [one.text for one in texts[1]]
-
-
-def test_schemes_that_go_by_order_are_refused_by_name() -> None:
-    bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=260)).eval()
-    with pytest.raises(Unsupported, match="bloom"):
-        policy.make_cache(bloom, replace(GREEDY, kv="int4"), rows=1, capacity=8, pads=[0])

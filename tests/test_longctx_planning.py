@@ -42,7 +42,7 @@ def test_a_window_costs_what_its_layers_hold_however_long_the_text(kv: str, spec
     assert kv_bytes(spec, 1000, 3, "fp32", kv, window=200, sinks=4) == 3 * expected
 
 
-@pytest.mark.parametrize("kv", ["int4", "int2"])
+@pytest.mark.parametrize("kv", ["int8", "int4", "int2"])
 def test_packed_caches_cost_what_their_layers_hold(kv: str, spec: ModelSpec) -> None:
     for capacity in (64, 300, 512):
         assert kv_bytes(spec, capacity, 1, "fp32", kv) == held(GenerateOptions(kv=kv), capacity)

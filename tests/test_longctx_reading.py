@@ -11,8 +11,14 @@ from toys import prompt, tokenizer, toy
 
 from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken
+from lowmem.longctx import actions
 from lowmem.longctx.needle import Recall, recall
 from lowmem.longctx.reading import Reader, stored_bytes
+from lowmem.measure.texts import tail
+from lowmem.models.source import read_spec
+from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.planner import plan
+from lowmem.runtime.session import Session
 
 
 def surprise(ids: list[int]) -> torch.Tensor:
@@ -69,3 +75,18 @@ def test_what_is_remembered_is_likelier_than_chance() -> None:
     assert 0 <= found.probability <= 1
     with pytest.raises(BadInput, match="fewer than 200"):
         recall(toy("llama"), tokenizer(), prompt(100), GREEDY, 200)
+
+
+@pytest.mark.real
+def test_the_demo_model_recalls_what_is_in_its_window_and_nothing_beyond() -> None:
+    session = Session()
+    hardware = session.hardware()
+    goal = Goal(precision="int8", backend="torch")
+    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), goal)):
+        pass
+    for fields in ({"window": 512}, {"window": 512, "kv": "int8"}):
+        *_, receipt = actions.recall(session, tail().text, replace(GREEDY, **fields), distances=(256, 1024))
+        within, beyond = receipt.details["recalls"]
+        assert within["remembered"]
+        assert within["probability"] > 10 * beyond["probability"]
+        assert not beyond["remembered"]

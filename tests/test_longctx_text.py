@@ -7,20 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from toys import save_toy
 
 from lowmem.__main__ import main
-from lowmem.errors import BadInput, Offline
+from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
-from lowmem.longctx import sources
 from lowmem.longctx.curve import Curve
 from lowmem.longctx.exercise import Point, exercise, ways
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.plots import perplexity_sheet, picture, to_csv
-from lowmem.longctx.sources import MOST_CHARACTERS, fetched, long_text, plain
+from lowmem.longctx.sources import MOST_CHARACTERS, long_text
 from lowmem.measure.drawing import Line, to_svg
 from lowmem.measure.scoring import Slab
 
@@ -52,60 +50,6 @@ def test_binary_and_huge_files_are_refused_with_the_bound(tmp_path: Path) -> Non
         (tmp_path / "file.txt").write_bytes(content)
         with pytest.raises(BadInput, match=message):
             long_text(file=tmp_path / "file.txt")
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["http://127.0.0.1:1/x", "http://localhost/", "http://[::1]/", "http://169.254.169.254/latest", "http://10.0.0.1/"],
-)
-def test_the_servers_own_network_is_not_looked_into(address: str) -> None:
-    with pytest.raises(BadInput, match="not on the public network"):
-        fetched(address, CancelToken())
-
-
-def test_paths_are_no_addresses() -> None:
-    for address in ("/etc/passwd", "file:///etc/passwd", "ftp://example.org/x"):
-        with pytest.raises(BadInput, match="is no address of a text"):
-            long_text(source=address)
-
-
-CLIENT = httpx.Client
-
-
-def served(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    transport = httpx.MockTransport(answer)
-    monkeypatch.setattr(sources.httpx, "Client", lambda **options: CLIENT(transport=transport, **options))
-    monkeypatch.setattr(sources, "_check_public", lambda _address: None)
-
-
-def test_pages_are_read_as_people_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = "<html><head><title>x</title></head><script>bad()</script><p>Caf&eacute;</p><p>au<b>l</b>ait</p>"
-    assert plain(page) == "Café\n\naulait"
-    served(monkeypatch, lambda _request: httpx.Response(200, html=page))
-    assert fetched("https://example.org/a", CancelToken()).text == "Café\n\naulait"
-
-
-def test_what_an_address_gives_is_bounded_and_must_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [
-        (httpx.Response(200, content=b"a" * 5_000_000, headers={"content-type": "text/plain"}), "4.00 MB"),
-        (
-            httpx.Response(200, content=b"%PDF", headers={"content-type": "application/pdf"}),
-            "application/pdf, not text",
-        ),
-        (httpx.Response(404), "status 404"),
-        (httpx.Response(302, headers={"location": "/again"}), "redirects more than"),
-    ]
-    for answer, message in answers:
-        served(monkeypatch, lambda _request, answer=answer: answer)
-        with pytest.raises(BadInput, match=message):
-            fetched("https://example.org/a", CancelToken())
-
-    def broken(_request: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("no route")
-
-    served(monkeypatch, broken)
-    with pytest.raises(Offline, match="cannot be reached: no route"):
-        fetched("https://example.org/a", CancelToken())
 
 
 def test_a_curve_is_the_mean_surprise_of_each_stretch() -> None:

@@ -62,7 +62,8 @@ def test_stored_masks_of_gpt2_are_not_weights():
 def test_kv_cache_of_llama3_8b_costs_one_gib_per_8k_tokens():
     spec = synthetic(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256, context=8192)
     assert kv_bytes(spec, 8192, 1, "fp16", "same") == 2**30
-    assert kv_bytes(spec, 8192, 1, "fp16", "int8") == 2**29 * (1 + 2 / 128)
+    scales, exact = 4 * 128 + 4 * 64, 2 * (64 + 4)  # of a block and head; tokens that stay as they are
+    assert kv_bytes(spec, 8192, 1, "fp16", "int8") == 2**29 + 32 * 8 * (128 * scales + exact * 128 * 2)
     assert kv_bytes(spec, 8192, 3, "fp16", "none") == 0
 
 

@@ -13,14 +13,15 @@ from gradio_client.exceptions import AppError
 from toys import save_toy
 from ui_stub import StubEngine
 
-from lowmem.errors import BadInput
-from lowmem.events import CancelToken
+from lowmem.errors import BadInput, NotAllowed
+from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.exercise import Point
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
 from lowmem.ui import render_longctx
+from lowmem.ui.access import Access
 from lowmem.ui.bind import Jobs
 from lowmem.ui.engine import Engine
 from lowmem.ui.launch import launch_options
@@ -159,6 +160,32 @@ def test_endpoints(client: Client) -> None:
     assert [one["distance"] for one in recalls] == [32, 128]
     with pytest.raises(AppError, match="A stride of 65"):
         client.predict(TEXT, 64, 65, api_name="/hidden_states")
+
+
+def test_the_exercise_is_an_endpoint(client: Client, loaded: Engine) -> None:
+    assert loaded.resident is not None
+    model, options = loaded.resident.spec.ref, {"tokens": 300, "window": 64, "points": 1}
+    job = client.submit(model, options, text=TEXT, api_name="/exercise")
+    receipt = job.result(timeout=300)["receipt"]
+    assert [point["error"] for point in receipt["details"]["points"]] == [""] * 5
+    assert len({point["way"] for point in receipt["details"]["points"]}) == 5
+    assert {"way", "tokens", "perplexity", "token_seconds", "kv_bytes", "ram_bytes"} <= job.outputs()[-2].keys()
+    assert receipt["details"]["text"] == "pasted"
+    with pytest.raises(AppError, match="Tokens of text"):
+        client.predict(model, {"tokens": 1}, api_name="/exercise")
+
+
+def test_a_visitor_gets_a_long_text_and_no_endless_one(tab: LongContextTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tab.engine, "access", Access(public=True))
+    token = CancelToken()
+    events, _ = mode(tab, "continue")._start(token, TEXT, None, "", *OPTIONS)
+    for event in events:
+        if getattr(event, "new_tokens", 0) > 600:
+            token.set()
+    assert isinstance(event, Receipt)
+    assert event.new_tokens > 600
+    with pytest.raises(NotAllowed, match="5,000 tokens of text are more than the 4,096"):
+        mode(tab, "exercise")._start(CancelToken(), TEXT, None, "", 5000, 64, 4, "4", 2, "", "")
 
 
 def test_without_a_model_every_mode_says_so() -> None:

@@ -10,6 +10,7 @@ pages that were never written cost nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from lowmem.errors import Unsupported
+from lowmem.planning.cache import bits_of
 
 # A layer that reads another's keys; transformers 5.15, which Colab brings, counts such layers out instead.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
@@ -92,11 +94,8 @@ class FullLayer(CacheLayerMixin):
         self.batch = states.shape[0]
         return self.length, self.length + states.shape[2]
 
-    def _store(self, states: Tensor, width: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        heads, head_dim = states.shape[1], states.shape[3]
-        return torch.empty(
-            self.rows, heads, self.capacity, width or head_dim, dtype=dtype or states.dtype, device=states.device
-        )
+    def _store(self, states: Tensor) -> Tensor:
+        return states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3])
 
     def _stores(self) -> tuple[Tensor, ...]:
         return (self.keys, self.values) if self.is_initialized else ()
@@ -108,82 +107,18 @@ class FullLayer(CacheLayerMixin):
             store[: self.batch, :, : self.length] = store[:, :, : self.length].index_select(0, rows.to(store.device))
 
 
-class Scratch:
-    """One pair of buffers in which the layers of a cache unfold their history, each in its turn."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
-
-    def buffer(self, name: str, layer: FullLayer, states: Tensor) -> Tensor:
-        """[rows, heads, capacity, head_dim] in the dtype and on the device of `states`."""
-        key = (name, *states.shape[1::2], states.dtype, states.device)
-        if key not in self._buffers:
-            self._buffers[key] = layer._store(states)
-        return self._buffers[key]
-
-
-class Int8Layer(FullLayer):
-    """Keys and values in int8, symmetric, with one fp16 scale per token and head.
-
-    A token costs kv_heads * (head_dim + 2) bytes for keys and again for values. Attention
-    wants the computation's dtype, so every pass unfolds the layer's history into `scratch`:
-    the memory of one layer's full-size keys and values, shared by all layers. The tokens of
-    the present pass are attended to exactly; they are rounded for later ones.
-    """
-
-    def __init__(self, rows: int, capacity: int, scratch: Scratch) -> None:
-        super().__init__(rows, capacity)
-        self.scratch = scratch
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (self._store(states, dtype=torch.int8) for states in (key_states, value_states))
-        self.key_scales, self.value_scales = (
-            self._store(states, 1, torch.float16) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append, and return the unfolded history, valid until the next layer's update."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self._advance(key_states)
-        keys = self._append(
-            key_states, self.keys, self.key_scales, start, self.scratch.buffer("keys", self, key_states)
-        )
-        values = self._append(
-            value_states, self.values, self.value_scales, start, self.scratch.buffer("values", self, value_states)
-        )
-        self.length = end
-        return keys, values
-
-    def _append(self, states: Tensor, codes: Tensor, scales: Tensor, start: int, unfolded: Tensor) -> Tensor:
-        end = start + states.shape[2]
-        history = unfolded[: self.batch, :, :end]
-        past = history[:, :, :start]
-        past.copy_(codes[: self.batch, :, :start]).mul_(scales[: self.batch, :, :start])
-        history[:, :, start:] = states
-        codes[: self.batch, :, start:end], scales[: self.batch, :, start:end] = quantize(states)
-        return history
-
-    def _stores(self) -> tuple[Tensor, ...]:
-        return (self.keys, self.values, self.key_scales, self.value_scales) if self.is_initialized else ()
-
-
-def quantize(states: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., head_dim] -> (int8 codes [..., head_dim], fp16 scales [..., 1]) with states ~ scale * code."""
-    scales = (states.abs().amax(dim=-1, keepdim=True).float() / 127).half().clamp_(min=torch.finfo(torch.float16).tiny)
-    codes = (states.float() / scales).round_().clamp_(-127, 127).to(torch.int8)
-    return codes, scales
-
-
-def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = "same") -> Cache:
+def make_cache(
+    config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = "same", pads: Sequence[int] = ()
+) -> Cache:
     """An empty cache for at most `rows` sequences of `capacity` tokens, its layers of the kinds that `config` names.
 
     Sliding-window layers stay transformers' own: they hold a window, in the dtype of the
     computation. Memory is taken during the first forward pass.
 
     Args:
-        kv: "same" stores the dtype of the computation, "int8" see `Int8Layer`, "ram" see `offload.kv_offload`.
+        kv: "same" stores the dtype of the computation, "int8", "int4" and "int2" see `longctx.packed_layer`,
+            "ram" see `offload.kv_offload`.
+        pads: padding in front of each row, none when left out.
 
     Raises:
         Unsupported: the model remembers something else than keys and values.
@@ -198,16 +133,20 @@ def make_cache(config: PreTrainedConfig, *, rows: int, capacity: int, kv: str = 
             f"Layers of {config.model_type!r} share keys and values, which the {kv} cache cannot serve.",
             "Store the KV cache in the same precision as the computation.",
         )
-    from lowmem.offload.kv_offload import RamLayer, Shuttle  # whose layers build on those here
+    from lowmem.longctx.kv_quant import Unfolded
+    from lowmem.longctx.packed_layer import PackedLayer  # which, like the next, builds on the layers here
+    from lowmem.offload.kv_offload import RamLayer, Shuttle
 
-    scratch, shuttle = Scratch(), Shuttle()
+    unfolded, shuttle = Unfolded(), Shuttle()
 
     def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin:
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known is DynamicLayer:
             if kv == "ram":
                 return RamLayer(rows, capacity, shuttle)
-            return Int8Layer(rows, capacity, scratch) if kv == "int8" else FullLayer(rows, capacity)
+            if kv == "same":
+                return FullLayer(rows, capacity)
+            return PackedLayer(rows, capacity, bits_of(kv), pads or (0,) * rows, unfolded)
         if known in (DynamicSlidingWindowLayer, DummyLayer) and known is not None:
             return known(**arguments)
         raise _unsupported(config)

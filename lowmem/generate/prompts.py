@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lowmem.errors import BadInput
+from lowmem.generate.tokens import token_ids, with_special
 
 log = logging.getLogger("lowmem.prompts")
 
@@ -34,12 +35,12 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], raw: bool = F
     _check_messages(messages)
     if tokenizer.chat_template and not raw:
         # The template has written the special tokens itself.
-        ids = tokenizer(_templated(tokenizer, messages), add_special_tokens=False)["input_ids"]
+        ids = token_ids(tokenizer, _templated(tokenizer, messages))
     else:
-        ids = tokenizer(prompt if isinstance(prompt, str) else _layout(messages))["input_ids"]
+        ids = with_special(tokenizer, prompt if isinstance(prompt, str) else _layout(messages))
     if not ids:
         raise BadInput("The tokenizer finds no token in the prompt.", "Write it in a script that the model knows.")
-    return list(ids)
+    return ids
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem.generate import kv
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import policy
+from lowmem.longctx.packed_layer import set_pads
 from lowmem.longctx.sinks import WindowCache
 
 
@@ -119,6 +120,7 @@ class Rows:
         full = self.length - self._window
         self._first = [first if first >= full else self.length - tokens for first in self._first]
         self._begin = min(self._first)
+        set_pads(self._cache, [first - self._begin for first in self._first])
 
     def _padding(self, start: int, end: int) -> dict[str, object]:
         places, first = torch.arange(self._begin, end), torch.tensor(self._first)[:, None]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.generate.tokens import token_ids
 from lowmem.longctx.limits import check_stride, check_token_window, check_window
 from lowmem.longctx.pricing import pass_plan, reading_plan, refuse_if_over, sliding_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
@@ -255,7 +256,7 @@ def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
     """
     if most is not None:
         text = text[: CHARACTERS_PER_TOKEN * most]
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"][:most]) if text.strip() else []
+    ids = token_ids(tokenizer, text, most) if text.strip() else []
     if not ids:
         raise BadInput("The text is empty.", "Give a text with at least one word.")
     return ids

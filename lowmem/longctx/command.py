@@ -18,9 +18,10 @@ from lowmem.longctx.actions import Span
 from lowmem.longctx.exercise import Point, exercise
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.plots import picture, to_csv
+from lowmem.longctx.sources import long_text
 from lowmem.measure.drawing import to_png, to_svg
 from lowmem.measure.rows import write_atomically
-from lowmem.measure.texts import MANUAL, NAMES, tail
+from lowmem.measure.texts import MANUAL, NAMES, Text, tail
 from lowmem.measure.windows import CHARACTERS_PER_TOKEN
 from lowmem.planning.goal import Goal, limits_from
 from lowmem.planning.plan import PRECISIONS
@@ -55,7 +56,9 @@ def add_command(commands: Any) -> None:
 def _action(kinds: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=help)
     parser.add_argument("model", help="demo, a hub id, a folder or a .gguf file")
-    parser.add_argument("--text", default=MANUAL, metavar="FILE", help=f"a text file, {' or '.join(NAMES)}")
+    parser.add_argument(
+        "--text", default=MANUAL, metavar="FILE", help=f"a text file, an address (https://...), {' or '.join(NAMES)}"
+    )
     parser.add_argument(
         "--window", type=int, metavar="W", help=f"tokens that are remembered; default {DEFAULT_WINDOW:,}"
     )
@@ -123,7 +126,7 @@ def _hidden(args: argparse.Namespace) -> int:
 
 
 def _recall(args: argparse.Namespace) -> int:
-    return _finish(args, actions.recall(_loaded(args), tail(args.text).text, _cache_options(args)))
+    return _finish(args, actions.recall(_loaded(args), _source(args).text, _cache_options(args)))
 
 
 def _exercise(args: argparse.Namespace) -> int:
@@ -139,7 +142,7 @@ def _exercise(args: argparse.Namespace) -> int:
     )
     ram, vram = (None if size is None else parse_bytes(size) for size in (args.ram, args.vram))
     points: list[Point] = []
-    events = exercise(args.model, args.text, options, precision=args.precision, ram=ram, vram=vram)
+    events = exercise(args.model, _source(args), options, precision=args.precision, ram=ram, vram=vram)
     for event in _shown(events, args.json):
         if isinstance(event, Point):
             points.append(event)
@@ -167,8 +170,13 @@ def _as_dict(options: GenerateOptions) -> dict[str, Any]:
 
 
 def _text(args: argparse.Namespace) -> str:
-    text = tail(args.text).text
+    text = _source(args).text
     return text if args.tokens is None else text[: CHARACTERS_PER_TOKEN * args.tokens]
+
+
+def _source(args: argparse.Namespace) -> Text:
+    """Files may be larger here than what a page accepts; addresses have the same bounds."""
+    return long_text(source=args.text) if "://" in args.text else tail(args.text)
 
 
 def _loaded(args: argparse.Namespace) -> Session:

@@ -17,7 +17,7 @@ from typing import Any
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.longctx.options import ExerciseOptions
-from lowmem.measure.texts import MANUAL, tail
+from lowmem.measure.texts import MANUAL, Text, tail
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Limits
 from lowmem.runtime.isolated import Finished, run_isolated
@@ -74,7 +74,7 @@ def ways(options: ExerciseOptions) -> dict[str, dict[str, Any]]:
 
 def exercise(
     ref: str,
-    text: str | Path = MANUAL,
+    text: str | Path | Text = MANUAL,
     options: ExerciseOptions = DEFAULT_OPTIONS,
     *,
     precision: str = "auto",
@@ -85,14 +85,14 @@ def exercise(
     """Read `text` in every way; points come as each way ends, a receipt with all of them last.
 
     Args:
-        text: "manual", "wikitext2" or a file, see `measure.texts.tail`.
+        text: one that is here, or "manual", "wikitext2" or a file, see `measure.texts.tail`.
 
     Raises:
         BadInput, ModelNotFound, Offline: model or text cannot be had.
         Cancelled: within a second; the points so far have been yielded.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
-    spec, chosen = read_spec(ref), tail(text, cancel)
+    spec, chosen = read_spec(ref), text if isinstance(text, Text) else tail(text, cancel)
     limits = Limits(ram, vram) if ram is not None else None
     points: list[Point] = []
     device, chosen_precision = "", precision

@@ -24,6 +24,7 @@ from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
 from lowmem.longctx.limits import PASS_TOKENS, check_stride, check_token_window
+from lowmem.longctx.rotation import context_limit
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.windows import Window, cut
@@ -117,7 +118,7 @@ def _check(
     if not texts or not all(texts):
         raise BadInput("The text is empty.", "Give a text with at least one token.")
     check_stride(window, stride)
-    check_token_window(window, _decoder_config(model).max_position_embeddings)
+    check_token_window(window, context_limit(model.config))
     if out.suffix not in FORMATS:
         raise BadInput(f"{out.name} is neither a .npy nor a .safetensors file.", "End its name in one of the two.")
     count = _decoder_config(model).num_hidden_layers

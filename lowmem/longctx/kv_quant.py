@@ -67,7 +67,7 @@ class Packed:
 
     def __init__(self, rows: int, blocks: int, bits: int, per_channel: bool, like: Tensor) -> None:
         heads, head_dim = like.shape[1], like.shape[3]
-        self.bits, self.blocks, self._over = bits, blocks, -2 if per_channel else -1
+        self.rows, self.bits, self.blocks, self._over = rows, bits, blocks, -2 if per_channel else -1
         shape = (rows, heads, blocks, 1, head_dim) if per_channel else (rows, heads, blocks, BLOCK, 1)
         self.codes = torch.zeros(
             rows, heads, blocks, BLOCK * bits // 8, head_dim, dtype=torch.uint8, device=like.device
@@ -135,19 +135,18 @@ class BlockLayer(WindowLayer):
 
     Args:
         bits: 8, 4 or 2.
-        bounded: does the window forget, or is it as long as the longest text?
     """
 
     ring: OrderedRing
 
-    def __init__(self, ring: OrderedRing, rows: int, turn: Turn, bits: int, unfolded: Unfolded, bounded: bool) -> None:
+    def __init__(self, ring: OrderedRing, rows: int, turn: Turn, bits: int, unfolded: Unfolded) -> None:
         super().__init__(ring, rows, turn)
-        self.bits, self.unfolded, self.bounded = bits, unfolded, bounded
+        self.bits, self.unfolded = bits, unfolded
         self._bases: dict[int, list[int]] = {}
         """Of each block, the rows' bases when it was quantized: its keys have been turned to them."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        heads, sinks, blocks = key_states.shape[1], self.ring.sinks, blocks_of(self.ring.slots, self.bounded)
+        heads, sinks, blocks = key_states.shape[1], self.ring.sinks, blocks_of(self.ring.slots, True)
         self.keys = key_states.new_zeros(self.rows, heads, BLOCK, key_states.shape[-1])
         self.values = value_states.new_zeros(self.rows, heads, BLOCK, value_states.shape[-1])
         self.first_values = value_states.new_zeros(self.rows, heads, sinks, value_states.shape[-1])
@@ -262,9 +261,3 @@ class BlockLayer(WindowLayer):
         super().take(rows)
         chosen = rows.tolist()
         self._bases = {block: [bases[row] for row in chosen] for block, bases in self._bases.items()}
-
-
-def no_turn(head_dim: int) -> Turn:
-    """Of keys whose position is not in them."""
-    nothing = torch.zeros(head_dim, dtype=torch.float64)
-    return Turn(nothing, torch.arange(head_dim), nothing)

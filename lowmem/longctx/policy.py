@@ -15,12 +15,12 @@ from transformers.cache_utils import (
 from lowmem.errors import Unsupported
 from lowmem.generate import kv
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.kv_quant import BlockLayer, OrderedRing, Unfolded, no_turn
-from lowmem.longctx.limits import ENDLESS, check_window
+from lowmem.longctx.kv_quant import BlockLayer, OrderedRing, Unfolded
+from lowmem.longctx.limits import check_window
 from lowmem.longctx.ring import Ring, Stream
-from lowmem.longctx.rotation import Turn, adds_position_to_scores, key_turns, position_limit
+from lowmem.longctx.rotation import Turn, key_turns, position_limit
 from lowmem.longctx.sinks import WindowCache, WindowLayer
-from lowmem.planning.cache import EXACT_FIRST, bits_of
+from lowmem.planning.cache import bits_of
 
 
 def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int, pads: Sequence[int]) -> Cache:
@@ -35,23 +35,18 @@ def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int
 
     Raises:
         BadInput: a window, or sinks, that the model cannot have.
-        Unsupported: the model remembers something else than keys and values, or not in so few bits.
+        Unsupported: the model remembers something else than keys and values.
     """
     if hasattr(model, "make_cache"):
         return _own_cache(model, options, rows, capacity)
-    few_bits = options.kv in ("int4", "int2")
-    if not options.window:
-        if few_bits:
-            return _packed_cache(model, options, rows, capacity, pads)
-        return kv.make_cache(model.config, rows=rows, capacity=capacity, kv=options.kv)
-    limit = position_limit(model.config)
-    check_window(options, limit)
-    turns = key_turns(model)
-    if turns is not None:
-        return _window_cache(model, options, turns, rows, Stream(pads, limit), bounded=True)
-    if few_bits:
-        raise _positions_unsupported(model, f"a window in {options.kv}", "Store the KV cache in int8, or in the same.")
-    return kv.make_cache(model.config, rows=rows, capacity=min(capacity, options.window), kv=options.kv)
+    if options.window:
+        limit = position_limit(model.config)
+        check_window(options, limit)
+        turns = key_turns(model)
+        if turns is not None:
+            return _window_cache(model, options, turns, rows, Stream(pads, limit))
+        capacity = min(capacity, options.window)
+    return kv.make_cache(model.config, rows=rows, capacity=capacity, kv=options.kv, pads=pads)
 
 
 def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -> Any:
@@ -72,27 +67,7 @@ def kept_tokens(window: int) -> int:
     return window - window // 4
 
 
-def _packed_cache(model: Any, options: GenerateOptions, rows: int, capacity: int, pads: Sequence[int]) -> Cache:
-    """Packed blocks of all tokens: a window that is never full, so that no key is ever turned."""
-    if adds_position_to_scores(model.config):
-        raise _positions_unsupported(model, f"a KV cache in {options.kv}", "Store the KV cache in int8.")
-    decoder = model.config.get_text_config(decoder=True)
-    head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    turns = [no_turn(head_dim)] * decoder.num_hidden_layers
-    whole = _Whole(sinks=EXACT_FIRST, window=max(1, capacity - EXACT_FIRST), kv=options.kv)
-    return _window_cache(model, whole, turns, rows, Stream(pads, ENDLESS), bounded=False)
-
-
-class _Whole:
-    """Options of a window as long as the text."""
-
-    def __init__(self, sinks: int, window: int, kv: str) -> None:
-        self.sinks, self.window, self.kv = sinks, window, kv
-
-
-def _window_cache(
-    model: Any, options: GenerateOptions | _Whole, turns: Sequence[Turn], rows: int, stream: Stream, bounded: bool
-) -> Cache:
+def _window_cache(model: Any, options: GenerateOptions, turns: Sequence[Turn], rows: int, stream: Stream) -> Cache:
     decoder = model.config.get_text_config(decoder=True)
     described = kv.layer_kinds(decoder)
     unfolded, rings, layers = Unfolded(), dict[str, Ring](), list[WindowLayer]()
@@ -112,12 +87,7 @@ def _window_cache(
             )
         ring = rings[kind]
         if isinstance(ring, OrderedRing):
-            layers.append(BlockLayer(ring, rows, turn, bits_of(options.kv), unfolded, bounded))
+            layers.append(BlockLayer(ring, rows, turn, bits_of(options.kv), unfolded))
         else:
             layers.append(WindowLayer(ring, rows, turn, native))
     return WindowCache(stream, layers, [kind for kind, _ in described], model.config._attn_implementation == "eager")
-
-
-def _positions_unsupported(model: Any, what: str, hint: str) -> Unsupported:
-    kind = model.config.get_text_config(decoder=True).model_type
-    return Unsupported(f"The positions of {kind!r} are not in its keys, so it cannot have {what}.", hint)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lowmem.models.config import read_shape
+
 _ALIBI = frozenset({"bloom", "mpt"})
 _GROWING = frozenset({"dynamic", "longrope"})
 """Kinds of RoPE whose frequencies change once a position lies beyond the original context."""
@@ -87,10 +89,16 @@ def key_turns(model: Any) -> tuple[Turn, ...] | None:
     return _known[model]
 
 
+def context_limit(config: Any) -> int:
+    """Tokens that the model was made to see at once, however its family names them (BLOOM, MPT)."""
+    decoder = config.get_text_config(decoder=True)
+    return int(getattr(decoder, "max_position_embeddings", None) or read_shape(decoder.to_dict()).context)
+
+
 def position_limit(config: Any) -> int:
     """Positions below this one are what the model's rotation was made for, with frequencies that stay what they are."""
     decoder = config.get_text_config(decoder=True)
-    limit = decoder.max_position_embeddings
+    limit = context_limit(config)
     given = getattr(decoder, "rope_parameters", None) or {}
     kinds = [given] if "rope_type" in given else [kind for kind in given.values() if isinstance(kind, dict)]
     for kind in kinds:

@@ -6,7 +6,9 @@ import html
 import ipaddress
 import re
 import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -19,7 +21,9 @@ from lowmem.units import MB, format_bytes
 
 MOST_CHARACTERS = 2_000_000
 MOST_BYTES = 4 * MB
+MOST_SECONDS = 30.0
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+HEADERS = {"User-Agent": "lowmem", "Accept": "text/*", "Accept-Encoding": "identity"}
 MOST_REDIRECTS = 4
 
 _HIDDEN = re.compile(r"<(script|style|head|noscript)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
@@ -57,49 +61,104 @@ def long_text(
 
 
 def fetched(address: str, cancel: CancelToken) -> Text:
-    """The text behind an http or https address on the public network; of a page, what a reader sees."""
+    """The text behind an http or https address on the public network; of a page, what a reader sees.
+
+    Bounded in bytes, redirects and seconds, however slowly the answer drips.
+    """
+    # A transport of its own: with a proxy in between, nobody would see who is being talked to.
+    with httpx.Client(timeout=TIMEOUT, headers=HEADERS, transport=httpx.HTTPTransport()) as client:
+        try:
+            for text in interruptible(_arriving(client, address), cancel, MOST_SECONDS):
+                if text is not None:
+                    return text
+        except TimeoutError:
+            raise Offline(
+                f"{_host(address)} has not sent the whole text within {MOST_SECONDS:.0f} s.",
+                "Try again, or paste the text.",
+            ) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            why = str(error).rstrip(".") or type(error).__name__
+            raise Offline(
+                f"{_host(address)} cannot be reached: {why}.", "Check the address, or paste the text."
+            ) from None
+    raise BadInput(f"{_host(address)} redirects more than {MOST_REDIRECTS} times.", "Give the final address.")
+
+
+def _arriving(client: httpx.Client, address: str) -> Iterator[Text | None]:
+    """None for every part that has come, the text at the end; nothing when there are too many redirects."""
     for _ in range(MOST_REDIRECTS + 1):
         _check_public(address)
-        try:
-            with httpx.Client(timeout=TIMEOUT) as client, client.stream("GET", address) as answer:
-                if answer.is_redirect:
-                    address = urljoin(address, answer.headers.get("location", ""))
-                    continue
-                if answer.status_code != 200:
-                    raise BadInput(f"{address} answers with status {answer.status_code}.", "Check the address.")
-                return Text(urlsplit(address).netloc, _readable(_body(answer, cancel), answer.headers))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Offline(
-                f"{address[:100]} cannot be reached: {error}.", "Check the address, or paste the text."
-            ) from error
-    raise BadInput(f"{address[:100]} redirects more than {MOST_REDIRECTS} times.", "Give the final address.")
+        with client.stream("GET", address, extensions={"trace": _check_peer}) as answer:
+            if answer.is_redirect:
+                address = urljoin(address, answer.headers.get("location", ""))
+                continue
+            _check_answer(address, answer)
+            data = bytearray()
+            for part in answer.iter_raw():
+                data += part
+                if len(data) > MOST_BYTES:
+                    raise _too_large()
+                yield None
+            yield Text(_host(address), _readable(bytes(data), answer.headers))
+            return
 
 
 def _check_public(address: str) -> None:
     """Nobody shall use this page to look into the network that its server stands in."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address)
+        host, scheme, _ = parts.hostname, parts.scheme, parts.port
+    except ValueError:
+        host = scheme = None
+    if scheme not in ("http", "https") or not host:
         raise BadInput(f"{address[:100]!r} is no address of a text.", "Write it like https://www.gutenberg.org/...")
     try:
-        found = socket.getaddrinfo(parts.hostname, None)
+        found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
-        raise Offline(f"{parts.hostname[:100]} cannot be found.", "Check the address, or paste the text.") from None
-    if not all(ipaddress.ip_address(entry[4][0]).is_global for entry in found):
-        raise BadInput(f"{parts.hostname[:100]} is not on the public network.", "Paste the text instead.")
+        raise Offline(f"{host[:100]} cannot be found.", "Check the address, or paste the text.") from None
+    if not all(_is_public(str(entry[4][0])) for entry in found):
+        raise _not_public(host)
 
 
-def _body(answer: httpx.Response, cancel: CancelToken) -> bytes:
-    data = bytearray()
-    for part in interruptible(answer.iter_bytes(), cancel):
-        data += part
-        if len(data) > MOST_BYTES:
-            raise BadInput(f"The text is larger than the {format_bytes(MOST_BYTES)} allowed.", "Give a part of it.")
-    return bytes(data)
+def _check_peer(event: str, info: Mapping[str, Any]) -> None:
+    """The same of the machine that was connected to, before a byte is sent: names may lead elsewhere the second time."""
+    if event == "connection.connect_tcp.complete":
+        peer = str(info["return_value"].get_extra_info("server_addr")[0])
+        if not _is_public(peer):
+            raise _not_public(peer)
+
+
+def _is_public(ip: str) -> bool:
+    found = ipaddress.ip_address(ip)
+    return found.is_global and not found.is_multicast
+
+
+def _check_answer(address: str, answer: httpx.Response) -> None:
+    if answer.status_code != 200:
+        raise BadInput(f"{address[:100]} answers with status {answer.status_code}.", "Check the address.")
+    if answer.headers.get("content-encoding", "identity").lower() != "identity":
+        # A megabyte may unfold to a thousand.
+        raise BadInput(f"{_host(address)} sends compressed data, not plain text.", "Paste the text instead.")
+    if int(answer.headers.get("content-length", 0)) > MOST_BYTES:
+        raise _too_large()
+
+
+def _not_public(host: str) -> BadInput:
+    return BadInput(f"{host[:100]} is not on the public network.", "Paste the text instead.")
+
+
+def _too_large() -> BadInput:
+    return BadInput(f"The text is larger than the {format_bytes(MOST_BYTES)} allowed.", "Give a part of it.")
+
+
+def _host(address: str) -> str:
+    """What to call an address that has been looked at: without a password, and not too long."""
+    return (urlsplit(address).hostname or address)[:100]
 
 
 def _readable(data: bytes, headers: httpx.Headers) -> str:
     kind = headers.get("content-type", "text/plain").lower()
-    if b"\0" in data or not kind.startswith("text/"):
+    if not kind.startswith("text/"):
         raise BadInput(f"The address gives {kind.split(';')[0]}, not text.", "Give the address of a text or a page.")
     charset = re.search(r"charset=([\w-]+)", kind)
     try:

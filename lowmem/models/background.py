@@ -6,12 +6,14 @@ A socket or a child cannot look at a `CancelToken`; here somebody else does, fiv
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -24,14 +26,21 @@ TICK_SECONDS = 0.2
 _QUEUED = 64
 
 
-def interruptible(items: Iterable[T], cancel: CancelToken) -> Iterator[T]:
-    """`items`, made in a daemon thread; `Cancelled` within a tick even while the next one is awaited."""
+def interruptible(items: Iterable[T], cancel: CancelToken, seconds: float = math.inf) -> Iterator[T]:
+    """`items`, made in a daemon thread; `Cancelled` within a tick even while the next one is awaited.
+
+    Raises:
+        TimeoutError: they are not all there after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
     made: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(_QUEUED)
     stop = threading.Event()
     threading.Thread(target=_pump, args=(items, made, stop), daemon=True, name="lowmem-io").start()
     try:
         while True:
             cancel.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError
             try:
                 kind, item = made.get(timeout=TICK_SECONDS)
             except queue.Empty:

@@ -103,9 +103,9 @@ class RamLayer(FullLayer):
         keys, values = (history[: self.batch, :, :end] for history in on_device)
         return keys, values
 
-    def _store(self, states: Tensor, width: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        shape = (self.rows, states.shape[1], self.capacity, width or states.shape[3])
-        return torch.empty(shape, dtype=dtype or states.dtype, pin_memory=states.device.type == "cuda")
+    def _store(self, states: Tensor) -> Tensor:
+        shape = (self.rows, states.shape[1], self.capacity, states.shape[3])
+        return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
 
     def reset(self) -> None:
         super().reset()

@@ -26,21 +26,20 @@ def kv_bytes(
 ) -> int:
     """KV cache for `batch` sequences of `context` tokens, or of `sinks` first and `window` latest ones.
 
-    `kv` is "same" (as `dtype`), "int8" (adds an fp16 scale per head and token), "int4" or "int2" (blocks of
-    tokens with fp16 scales and offsets, beside exact first and latest tokens) or "none";
-    "ram" is "same", see `device_bytes` for where.
+    `kv` is "same" (as `dtype`), "int8", "int4" or "int2" (blocks of tokens with fp16 scales and offsets, beside
+    exact first and latest tokens) or "none"; "ram" is "same", see `device_bytes` for where.
     """
     if kv == "none":
         return 0
     tokens = min(context, window + sinks) if window else context
-    if kv == "int8" and not window:
-        return spec.kv_bytes(tokens, batch, "int8") + spec.kv_bytes(tokens, batch, "fp16") // spec.head_dim
-    copies = 2 * 4 * spec.kv_heads * spec.head_dim * sinks  # first keys and their partners, fp32
+    number = spec.kv_heads * spec.head_dim
+    # A window's first keys and their partners are in fp32, beside the places where they are turned.
+    copies = 2 * 4 * number * sinks if window else 0
     if kv in ("same", "ram"):
-        return spec.kv_bytes(tokens, batch, dtype) + (batch * spec.layers * copies if window else 0)
-    full = _block_layer_bytes(spec, tokens, dtype, kv, bool(window), sinks) + copies
-    token = 2 * spec.kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
-    native = token * min(context, spec.sliding_window)
+        return spec.kv_bytes(tokens, batch, dtype) + batch * spec.layers * copies
+    exact = number * DTYPE_BYTES[dtype] * ((1 if window else 2) * sinks + 2 * BLOCK)
+    full = copies + exact + blocks_of(tokens, bool(window)) * block_bytes(spec, bits_of(kv))
+    native = 2 * number * DTYPE_BYTES[dtype] * min(context, spec.sliding_window)
     return batch * sum(native if kind == "sliding" else full for kind in spec.layer_types)
 
 
@@ -81,12 +80,6 @@ def block_bytes(spec: ModelSpec, bits: int) -> int:
 def blocks_of(tokens: int, window: bool) -> int:
     """Blocks for so many tokens; a window's oldest may be cut, and the next is made before it goes."""
     return -(-tokens // BLOCK) + (2 if window else 0)
-
-
-def _block_layer_bytes(spec: ModelSpec, tokens: int, dtype: str, kv: str, window: bool, sinks: int) -> int:
-    """One row of one layer without the sinks' keys: sinks' values and the latest block exactly, and packed blocks."""
-    number = spec.kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
-    return number * (sinks + 2 * BLOCK) + blocks_of(tokens, window) * block_bytes(spec, bits_of(kv))
 
 
 def passes(plan: Plan) -> Iterator[tuple[int, int]]:

@@ -83,6 +83,18 @@ class Access:
                 "Ask for fewer.",
             )
 
+    def check_reading(self, tokens: int) -> None:
+        """The same of reading a text several times, some of them slowly.
+
+        Raises:
+            NotAllowed: too many tokens.
+        """
+        if tokens > MOST_TOKENS and not self.owned:
+            raise NotAllowed(
+                f"{tokens:,} tokens of text are more than the {MOST_TOKENS:,} that visitors may have read so.",
+                "Read fewer.",
+            )
+
 
 def _is_listed(ref: str) -> bool:
     from lowmem.models.catalog import find

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -93,20 +92,14 @@ def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
         """Five ways to read a text, each in a process of its own; yields steps and points, last of all the receipt."""
         engine.spec(model)  # refuses paths that strangers may not name
         token, chosen = CancelToken(), build(ExerciseOptions, options or {})
-        read = _kept(text, address, token) if text.strip() or address else MANUAL
+        engine.access.check_reading(chosen.tokens)
+        read = long_text(text, source=address, cancel=token) if text.strip() or address else MANUAL
         budget = engine.budget_bytes({"ram": ram}) | {"precision": precision}
         events = exercise(model, read, chosen, cancel=token, **budget)
         yield from _as_json(engine, events, token)
 
     exercise_.__name__ = "exercise"
     return exercise_
-
-
-def _kept(text: str, address: str, cancel: CancelToken) -> Path:
-    """The text in a file, which other processes read."""
-    path = new_folder("exercise") / "text.txt"
-    path.write_text(long_text(text, source=address, cancel=cancel).text, encoding="utf-8")
-    return path
 
 
 def _as_json(engine: Engine, events: Iterator[Any], token: CancelToken) -> Iterator[Json]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -19,7 +18,7 @@ from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.plots import perplexity_sheet, picture, to_csv
 from lowmem.measure.drawing import to_png, to_svg
 from lowmem.measure.rows import write_atomically
-from lowmem.measure.texts import MANUAL, tail
+from lowmem.measure.texts import MANUAL, Text, tail
 from lowmem.ui import render, render_longctx, render_quantize
 from lowmem.ui.bind import Jobs
 from lowmem.ui.edge import shown_sheet
@@ -176,7 +175,8 @@ class ExerciseMode:
     def __init__(self, engine: Engine, jobs: Jobs) -> None:
         self.engine = engine
         gr.HTML(render.quiet(say("long_exercise_help")))
-        self.controls = widgets(ExerciseOptions, ("tokens", "window", "points"), "exercise")
+        with gr.Row():
+            self.controls = widgets(ExerciseOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "exercise")
         self.runner = Runner(engine, jobs, "long-exercise", say("long_exercise_start"))
         self.table = gr.HTML(elem_id="long-exercise-table")
         self.plots = gr.HTML(elem_id="long-exercise-plots")
@@ -191,16 +191,15 @@ class ExerciseMode:
         self, token: CancelToken, text: str, file: str, address: str, *values: Any
     ) -> tuple[Iterator[Any], View]:
         options = build(ExerciseOptions, dict(zip(self.controls, values, strict=False)))
+        self.engine.access.check_reading(options.tokens)
         plan = self.engine.resident
         ref, precision = (plan.spec.ref, plan.precision) if plan else ("demo", "auto")
         budgets = self.engine.budget_bytes(self.sidebar.budgets(tuple(values[len(self.controls) :])))
         points: list[Point] = []
 
         def events() -> Iterator[Any]:
-            chosen: str | Path = MANUAL
-            if text.strip() or file or address:
-                chosen = new_folder("exercise") / "text.txt"
-                chosen.write_text(self.tab.given(text, file, address, token), encoding="utf-8")
+            given = text.strip() or file or address
+            chosen = Text("text", self.tab.given(text, file, address, token)) if given else MANUAL
             ram, vram = budgets["ram"], budgets["vram"]
             yield from exercise(ref, chosen, options, precision=precision, ram=ram, vram=vram, cancel=token)
 
