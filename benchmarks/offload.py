@@ -1,8 +1,9 @@
 """Offloading: how much of the disk's speed reaches the tokens, in how much memory, against accelerate and against the prediction.
 
-    python -m benchmarks.offload [CASE ...] [--models FOLDER]
+    python -m benchmarks.offload [CASE ...] [--runs 3] [--models FOLDER]
 
-Every case runs in a process and a memory cgroup of its own, which needs root. Those named 7b want 18 GB of disk for random
+Every case runs in a process and a memory cgroup of its own, which needs root; rounds of all cases follow each other, and
+seconds and rates are medians, peaks the highest. Each run of a 7B measures its disk first. Those named 7b want 18 GB of disk for random
 weights in the shape of a 7B model, deleted at the end unless they are in the folder that is named.
 """
 
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, merged, save, table
+from benchmarks.common import ROOT, median, merged, save, table
 from benchmarks.memory import demo_folder
 from lowmem.models.synthetic import write_random_gptq, write_random_model
 from lowmem.units import GiB, MiB, format_bytes
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[str, str, int, int, tuple[object, ...]]] = {
     "demo": ("demo fp32, resident", "demo", 1536 * MiB, 64, (*DEMO, "--ram-blocks", "")),
     "demo-disk": ("demo fp32, all on disk, cache allowed", "demo", 1536 * MiB, 64, (*DEMO, *ON_DISK)),
     "demo-accelerate": ("accelerate, same memory", "demo", 1536 * MiB, 64, (*DEMO, "--reference", "accelerate")),
-    "demo-uncached": ("demo fp32, all on disk, no cache", "demo", 820 * MiB, 32, (*DEMO, *ON_DISK)),
+    "demo-uncached": ("demo fp32, all on disk, no cache", "demo", 820 * MiB, 32, (*DEMO, *ON_DISK, "--measure")),
     "7b-4bit": ("7B 4-bit in 2 GiB", PACKED, 2 * GiB, 8, BIG),
     "7b-fp16": ("7B fp16 in 3 GiB", HALF, 3 * GiB, 4, (*BIG, "--precision", "fp32")),
     "7b-batch-1": ("7B 4-bit, all on disk, batch 1", PACKED, 3 * GiB, 8, (*BIG, *ON_DISK)),
@@ -45,19 +46,23 @@ CASES: dict[str, tuple[str, str, int, int, tuple[object, ...]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="where the 7B models are, or are left")
     args = parser.parse_args()
     if unknown := [name for name in args.cases if name not in CASES]:
         raise SystemExit(f"There is no case {unknown[0]}; there are {', '.join(CASES)}.")
     demo = demo_folder()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in args.cases:
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.cases}
+        for name in args.cases * args.runs:
             what, model, limit, tokens, flags = CASES[name]
             if model != "demo":
                 model = str(written(args.models or Path(scratch), model, demo))
-            found = row(what, model, limit, tokens, *flags)
-            print(table([shown(found)]), flush=True)
-            save("offload", merged("offload", "case", [found], [case[0] for case in CASES.values()]))
+            found[name].append(row(what, model, limit, tokens, *flags))
+    rows = [summary(runs) for runs in found.values()]
+    print(table([shown(one) for one in rows]))
+    notes = [f"median of {args.runs}; a prediction goes by the disk as it was right before the run"]
+    save("offload", merged("offload", "case", rows, [case[0] for case in CASES.values()]), notes)
 
 
 def written(folder: Path, name: str, demo: Path) -> Path:
@@ -93,6 +98,17 @@ def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[
         "predicted_peak": receipt["predicted"].get("ram", 0),
         "killed": result.oom_killed,
     }
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one case as one row."""
+    typical = ("seconds_per_token", "predicted_seconds", "share_of_disk", "disk_bytes_per_second")
+    worst = ("peak", "killed")
+    return (
+        runs[0]
+        | {key: median([run[key] for run in runs]) for key in typical}
+        | {key: max(run[key] for run in runs) for key in worst}
+    )
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def test_windows_share_a_pass_where_memory_allows(spec: ModelSpec) -> None:
     hardware = machine()
     roomy = plan(spec, hardware, limits_from(hardware), Goal(precision="fp32", backend="torch"))
     shared, alone = sliding_plan(roomy, 64, 5000), sliding_plan(roomy, 64, 64)
-    assert (shared.context, alone.context) == (2048, 64)
+    assert (shared.context, alone.context) == (512, 64)
     between = (shared.main.peak + alone.main.peak) // 2
     limits = limits_from(hardware, between)
     tight = sliding_plan(plan(spec, hardware, limits, Goal(precision="fp32", backend="torch")), 64, 5000)
-    assert (tight.context, tight.verdict) != (2048, "over")
+    assert (tight.context, tight.verdict) != (512, "over")
     assert tight.context == 64

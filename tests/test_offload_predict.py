@@ -108,7 +108,7 @@ def test_a_prediction_names_what_it_waits_for(disk: Path, monkeypatch: pytest.Mo
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp32", vocab=1000)
     block = sum(tensor.nbytes for tensor in spec.tensors if ".layers.0." in tensor.name)
     slow_disk = placed(plan(spec, machine(), Limits(10**10), Goal(precision="fp32")), Placement(("disk",) * 4), False)
-    figures = {"ram 2 threads": 1e10, "blocks cpu 2 threads": 1e6, f"disk {disk.stat().st_dev}": 1e6}
+    figures = {"ram 256 inputs 2 threads": 1e10, "blocks cpu 2 threads": 1e6, f"disk {disk.stat().st_dev}": 1e6}
     speed = predict(slow_disk, disk, None)
     assert speed.bound_by == "the disk"
     assert speed.seconds_per_token == pytest.approx(4 * block / 1e6)

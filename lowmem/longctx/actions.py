@@ -80,7 +80,7 @@ def hidden_states(
             stride,
             out,
             layers=layers,
-            pass_tokens=action.context,
+            at_once=action.context,
             cancel=cancel,
             check=check,
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
-from lowmem.longctx.limits import PASS_TOKENS, check_stride, check_token_window
+from lowmem.longctx.limits import check_stride, check_token_window, pass_tokens
 from lowmem.longctx.rotation import context_limit
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
@@ -69,7 +69,7 @@ def hidden_states(
     out: Path,
     *,
     layers: Sequence[int] = (LAST,),
-    pass_tokens: int = PASS_TOKENS,
+    at_once: int | None = None,
     cancel: CancelToken | None = None,
     check: Callable[[], None] = nothing,
 ) -> Generator[Step, None, Written]:
@@ -81,7 +81,7 @@ def hidden_states(
 
     Args:
         layers: which states, negative ones from the end.
-        pass_tokens: short windows share a pass up to so many tokens.
+        at_once: short windows share a pass up to so many tokens; None for what suits the device.
         check: called before every pass, may raise.
 
     Raises:
@@ -96,13 +96,16 @@ def hidden_states(
         offsets.append(offsets[-1] + len(text))
     hidden = _decoder_config(model).hidden_size
     pieces = _pieces(texts, offsets, window, stride)
+    windows_at_once = max(1, (at_once or pass_tokens(model.device.type)) // window)
     with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, _stoppable(list(model.modules()), cancel):
-        done = windows = 0
+        done = windows = size = 0
         yield Step(0, offsets[-1], "Computing hidden states", "tokens")
-        for batch in _batches(pieces, max(1, pass_tokens // window)):
+        for batch in _batches(pieces, windows_at_once):
             check()
-            # Passes of different sizes leave holes, in which the next do not fit.
-            trim_heap()
+            before, size = size, sum(len(piece.ids) for piece in batch)
+            if size != before:
+                # Passes of different sizes leave holes, in which the next do not fit.
+                trim_heap()
             for layer, states in enumerate(_states(model, batch, chosen)):
                 for piece, row in zip(batch, states, strict=True):
                     file.write(layer, piece.row, row[piece.first : len(piece.ids)])

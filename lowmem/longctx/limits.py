@@ -8,8 +8,14 @@ from lowmem.generate.options import GenerateOptions
 ENDLESS = 2**40
 """The context, in tokens, of a generation that forgets what leaves its window."""
 
-PASS_TOKENS = 2048
-"""Short windows over a text share a pass up to so many tokens."""
+
+def pass_tokens(device: str) -> int:
+    """Tokens up to which short windows over a text share a pass: a GPU is idle with few, a CPU is slower with more.
+
+    Args:
+        device: its kind, "cpu" or "cuda".
+    """
+    return 512 if device == "cpu" else 2048
 
 
 def check_window(options: GenerateOptions, limit: int) -> None:

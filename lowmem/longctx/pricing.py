@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowmem.errors import DoesNotFit
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.limits import PASS_TOKENS
+from lowmem.longctx.limits import pass_tokens
 from lowmem.planning.estimate import priced
 from lowmem.planning.plan import Plan
 
@@ -25,7 +25,7 @@ def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
 
 def sliding_plan(plan: Plan, window: int, tokens: int) -> Plan:
     """`plan` re-priced for windows over `tokens`: its context is the tokens of a pass, several windows where memory allows."""
-    several = pass_plan(plan, max(window, PASS_TOKENS if tokens > window else 0))
+    several = pass_plan(plan, max(window, pass_tokens(plan.place.kind) if tokens > window else 0))
     return several if several.verdict != "over" else pass_plan(plan, window)
 
 

@@ -33,6 +33,8 @@ BUFFER_CHUNKS = 16
 READERS = 2
 
 PROBE_BYTES = 64 * MB
+INPUTS = 4096
+"""Of the weights that a row is multiplied by, where nobody says how many."""
 
 
 class Unmeasured(LookupError):
@@ -54,14 +56,18 @@ def disk_bandwidth(file: Path, again: Again = False) -> float:
     return _kept(key, again, lambda: _measure_disk(file))
 
 
-def ram_bandwidth(again: Again = False) -> float:
-    """Bytes per second at which this process multiplies a row by fp32 weights that lie in RAM."""
-    return _kept(f"ram {_threads()} threads", again, lambda: _measure_product("cpu", "float32"))
+def ram_bandwidth(again: Again = False, inputs: int = INPUTS) -> float:
+    """Bytes per second at which this process multiplies a row by fp32 weights that lie in RAM.
+
+    Args:
+        inputs: of the weights, as a power of two: few take longer.
+    """
+    return kept(f"ram {inputs} inputs", again, lambda: _measure_product("cpu", "float32", inputs))
 
 
 def vram_bandwidth(device: str, again: Again = False) -> float:
     """Bytes per second at which the GPU `device` multiplies a row by fp16 weights that lie in its memory."""
-    return _kept(f"vram {device}", again, lambda: _measure_product(device, "float16"))
+    return _kept(f"vram {device}", again, lambda: _measure_product(device, "float16", INPUTS))
 
 
 def bus_bandwidth(device: str, again: Again = False) -> float:
@@ -125,12 +131,12 @@ def _measure_disk(file: Path) -> float:
         shard.close()
 
 
-def _measure_product(device: str, dtype: str) -> float:
+def _measure_product(device: str, dtype: str, inputs: int) -> float:
     import torch
 
     kind = getattr(torch, dtype)
-    rows, columns = 4096, PROBE_BYTES // kind.itemsize // 4096
-    weight, row = (torch.zeros(count, columns, dtype=kind, device=device) for count in (rows, 1))
+    outputs = PROBE_BYTES // kind.itemsize // inputs
+    weight, row = (torch.zeros(count, inputs, dtype=kind, device=device) for count in (outputs, 1))
 
     def multiply() -> None:
         torch.nn.functional.linear(row, weight)

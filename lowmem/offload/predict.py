@@ -128,7 +128,7 @@ def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
     rows = 1 << (plan.batch - 1).bit_length()  # few sizes are enough, and each is measured once
     many = f"x{rows}" if rows > 1 else ""
     if kind == PLAIN and not many:
-        return bandwidth.ram_bandwidth(again)
+        return bandwidth.ram_bandwidth(again, _inputs(plan.spec))
     if kind not in (STREAMED, HOME):
         dtype = "fp32" if kind == PLAIN else kind
         return bandwidth.kept(f"{dtype}-weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
@@ -137,6 +137,11 @@ def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
     name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}{many}"
     measure = "streamed_rate" if kind == STREAMED else "home_rate"
     return bandwidth.kept(name, again, lambda: getattr(_probes(), measure)(stored, rows))
+
+
+def _inputs(spec: ModelSpec) -> int:
+    """About what most of the model's matrices have."""
+    return min(bandwidth.INPUTS, max(256, 1 << spec.hidden.bit_length() - 1))
 
 
 def _blocks(device: str, again: bandwidth.Again) -> float:

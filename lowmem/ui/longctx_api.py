@@ -94,8 +94,9 @@ def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
         token, chosen = CancelToken(), build(ExerciseOptions, options or {})
         engine.access.check_reading(chosen.tokens)
         read = long_text(text, source=address, cancel=token) if text.strip() or address else MANUAL
-        budget = engine.budget_bytes({"ram": ram}) | {"precision": precision}
-        events = exercise(model, read, chosen, cancel=token, **budget)
+        budget = engine.budget_bytes({"ram": ram})
+        bounds = {"ram": budget["ram"], "vram": budget["vram"]}
+        events = exercise(model, read, chosen, precision=precision, cancel=token, **bounds)
         yield from _as_json(engine, events, token)
 
     exercise_.__name__ = "exercise"
