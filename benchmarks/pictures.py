@@ -87,7 +87,13 @@ def first(page: Any) -> None:
 
 
 def over(page: Any) -> None:
-    _fill(page, "ram-budget", 0.8)
+    page.click("#choose > button")
+    page.click("#precision input")
+    page.click("[role=option]:has-text('fp32') >> nth=0")
+    page.fill("#model input", "demo")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#load:has-text('fp32')")
+    _fill(page, "ram-budget", 1)
     page.wait_for_selector("#card:has-text('would fit')")
 
 
@@ -157,7 +163,7 @@ def export(page: Any) -> None:
     page.wait_for_selector("#export-load", timeout=LONG)
     page.click("#race-start")
     page.wait_for_selector("#race-plot svg", timeout=LONG)
-    page.locator("#export-receipt").scroll_into_view_if_needed()
+    page.evaluate("document.querySelector('#export-receipt').scrollIntoView()")
 
 
 SCENES: dict[str, tuple[tuple[int, int], str, Scene]] = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,40 @@ def test_without_an_address_the_notebook_asks_for_one(monkeypatch: pytest.Monkey
     (cell,) = [cell for cell in notebook().cells if "REPOSITORY = " in cell.source]
     with pytest.raises(ValueError, match="Write into REPOSITORY"):
         exec(re.sub(r"(?<=github\.com/)[\w-]+", "OWNER", cell.source), {})
+
+
+OLDER = {"gradio": "6.24.0", "gradio_client": "2.6.0", "transformers": "5.15.0", "tokenizers": "0.22.2",
+         "huggingface_hub": "1.27.0"}  # fmt: skip
+VISIT = """
+from gradio_client import Client
+from ui_stub import StubEngine
+from lowmem.ui.launch import launch_options
+from lowmem.ui.page import build_ui
+
+demo = build_ui(StubEngine(delay=0.001))
+_, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+client = Client(url, verbose=False)
+client.predict("demo", api_name="/load")
+print(client.predict("Hello", {"max_new_tokens": 5}, api_name="/generate")["new_tokens"])
+import gradio, transformers
+from lowmem.runtime import loader
+print(gradio.__version__, transformers.__version__)
+demo.close()
+"""
+
+
+def test_the_page_opens_with_colabs_own_gradio(tmp_path: Path) -> None:
+    """What the specifiers promise, tried: Colab's older packages in front of those that are installed."""
+    wanted = [f"{name}=={version}" for name, version in OLDER.items()]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *wanted]
+    fetched = subprocess.run(command, capture_output=True, text=True)
+    if fetched.returncode:
+        pytest.skip(f"the packages cannot be had: {fetched.stderr[-200:]}")
+    root = NOTEBOOK.parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, root, root / "tests")))}
+    done = subprocess.run([sys.executable, "-c", VISIT], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:3] == ["5", OLDER["gradio"], OLDER["transformers"]]
 
 
 @pytest.mark.real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from lowmem.ui.strings import name, say
 
 OPTIONS = ("sinks", "temperature", "repetition_penalty")
 CHARACTERS_PER_TOKEN = 4  # of English; only for the price that moves with the sliders
+# Where gradio is older, as on Colab, what is too wide folds into a menu.
+WRAPPED: dict[str, Any] = (
+    {"overflow_behavior": "wrap"} if "overflow_behavior" in inspect.signature(gr.Tabs).parameters else {}
+)
 DEFAULT_WINDOW, DEFAULT_STRIDE, LARGEST_SLIDER = 1024, 512, 8192
 
 
@@ -69,7 +74,7 @@ class LongContextTab:
 
     def _build_modes(self, jobs: Jobs) -> list[Any]:
         kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, ExerciseMode)
-        with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes", overflow_behavior="wrap"):
+        with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes", **WRAPPED):
             made = []
             for kind in kinds:
                 with gr.Tab(say(f"long_{kind.key}"), id=kind.key):
