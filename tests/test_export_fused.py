@@ -17,6 +17,7 @@ from lowmem.__main__ import main
 from lowmem.errors import BadInput, LowMemError, Unsupported
 from lowmem.events import CancelToken, Receipt
 from lowmem.export import prove
+from lowmem.export.linears import rounding
 from lowmem.export.manifest import DATA, GRAPH, PREFILL, read_manifest
 from lowmem.export.onnx_session import OnnxModel
 from lowmem.export.options import ExportOptions
@@ -104,6 +105,17 @@ def test_smaller_precisions_keep_their_gate(tmp_path: Path, precision: str) -> N
     assert proof["passed"]
     assert max(proof["prefill"]["kl"], proof["decode"]["kl"]) <= prove.GATES[precision]
     assert receipt.disk_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
+
+
+@pytest.mark.parametrize(("bits", "group", "columns"), [(8, 64, 96), (8, 64, 128), (4, 32, 64)])
+def test_weights_come_back_within_half_a_step(bits: int, group: int, columns: int) -> None:
+    """Where groups do not divide a row, its last group is shorter."""
+    weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(0))
+    rounded = rounding(bits, group, CancelToken())(weight)
+    steps = rounded.scales.float()[:, rounded.groups.long()]
+    error = (rounded.dequantize() - weight).abs() / steps
+    assert float(error.mean()) < 0.3
+    assert bits == 4 or float(error.max()) < 0.51
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_who_wants_a_graph_that_another_is_writing_waits_for_it(folder: Path) ->
 
 def test_int4_says_what_it_costs_and_what_is_better(made_up) -> None:
     asked = chosen(made_up(), precision="int4")
-    assert "KL 0.25" in asked.reason
+    assert "KL 0.22" in asked.reason
     assert "AWQ or GPTQ" in asked.reason
     for unasked in (chosen(made_up()), chosen(made_up(), backend="onnx")):
         assert unasked.precision == "int8"

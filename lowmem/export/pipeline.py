@@ -160,7 +160,9 @@ class _Job:
     def predicted_ram(self) -> int:
         runtime = max(probe().runtime_bytes, probe().process_bytes)
         if self.spec is None or self.fused_refusal:
-            return runtime + exported.tracing_bytes(self.shape, self.options.precision, self.options.group_size)
+            return runtime + exported.tracing_bytes(
+                self.shape, self.options.precision, self.options.group_size, self.options.optimise
+            )
         options = self.options
         return runtime + exported.writing_bytes(self.spec, options.precision, options.group_size, options.has_prefill)
 

@@ -77,7 +77,7 @@ def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit:
     caution = exported.caution(spec, options.precision, fused=not generic)
     if generic:
         size = exported.generic_bytes(spec, options.precision, options.group_size)
-        peak = exported.tracing_bytes(spec, options.precision, options.group_size)
+        peak = exported.tracing_bytes(spec, options.precision, options.group_size, options.optimise)
         return Forecast(size, runtime_bytes + peak, 3 * seconds, size, limit, generic, caution)
     size = exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
     peak = exported.writing_bytes(spec, options.precision, options.group_size, options.has_prefill)
