@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import toys
+import transformers
 from test_browser import Visit, browser, pytestmark  # noqa: F401  a fixture, and what marks this file
 from test_browser_quantize import url  # noqa: F401  a fixture
 
+from lowmem.planning import planner
 from lowmem.settings import settings
 
 
@@ -47,3 +53,41 @@ def test_export_by_clicking_then_chat(browser: Any, url: str, size: str, scheme:
     page.wait_for_selector("#chat .bot")
     visit.shot("loaded")
     visit.close()
+
+
+def test_stop_while_the_first_load_writes_a_graph_then_load_again(
+    browser: Any,  # noqa: F811
+    url: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planner, "GRAPH_PARAMETERS", 1)
+    deep = toys.config("llama")
+    deep.num_hidden_layers = 60  # so that writing takes a while
+    transformers.AutoModelForCausalLM.from_config(deep).save_pretrained(settings().models / "demo")
+    visit = Visit(browser, url, "desktop", "light", "first-load")
+    page = visit.page
+    page.click("#load")
+    _wait(lambda: any(path.suffix == ".part" for path in _kept_graphs()))
+    page.click("#stop-load")
+    page.wait_for_selector("#setup-notice:has-text('Stopped')", timeout=2000)
+    page.wait_for_selector("#load:not([disabled])", timeout=1000)
+    visit.shot("stopped")
+    assert _kept_graphs() == []
+    assert not any("lowmem.runtime.isolated" in child.cmdline() for child in psutil.Process().children(recursive=True))
+    page.click("#load")
+    page.wait_for_selector("#message textarea", timeout=60_000)
+    assert "ONNX Runtime" in page.inner_text("#slim")
+    assert [path.suffix for path in _kept_graphs()] == [""]
+    visit.close()
+
+
+def _kept_graphs() -> list[Path]:
+    """All that lies where graphs are kept, but for locks."""
+    return [path for path in (settings().home / "graphs").glob("*") if not path.name.startswith(".")]
+
+
+def _wait(done: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from itertools import islice
 from pathlib import Path
 
 import packed_toys
 import pytest
 import toys
 
-from lowmem.errors import BadInput, Unsupported
+from lowmem.errors import BadInput, Cancelled, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.export.manifest import DATA
 from lowmem.export.options import ExportOptions
@@ -24,6 +26,7 @@ from lowmem.planning.ladder import fewer_bits, quantized_kv
 from lowmem.planning.placement import all_at_home
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
+from lowmem.runtime import onnx_loader
 from lowmem.runtime.session import Session
 from lowmem.settings import settings
 from lowmem.units import MB
@@ -131,13 +134,18 @@ def answer(session: Session, **options) -> str:
     return "".join(event.text for event in events if isinstance(event, Chunk))
 
 
+def kept_graphs() -> list[Path]:
+    """All that lies where graphs are kept, but for locks."""
+    return [path for path in (settings().home / "graphs").glob("*") if not path.name.startswith(".")]
+
+
 def test_a_session_exports_once(folder: Path) -> None:
     session = Session()
     steps = load(session, str(folder))
     assert any(isinstance(step, Step) and "graph, once" in step.note for step in steps)
     assert session.plan is not None
     assert session.plan.backend == "onnx"
-    graphs = list((settings().home / "graphs").iterdir())
+    graphs = kept_graphs()
     assert len(graphs) == 1
     again = load(Session(), str(folder))
     assert not any(isinstance(step, Step) and "once" in step.note for step in again)
@@ -194,8 +202,6 @@ def test_a_quantized_checkpoint_runs_as_stored_on_a_graph(folder: Path, tmp_path
 
 
 def test_torch_takes_over_when_no_graph_comes_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem.runtime import onnx_loader
-
     def fails(*_: object) -> object:
         raise Unsupported("The graph failed its proof.", "Choose another precision.")
         yield
@@ -233,3 +239,48 @@ def test_a_graph_is_written_within_the_budget_or_not_at_all(folder: Path) -> Non
     assert session.plan is not None
     assert session.plan.backend == "torch"
     assert any("Torch runs it" in note for note in receipt.notes)
+
+
+def test_stop_while_a_graph_is_written_is_heard_and_leaves_nothing(folder: Path) -> None:
+    hardware, session, cancel = Session().hardware(), Session(), CancelToken()
+    best = plan(read_spec(str(folder)), hardware, detected_limits(hardware), Goal(context=256))
+    stopped: list[float] = []
+
+    def load_until_it_is_half_written() -> None:
+        for _ in session.load(best, cancel):
+            if not stopped and any(path.suffix == ".part" for path in kept_graphs()):
+                cancel.set()
+                stopped.append(time.monotonic())
+
+    with pytest.raises(Cancelled):
+        load_until_it_is_half_written()
+    assert time.monotonic() - stopped[0] < 2
+    assert kept_graphs() == []
+    assert session.plan is None
+    again = list(session.load(best))
+    assert any(isinstance(event, Step) and "graph, once" in event.note for event in again)
+    assert session.plan is not None
+    assert session.plan.backend == "onnx"
+
+
+def test_who_wants_a_graph_that_another_is_writing_waits_for_it(folder: Path) -> None:
+    hardware, session = Session().hardware(), Session()
+    best = plan(read_spec(str(folder)), hardware, detected_limits(hardware), Goal(context=256))
+    cancel = CancelToken()
+    writing = onnx_loader.graph_folder(best, folder, cancel)
+    next(writing)
+    loading = session.load(best)
+    assert any(isinstance(step, Step) and "Waiting for another writing" in step.note for step in islice(loading, 8))
+    list(writing)
+    assert not any(isinstance(step, Step) and "graph, once" in step.note for step in list(loading))
+    assert session.plan is not None
+    assert session.plan.backend == "onnx"
+
+
+def test_int4_says_what_it_costs_and_what_is_better(made_up) -> None:
+    asked = chosen(made_up(), precision="int4")
+    assert "KL 0.22" in asked.reason
+    assert "AWQ or GPTQ" in asked.reason
+    for unasked in (chosen(made_up()), chosen(made_up(), backend="onnx")):
+        assert unasked.precision == "int8"
+        assert "small loss" in unasked.reason

@@ -16,7 +16,7 @@ from lowmem.quant import METHODS, get, gptq_solver, usable
 from lowmem.quant import moments as moments_module
 from lowmem.quant.balance import channel_factors
 from lowmem.quant.base import BITS
-from lowmem.quant.grid import Quantized, fit, nearest, refit, squared_error
+from lowmem.quant.grid import Quantized, fit, fit_closely, nearest, refit, squared_error
 from lowmem.quant.moments import Moments
 
 GRID = [name for name in METHODS if name not in ("int8_dynamic", "bnb")]
@@ -235,6 +235,16 @@ def test_search_and_refit_lower_the_error() -> None:
     fitted = refit(groups, steps, scale)
     assert (groups - steps * fitted).square().sum() < (groups - steps * scale).square().sum()
     assert torch.equal(fitted, fitted.half().float())
+
+
+def test_the_closest_grid_is_closer_than_a_searched_one() -> None:
+    groups = weight().view(-1, 32)
+    plain, searched, closest = fit(groups, 4, False), fit(groups, 4, False, search=True), fit_closely(groups, 4)
+    costs = [squared_error(groups, *grid, 4) for grid in (plain, searched, closest)]
+    assert bool((costs[2] <= costs[0]).all())
+    assert costs[2].sum() < 0.97 * costs[1].sum()
+    assert torch.equal(closest[0], closest[0].half().float())
+    assert torch.equal(closest[1], closest[1].round())
 
 
 @pytest.mark.parametrize("method", GRID)

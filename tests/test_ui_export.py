@@ -49,6 +49,10 @@ def test_a_forecast_says_what_it_will_cost() -> None:
     assert small.disk_bytes < large.disk_bytes
     assert small.verdict == "fits"
     assert "fused graph" in small.sentence()
+    assert "AWQ or GPTQ" in small.caution
+    assert small.caution in export_render.card(small, 538 * MB)
+    assert large.caution == ""
+    assert "AWQ" not in forecast(DEMO, ExportOptions(precision="int4", fused=False), 400 * MB, 9 * GB).caution
     assert forecast(DEMO, ExportOptions(), 400 * MB, 500 * MB).verdict == "over"
     generic = forecast(DEMO, ExportOptions(fused=False), 400 * MB, 9 * GB)
     assert "generic" in generic.sentence()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from lowmem.export.manifest import GRAPH, Manifest
 from lowmem.models.describe import COMPANIONS, CONFIG
 from lowmem.units import format_bytes
 
-RUN, CARD = "run.py", "README.md"
+log = logging.getLogger("lowmem.export")
+
+RUN, CARD, TOKENIZER = "run.py", "README.md", "tokenizer.json"
 
 _RUN = '''"""Runs the graph beside this file with nothing but onnxruntime, numpy and tokenizers.
 
@@ -76,14 +79,37 @@ if __name__ == "__main__":
 '''
 
 
+def unfinished(out: Path) -> Path:
+    """What `out` is called until it is complete and proven."""
+    return out.with_name(f"{out.name}.part")
+
+
+def discard(out: Path) -> None:
+    """Delete what is left of an export into `out` whose process was ended."""
+    shutil.rmtree(unfinished(out), ignore_errors=True)
+
+
 def write_companions(source: Path, folder: Path) -> None:
     """Configuration and tokenizer; the weights' own quantization is the graph's business now."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not (folder / TOKENIZER).is_file():
+        _write_tokenizer(source, folder / TOKENIZER)
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     if config.pop("quantization_config", None) is not None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(source: Path, path: Path) -> None:
+    """The one file that `RUN` reads, of a model that has its vocabulary in others."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer.backend_tokenizer.save(str(path))
+    except (OSError, ValueError, ImportError, AttributeError):
+        log.info("no %s can be made for %s", path.name, source.name, exc_info=True)
 
 
 def write_program(folder: Path, manifest: Manifest) -> None:

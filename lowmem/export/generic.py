@@ -7,6 +7,7 @@ small, are traced whole and take what their tokenizer makes. `convert.py` writes
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,11 @@ from lowmem.export.manifest import DATA, GRAPH
 from lowmem.export.options import ExportOptions
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.config import is_encoder
+from lowmem.runtime.oom import is_out_of_memory
 
 log = logging.getLogger("lowmem.export")
+
+_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 _SAMPLE = (2, 5, 3)
 """Rows, new and past tokens of the traced example; each stands for any number."""
@@ -172,8 +176,19 @@ def _traced(arguments: dict[str, Any], matrices: set[str]) -> onnx_ir.Model:
     except ImportError as error:
         raise MissingDependency(f"PyTorch's exporter needs {error.name}.", "pip install onnx onnxscript") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         log.info("cannot trace the model", exc_info=True)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise Unsupported(
-            f"PyTorch cannot turn this model into a graph: {reason}", "Choose a model of another family."
-        ) from error
+        raise _untraceable(error) from error
+
+
+def _untraceable(error: BaseException) -> Unsupported:
+    """The operator that is missing, or else what went wrong first: above that the exporter gives advice to programmers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    hint = "Choose a model of another family."
+    if found := _NO_OPERATOR.search(text):
+        return Unsupported(f"The model computes with {found[1]}, for which ONNX has no operator.", hint)
+    reason = (text.splitlines() or [type(error).__name__])[0][:200]
+    return Unsupported(f"PyTorch cannot turn this model into a graph: {reason}", hint)

@@ -6,7 +6,7 @@ Each way writes the nodes and the weights of one `Matrix` and returns the name o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,15 +15,12 @@ from torch.nn import functional
 
 from lowmem.events import CancelToken
 from lowmem.export.graph import Graph
-from lowmem.export.weights import Matrix, joined
-from lowmem.quant.grid import Quantized
-from lowmem.quant.int8_linear import quantize_rows
+from lowmem.export.weights import Matrix
+from lowmem.quant.grid import Choice, Quantized, fit, fit_closely, nearest, quantize_rows
+from lowmem.quant.int8_linear import quantize_rows as quantize_int8
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
 """Inputs that share a scale inside MatMulNBits: powers of two."""
-
-TILE_ELEMENTS = 16_000_000
-"""Rows of a large matrix are rounded so many elements at a time: what rounding takes is then little beside the matrix."""
 
 INT8_ARITHMETIC = 4
 """The accuracy level at which MatMulNBits rounds activations to int8, block by block: twice as fast as fp32."""
@@ -117,7 +114,7 @@ class Dynamic:
 
     def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str:
         x = _ordered(graph, x, matrix)
-        codes, scales = quantize_rows(matrix.dense(), self.largest)
+        codes, scales = quantize_int8(matrix.dense(), self.largest)
         weight = graph.weight(f"{matrix.name}.dynamic", codes.t().numpy())
         factors = graph.weight(f"{matrix.name}.dynamic_scales", scales.numpy())
         size = ""
@@ -132,15 +129,18 @@ class Dynamic:
 
 
 def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tensor], Quantized]:
-    """Dense weights to codes without calibration: HQQ's grid for 4 bits, the nearest symmetric code for 8."""
-    from lowmem.quant import get
+    """Dense weights to codes without calibration: the closest grid for 4 bits, the nearest symmetric code for 8."""
 
-    method = get("hqq" if bits == 4 else "rtn")
-    options = method.Options(bits=bits, group_size=group_size, symmetric=bits == 8)
+    def choose(groups: Tensor) -> Choice:
+        scale, zero = fit(groups, bits, symmetric=True) if bits == 8 else fit_closely(groups, bits)
+        return nearest(groups, scale, zero, bits), scale, zero
 
     def quantize(weight: Tensor) -> Quantized:
-        parts = weight.split(max(1, TILE_ELEMENTS // weight.shape[1]))
-        return joined([method.quantize([part], None, options, cancel)[0] for part in parts])
+        columns = weight.shape[1]
+        if columns % group_size:  # the last group is filled up
+            weight = functional.pad(weight, (0, -columns % group_size))
+        found = quantize_rows(weight, bits, group_size, choose, cancel)
+        return replace(found, codes=found.codes[:, :columns], groups=found.groups[:columns])
 
     return quantize
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from lowmem.models.describe import MANIFEST
 VERSION = 1
 
 GRAPH, PREFILL, DATA = "model.onnx", "prefill.onnx", "model.onnx.data"
+
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""Names of files become paths, and an export may come from anybody."""
 
 KEEP = "logits_to_keep"
 """An optional input [1] of fused graphs: of how many tokens, counted from the end, the logits are computed."""
@@ -89,7 +93,13 @@ def read_manifest(folder: Path) -> Manifest:
                 "Update lowmem, or export the model again.",
             )
         manifest = Manifest(**values)
+        outside = [name for name in manifest.files if not _PLAIN.fullmatch(name)]
     except (ValueError, TypeError, AttributeError) as error:
         raise CorruptModel(f"{MANIFEST} in {folder.name} cannot be read: {error}.", "Export the model again.") from None
+    if outside:
+        raise CorruptModel(
+            f"{MANIFEST} in {folder.name} names the file {outside[0][:80]!r}, which is not in the folder.",
+            "Export the model again.",
+        )
     manifest.check_files(folder)
     return manifest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMem
 from lowmem.export.manifest import GRAPH, KEEP, PREFILL, Manifest, read_manifest
 from lowmem.export.onnx_cache import Binding, GrowingCache, InPlaceCache
 from lowmem.machine.processor import cores, has_vnni
+from lowmem.planning import exported
 
 log = logging.getLogger("lowmem.onnx")
 
@@ -29,6 +31,14 @@ the model and not by the clock, since sums that are cut elsewhere are rounded el
 
 _VNNI_RANGE = 127
 _AGAIN = "Export the model again."
+_UPGRADE = "Update it: pip install -U onnxruntime"
+
+_NEWER = {
+    "opset": re.compile(r"Opset (\d+) is under development.* is till opset (\d+)"),
+    "ONNX IR version": re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)"),
+}
+_NO_OPERATOR = re.compile(r"(?:No Op registered for|Could not find an implementation for) (\w[\w.:]*)")
+_WRAPPING = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|\S+\.(?:cc|h):\d+ ")
 
 
 def open_session(path: Path, *, threads: int = 0, saturates: bool = False, providers: Sequence[Any] = ()) -> Any:
@@ -61,16 +71,24 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
 
 
 def _session_error(path: Path, error: Exception) -> LowMemError:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    lower = text.lower()
+    """What ONNX Runtime says, without its own file names and codes."""
+    text = " ".join(str(error).split()) or type(error).__name__
     log.info("cannot open %s", path, exc_info=True)
-    if "opset" in lower:
-        return Unsupported(f"{path.name} needs a later ONNX Runtime: {text}", "pip install -U onnxruntime")
-    if "not implemented" in lower or "is not a registered function/op" in lower:
-        return Unsupported(f"ONNX Runtime here lacks an operator of {path.name}: {text}", "pip install -U onnxruntime")
-    if "alloc" in lower or "memory" in lower:
+    for kind, pattern in _NEWER.items():
+        if found := pattern.search(text):
+            return Unsupported(
+                f"{path.name} is written in {kind} {found[1]}, ONNX Runtime {exported.runtime_version()} reads up to {found[2]}.",
+                _UPGRADE,
+            )
+    if found := _NO_OPERATOR.search(text):
+        return Unsupported(
+            f"ONNX Runtime {exported.runtime_version()} has no {found[1]}, which {path.name} needs.", _UPGRADE
+        )
+    if "alloc" in text.lower():
         return OutOfMemory(f"Memory ran out while loading {path.name}.", "Choose fewer bits or a smaller model.")
-    return CorruptModel(f"{path.name} cannot be loaded: {text}", _AGAIN)
+    if "external data" in text.lower() or "external initializer" in text.lower():
+        return CorruptModel(f"The weights of {path.name} are missing, cut short or outside its folder.", _AGAIN)
+    return CorruptModel(f"{path.name} cannot be loaded: {_WRAPPING.sub('', text)[:200]}", _AGAIN)
 
 
 class OnnxModel:

@@ -12,7 +12,7 @@ LABELS = {
     "fp32": "fp32 (full precision)",
     "fp16": "fp16 (for GPUs)",
     "int8": "int8 (8-bit weights, nearly exact)",
-    "int4": "int4 (4-bit weights, smallest and fastest)",
+    "int4": "int4 (4-bit weights, smallest and fastest, less exact)",
 }
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from lowmem.errors import BadInput, DiskFull, DoesNotFit, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
-from lowmem.export.folder import graph_files, write_card, write_companions, write_program
+from lowmem.export.folder import discard, graph_files, unfinished, write_card, write_companions, write_program
 from lowmem.export.manifest import PREFILL, Manifest
 from lowmem.export.options import ExportOptions
 from lowmem.machine.hardware import disk_free_bytes, probe
@@ -61,10 +61,8 @@ def export_model(
             f"Exporting {job.name} is predicted to take {format_bytes(predicted)} of RAM, the budget is {format_bytes(ram_limit)}.",
             "Raise the budget or choose a smaller model.",
         )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part = _begun(out)
         with PeakMeter({} if ram_limit is None else {"ram": ram_limit}) as meter:
             for step in job.run(part, cancel):
                 meter.check()
@@ -78,8 +76,22 @@ def export_model(
             f"The disk is full; {out.name} was not finished.", "Free some space, or choose fewer bits."
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        discard(out)
     yield receipt
+
+
+def _begun(out: Path) -> Path:
+    """The empty folder in which `out` grows."""
+    discard(out)
+    part = unfinished(out)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        reason = error.strerror or type(error).__name__
+        raise BadInput(f"{out.parent} cannot hold an export: {reason}.", "Choose a folder you may write to.") from error
+    return part
 
 
 class _Job:
@@ -110,6 +122,8 @@ class _Job:
 
     def check(self) -> None:
         options, spec = self.options, self.spec
+        if self.shape.exported:
+            raise BadInput(f"{self.name} is an exported graph already.", "Choose the model it came from.")
         if self.fused_refusal and spec is not None and spec.quantization:
             raise Unsupported(
                 f"{self.name} is quantized with {spec.quantization}, and only fused graphs take codes over. {self.fused_refusal}",
@@ -130,6 +144,8 @@ class _Job:
         needed, free = self.disk_bytes(), disk_free_bytes(self.out.absolute().parent)
         if self.fused_refusal and options.precision != "fp32":  # the traced graph, which is converted
             needed += exported.generic_bytes(self.shape, "fp32")
+        if self.fused_refusal and options.optimise:  # beside the graph as it was
+            needed += self.disk_bytes()
         if needed > free:
             raise DiskFull(
                 f"Exporting {self.name} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free.",
@@ -144,7 +160,9 @@ class _Job:
     def predicted_ram(self) -> int:
         runtime = max(probe().runtime_bytes, probe().process_bytes)
         if self.spec is None or self.fused_refusal:
-            return runtime + exported.tracing_bytes(self.shape, self.options.precision, self.options.group_size)
+            return runtime + exported.tracing_bytes(
+                self.shape, self.options.precision, self.options.group_size, self.options.optimise
+            )
         options = self.options
         return runtime + exported.writing_bytes(self.spec, options.precision, options.group_size, options.has_prefill)
 
@@ -201,6 +219,7 @@ class _Job:
         self.manifest = replace(self.manifest, proof=proof.as_dict())
 
     def receipt(self, seconds: float, predicted: int, measured: int) -> Receipt:
+        caution = exported.caution(self.shape, self.options.precision, fused=not self.fused_refusal)
         return Receipt(
             action="export",
             model=self.name,
@@ -210,7 +229,7 @@ class _Job:
             predicted={"ram": predicted},
             measured={"ram": measured},
             disk_bytes=sum(self.manifest.files.values()),
-            notes=tuple(filter(None, (self.sentence, self._generic_note()))),
+            notes=tuple(filter(None, (self.sentence, self._generic_note(), caution))),
             snippet=_snippet(self.ref, self.options),
             details={
                 "kind": self.manifest.kind,

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.export.folder import discard
 from lowmem.export.options import ExportOptions
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
@@ -33,6 +34,7 @@ class Forecast:
         session_bytes: what running it holds of weights.
         limit: bytes that the process may hold.
         generic: why there is no fused graph, "" when there is one.
+        caution: what the precision costs, "" where that is little.
     """
 
     disk_bytes: int
@@ -41,6 +43,7 @@ class Forecast:
     session_bytes: int
     limit: int
     generic: str = ""
+    caution: str = ""
 
     @property
     def verdict(self) -> str:
@@ -71,13 +74,14 @@ def forecast(spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit:
         else exported.refusal(spec) or ("" if options.fused else "Standard operators were asked for.")
     )
     seconds = exported.writing_seconds(spec, options.precision)
+    caution = exported.caution(spec, options.precision, fused=not generic)
     if generic:
         size = exported.generic_bytes(spec, options.precision, options.group_size)
-        peak = exported.tracing_bytes(spec, options.precision, options.group_size)
-        return Forecast(size, runtime_bytes + peak, 3 * seconds, size, limit, generic)
+        peak = exported.tracing_bytes(spec, options.precision, options.group_size, options.optimise)
+        return Forecast(size, runtime_bytes + peak, 3 * seconds, size, limit, generic, caution)
     size = exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
     peak = exported.writing_bytes(spec, options.precision, options.group_size, options.has_prefill)
-    return Forecast(size, runtime_bytes + peak, seconds, size, limit)
+    return Forecast(size, runtime_bytes + peak, seconds, size, limit, caution=caution)
 
 
 def output_folder(name: str, options: ExportOptions) -> Path:
@@ -105,14 +109,18 @@ def export_isolated(
     out.parent.mkdir(parents=True, exist_ok=True)
     arguments = {"ref": ref, "out": str(out), "options": dict(options), "ram": ram_limit, "allow_paths": allow_paths}
     limits = None if ram_limit is None else Limits(ram_limit)
-    for event in run_isolated("lowmem.export.run:job", arguments, cancel, limits):
-        if isinstance(event, Finished):
-            given = {field.name: event.value[field.name] for field in fields(Receipt)}
-            receipt = Receipt(**given | {"notes": tuple(given["notes"])})
-            measured = {key: event.peak_bytes[key] for key in receipt.predicted if key in event.peak_bytes}
-            yield replace(receipt, measured=measured, details=receipt.details | {"folder": str(out)})
-        else:
-            yield event
+    try:
+        for event in run_isolated("lowmem.export.run:job", arguments, cancel, limits):
+            yield _receipt(event, out) if isinstance(event, Finished) else event
+    finally:
+        discard(out)  # Stop is a kill, which leaves the child no time to
+
+
+def _receipt(end: Finished, out: Path) -> Receipt:
+    given = {field.name: end.value[field.name] for field in fields(Receipt)}
+    receipt = Receipt(**given | {"notes": tuple(given["notes"])})
+    measured = {key: end.peak_bytes[key] for key in receipt.predicted if key in end.peak_bytes}
+    return replace(receipt, measured=measured, details=receipt.details | {"folder": str(out)})
 
 
 def job(

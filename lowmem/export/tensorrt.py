@@ -10,6 +10,7 @@ https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -20,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import MissingDependency, Unsupported
+from lowmem.errors import DiskFull, MissingDependency, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.manifest import GRAPH
 from lowmem.export.options import ExportOptions
@@ -157,7 +158,7 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
     """Build and save the engine of a strongly typed fp16 `graph` with TensorRT's own builder.
 
     Raises:
-        MissingDependency: TensorRT is not installed.
+        MissingDependency: TensorRT is not installed. DiskFull: there is no room for the engine.
         Unsupported: TensorRT cannot parse or build it, with its own words.
     """
     try:
@@ -185,8 +186,16 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
         raise Unsupported("TensorRT could not build an engine from the graph.", "Lower the workspace or the context.")
     engine.parent.mkdir(parents=True, exist_ok=True)
     part = engine.with_suffix(".part")
-    part.write_bytes(memoryview(built))
-    part.replace(engine)
+    try:
+        part.write_bytes(memoryview(built))
+        part.replace(engine)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFull(
+            f"The disk is full; the engine of {len(memoryview(built)):,} bytes was not kept.", "Free some space."
+        ) from error
 
 
 def build_by_provider(graph: Path, cache: Path, gpu: Device, profile: Profile) -> None:

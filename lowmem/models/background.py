@@ -1,4 +1,4 @@
-"""Blocking work that Stop interrupts: an iterator in a thread, a command in a child process.
+"""Blocking work that Stop interrupts: an iterator in a thread, a command in a child process, waiting for others.
 
 A socket or a child cannot look at a `CancelToken`; here somebody else does, five times a second.
 """
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
+
+from filelock import FileLock, Timeout
 
 from lowmem.events import CancelToken, Step
 
@@ -78,6 +80,31 @@ def _pump(items: Iterable[T], made: queue.Queue[tuple[str, T | BaseException | N
 def stoppable(call: Callable[[], T], cancel: CancelToken) -> T:
     """The result of a blocking call; `Cancelled` within a tick when Stop is pressed."""
     return next(interruptible((call() for _ in range(1)), cancel))
+
+
+@contextlib.contextmanager
+def locked(target: Path, cancel: CancelToken, note: str) -> Iterator[Iterator[Step]]:
+    """Hold the lock of `target` within the block, once the steps that this gives have been gone through.
+
+    Args:
+        note: what is said while another process, or another thread, holds it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"), thread_local=False)
+
+    def waiting() -> Iterator[Step]:
+        while True:
+            try:
+                lock.acquire(timeout=0)
+                return
+            except Timeout:
+                yield Step(0, 0, note)
+                cancel.wait(0.3)
+
+    try:
+        yield waiting()
+    finally:
+        lock.release()
 
 
 def run_child(

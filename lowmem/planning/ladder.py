@@ -36,6 +36,8 @@ def quantized_kv(plan: Plan) -> Plan | None:
 
 def fewer_bits(plan: Plan) -> Plan | None:
     """The next precision of the same device that takes less memory for weights."""
+    if plan.spec.exported:
+        return None
     device = plan.place
     for precision in candidates(plan.hardware, device, plan.spec):
         smaller = priced(
@@ -50,6 +52,8 @@ def offload(plan: Plan) -> Plan | None:
     """Blocks that do not fit stream from RAM or disk: slow, but only two of them need room."""
     from lowmem.planning import streaming  # which prices as this module's callers do
 
+    if plan.spec.exported:
+        return None
     found = streaming.offloaded(plan) if plan.placement is None else streaming.further(plan)
     if found is None or found.placement is None or not found.placement.streamed(found.place.kind):
         return None
@@ -88,6 +92,11 @@ def smaller_model(plan: Plan) -> Plan | None:
         context=min(plan.context, spec.context),
         reason=f"{spec.name} instead of {plan.spec.name}.",
     )
+
+
+def without_graph(plan: Plan, why: str) -> Plan | None:
+    """The same on torch; None where the graph was asked for, or is all there is."""
+    return priced(plan, backend="torch", or_torch=False, reason=why) if plan.or_torch else None
 
 
 LADDER: tuple[Rung, ...] = (shorter_context, quantized_kv, fewer_bits, offload, other_memory, smaller_model)

@@ -146,7 +146,7 @@ def _draft(
         kv=goal.kv,
         prefill_chunk=goal.prefill_chunk,
         backend=backend,
-        or_torch=backend == "onnx" and goal.backend == "auto" and precision != "int4",
+        or_torch=backend == "onnx" and goal.backend == "auto" and precision != "int4" and not spec.exported,
     )
     return priced(draft)
 
@@ -157,7 +157,8 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal)
         # A precision by name means what it always meant: graphs have to be asked for, but for the one only they have.
         backend = "onnx" if goal.backend == "onnx" or goal.precision == "int4" or spec.exported else "torch"
         chosen = _draft(spec, hardware, limits, goal, goal.precision, backend)
-        return replace(chosen, reason="Precision as asked for.")
+        caution = exported.caution(spec, chosen.precision)
+        return replace(chosen, reason=f"Precision as asked for. {caution}" if caution else "Precision as asked for.")
     drafts = [_draft(spec, hardware, limits, goal, *choice) for choice in _choices(spec, hardware, limits, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
@@ -191,6 +192,8 @@ def _precision_reason(plan: Plan) -> str:
         about = f"{max(10, round(seconds, -1)):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         once = f"is written once, in about {about}, and kept"
         graph = "it is exported already" if plan.spec.exported else f"its graph ({format_bytes(size)}) {once}"
+        if caution := exported.caution(plan.spec, plan.precision):
+            return f"int4 on ONNX Runtime takes the least memory; {graph}. {caution}"
         how = "int8 on ONNX Runtime" if plan.precision == "int8" else f"ONNX Runtime ({plan.precision_label})"
         return f"{how} is the fastest on a CPU, at a small loss of precision; {graph}."
     if plan.place.kind == "cpu" and plan.precision == "int8":

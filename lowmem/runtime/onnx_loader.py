@@ -19,10 +19,12 @@ import torch
 import lowmem
 from lowmem.errors import LowMemError
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.export.folder import discard
 from lowmem.export.manifest import is_exported, read_manifest
 from lowmem.export.onnx_session import OnnxModel
 from lowmem.export.options import ExportOptions
 from lowmem.machine.hardware import probe
+from lowmem.models.background import locked
 from lowmem.planning.exported import runtime_version
 from lowmem.planning.goal import Limits
 from lowmem.planning.plan import Plan
@@ -65,22 +67,39 @@ def graph_folder(
         return folder
     options = _options(plan)
     kept = settings().home / "graphs" / f"{plan.spec.name.replace('/', '--')}-{_key(folder, options)}"
-    if is_exported(kept):
-        try:
-            read_manifest(kept)
-            return kept
-        except LowMemError as error:
-            log.warning("%s is written anew: %s", kept.name, error)
-            shutil.rmtree(kept)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    left = None if ram_limit is None else max(0, ram_limit - probe().process_bytes)
-    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": plan.spec.ref, "ram": left}
-    yield Step(0, 0, "Writing its graph, once")
-    limits = None if left is None else Limits(left)
-    for event in run_isolated("lowmem.runtime.onnx_loader:export_job", arguments, cancel, limits):
-        if not isinstance(event, Finished):
-            yield event
+    with locked(kept, cancel, "Waiting for another writing of the same graph") as waiting:
+        yield from waiting
+        if not _is_whole(kept):
+            left = None if ram_limit is None else max(0, ram_limit - probe().process_bytes)
+            yield from _write(folder, kept, options, plan.spec.ref, cancel, left)
     return kept
+
+
+def _is_whole(kept: Path) -> bool:
+    """Is the graph there? A damaged one is deleted."""
+    if not kept.exists():
+        return False
+    try:
+        read_manifest(kept)
+    except LowMemError as error:
+        log.warning("%s is written anew: %s", kept.name, error)
+        shutil.rmtree(kept)
+        return False
+    return True
+
+
+def _write(
+    folder: Path, kept: Path, options: ExportOptions, ref: str, cancel: CancelToken, ram: int | None
+) -> Generator[Step, None, None]:
+    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": ref, "ram": ram}
+    yield Step(0, 0, "Writing its graph, once")
+    limits = None if ram is None else Limits(ram)
+    try:
+        for event in run_isolated("lowmem.runtime.onnx_loader:export_job", arguments, cancel, limits):
+            if not isinstance(event, Finished):
+                yield event
+    finally:
+        discard(kept)  # Stop is a kill, which leaves the child no time to
 
 
 def export_job(

@@ -21,8 +21,9 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.limits import check_window, context_of
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.models.background import stoppable
 from lowmem.planning.estimate import priced
-from lowmem.planning.ladder import lower_load, quantized_kv
+from lowmem.planning.ladder import lower_load, quantized_kv, without_graph
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
 
@@ -290,13 +291,13 @@ class Session:
         if plan.backend != "onnx" or (options is not None and self.price(1, options).backend == "onnx"):
             return
         what = "show its layers" if options is None else "have a window, or a KV cache in fewer bits"
-        if not plan.or_torch:
+        on_torch = without_graph(plan, f"A graph cannot {what}.")
+        if on_torch is None:
             raise Unsupported(
                 f"{plan.spec.name} runs as an exported graph, which cannot {what}.",
                 "Load the original model for torch.",
             )
         yield Step(0, 0, f"A graph cannot {what}: loading for torch")
-        on_torch = priced(plan, backend="torch", or_torch=False, reason=f"A graph cannot {what}.")
         if not force:
             _refuse_if_over(on_torch, "Choose a smaller model or fewer bits.")
         self._load_receipt = yield from self._load(on_torch, cancel, force)
@@ -328,11 +329,11 @@ class Session:
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
                 # Nobody asked for the graph, so whatever is wrong with it is no reason to go without the model.
-                refused = plan.or_torch and not isinstance(error, Cancelled)
+                why = str(error) if isinstance(error, LowMemError) else "There is no graph for it."
+                lower = None if isinstance(error, Cancelled) else without_graph(plan, f"{why} Torch runs it.")
+                refused = lower is not None
                 if refused:
                     log.warning("no graph for %s", plan.spec.name, exc_info=error)
-                    why = str(error) if isinstance(error, LowMemError) else "There is no graph for it."
-                    lower: Plan | None = priced(plan, backend="torch", or_torch=False, reason=f"{why} Torch runs it.")
                 elif is_out_of_memory(error):
                     lower = lower_load(plan)
                 else:
@@ -350,9 +351,8 @@ class Session:
     def _attempt(
         self, plan: Plan, folder: Path, cancel: CancelToken, force: bool
     ) -> Generator[Step, None, dict[str, int]]:
-        # Imported here: this is where torch enters a process that may never need it.
         yield Step(0, 0, "Starting torch")
-        from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
+        stoppable(_start_torch, cancel)
         from lowmem.runtime import loader
 
         if plan.backend == "onnx":
@@ -421,6 +421,12 @@ class Session:
                 notes.append("Memory ran out. " + lower.reason)
                 yield Step(0, 0, notes[-1])
         return receipts.generate_receipt(action, time.perf_counter() - started, list(last.values()), meter.peak, notes)
+
+
+def _start_torch() -> None:
+    """Where torch enters a process that may never need it; it takes seconds."""
+    from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
+    from lowmem.runtime import loader  # noqa: F401
 
 
 def _refuse_if_over(plan: Plan, hint: str) -> None:

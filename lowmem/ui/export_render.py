@@ -37,7 +37,8 @@ def card(expected: Forecast, original_bytes: int) -> str:
     return (
         f'<section class="lm-forecast" data-verdict="{expected.verdict}">'
         f'<div class="lm-head"><h2>{escape(say("predicted"))}</h2>{pill}</div><dl class="lm-pairs">{cells}</dl>'
-        f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p></section>'
+        f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p>'
+        f"{render.quiet(expected.caution) if expected.caution else ''}</section>"
     )
 
 
