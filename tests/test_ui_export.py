@@ -56,6 +56,8 @@ def test_a_forecast_says_what_it_will_cost() -> None:
     assert forecast(DEMO, ExportOptions(), 400 * MB, 500 * MB).verdict == "over"
     generic = forecast(DEMO, ExportOptions(fused=False), 400 * MB, 9 * GB)
     assert "generic" in generic.sentence()
+    optimised = forecast(DEMO, ExportOptions(precision="fp32", fused=False, optimise=True), 400 * MB, 9 * GB)
+    assert optimised.ram_bytes > 400 * MB + 5 * optimised.disk_bytes
     card = export_render.card(small, 538 * MB)
     assert "538 MB" in card
     assert "Fits" in card

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import Error as ProtobufError
 from transformers import AutoConfig
 
 from lowmem.errors import LowMemError
@@ -47,8 +48,8 @@ def optimise(folder: Path, source: Path) -> Iterator[Step]:
             report["fusions"] = _optimised(path, apart / GRAPH, source)
         report["after"] = after = figures(apart / GRAPH)
         report["kept"] = after["seconds"] <= 1.05 * before["seconds"]
-    except (LowMemError, RuntimeError, ValueError, KeyError, AttributeError, IndexError, AssertionError) as error:
-        # The optimiser matches patterns, and stumbles over graphs it does not know.
+    except (LowMemError, ProtobufError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        # The optimiser matches patterns, and stumbles over graphs it does not know, and over those of more than 2 GB.
         log.info("the optimiser failed", exc_info=True)
         report["failed"] = str(error)[:200] or type(error).__name__
     if report["kept"]:
