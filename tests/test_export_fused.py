@@ -160,6 +160,21 @@ def test_the_program_runs_in_fp16(tmp_path: Path, options: dict[str, bool]) -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_the_program_runs_for_a_model_with_its_vocabulary_in_other_files(tmp_path: Path) -> None:
+    source = toys.save_toy("llama", tmp_path / "m")
+    core = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").unlink()
+    (source / "vocab.json").write_text(json.dumps(core["model"]["vocab"]))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "!", "bos_token": "!", "eos_token": "!"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    export(source, tmp_path / "out", precision="fp32")
+    done = subprocess.run(
+        [sys.executable, "run.py", "Hello", "5"], cwd=tmp_path / "out", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_program_runs_with_nothing_else(folders: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; sys.argv = ['run.py', 'Hello', '5']\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import types
@@ -13,7 +14,7 @@ import torch
 import toys
 import transformers
 
-from lowmem.errors import MissingDependency, OutOfMemory, Unsupported
+from lowmem.errors import DiskFull, MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt
 from lowmem.export import lazy, segments, tensorrt
 from lowmem.export.manifest import GRAPH, read_manifest
@@ -302,6 +303,19 @@ def test_the_builder_is_asked_for_a_strongly_typed_network(made_up, small_graph:
     assert fake.said["flags"] == 2
     assert fake.said["size"] == tensorrt.workspace_bytes(gpu)
     assert fake.said["shapes"] == {"input_ids": ((1, 1), (1, 1), (4, 512))}
+
+
+def test_an_engine_that_the_disk_does_not_hold_leaves_nothing(made_up, small_graph: Path, monkeypatch) -> None:
+    def fails(path: Path, _data: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT())
+    monkeypatch.setattr(Path, "write_bytes", fails)
+    engine = small_graph.parent / "engines" / "e.plan"
+    with pytest.raises(DiskFull, match="6 bytes"):
+        tensorrt.build_engine(small_graph, engine, made_up(vram_gb=16).gpus[0], tensorrt.Profile())
+    assert list(engine.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("fake", [FakeTensorRT(parses=False), FakeTensorRT(built=None), None])
