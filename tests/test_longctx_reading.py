@@ -84,9 +84,9 @@ def test_the_demo_model_recalls_what_is_in_its_window_and_nothing_beyond() -> No
     goal = Goal(precision="int8", backend="torch")
     for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), goal)):
         pass
-    for fields in ({"window": 512}, {"window": 512, "kv": "int8"}):
-        *_, receipt = actions.recall(session, tail().text, replace(GREEDY, **fields), distances=(256, 1024))
-        within, beyond = receipt.details["recalls"]
-        assert within["remembered"]
-        assert within["probability"] > 10 * beyond["probability"]
-        assert not beyond["remembered"]
+    options = replace(GREEDY, window=512, kv="int8")
+    *_, receipt = actions.recall(session, tail().text, options, distances=(256, 1024))
+    within, beyond = receipt.details["recalls"]
+    assert within["remembered"]
+    assert within["probability"] > 10 * beyond["probability"]
+    assert not beyond["remembered"]

@@ -123,6 +123,7 @@ def test_the_price_moves_with_window_and_bits(tab: LongContextTab) -> None:
     [
         ("hidden", ("", None, "", "-1", "npy", 32, 64), "The text is empty."),
         ("hidden", (TEXT, None, "", "-1", "npy", 65, 64), "A stride of 65 does not go with a window of 64"),
+        ("hidden", (TEXT, None, "", "-1", "npy", 32, 0), "the window is 0"),
         ("perplexity", (TEXT, None, "", "cache", 1, 8, 8, 0.7, 1.0, "same"), "8 sinks leave nothing"),
         ("continue", ("", None, "/etc/passwd", *OPTIONS), "is no address of a text"),
         ("continue", (TEXT, None, "", 4096, 4, 0.7, 1.0, "same"), "A window of 4,096 tokens with 4 sinks"),

@@ -51,10 +51,12 @@ def check_stride(window: int, stride: int) -> None:
     Raises:
         BadInput: windows that leave tokens out, or none.
     """
-    if window < 1 or not 1 <= stride <= window:
+    if window < 1:
+        raise BadInput("Windows over a text need a length, and the window is 0.", "Use a window of 1 token or more.")
+    if not 1 <= stride <= window:
         raise BadInput(
             f"A stride of {stride:,} does not go with a window of {window:,} tokens: every token must be in a window.",
-            f"Use a stride from 1 to {max(1, window):,}; half the window is usual.",
+            f"Use a stride from 1 to {window:,}; half the window is usual.",
         )
 
 
