@@ -5,19 +5,15 @@ Against a stub engine (fast), and against `python app.py` on the demo model. Scr
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import own_process
 import pytest
 from ui_stub import StubEngine
 
@@ -256,38 +252,8 @@ def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -
     visit.close()
 
 
-@contextmanager
-def _app(home: Path) -> Iterator[str]:
-    """`python app.py` in a process of its own, on the demo model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "app.py", "--port", str(port)],
-        cwd=ROOT,
-        env=os.environ | {"LOWMEM_HOME": str(home), "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        started = time.monotonic()
-        while not _answers(f"http://127.0.0.1:{port}"):
-            assert process.poll() is None
-            assert time.monotonic() - started < 60
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.mark.real
 @pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
 def test_a_first_visit_on_the_demo_model(browser: Any, demo_home: Path, size: str, scheme: str) -> None:
-    with _app(demo_home) as url:
+    with own_process.app(demo_home) as url:
         first_visit(browser, url, size, scheme, "real", load_seconds=300)

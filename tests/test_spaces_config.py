@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import clean_venv
-import httpx
+import own_process
 import pytest
 import toys
 from gradio_client import Client
@@ -124,7 +124,7 @@ def started(folder: Path, python: Path, home: Path, **variables: str) -> Iterato
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 90
-        while not _answers(url):
+        while not own_process.answers(url):
             assert process.poll() is None, (folder / "log.txt").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -133,13 +133,6 @@ def started(folder: Path, python: Path, home: Path, **variables: str) -> Iterato
         process.terminate()
         process.wait(timeout=20)
         log.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 @pytest.fixture

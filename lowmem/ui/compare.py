@@ -126,7 +126,7 @@ class CompareView:
                     steps = [event for event in gathered if isinstance(event, Step)]
                     receipt = next((event for event in gathered if isinstance(event, Receipt)), receipt)
                     rows += fresh
-                    moved = render_quantize.progress(steps[-1]) if steps else gr.skip()
+                    moved = render.progress(steps[-1]) if steps else gr.skip()
                     shown = _shown(rows, model, text) if fresh else [gr.skip()] * 2
                     if fresh or steps:
                         yield [*[gr.skip()] * 3, moved, gr.skip(), *shown, *[gr.skip()] * 4]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
-from lowmem.events import Receipt, Step
-from lowmem.ui import render, render_quantize
-from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
+from lowmem.events import CancelToken, Receipt
+from lowmem.ui import render_quantize
+from lowmem.ui.bind import QUICK, Jobs, notice
 from lowmem.ui.compare import CompareView
 from lowmem.ui.engine import AUTO
 from lowmem.ui.explain import ExplainView
 from lowmem.ui.push import PushBox
 from lowmem.ui.quantize_form import QuantizeForm, originals
+from lowmem.ui.runner import Runner, View
 from lowmem.ui.setup import Setup
 from lowmem.ui.sidebar import Sidebar
 from lowmem.ui.strings import say
 from lowmem.ui.workshop import Workshop
-
-KIND = "quantize"
 
 
 class QuantizeTab:
@@ -48,12 +47,8 @@ class QuantizeTab:
                 self.form = QuantizeForm(self.workshop, self.sidebar)
             with gr.Column(scale=2, min_width=300, elem_id="quantize-side"):
                 self.card = gr.HTML(elem_id="quantize-card")
-                with gr.Row(elem_classes="lm-actions"):
-                    self.start = gr.Button(say("start_quantize"), variant="primary", elem_id="quantize-start")
-                    self.stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id="quantize-stop")
-                self.progress = gr.HTML(elem_id="quantize-progress")
+                self.runner = Runner(self.workshop.engine, self.jobs, "quantize", say("start_quantize"))
                 self.problem = gr.HTML(elem_id="quantize-problem")  # of the choice
-                self.notice = gr.HTML(elem_id="quantize-notice")  # of the last run
         with gr.Column(visible=False, elem_id="quantize-result") as self.result:
             self.table = gr.HTML(elem_id="quantize-receipt")
             with gr.Row(elem_classes="lm-actions"):
@@ -65,16 +60,13 @@ class QuantizeTab:
     def _wire(self, tabs: gr.Tabs, setup: Setup) -> None:
         form = self.form
         form.wire()
-        priced = [self.card, self.start, self.problem]
+        self.priced = [self.card, self.runner.run, self.problem]
         for control in form.controls:
-            control.change(self._price, form.controls, priced, trigger_mode="always_last", **QUICK)
-        outputs = [self.start, self.stop, self.progress, self.notice, self.result, self.table, self.receipt]
-        started = self.start.click(self._begin, None, outputs[:5], **QUICK)
-        ran = started.then(self._run, form.controls, outputs, **HEAVY)
+            control.change(self._price, form.controls, self.priced, trigger_mode="always_last", **QUICK)
+        outputs = [self.result, self.table, self.receipt]
+        ran = self.runner.wire(self.sidebar, form.controls, outputs, self._start)
         ran.then(self._models, None, form.model, **QUICK)
-        self.sidebar.after(ran)
-        ran.then(self._price, form.controls, priced, **QUICK)
-        stops(self.stop.click, self.jobs, KIND, self.progress)
+        ran.then(self._price, form.controls, self.priced, **QUICK)
         self.push.wire(self.receipt)
         self._fit_context = setup.fit_context
         chosen = self.load.click(
@@ -88,7 +80,7 @@ class QuantizeTab:
     def shown(self, event: Any) -> Any:
         """After `event`, price the controls as they stand."""
         self.push.shown(event)
-        return event.then(self._price, self.form.controls, [self.card, self.start, self.problem], **QUICK)
+        return event.then(self._price, self.form.controls, self.priced, **QUICK)
 
     def _models(self) -> Any:
         return gr.Dropdown(originals(self.workshop))
@@ -100,40 +92,16 @@ class QuantizeTab:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
         return [render_quantize.card(expected), gr.Button(interactive=expected.verdict != "over"), ""]
 
-    def _begin(self, request: gr.Request) -> list[Any]:
-        self.jobs.begin(request, KIND)
-        busy = self.workshop.engine.busy
-        note = say("waiting", busy=busy) if busy else say("starting")
-        return [
-            gr.Button(interactive=False),
-            gr.Button(visible=True),
-            render.progress(Step(0, 0, note)),
-            "",
-            gr.Column(visible=False),
-        ]
+    def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
+        made: list[Receipt] = []
 
-    def _run(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        trouble, receipt = "", None
-        try:
-            with self.jobs.running(request, KIND) as token:
-                for events in pump(self.workshop.quantize(self.form.ask(values), token), token):
-                    steps = [event for event in events if isinstance(event, Step)]
-                    receipt = next((event for event in events if isinstance(event, Receipt)), receipt)
-                    if steps:
-                        yield [*[gr.skip()] * 2, render_quantize.progress(steps[-1]), *[gr.skip()] * 4]
-        except Exception as error:
-            trouble = notice(error)
-        table = render_quantize.receipt(receipt) if receipt else ""
-        kept = receipt.as_dict() if receipt else None
-        yield [
-            gr.Button(interactive=True),
-            gr.Button(visible=False),
-            "",
-            trouble,
-            gr.Column(visible=receipt is not None),
-            table,
-            kept,
-        ]
+        def view(gathered: Sequence[Any]) -> list[Any]:
+            made.extend(event for event in gathered if isinstance(event, Receipt))
+            if not made:
+                return [gr.Column(visible=False), "", None]
+            return [gr.Column(visible=True), render_quantize.receipt(made[-1]), made[-1].as_dict()]
+
+        return self.workshop.quantize(self.form.ask(values), token), view
 
     def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
         folder = receipt["details"]["folder"]

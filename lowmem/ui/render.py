@@ -175,11 +175,13 @@ def device_label(key: str) -> str:
 
 
 def progress(step: Step) -> str:
-    """A step as a thin bar; without a total it only moves."""
+    """A step as a thin bar; without a total it only moves. What is counted is told where it has a name."""
     counted = ""
-    if step.total > 0:
+    if step.total > 0 and step.unit:
         done, total = (format_bytes(n) if step.unit == "B" else f"{n:,}" for n in (step.done, step.total))
-        counted = f"{done} of {total}" + (f" {step.unit}" if step.unit not in ("", "B") else "")
+        counted = f"{done} of {total}" + (f" {step.unit}" if step.unit != "B" else "")
+    elif step.total > 0:
+        counted = f"{step.done / step.total:.0%}"
     width = _percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
     known = "true" if step.total > 0 else "false"
     title = _title(step.note, f'<span class="lm-num lm-muted">{escape(counted)}</span>')

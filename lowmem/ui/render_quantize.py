@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from lowmem.events import Receipt, Step
+from lowmem.events import Receipt
 from lowmem.measure.rows import Row
 from lowmem.quant.forecast import Forecast
 from lowmem.ui import render
@@ -41,14 +41,6 @@ def rounded(seconds: float) -> str:
     if seconds < 60:
         return f"{max(1, round(seconds)) if seconds < 20 else round(seconds, -1):.0f} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def progress(step: Step) -> str:
-    """Steps of a quantization count parts of blocks, which say nothing to a person: the bar and the note do."""
-    if not step.total or step.unit:
-        return render.progress(step)
-    share = f"{step.done / step.total:.0%}"
-    return render.progress(step).replace(f"{step.done:,} of {step.total:,}", share)
 
 
 def receipt(one: Receipt) -> str:
