@@ -121,6 +121,7 @@ ACTIONS = {
     "exercise": ("long-exercise-start",),
     "export": ("export-start",),
     "race": ("race-start",),
+    "delete": ("delete-stored",),
     "push": ("push-start", "export-push-start"),
 }
 """Endpoint -> the page's buttons that do the same."""

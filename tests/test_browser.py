@@ -17,6 +17,7 @@ import own_process
 import pytest
 from ui_stub import StubEngine
 
+from lowmem.settings import settings
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.strings import say
@@ -257,3 +258,25 @@ def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -
 def test_a_first_visit_on_the_demo_model(browser: Any, demo_home: Path, size: str, scheme: str) -> None:
     with own_process.app(demo_home) as url:
         first_visit(browser, url, size, scheme, "real", load_seconds=300)
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
+def test_what_is_on_the_disk_is_deleted_by_two_clicks(browser: Any, stub_url: str, size: str, scheme: str) -> None:
+    made = settings().outputs / "tiny-rtn-4bit"
+    made.mkdir(parents=True)
+    (made / "model.safetensors").write_bytes(bytes(3_000_000))
+    visit = Visit(browser, stub_url, size, scheme, "disk")
+    page = visit.page
+    page.get_by_role("button", name=say("stored"), exact=False).first.click()
+    page.locator("#stored-which input").click()
+    page.get_by_role("option", name="tiny-rtn-4bit · made here · 3.00 MB").click()
+    page.locator("#delete-stored:not([disabled])").click()
+    sure = page.locator("#delete-stored", has_text=say("delete_sure"))
+    sure.wait_for()
+    visit.shot("sure")
+    assert made.exists()
+    sure.click()
+    page.locator("#stored-notice", has_text=say("deleted", size="3.00 MB")).wait_for()
+    assert not made.exists()
+    visit.shot("deleted")
+    visit.close()

@@ -80,6 +80,8 @@ def test_a_visitor_chats(visitor: Client) -> None:
         (("stranger/model", "/export_forecast"), "This page runs only the models it lists"),
         (("stranger/model", "/export"), "This page runs only the models it lists"),
         ((["stranger/model"], ["fp32"], "/sweep"), "This page runs only the models it lists"),
+        (("models/demo", "/delete"), "Deleting from this disk is left to the owner"),
+        (("/stored",), "Looking at the disk is left to the owner"),
         (("/etc", "me/it", "/push"), "Pushing to the hub is left to the owner"),
         (("demo", {"tokens": 5000}, "/exercise"), "5,000 tokens of text are more than the 4,096"),
         (("Hi", {"max_new_tokens": 5000}, "/generate"), "5,000 new tokens are more than the 4,096"),

@@ -54,7 +54,7 @@ def as_json(plan: Plan) -> Json:
 
 def add_endpoints(engine: Engine) -> None:
     """Add every endpoint to the Blocks that is being built."""
-    for quick in (_plan(engine), _models(engine), _machine(engine), _receipt(engine)):
+    for quick in (_plan(engine), _models(engine), _machine(engine), _receipt(engine), _stored(engine), _delete(engine)):
         gr.api(told(quick), api_name=quick.__name__, concurrency_limit=None)
     for stream in (_load(engine), _generate(engine), _chat(engine), _batch(engine)):
         gr.api(told_stream(stream), api_name=stream.__name__, **ENGINE)
@@ -143,6 +143,23 @@ def _receipt(engine: Engine) -> Callable[..., Json]:
         return last.as_dict() if last else {}
 
     return receipt
+
+
+def _stored(engine: Engine) -> Callable[..., Json]:
+    def stored() -> dict:
+        """What is kept on the machine's disk: {"stored": [{"key", "name", "kind", "nbytes"}]}, for the page's owner."""
+        engine.access.require_owner("Looking at the disk")
+        return {"stored": [asdict(one) for one in engine.stored()]}
+
+    return stored
+
+
+def _delete(engine: Engine) -> Callable[..., Json]:
+    def delete(key: str) -> dict:
+        """Delete what /stored lists under `key`, for good; {"freed": bytes}."""
+        return {"freed": engine.delete(key)}
+
+    return delete
 
 
 def _unload(engine: Engine) -> Callable[..., Json]:

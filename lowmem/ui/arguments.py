@@ -47,6 +47,7 @@ ARGUMENTS = {
     "ram_blocks": 'blocks that stay in RAM, a list like "0-5,9" or "all"; empty as the budget allows.',
     "answers": "sequences at once; 0 for as many as pay.",
     "again": "measure this machine anew, and do not take the rates that were measured before.",
+    "key": 'what is deleted, as /stored names it, such as "models/demo".',
     "folder": "a folder that an earlier action made; its receipt's details name it.",
     "repo": "the repository, your-name/your-model.",
     "token": "a token of the hub that may write; used for this push only. Empty takes the owner's.",

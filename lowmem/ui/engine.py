@@ -23,7 +23,10 @@ from lowmem.ui.strings import say
 from lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lowmem.machine.monitor import Snapshot
+    from lowmem.models.stored import Stored
     from lowmem.runtime.session import Session
 
 AUTO = "auto"
@@ -77,6 +80,40 @@ class Engine:
         from lowmem.machine.monitor import snapshot
 
         return snapshot()
+
+    def stored(self) -> list[Stored]:
+        """What is kept on this machine's disk, the largest first."""
+        from lowmem.models.stored import stored
+
+        return stored()
+
+    def delete(self, key: str) -> int:
+        """Delete what `stored` lists under `key`; returns the bytes that come free.
+
+        Raises:
+            NotAllowed: a visitor asks.
+            BadInput: nothing is kept under `key`, or it is in use.
+        """
+        from lowmem.models.stored import delete, find
+
+        self.access.require_owner("Deleting from this disk")
+        doomed = find(key)
+        if self.busy:
+            raise BadInput(f"Nothing is deleted while the model works: {self.busy}.", "Wait, or press Stop.")
+        if self._is_resident(doomed.folder):
+            raise BadInput(f"{doomed.name} is loaded.", "Unload the model first.")
+        freed = delete(key)
+        self._specs.clear()
+        return freed
+
+    def _is_resident(self, folder: Path) -> bool:
+        from lowmem.models.source import local_folder
+
+        plan = self.resident
+        if plan is None:
+            return False
+        graph = plan.backend == "onnx" and folder.name.startswith(f"{plan.spec.name.replace('/', '--')}-")
+        return graph or local_folder(plan.spec.ref) == folder
 
     # --- planning
 

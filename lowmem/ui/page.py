@@ -82,6 +82,7 @@ def build_ui(
             demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
         )
         generate.shown(opened).then(generate.setup.refusals, None, generate.setup.unavailable, **QUICK)
+        opened.then(generate.setup.storage.shown, None, generate.setup.storage.box, **QUICK)
         quantize.shown(opened)
         offload.shown(opened)
         offload.opened(offload_tab)

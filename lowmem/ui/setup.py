@@ -15,6 +15,7 @@ from lowmem.ui import render
 from lowmem.ui.bind import HEAVY, QUICK, Jobs, notice, pump, stops
 from lowmem.ui.engine import AUTO, Choice, Engine, precision_label
 from lowmem.ui.sidebar import Sidebar
+from lowmem.ui.storage import Storage
 from lowmem.ui.strings import name, say
 
 LOAD = "load"
@@ -59,6 +60,7 @@ class Setup:
             self._build_controls(model)
             with gr.Accordion(say("declined", count=0), open=False, elem_id="declined") as self.declined_box:
                 self.declined = gr.HTML()
+            self.storage = Storage(self.engine)
 
     def _build_controls(self, model: str) -> None:
         hardware = self.engine.hardware()
@@ -142,6 +144,7 @@ class Setup:
         self.device.change(
             self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
         )
+        self.storage.wire(self.model)
         self._page_shown = page_shown
         self.load_on(self.load.click)
         self.load_on(self.anyway.click, self._load_anyway)

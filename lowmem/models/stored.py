@@ -1,0 +1,84 @@
+"""What lowmem keeps on this machine's disk: models, what was made of them, graphs; told by size, and deleted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem.errors import BadInput
+from lowmem.models.source import record
+from lowmem.settings import settings
+
+KINDS = {"models": "fetched", "outputs": "made here", "graphs": "graph"}
+"""Folder of LOWMEM_HOME -> what its folders are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One folder.
+
+    Args:
+        key: what `delete` takes, "models/demo".
+        name: for people.
+        kind: of `KINDS`.
+    """
+
+    key: str
+    name: str
+    kind: str
+    nbytes: int
+
+    @property
+    def folder(self) -> Path:
+        return settings().home / self.key
+
+
+def stored() -> list[Stored]:
+    """Everything that is finished, the largest first."""
+    found = [_stored(root, folder) for root in KINDS for folder in _folders(settings().home / root)]
+    return sorted(found, key=lambda one: (-one.nbytes, one.key))
+
+
+def find(key: str) -> Stored:
+    """
+    Raises:
+        BadInput: nothing is kept under `key`; a path that leads elsewhere is never one.
+    """
+    known = {one.key: one for one in stored()}
+    if key not in known:
+        raise BadInput(f"Nothing is kept here under {key[:80]!r}.", "Choose one of the list.")
+    return known[key]
+
+
+def delete(key: str) -> int:
+    """Delete what `stored` lists under `key`; returns the bytes that it took. It disappears at once or not at all.
+
+    Raises:
+        BadInput: see `find`; or the disk does not let go of it.
+    """
+    doomed = find(key)
+    away = doomed.folder.with_name(f".{doomed.folder.name}.deleted")
+    try:
+        shutil.rmtree(away, ignore_errors=True)  # what an earlier deletion did not get through
+        doomed.folder.rename(away)
+        shutil.rmtree(away)
+    except OSError as error:
+        raise BadInput(
+            f"{doomed.name} cannot be deleted: {error.strerror}.", "Close what uses it, then try again."
+        ) from error
+    return doomed.nbytes
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for folder in root.iterdir() if root.is_dir() else ():
+        finished = not folder.name.startswith(".") and not folder.name.endswith(".part")
+        if finished and folder.is_dir() and not folder.is_symlink():
+            yield folder
+
+
+def _stored(root: str, folder: Path) -> Stored:
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    name = str(record(folder).get("name") or folder.name) if root == "models" else folder.name
+    return Stored(f"{root}/{folder.name}", name, KINDS[root], size)
