@@ -116,10 +116,10 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "case": row["case"],
         "blocks": row["placement"],
         "s/token": f"{row['seconds_per_token']:.3f}",
-        "predicted": f"{row['predicted_seconds']:.3f}",
+        "predicted": f"{row['predicted_seconds']:.3f}" if row["predicted_seconds"] else "",
         "of the disk": f"{row['share_of_disk']:.0%}" if row["share_of_disk"] else "",
         "peak": format_bytes(row["peak"]),
-        "predicted peak": format_bytes(row["predicted_peak"]),
+        "predicted peak": format_bytes(row["predicted_peak"]) if row["predicted_peak"] else "",
     }
 
 

@@ -140,7 +140,16 @@ def test_nothing_fits_is_said_with_the_smallest_plan(made_up):
     best = chosen(made_up(ram_gb=0.6, process_mb=50))
     assert best.verdict == "over"
     assert "smallest" in best.reason
+    assert "Nothing fits" in best.reason
     assert "more than the budget" in best.sentence()
+
+
+def test_what_fits_with_less_context_is_not_said_not_to_fit(made_up):
+    hardware = made_up(ram_gb=2, process_mb=50)
+    found = [plan(None, hardware, limits_from(hardware, megabytes * MB)) for megabytes in range(400, 900, 10)]
+    shortened = [best for best in found if best.verdict != "over" and "shortened" in best.reason]
+    assert shortened
+    assert not [best for best in shortened if "Nothing fits" in best.reason]
 
 
 def test_the_choice_is_explained_and_the_alternatives_say_why_not(made_up):

@@ -217,9 +217,12 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, limits: Limits,
             return _with_context(draft, goal, tuple(declined))
         declined.append(Declined(_title(draft), refusal))
     drafts = [_plan_model(spec, hardware, limits, goal) for spec in choices]
-    smallest = descend(min(drafts, key=lambda d: d.main.peak))
+    least = min(drafts, key=lambda d: d.main.peak)
+    smallest = descend(replace(least, reason=""))
+    # "Nothing fits" was said of it as it was before.
+    reasons = (smallest.reason,) if smallest.verdict != least.verdict == "over" else (least.reason, smallest.reason)
     kept = tuple(d for d in declined if d.choice != _title(smallest))
-    return replace(smallest, reason=f"The smallest model there is. {smallest.reason}", declined=kept)
+    return replace(smallest, reason=f"The smallest model there is. {' '.join(filter(None, reasons))}", declined=kept)
 
 
 def _too_slow(plan: Plan) -> str:
