@@ -201,7 +201,7 @@ def test_the_endpoints_are_mcp_tools() -> None:
         tools, answers = asyncio.run(ask())
     finally:
         demo.close()
-    assert {*ACTIONS, "plan", "models", "machine", "receipt", "forecast", "export_forecast"} == set(tools)
+    assert {*ACTIONS, "plan", "models", "machine", "receipt", "forecast", "export_forecast", "stored"} == set(tools)
     quantize = tools["quantize"]
     assert "Quantize a model" in quantize.description
     assert quantize.inputSchema["properties"]["group_size"]["type"] in ("number", "integer")
