@@ -10,7 +10,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, LowMemError, NotAllowed
 from lowmem.events import CancelToken
-from lowmem.models.stored import delete, stored
+from lowmem.models.stored import stored
 from lowmem.ui.access import Access
 from lowmem.ui.engine import Choice
 
@@ -35,7 +35,7 @@ def test_the_largest_comes_first_and_work_in_progress_never(home: Path) -> None:
 
 
 def test_what_is_deleted_is_gone_and_its_bytes_are_told(home: Path) -> None:
-    assert delete("outputs/made") == 3000
+    assert StubEngine().delete("outputs/made") == 3000
     assert not (home / "outputs/made").exists()
     assert [one.key for one in stored()] == ["graphs/demo-0a", "models/demo"]
     assert not [left for left in (home / "outputs").iterdir() if "deleted" in left.name]
@@ -45,14 +45,14 @@ def test_what_is_deleted_is_gone_and_its_bytes_are_told(home: Path) -> None:
 def test_nothing_else_is_ever_deleted(key: str, home: Path) -> None:
     before = sorted(home.rglob("*"))
     with pytest.raises(BadInput, match="Nothing is kept here under"):
-        delete(key)
+        StubEngine().delete(key)
     assert sorted(home.rglob("*")) == before
 
 
 def test_a_link_is_not_followed(home: Path) -> None:
     (home / "outputs/elsewhere").symlink_to(home / "keep")
     with pytest.raises(BadInput):
-        delete("outputs/elsewhere")
+        StubEngine().delete("outputs/elsewhere")
 
 
 def test_visitors_delete_nothing(home: Path) -> None:

@@ -20,7 +20,7 @@ class Stored:
     """One folder.
 
     Args:
-        key: what `delete` takes, "models/demo".
+        key: what `find` takes, "models/demo".
         name: for people.
         kind: of `KINDS`.
     """
@@ -52,13 +52,12 @@ def find(key: str) -> Stored:
     return known[key]
 
 
-def delete(key: str) -> int:
-    """Delete what `stored` lists under `key`; returns the bytes that it took. It disappears at once or not at all.
+def delete(doomed: Stored) -> None:
+    """Delete what `stored` lists. It disappears at once or not at all.
 
     Raises:
-        BadInput: see `find`; or the disk does not let go of it.
+        BadInput: the disk does not let go of it.
     """
-    doomed = find(key)
     away = doomed.folder.with_name(f".{doomed.folder.name}.deleted")
     try:
         shutil.rmtree(away, ignore_errors=True)  # what an earlier deletion did not get through
@@ -68,7 +67,11 @@ def delete(key: str) -> int:
         raise BadInput(
             f"{doomed.name} cannot be deleted: {error.strerror}.", "Close what uses it, then try again."
         ) from error
-    return doomed.nbytes
+
+
+def graph_prefix(model: str) -> str:
+    """What the folders of a model's graphs begin with, by the name of the model."""
+    return f"{model.replace('/', '--')}-"
 
 
 def _folders(root: Path) -> Iterator[Path]:

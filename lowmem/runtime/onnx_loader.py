@@ -25,6 +25,7 @@ from lowmem.export.onnx_session import OnnxModel
 from lowmem.export.options import ExportOptions
 from lowmem.machine.hardware import probe
 from lowmem.models.background import locked
+from lowmem.models.stored import graph_prefix
 from lowmem.planning.exported import runtime_version
 from lowmem.planning.goal import Limits
 from lowmem.planning.plan import Plan
@@ -66,7 +67,7 @@ def graph_folder(
     if is_exported(folder):
         return folder
     options = _options(plan)
-    kept = settings().home / "graphs" / f"{plan.spec.name.replace('/', '--')}-{_key(folder, options)}"
+    kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.name)}{_key(folder, options)}"
     with locked(kept, cancel, "Waiting for another writing of the same graph") as waiting:
         yield from waiting
         if not _is_whole(kept):

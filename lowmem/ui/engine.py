@@ -102,17 +102,18 @@ class Engine:
             raise BadInput(f"Nothing is deleted while the model works: {self.busy}.", "Wait, or press Stop.")
         if self._is_resident(doomed.folder):
             raise BadInput(f"{doomed.name} is loaded.", "Unload the model first.")
-        freed = delete(key)
+        delete(doomed)
         self._specs.clear()
-        return freed
+        return doomed.nbytes
 
     def _is_resident(self, folder: Path) -> bool:
         from lowmem.models.source import local_folder
+        from lowmem.models.stored import graph_prefix
 
         plan = self.resident
         if plan is None:
             return False
-        graph = plan.backend == "onnx" and folder.name.startswith(f"{plan.spec.name.replace('/', '--')}-")
+        graph = plan.backend == "onnx" and folder.name.startswith(graph_prefix(plan.spec.name))
         return graph or local_folder(plan.spec.ref) == folder
 
     # --- planning

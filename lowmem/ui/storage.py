@@ -45,12 +45,7 @@ class Storage:
     def _listed(self) -> list[Any]:
         found = self.engine.stored() if self.engine.access.owned else []
         entries = [(f"{one.name} · {name('kinds', one.kind)} · {format_bytes(one.nbytes)}", one.key) for one in found]
-        return [
-            gr.Dropdown(entries, value=None),
-            gr.Button(say("delete"), variant="secondary", interactive=False),
-            "",
-            "",
-        ]
+        return [gr.Dropdown(entries, value=None), *self._chosen(None), ""]
 
     def _chosen(self, key: str | None) -> list[Any]:
         return [gr.Button(say("delete"), variant="secondary", interactive=bool(key)), ""]
