@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import ROOT, save, table
 from benchmarks.dense import dense, original
 from benchmarks.memory import demo_folder
-from lowmem.measure.texts import tail
+from lowmem.datasets.texts import tail
 from lowmem.models.source import read_spec
 
 REQUIREMENTS = ("torch>=2.8,<2.14", "gptqmodel")

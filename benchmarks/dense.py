@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from lowmem.kernels.packed_linear import read
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.source import read_spec
-from lowmem.quant.packed_linear import read
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 

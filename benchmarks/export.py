@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks.common import median, merged, save, table, text_of
 from benchmarks.memory import demo_folder
-from lowmem.export.manifest import read_manifest
-from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import read_manifest
 from lowmem.settings import settings
 from lowmem.units import format_bytes
 
@@ -37,7 +37,7 @@ def held(): return int(open("/proc/self/statm").read().split()[1]) * 4096
 import torch, transformers
 from pathlib import Path
 from lowmem.events import CancelToken
-from lowmem.export.onnx_session import OnnxModel
+from lowmem.runtime.onnx.model import OnnxModel
 from lowmem.generate.decoding import decode, Tokens
 from lowmem.generate.options import GenerateOptions
 # What every session of the process shares is not this one's: configuration classes, torch's first operation.

@@ -26,18 +26,19 @@ from torch import Tensor
 
 from benchmarks.common import save, table
 from benchmarks.memory import demo_folder
+from lowmem.datasets.texts import head, tail
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.hidden import hidden_states
 from lowmem.longctx.reading import Reader
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import limits_from
 from lowmem.machine.memory_limits import process_bytes
-from lowmem.measure.texts import head, tail
 from lowmem.models.source import read_spec
 from lowmem.planning.cache import BLOCK as PACKED_BLOCK
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
-from lowmem.runtime.isolated import Finished, run_isolated
 from lowmem.runtime.session import Session
 
 WINDOW, SINKS, BLOCK = 1024, 4, 4000

@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks.common import ROOT
 from lowmem.machine.baseline import measure_runtime_bytes
-from lowmem.ui.engine import Engine
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
+from lowmem.ui.service.engine import Engine
 
 DOCS = ROOT.parent / "docs"
 DESKTOP, PHONE, FILM = (1280, 900), (390, 844), (1120, 700)

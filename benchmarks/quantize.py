@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from benchmarks.common import lowmem, merged, save, table
 from benchmarks.dense import dense, original
 from benchmarks.memory import demo_folder
-from lowmem.measure.texts import tail
+from lowmem.datasets.texts import tail
 from lowmem.units import MB, format_bytes
 
 WINDOWS, LENGTH = 14, 512

@@ -20,8 +20,9 @@ from benchmarks.common import median, save, table, text_of
 from benchmarks.memory import demo_folder
 from lowmem.events import Receipt
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.limits import limits_from
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
 

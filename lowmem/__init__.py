@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lowmem.version import __version__
 
 _HOME_OF = {
     "CancelToken": "lowmem.events",
@@ -24,14 +24,14 @@ _HOME_OF = {
     "GenerateOptions": "lowmem.generate.options",
     "Goal": "lowmem.planning.goal",
     "Hardware": "lowmem.machine.hardware",
-    "Limits": "lowmem.planning.goal",
+    "Limits": "lowmem.machine.limits",
     "LowMemError": "lowmem.errors",
     "ModelSpec": "lowmem.models.spec",
     "Plan": "lowmem.planning.plan",
     "Receipt": "lowmem.events",
     "Session": "lowmem.runtime.session",
     "Step": "lowmem.events",
-    "limits_from": "lowmem.planning.goal",
+    "limits_from": "lowmem.machine.limits",
     "plan": "lowmem.planning.planner",
     "probe": "lowmem.machine.hardware",
     "read_spec": "lowmem.models.source",
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
     from lowmem.generate.options import GenerateOptions
     from lowmem.machine.hardware import Hardware, probe
+    from lowmem.machine.limits import Limits, limits_from
     from lowmem.models.source import read_spec
     from lowmem.models.spec import ModelSpec
-    from lowmem.planning.goal import Goal, Limits, limits_from
+    from lowmem.planning.goal import Goal
     from lowmem.planning.plan import Plan
     from lowmem.planning.planner import plan
     from lowmem.runtime.session import Session

@@ -15,21 +15,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem.cli.compare import add_command as add_compare
+from lowmem.cli.export import add_command as add_export
+from lowmem.cli.longctx import add_command as add_longctx
+from lowmem.cli.offload import add_command as add_offload
+from lowmem.cli.quantize import add_command as add_quantize
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import Chunk, Completion, Receipt, Step
-from lowmem.export.command import add_command as add_export
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.command import add_command as add_longctx
 from lowmem.machine.baseline import measure_runtime_bytes
-from lowmem.measure.command import add_command as add_compare
-from lowmem.offload.command import add_command as add_offload
+from lowmem.machine.limits import limits_from
 from lowmem.planning.cache import KV_STORAGES
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.plan import BACKENDS, PRECISIONS, Plan
 from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.planning.planner import plan as make_plan
-from lowmem.quant.command import add_command as add_quantize
 from lowmem.runtime.session import Session
 from lowmem.ui.flags import add_flags
 from lowmem.units import format_bytes, format_seconds, parse_bytes

@@ -33,7 +33,8 @@ from pathlib import Path  # noqa: E402
 import memlimit  # noqa: E402
 import pytest  # noqa: E402
 
-from lowmem.machine.hardware import CPU, Device, Hardware  # noqa: E402
+from lowmem.machine.device import CPU, Device  # noqa: E402
+from lowmem.machine.hardware import Hardware  # noqa: E402
 from lowmem.units import GB, MB  # noqa: E402
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import lowmem
 import lowmem.errors
-from lowmem.ui.translate import SPOKEN, TAG
+from lowmem.ui.i18n.translate import SPOKEN, TAG
 
 PACKAGE = Path(lowmem.__file__).parent
 ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind, type)}
 SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,), "Label": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
-COMMANDS = ("__main__.py", "command.py", "launch.py", "arguments.py", "serving.py")
+COMMANDS = ("__main__.py", "launch.py", "arguments.py", "serving.py")
 """The command line, the endpoints' documentation and model cards speak English; failures may come up in the page, too."""
 
 QUIET_CALLS = {
@@ -55,7 +55,11 @@ def sentences() -> dict[str, list[str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        templates = _of_table(tree) if name == "ui/strings.py" else _of_module(tree, path.name in COMMANDS)
+        templates = (
+            _of_table(tree)
+            if name == "ui/i18n/strings.py"
+            else _of_module(tree, path.name in COMMANDS or name.startswith("cli/"))
+        )
         for template, line in templates:
             found.setdefault(template, []).append(f"{name}:{line}")
         for node in ast.walk(tree):

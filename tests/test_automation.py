@@ -23,10 +23,10 @@ from ui_stub import StubEngine
 from lowmem.errors import MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
-from lowmem.ui.arguments import ARGUMENTS, SPECIAL
-from lowmem.ui.engine import Engine
+from lowmem.ui.api.arguments import ARGUMENTS, SPECIAL
 from lowmem.ui.launch import launch_options, serve
 from lowmem.ui.page import build_ui
+from lowmem.ui.service.engine import Engine
 
 README = Path(__file__).parents[1] / "README.md"
 

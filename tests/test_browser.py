@@ -18,9 +18,9 @@ import pytest
 from ui_stub import StubEngine
 
 from lowmem.settings import settings
+from lowmem.ui.i18n.strings import say
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
-from lowmem.ui.strings import say
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"

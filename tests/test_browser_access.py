@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_browser import Visit, browser, pytestmark, stub_url  # noqa: F401  fixtures, and what marks this file
 
-from lowmem.ui.strings import say
+from lowmem.ui.i18n.strings import say
 
 axe_playwright = pytest.importorskip("axe_playwright_python.sync_playwright")
 

@@ -73,7 +73,7 @@ def test_stop_while_the_first_load_writes_a_graph_then_load_again(
     page.wait_for_selector("#load:not([disabled])", timeout=1000)
     visit.shot("stopped")
     assert _kept_graphs() == []
-    assert not any("lowmem.runtime.isolated" in child.cmdline() for child in psutil.Process().children(recursive=True))
+    assert not any("lowmem.machine.isolated" in child.cmdline() for child in psutil.Process().children(recursive=True))
     page.click("#load")
     page.wait_for_selector("#message textarea", timeout=60_000)
     assert "ONNX Runtime" in page.inner_text("#slim")

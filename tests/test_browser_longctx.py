@@ -12,7 +12,7 @@ from test_browser import Visit, browser, pytestmark  # noqa: F401  a fixture, an
 from test_browser_quantize import url  # noqa: F401  a fixture
 from test_longctx_sources import server  # noqa: F401  a fixture
 
-from lowmem.longctx import sources
+from lowmem.datasets import long_text as sources
 
 STORY = "The river runs to the sea, and the sea does not ask from where. " * 20
 

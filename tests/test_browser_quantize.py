@@ -13,9 +13,9 @@ import toys
 from test_browser import Visit, browser, pytestmark  # noqa: F401  a fixture, and what marks this file
 
 from lowmem.settings import settings
-from lowmem.ui.engine import Engine
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
+from lowmem.ui.service.engine import Engine
 
 
 @pytest.fixture

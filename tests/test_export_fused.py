@@ -18,14 +18,14 @@ from lowmem.errors import BadInput, LowMemError, Unsupported
 from lowmem.events import CancelToken, Receipt
 from lowmem.export import prove
 from lowmem.export.linears import rounding
-from lowmem.export.manifest import DATA, GRAPH, PREFILL, read_manifest
-from lowmem.export.onnx_session import OnnxModel
-from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.source import read_spec
 from lowmem.planning import exported
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import DATA, GRAPH, PREFILL, read_manifest
+from lowmem.runtime.onnx.model import OnnxModel
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3")
 
@@ -230,7 +230,7 @@ def test_a_graph_with_another_tokenizers_prompt_is_refused(folders: dict[str, Pa
 def test_long_prompts_are_read_in_pieces_and_stop_is_heard(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem.export import onnx_session
+    from lowmem.runtime.onnx import model as onnx_session
 
     monkeypatch.setattr(onnx_session, "LARGEST_PIECE", 32)
     graph, ids = OnnxModel(folders["llama"]), torch.tensor([toys.prompt(100)])

@@ -17,16 +17,16 @@ import transformers
 from lowmem.errors import DiskFull, MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt
 from lowmem.export import lazy, segments, tensorrt
-from lowmem.export.manifest import GRAPH, read_manifest
-from lowmem.export.onnx_session import OnnxModel, open_session
-from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
 from lowmem.export.run import export_isolated, forecast, race
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
-from lowmem.ui import export_render
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import GRAPH, read_manifest
+from lowmem.runtime.onnx.model import OnnxModel, open_session
+from lowmem.ui.html import export as export_render
 from lowmem.units import GB, MB
 
 

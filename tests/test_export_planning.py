@@ -13,20 +13,21 @@ import toys
 
 from lowmem.errors import BadInput, Cancelled, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
-from lowmem.export.manifest import DATA
-from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.limits import Limits, detected_limits
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning import exported, planner
-from lowmem.planning.estimate import priced
-from lowmem.planning.goal import Goal, Limits, detected_limits
+from lowmem.planning.budgets import priced
+from lowmem.planning.goal import Goal
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.ladder import fewer_bits, quantized_kv
 from lowmem.planning.placement import all_at_home
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
-from lowmem.runtime import onnx_loader
+from lowmem.runtime.onnx import loader as onnx_loader
+from lowmem.runtime.onnx.manifest import DATA
 from lowmem.runtime.session import Session
 from lowmem.settings import settings
 from lowmem.units import MB

@@ -23,15 +23,16 @@ from lowmem.errors import BadInput, CorruptModel, DiskFull, LowMemError, OutOfMe
 from lowmem.events import Receipt
 from lowmem.export import generic, pipeline
 from lowmem.export.graph import WeightFile
-from lowmem.export.manifest import DATA, GRAPH, MANIFEST, PREFILL, read_manifest
-from lowmem.export.onnx_session import OnnxModel, open_session
-from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
 from lowmem.export.run import export_isolated
+from lowmem.machine.limits import limits_from
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.ladder import lower_load
 from lowmem.planning.planner import plan
+from lowmem.runtime.onnx.manifest import DATA, GRAPH, MANIFEST, PREFILL, read_manifest
+from lowmem.runtime.onnx.model import OnnxModel, open_session
 from lowmem.runtime.session import Session
 
 Act = Callable[[], object]

@@ -11,8 +11,9 @@ from transformers import DynamicCache, MambaConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem.errors import Unsupported
-from lowmem.generate.kv import DummyLayer, FullLayer, make_cache
-from lowmem.longctx.packed_layer import PackedLayer
+from lowmem.generate.cache.factory import make_cache
+from lowmem.generate.cache.full import DummyLayer, FullLayer
+from lowmem.generate.cache.packed import PackedLayer
 
 HEADS, WIDTH = 2, 16
 

@@ -10,12 +10,12 @@ import torch
 import toys
 
 from lowmem.events import CancelToken
-from lowmem.export.onnx_session import OnnxModel
-from lowmem.export.options import ExportOptions
 from lowmem.export.pipeline import export_model
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.lookahead import CLOSE, Guesser, certain
 from lowmem.generate.options import GenerateOptions
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.model import OnnxModel
 
 
 def written(model: Any, prompt: list[int], eos: frozenset[int] = frozenset(), **options: Any) -> tuple[list[Any], int]:

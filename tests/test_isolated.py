@@ -18,9 +18,9 @@ import pytest
 
 from lowmem.errors import BadInput, Cancelled, DiskFull, OutOfMemory
 from lowmem.events import CancelToken, Step
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import Limits
 from lowmem.machine.monitor import PeakMeter
-from lowmem.planning.goal import Limits
-from lowmem.runtime.isolated import Finished, run_isolated
 from lowmem.units import MB
 
 
@@ -150,7 +150,7 @@ def test_whoever_stops_listening_ends_the_child(tmp_path):
 
 def test_the_child_does_not_outlive_its_parent(tmp_path):
     code = (
-        "from lowmem.runtime.isolated import run_isolated\n"
+        "from lowmem.machine.isolated import run_isolated\n"
         f"for _ in run_isolated('{__name__}:hanging', {{'pid_file': {str(tmp_path / 'pid')!r}}}): print('on', flush=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -210,7 +210,7 @@ def bad_input() -> Iterator[Step]:
 
 
 def test_the_parent_needs_no_torch():
-    code = "import sys, lowmem.runtime.isolated, lowmem.measure.compare, lowmem.measure.command, lowmem.measure.plots\n"
+    code = "import sys, lowmem.machine.isolated, lowmem.measure.compare, lowmem.cli.compare, lowmem.plots.variants\n"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout.split() == ["False", "False"], done.stderr

@@ -14,11 +14,11 @@ from toys import prompt, save_toy, toy
 from transformers import DynamicCache
 
 from lowmem.events import Completion
+from lowmem.generate.cache import policy
+from lowmem.generate.cache.block import BlockLayer, pack, quantize, unpack
+from lowmem.generate.cache.packed import PackedLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
-from lowmem.longctx import policy
-from lowmem.longctx.kv_quant import BlockLayer, pack, quantize, unpack
-from lowmem.longctx.packed_layer import PackedLayer
 from lowmem.offload.run import Where, plan_for, run
 from lowmem.planning.cache import BLOCK, block_bytes
 from lowmem.planning.goal import Goal

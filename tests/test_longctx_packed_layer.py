@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.longctx.kv_quant import Unfolded
-from lowmem.longctx.packed_layer import PackedLayer
+from lowmem.generate.cache.block import Unfolded
+from lowmem.generate.cache.packed import PackedLayer
 from lowmem.planning.cache import BLOCK, EXACT_FIRST
 
 HEADS, WIDTH, CAPACITY = 2, 16, 300

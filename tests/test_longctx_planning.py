@@ -8,15 +8,16 @@ from conftest import machine
 from test_longctx_sinks import GREEDY
 from toys import prompt, save_toy, toy
 
+from lowmem.generate.cache import policy
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx import policy
-from lowmem.longctx.limits import context_of
+from lowmem.generate.window_limits import context_of
 from lowmem.longctx.pricing import sliding_plan
+from lowmem.machine.limits import limits_from
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
+from lowmem.planning.budgets import priced
 from lowmem.planning.cache import kv_bytes
-from lowmem.planning.estimate import priced
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 
 

@@ -9,14 +9,15 @@ import torch
 from test_longctx_sinks import GREEDY
 from toys import prompt, tokenizer, toy
 
+from lowmem.datasets.texts import tail
 from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken
 from lowmem.longctx import actions
 from lowmem.longctx.needle import Recall, recall
 from lowmem.longctx.reading import Reader, stored_bytes
-from lowmem.measure.texts import tail
+from lowmem.machine.limits import limits_from
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
 

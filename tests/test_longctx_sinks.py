@@ -15,11 +15,11 @@ from transformers import DynamicCache
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Step
+from lowmem.generate.cache import policy
+from lowmem.generate.cache.rotary import key_turns, paired
+from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx import policy
-from lowmem.longctx.rotation import key_turns, paired
-from lowmem.longctx.sinks import WindowCache
 
 GREEDY = GenerateOptions(max_new_tokens=40, greedy=True)
 ROTARY = ("llama", "qwen2", "qwen3", "gemma", "phi", "phi3")

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lowmem.datasets import long_text as sources
+from lowmem.datasets.long_text import fetched, long_text, plain
 from lowmem.errors import BadInput, Cancelled, LowMemError, Offline
 from lowmem.events import CancelToken
-from lowmem.longctx import sources
-from lowmem.longctx.sources import fetched, long_text, plain
 
 PAGE = "<html><head><title>x</title></head><script>bad()</script><p>Caf&eacute;</p><p>au<b>l</b>ait</p>"
 ANSWERS: dict[str, tuple[int, dict[str, str], bytes]] = {

@@ -12,15 +12,15 @@ import torch
 from toys import save_toy
 
 from lowmem.__main__ import main
+from lowmem.datasets.long_text import MOST_CHARACTERS, long_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.curve import Curve
 from lowmem.longctx.exercise import Point, exercise, ways
 from lowmem.longctx.options import ExerciseOptions
-from lowmem.longctx.plots import perplexity_sheet, picture, to_csv
-from lowmem.longctx.sources import MOST_CHARACTERS, long_text
-from lowmem.measure.drawing import Line, to_svg
 from lowmem.measure.scoring import Slab
+from lowmem.plots.drawing import Line, to_svg
+from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
 
 
 def test_the_first_source_that_is_given_is_taken(tmp_path: Path) -> None:

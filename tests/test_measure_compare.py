@@ -22,15 +22,16 @@ from lowmem.__main__ import main
 from lowmem.errors import BadInput, Cancelled, OutOfMemory
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.machine.isolated import Finished
 from lowmem.measure import compare as compare_module
-from lowmem.measure import job, plots
+from lowmem.measure import job
 from lowmem.measure.compare import compare
-from lowmem.measure.drawing import to_png, to_svg
 from lowmem.measure.options import MeasureOptions
-from lowmem.measure.plots import picture
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.measure.variants import Variant, parse_variant, parse_variants
-from lowmem.runtime.isolated import Finished
+from lowmem.plots import variants as plots
+from lowmem.plots.drawing import to_png, to_svg
+from lowmem.plots.variants import picture
 from lowmem.settings import settings
 from lowmem.units import MB
 
@@ -59,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime's own memory is measured by a child of several seconds; the default will do here."""
-    monkeypatch.setattr("lowmem.measure.command.measure_runtime_bytes", lambda: 0)
+    monkeypatch.setattr("lowmem.cli.compare.measure_runtime_bytes", lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_remains_of_a_killed_comparison_are_removed(folder, jobs):
 
 
 def test_calibrated_methods_on_their_own_calibration_text_are_marked(folder, jobs, tmp_path):
-    from lowmem.measure.texts import head
+    from lowmem.datasets.texts import head
 
     (tmp_path / "same.txt").write_text(head().text[:20_000])
     *_, receipt = compare(folder, parse_variants("awq"), tmp_path / "same.txt", options=QUICK)

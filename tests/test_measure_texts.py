@@ -12,9 +12,9 @@ from dataclasses import replace
 import fake_hub
 import pytest
 
+from lowmem.datasets import hub_texts, texts
+from lowmem.datasets.texts import head, overlap, tail
 from lowmem.errors import BadInput, CorruptModel, Offline
-from lowmem.measure import hub_texts, texts
-from lowmem.measure.texts import head, overlap, tail
 
 
 def test_the_manual_is_split_for_calibration_and_evaluation():

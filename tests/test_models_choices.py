@@ -9,8 +9,8 @@ from lowmem.errors import LowMemError
 from lowmem.models import choices
 from lowmem.models.catalog import CATALOG
 from lowmem.settings import settings
-from lowmem.ui.access import Access
-from lowmem.ui.engine import Choice, Engine
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.engine import Choice, Engine
 
 
 def refs() -> list[str]:

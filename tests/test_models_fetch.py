@@ -13,6 +13,7 @@ import fake_hub
 import pytest
 from fake_hub import COMMIT, FakeHub
 
+from lowmem import background
 from lowmem.errors import (
     Cancelled,
     CorruptModel,
@@ -25,7 +26,7 @@ from lowmem.errors import (
     UnsafeModel,
 )
 from lowmem.events import CancelToken, Step
-from lowmem.models import background, catalog, demo, download
+from lowmem.models import catalog, demo, download
 from lowmem.models.fetch import download_size, fetch
 from lowmem.models.source import is_local, local_folder, local_models, read_spec
 from lowmem.models.synthetic import write_random_model

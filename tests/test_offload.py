@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowmem.errors import BadInput, CorruptModel, ModelNotFound
-from lowmem.offload import layers
-from lowmem.offload.attach import Offloaded, apply
-from lowmem.offload.transfer import Host, OnDevice
-from lowmem.planning.placement import PAGE, Placement, chosen, spread
+from lowmem.kernels import stored_layers as layers
+from lowmem.machine.direct_io import PAGE
+from lowmem.planning.placement import Placement, chosen, spread
+from lowmem.runtime.streaming.attach import Offloaded, apply
+from lowmem.runtime.streaming.transfer import Host, OnDevice
 
 DISK = Placement(("disk", "disk"))
 PROMPT = torch.tensor([toys.prompt(24)])

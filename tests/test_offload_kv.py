@@ -11,12 +11,13 @@ from conftest import machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowmem.events import CancelToken
+from lowmem.generate.cache.cpu_offload import RamLayer, Shuttle
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.hardware import Device
+from lowmem.machine.device import Device
+from lowmem.machine.limits import Limits
 from lowmem.models.catalog import synthetic
-from lowmem.offload.kv_offload import RamLayer, Shuttle
-from lowmem.planning.goal import Goal, Limits
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 
 

@@ -22,11 +22,11 @@ from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.models.synthetic import write_random_gptq
-from lowmem.offload.attach import Offloaded, apply
 from lowmem.offload.run import Where, job, plan_for, run, where
 from lowmem.planning.goal import Goal
 from lowmem.planning.placement import Placement
 from lowmem.runtime.session import Session
+from lowmem.runtime.streaming.attach import Offloaded, apply
 from lowmem.units import MB
 
 OPTIONS = GenerateOptions(max_new_tokens=3, greedy=True)

@@ -18,18 +18,20 @@ from lowmem.errors import DiskFull
 from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
+from lowmem.machine.direct_io import Shard
+from lowmem.machine.limits import Limits
 from lowmem.models.catalog import synthetic
 from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.models.source import read_spec
-from lowmem.offload import blocks, probes, reference
+from lowmem.offload import probes, reference
 from lowmem.offload.planned import placed
 from lowmem.offload.predict import predict, weights
 from lowmem.offload.run import Where, job, measure, plan_for, run
-from lowmem.offload.shards import Shard
-from lowmem.planning.goal import Goal, Limits
+from lowmem.planning.goal import Goal
 from lowmem.planning.placement import Placement
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
+from lowmem.runtime.streaming import blocks
 
 OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
 

@@ -14,19 +14,20 @@ import toys
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowmem.cli import offload as command
 from lowmem.errors import BadInput, CorruptModel, DoesNotFit
 from lowmem.events import Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
+from lowmem.machine.limits import Limits
 from lowmem.models.source import read_spec
-from lowmem.offload import command
 from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.run import Where, plan_for, run
-from lowmem.planning.goal import Goal, Limits
+from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import offload
+from lowmem.planning.offloading import smallest
 from lowmem.planning.placement import Placement
 from lowmem.planning.plan import Plan
-from lowmem.planning.streaming import smallest
 from lowmem.runtime.session import Session
 
 OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)

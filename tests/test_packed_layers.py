@@ -12,15 +12,15 @@ from packed_toys import Recipe
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
+from lowmem.kernels import gptqmodel_kernel, nbits_linear
+from lowmem.kernels.grid import Quantized
+from lowmem.kernels.int8_fine import FineInt8Linear
+from lowmem.kernels.int8_linear import Int8Linear, largest_code, quantize_rows
+from lowmem.kernels.nbits_linear import NBitsLinear
+from lowmem.kernels.packed_linear import PackedLinear, check_shapes, packed_linear
 from lowmem.models.quantization import Quantization
 from lowmem.planning import packed
 from lowmem.planning.packed import SESSION_BYTES, block_size, cpu_kernel, packed_bytes
-from lowmem.quant import gptqmodel_kernel, nbits_linear
-from lowmem.quant.grid import Quantized
-from lowmem.quant.int8_fine import FineInt8Linear
-from lowmem.quant.int8_linear import Int8Linear, largest_code, quantize_rows
-from lowmem.quant.nbits_linear import NBitsLinear
-from lowmem.quant.packed_linear import PackedLinear, check_shapes, packed_linear
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -57,7 +57,7 @@ def plain(
     recipe: Recipe, weight: Quantized, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """The layer that GPUs run, in `dtype` on the CPU, read from the stored parts."""
-    from lowmem.quant.packed_linear import read
+    from lowmem.kernels.packed_linear import read
 
     parts = packed_toys.parts_of(weight, recipe)
     return PackedLinear(read(stored_as(recipe), "layer", parts), recipe.group, bias, CPU, dtype)
@@ -237,7 +237,7 @@ class Kernel(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def post_init(self) -> None:
-        from lowmem.quant.packing import from_gptq
+        from lowmem.kernels.packing import from_gptq
 
         self.dense = from_gptq(dict(self.named_buffers()), self.bits, v2=True).dequantize() + self.shift
 

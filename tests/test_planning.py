@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from lowmem.errors import BadInput
+from lowmem.machine.limits import detected_limits, limits_from
 from lowmem.models.catalog import CATALOG, find, synthetic
 from lowmem.planning import exported
+from lowmem.planning.budgets import priced
 from lowmem.planning.cache import kv_bytes
-from lowmem.planning.estimate import priced, weight_bytes
-from lowmem.planning.goal import Goal, detected_limits, limits_from
+from lowmem.planning.estimate import weight_bytes
+from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import LADDER, descend, next_rung, remedies
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import toys
 
+from lowmem.datasets import texts
 from lowmem.errors import BadInput, Offline
-from lowmem.measure import texts
 from lowmem.quant.calibration import Calibration, overlap_warning, token_samples
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.quant.command.measure_runtime_bytes", lambda: 0)
+    monkeypatch.setattr("lowmem.cli.quantize.measure_runtime_bytes", lambda: 0)
 
 
 def test_json_is_the_receipt_and_nothing_else(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_interrupting_says_stopped(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem.quant.command.quantize", interrupted)
+    monkeypatch.setattr("lowmem.cli.quantize.quantize", interrupted)
     assert main(["quantize", folder, str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "Stopped.\n"
 

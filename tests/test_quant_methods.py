@@ -12,11 +12,12 @@ import torch
 from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken
 from lowmem.fields import build
-from lowmem.quant import METHODS, get, gptq_solver, usable
+from lowmem.kernels.grid import Quantized, fit, fit_closely, nearest, refit, squared_error
+from lowmem.quant import METHODS, get, usable
 from lowmem.quant import moments as moments_module
 from lowmem.quant.balance import channel_factors
 from lowmem.quant.base import BITS
-from lowmem.quant.grid import Quantized, fit, fit_closely, nearest, refit, squared_error
+from lowmem.quant.methods import gptq_solver
 from lowmem.quant.moments import Moments
 
 GRID = [name for name in METHODS if name not in ("int8_dynamic", "bnb")]

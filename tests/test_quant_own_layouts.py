@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from lowmem.errors import BadInput, CorruptModel, Unsupported
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
+from lowmem.kernels import packed_linear
+from lowmem.kernels.packed_linear import PackedLinear
+from lowmem.machine.limits import limits_from
 from lowmem.models.source import read_spec
 from lowmem.planning.estimate import weight_bytes
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import storage_refusal
-from lowmem.quant import get, packed_linear
+from lowmem.quant import get
 from lowmem.quant.calibration import Calibration
-from lowmem.quant.packed_linear import PackedLinear
 from lowmem.quant.pipeline import quantize_model
 from lowmem.runtime.loader import load
 
@@ -122,11 +124,11 @@ def test_int8_runs_from_its_codes_where_there_is_no_kernel(
 def test_codes_of_a_processor_with_wider_products_are_rounded_again(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowmem.quant.int8_linear.largest_code", lambda: 127)
+    monkeypatch.setattr("lowmem.kernels.int8_linear.largest_code", lambda: 127)
     quantize(folders["llama"], tmp_path / "out", INT8)
     wide = loaded(tmp_path / "out")(IDS).logits
-    monkeypatch.setattr("lowmem.quant.int8_linear.largest_code", lambda: 63)
-    monkeypatch.setattr("lowmem.quant.packed_linear.largest_code", lambda: 63)
+    monkeypatch.setattr("lowmem.kernels.int8_linear.largest_code", lambda: 63)
+    monkeypatch.setattr("lowmem.kernels.packed_linear.largest_code", lambda: 63)
     again = loaded(tmp_path / "out")(IDS).logits
     assert torch.nn.functional.cosine_similarity(wide, again, dim=-1).min() > 0.95
 

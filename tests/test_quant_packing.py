@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem.quant.grid import Quantized, consecutive, largest_code
-from lowmem.quant.packing import (
+from lowmem.kernels.grid import Quantized, consecutive, largest_code
+from lowmem.kernels.packing import (
     AWQ_ORDER,
     awq_to_gptq,
     from_awq,

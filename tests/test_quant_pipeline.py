@@ -18,11 +18,11 @@ from filelock import FileLock
 from lowmem.errors import BadInput, Cancelled, CorruptModel, DiskFull, DoesNotFit, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
+from lowmem.kernels.packing import from_awq, from_gptq
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.quant import METHODS, get, job, shards
 from lowmem.quant.calibration import Calibration, token_samples
-from lowmem.quant.packing import from_awq, from_gptq
 from lowmem.quant.pipeline import quantize_model
 
 FEW = Calibration(samples=3, length=32)

@@ -15,9 +15,10 @@ import toys
 from lowmem.errors import BadInput, Cancelled, CorruptModel, DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.limits import Limits, limits_from
 from lowmem.models.source import read_spec
-from lowmem.planning.estimate import priced
-from lowmem.planning.goal import Goal, Limits, limits_from
+from lowmem.planning.budgets import priced
+from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.runtime import loader

@@ -11,8 +11,8 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, LowMemError, NotAllowed
 from lowmem.events import CancelToken
 from lowmem.models.stored import stored
-from lowmem.ui.access import Access
-from lowmem.ui.engine import Choice
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.engine import Choice
 
 
 @pytest.fixture

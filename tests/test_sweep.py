@@ -19,21 +19,21 @@ import pytest
 import toys
 
 from lowmem.__main__ import main
+from lowmem.datasets.texts import tail
 from lowmem.errors import BadInput, Cancelled, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.hardware import probe
+from lowmem.machine.isolated import Finished
+from lowmem.machine.limits import Limits
 from lowmem.measure import compare as compare_module
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
-from lowmem.measure.texts import tail
 from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
 from lowmem.planning.estimate import weight_bytes
-from lowmem.planning.goal import Limits
 from lowmem.quant import METHODS, get
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.pipeline import quantize_model
-from lowmem.runtime.isolated import Finished
 from lowmem.settings import settings
 from lowmem.sweep.forecast import peaks, quantized
 from lowmem.sweep.grid import MOST_CELLS, Grid, make_grid, read_grid
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.sweep.command.measure_runtime_bytes", lambda: 0)
+    monkeypatch.setattr("lowmem.cli.compare.measure_runtime_bytes", lambda: 0)
 
 
 def grid_of(folder: str, **changes: object) -> Grid:

@@ -7,13 +7,13 @@ import pytest
 from sentences import sentences
 from ui_stub import StubEngine
 
-from lowmem.ui import render_learn
-from lowmem.ui.edge import Page, translated
-from lowmem.ui.engine import Choice
+from lowmem.ui.html import learn as render_learn
+from lowmem.ui.html.lessons import LESSONS
+from lowmem.ui.i18n.edge import Page, translated
+from lowmem.ui.i18n.translate import SOURCE, Catalogue, entries, holes, languages, preferred, translate_html
 from lowmem.ui.launch import launch_options
-from lowmem.ui.lessons import LESSONS
 from lowmem.ui.page import build_ui
-from lowmem.ui.translate import SOURCE, Catalogue, entries, holes, languages, preferred, translate_html
+from lowmem.ui.service.engine import Choice
 
 OTHERS = [language for language in languages() if language != SOURCE]
 
@@ -24,7 +24,7 @@ def test_every_sentence_is_translated(language: str) -> None:
     missing = [
         f"{template!r} at {', '.join(places)}" for template, places in sentences().items() if template not in known
     ]
-    assert not missing, f"add to lowmem/ui/translations/{language}:\n" + "\n".join(missing)
+    assert not missing, f"add to lowmem/ui/i18n/translations/{language}:\n" + "\n".join(missing)
 
 
 @pytest.mark.parametrize("language", OTHERS)

@@ -20,13 +20,14 @@ from lowmem.errors import BadInput, Cancelled, DoesNotFit
 from lowmem.events import CancelToken, Chunk, Completion, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.settings import settings
-from lowmem.ui import prompts, render
-from lowmem.ui.bind import Jobs, explain, pump
-from lowmem.ui.chat import conversation
-from lowmem.ui.engine import Choice
-from lowmem.ui.fields import read
+from lowmem.ui.html import plan as render
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
+from lowmem.ui.parts.bind import Jobs, explain, pump
+from lowmem.ui.parts.fields import read
+from lowmem.ui.service.engine import Choice
+from lowmem.ui.tabs import prompts
+from lowmem.ui.tabs.chat import conversation
 
 ENDPOINTS = {
     "/plan",

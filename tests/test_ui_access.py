@@ -15,12 +15,12 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.generate.options import GenerateOptions
-from lowmem.ui import limits
-from lowmem.ui.access import ENDLESS, MOST_TOKENS, Access
 from lowmem.ui.launch import launch_options, serve
-from lowmem.ui.limits import MOST_BODY_BYTES, RULES, Counter, Rule, VisitorLimits
 from lowmem.ui.page import build_ui
-from lowmem.ui.workshop import Workshop
+from lowmem.ui.service import rate_limits as limits
+from lowmem.ui.service.access import ENDLESS, MOST_TOKENS, Access
+from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.service.rate_limits import MOST_BODY_BYTES, RULES, Counter, Rule, VisitorLimits
 
 VISITOR, OWNER = ("ada", "secret"), ("owner", "own secret")
 TIGHT = ("Qwen/Qwen2.5-7B-Instruct", "auto", 512, "auto", "same", "1G", "")

@@ -13,16 +13,16 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
-from lowmem.export.options import ExportOptions
 from lowmem.export.run import export_isolated, forecast, output_folder, race
-from lowmem.measure.drawing import to_svg
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.plots.drawing import to_svg
 from lowmem.settings import settings
-from lowmem.ui import export_render
-from lowmem.ui.bind import Jobs
-from lowmem.ui.export import ExportTab, _own_result
+from lowmem.ui.html import export as export_render
 from lowmem.ui.page import build_ui
+from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.tabs.export import ExportTab, _own_result
 from lowmem.units import GB, MB
 
 DEMO = find("demo").spec()
@@ -108,8 +108,8 @@ def test_pricing_explains_a_bad_choice() -> None:
 
 
 def _tab() -> ExportTab:
-    from lowmem.ui.sidebar import Sidebar
-    from lowmem.ui.workshop import Workshop
+    from lowmem.ui.parts.sidebar import Sidebar
+    from lowmem.ui.service.quantizing import Workshop
 
     engine, jobs = StubEngine(), Jobs()
     sidebar = Sidebar(engine, None)

@@ -16,19 +16,20 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.exercise import Point
+from lowmem.machine.limits import limits_from
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
-from lowmem.ui import render_longctx
-from lowmem.ui.access import Access
-from lowmem.ui.bind import Jobs
-from lowmem.ui.engine import Engine
+from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.launch import launch_options
-from lowmem.ui.longctx import LongContextTab
-from lowmem.ui.longctx_measuring import layer_list
 from lowmem.ui.page import build_ui
-from lowmem.ui.sidebar import Sidebar
+from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.engine import Engine
+from lowmem.ui.tabs.longctx import LongContextTab
+from lowmem.ui.tabs.longctx_measuring import layer_list
 
 TEXT = "The river runs to the sea. " * 40
 OPTIONS = (64, 4, 0.7, 1.0, "same")

@@ -16,15 +16,15 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import CancelToken, Receipt
 from lowmem.machine import bandwidth
-from lowmem.ui import render_offload
-from lowmem.ui.access import Access
-from lowmem.ui.bind import Jobs
-from lowmem.ui.depot import Ask, Depot
-from lowmem.ui.engine import Engine
+from lowmem.ui.html import offload as render_offload
 from lowmem.ui.launch import launch_options
-from lowmem.ui.offload import OffloadTab
 from lowmem.ui.page import build_ui
-from lowmem.ui.sidebar import Sidebar
+from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.engine import Engine
+from lowmem.ui.service.offloading import Ask, Depot
+from lowmem.ui.tabs.offload import OffloadTab
 
 PROMPT = "An old map"
 

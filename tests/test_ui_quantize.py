@@ -17,17 +17,17 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.measure.rows import Row
+from lowmem.plots.weights import by_block, losses
 from lowmem.quant import METHODS, get
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.forecast import forecast, remember
-from lowmem.quant.pictures import by_block, losses
 from lowmem.settings import settings
-from lowmem.ui import render_quantize
-from lowmem.ui.access import Access
+from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
-from lowmem.ui.quantize_form import _bits, _groups
-from lowmem.ui.workshop import Ask, Workshop
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.quantizing import Ask, Workshop
+from lowmem.ui.tabs.quantize_form import _bits, _groups
 from lowmem.units import GB, MB
 
 DETAILS = {

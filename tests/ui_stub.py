@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lowmem.errors import DoesNotFit
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.hardware import CPU, Device, Hardware
+from lowmem.machine.device import CPU, Device
+from lowmem.machine.hardware import Hardware
 from lowmem.machine.monitor import Snapshot
 from lowmem.models.catalog import find
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.plan import Plan
-from lowmem.ui.access import Access
-from lowmem.ui.engine import Engine
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.engine import Engine
 from lowmem.units import GB, MB
 
 TEXT = (
@@ -76,7 +77,7 @@ class StubSession:
         return receipt
 
     def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
-        from lowmem.planning.estimate import priced
+        from lowmem.planning.budgets import priced
 
         assert self.plan is not None
         return priced(

@@ -15,11 +15,11 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 from lowmem.events import CancelToken
 from lowmem.export.graph import Graph, WeightFile
 from lowmem.export.linears import Blocks, Dynamic, Linear, rounding
-from lowmem.export.manifest import DATA
-from lowmem.export.options import ExportOptions
 from lowmem.export.weights import Matrix
+from lowmem.kernels.int8_linear import largest_code
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
-from lowmem.quant.int8_linear import largest_code
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import DATA
 
 
 def convert(path: Path, options: ExportOptions, cancel: CancelToken) -> None:

@@ -13,16 +13,16 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.fused import FusedDecoder, Ways
 from lowmem.export.graph import Graph, WeightFile
 from lowmem.export.linears import Blocks, Dense, Dynamic, rounding
-from lowmem.export.manifest import DATA, GRAPH, PREFILL
-from lowmem.export.options import ExportOptions
 from lowmem.export.weights import Source
+from lowmem.kernels.int8_linear import largest_code
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.describe import CONFIG
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
-from lowmem.quant.int8_linear import largest_code
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.quant.skeleton import empty_model
+from lowmem.runtime.onnx.manifest import DATA, GRAPH, PREFILL
 
 
 def write_decoder(

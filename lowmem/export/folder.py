@@ -7,8 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from lowmem.export.manifest import GRAPH, Manifest
 from lowmem.models.describe import COMPANIONS, CONFIG
+from lowmem.runtime.onnx.manifest import GRAPH, Manifest
 from lowmem.units import format_bytes
 
 log = logging.getLogger("lowmem.export")
@@ -77,16 +77,6 @@ if __name__ == "__main__":
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 32
     print(generate(sys.argv[1] if len(sys.argv) > 1 else "Once upon a time", count))
 '''
-
-
-def unfinished(out: Path) -> Path:
-    """What `out` is called until it is complete and proven."""
-    return out.with_name(f"{out.name}.part")
-
-
-def discard(out: Path) -> None:
-    """Delete what is left of an export into `out` whose process was ended."""
-    shutil.rmtree(unfinished(out), ignore_errors=True)
 
 
 def write_companions(source: Path, folder: Path) -> None:

@@ -20,10 +20,10 @@ import torch
 from lowmem.events import CancelToken, Step
 from lowmem.export.graph import Graph
 from lowmem.export.linears import Blocks, Linear
-from lowmem.export.manifest import KEEP
 from lowmem.export.weights import Matrix, Source
 from lowmem.models.blocks import Layout
 from lowmem.planning.exported import FAMILIES
+from lowmem.runtime.onnx.manifest import KEEP
 
 EVERYTHING = 2**31 - 1
 

@@ -24,11 +24,11 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
 from lowmem.export.lazy import LazyModel, put, unfolded
-from lowmem.export.manifest import DATA, GRAPH
-from lowmem.export.options import ExportOptions
+from lowmem.machine.oom import is_out_of_memory
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.config import is_encoder
-from lowmem.runtime.oom import is_out_of_memory
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import DATA, GRAPH
 
 log = logging.getLogger("lowmem.export")
 

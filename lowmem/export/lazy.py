@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.matching import match_names, tied_parameters
 from lowmem.quant.skeleton import empty_model
-from lowmem.runtime.matching import match_names, tied_parameters
 
 Reader = Callable[[], Tensor]
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 from lowmem.events import CancelToken
 from lowmem.export.graph import Graph
 from lowmem.export.weights import Matrix
-from lowmem.quant.grid import Choice, Quantized, fit, fit_closely, nearest, quantize_rows
-from lowmem.quant.int8_linear import quantize_rows as quantize_int8
+from lowmem.kernels.grid import Choice, Quantized, fit, fit_closely, nearest, quantize_rows
+from lowmem.kernels.int8_linear import quantize_rows as quantize_int8
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
 """Inputs that share a scale inside MatMulNBits: powers of two."""

@@ -21,8 +21,8 @@ from transformers import AutoConfig
 from lowmem.errors import LowMemError
 from lowmem.events import Step
 from lowmem.export.generic import quiet
-from lowmem.export.manifest import GRAPH
-from lowmem.export.onnx_session import open_session
+from lowmem.runtime.onnx.manifest import GRAPH
+from lowmem.runtime.onnx.model import open_session
 
 log = logging.getLogger("lowmem.export")
 

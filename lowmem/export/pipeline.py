@@ -15,16 +15,16 @@ from transformers import AutoConfig
 from lowmem.errors import BadInput, DiskFull, DoesNotFit, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
-from lowmem.export.folder import discard, graph_files, unfinished, write_card, write_companions, write_program
-from lowmem.export.manifest import PREFILL, Manifest
-from lowmem.export.options import ExportOptions
+from lowmem.export.folder import graph_files, write_card, write_companions, write_program
+from lowmem.kernels.int8_linear import largest_code
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.models.config import is_encoder
 from lowmem.models.source import read_spec, record
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
-from lowmem.quant.int8_linear import largest_code
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import PREFILL, Manifest, discard, unfinished
 from lowmem.units import format_bytes
 
 FAILED = "failed"
@@ -271,7 +271,7 @@ def _snippet(ref: str, options: ExportOptions) -> str:
     return (
         "from pathlib import Path\n"
         "import lowmem\n"
-        "from lowmem.export.options import ExportOptions\n"
+        "from lowmem.planning.graph_options import ExportOptions\n"
         "from lowmem.export.pipeline import export_model\n"
         "from lowmem.models.fetch import fetch\n\n"
         f"*_, = fetch({ref!r})\n"

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowmem.datasets.texts import tail
 from lowmem.events import CancelToken, Step
-from lowmem.export.manifest import GRAPH
-from lowmem.export.onnx_session import OnnxModel, open_session
 from lowmem.export.reference import streamed_model
-from lowmem.measure.texts import tail
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
 from lowmem.planning.exported import PROOF_ROWS, proof_windows
+from lowmem.runtime.onnx.manifest import GRAPH
+from lowmem.runtime.onnx.model import OnnxModel, open_session
 
 EXACT = 1e-3
 """Largest difference of a logit that fp32 may show."""

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from lowmem.datasets.texts import tail
 from lowmem.events import Receipt, Step
-from lowmem.export.manifest import GRAPH, read_manifest
-from lowmem.export.onnx_session import open_session
 from lowmem.export.run import RACE_NEW, RACE_PROMPTS, RACE_RUNS
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.hardware import probe
-from lowmem.measure.texts import tail
+from lowmem.machine.limits import limits_from
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
+from lowmem.runtime.onnx.manifest import GRAPH, read_manifest
+from lowmem.runtime.onnx.model import open_session
 from lowmem.runtime.session import Session
 
 

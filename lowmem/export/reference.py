@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lowmem.kernels.packed_linear import read
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.quantization import Quantization
-from lowmem.quant.packed_linear import read
 from lowmem.quant.skeleton import empty_model
-from lowmem.runtime.matching import by_module, match_names, tied_parameters
 
 
 def streamed_model(folder: Path, checkpoint: Checkpoint, stored: Quantization | None) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.export.folder import discard
-from lowmem.export.options import ExportOptions
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import Limits
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
-from lowmem.planning.goal import Limits
-from lowmem.runtime.isolated import Finished, run_isolated
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import discard
 from lowmem.settings import settings
 from lowmem.units import format_bytes
 
@@ -110,7 +110,7 @@ def export_isolated(
     arguments = {"ref": ref, "out": str(out), "options": dict(options), "ram": ram_limit, "allow_paths": allow_paths}
     limits = None if ram_limit is None else Limits(ram_limit)
     try:
-        for event in run_isolated("lowmem.export.run:job", arguments, cancel, limits):
+        for event in run_isolated("export", arguments, cancel, limits):
             yield _receipt(event, out) if isinstance(event, Finished) else event
     finally:
         discard(out)  # Stop is a kill, which leaves the child no time to
@@ -127,13 +127,25 @@ def job(
     ref: str, out: str, options: Mapping[str, Any], ram: int | None = None, allow_paths: bool = True
 ) -> Generator[Step, None, dict[str, Any]]:
     """The child's part: fetch `ref` where it must be, export it, return the receipt as a dict."""
-    from lowmem.export.command import export
-
     for event in export(ref, Path(out), ExportOptions(**options), ram, allow_paths):
         if isinstance(event, Receipt):
             return event.as_dict()
         yield event
     raise RuntimeError("an action ended without a receipt")
+
+
+def graph_job(
+    folder: str, out: str, options: dict[str, object], ref: str, ram: int | None = None
+) -> Generator[Step, None, dict[str, object]]:
+    """The child's part of a graph that the runtime wants: `folder` is there already; returns the receipt as a dict."""
+    from lowmem.export.pipeline import export_model
+
+    events = export_model(Path(folder), Path(out), ExportOptions(**options), ref=ref, ram_limit=ram)  # type: ignore[arg-type]
+    for event in events:
+        if isinstance(event, Receipt):
+            return event.as_dict()
+        yield event
+    raise RuntimeError("an export ended without a receipt")
 
 
 def race(
@@ -144,5 +156,22 @@ def race(
     The last event is {"prompts": [tokens, ...], "torch": {"prefill_tps": [...], "token_ms": [...]}, "onnx": {...}}.
     """
     arguments = {"ref": ref, "folder": str(folder)}
-    for event in run_isolated("lowmem.export.race:job", arguments, cancel, limits):
+    for event in run_isolated("benchmark_graph", arguments, cancel, limits):
         yield event.value if isinstance(event, Finished) else event
+
+
+def export(
+    ref: str, out: Path, options: ExportOptions, ram: int | None = None, allow_paths: bool = True
+) -> Iterator[Step | Receipt]:
+    """Fetch `ref` if need be and export it; the last event is the receipt."""
+    from lowmem.models.fetch import fetch
+
+    folder = yield from fetch(ref, None, allow_paths, encoders=True)
+    if options.format == "tensorrt":
+        from lowmem.export.tensorrt import export_engine
+
+        yield from export_engine(folder, out, options, ref=ref, ram_limit=ram)
+        return
+    from lowmem.export.pipeline import export_model
+
+    yield from export_model(folder, out, options, ref=ref, ram_limit=ram)

@@ -23,13 +23,14 @@ from typing import Any
 
 from lowmem.errors import DiskFull, MissingDependency, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.export.manifest import GRAPH
-from lowmem.export.options import ExportOptions
 from lowmem.export.segments import Segment, cut, segments
-from lowmem.machine.hardware import Device, Hardware, probe
+from lowmem.machine.device import Device
+from lowmem.machine.hardware import Hardware, probe
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.placement import block_index
+from lowmem.runtime.onnx.manifest import GRAPH
 from lowmem.settings import settings
 from lowmem.units import GB, MB
 
@@ -204,7 +205,7 @@ def build_by_provider(graph: Path, cache: Path, gpu: Device, profile: Profile) -
     Raises:
         Unsupported: this ONNX Runtime has no TensorRT provider, or it left the graph to another. See also `open_session`.
     """
-    from lowmem.export.onnx_session import open_session
+    from lowmem.runtime.onnx.model import open_session
 
     cache.mkdir(parents=True, exist_ok=True)
     session = open_session(graph, providers=provider(gpu, cache, graph_inputs(graph), profile))

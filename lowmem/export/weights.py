@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CorruptModel
+from lowmem.kernels.grid import Quantized
+from lowmem.kernels.packed_linear import check_shapes, group_order, read
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
 from lowmem.models.spec import PACKED_PARTS
-from lowmem.quant.grid import Quantized
-from lowmem.quant.packed_linear import check_shapes, group_order, read
 from lowmem.quant.skeleton import all_finite
 
 

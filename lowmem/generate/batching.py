@@ -17,7 +17,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length, encode_prompt
 from lowmem.generate.text import Answer, advance, eos_ids
 from lowmem.machine.monitor import release_memory
-from lowmem.runtime.oom import is_out_of_memory
+from lowmem.machine.oom import is_out_of_memory
 
 log = logging.getLogger("lowmem.batching")
 

@@ -27,7 +27,7 @@ CLOSE = 0.05
 """Logits so near each other are not told apart by a pass over several tokens."""
 
 
-_ROUNDING = ("lowmem.quant", "bitsandbytes")
+_ROUNDING = ("lowmem.kernels", "bitsandbytes")
 """Where layers come from that round activations: the smallest difference may then grow to a whole step."""
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.generate import kv
+from lowmem.generate.cache import factory as kv
+from lowmem.generate.cache import policy
+from lowmem.generate.cache.packed import set_pads
+from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx import policy
-from lowmem.longctx.packed_layer import set_pads
-from lowmem.longctx.sinks import WindowCache
 
 
 class Rows:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.tokens import token_ids
-from lowmem.longctx.limits import check_stride, check_token_window, check_window
+from lowmem.generate.window_limits import check_stride, check_token_window, check_window
+from lowmem.longctx.curve import LEAST_SPAN, Span
 from lowmem.longctx.pricing import pass_plan, reading_plan, refuse_if_over, sliding_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
-from lowmem.measure.windows import CHARACTERS_PER_TOKEN
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
@@ -29,19 +30,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CURVE_POINTS = 60
-LEAST_SPAN = 16
 
 RECALLED_AT = 2048
 """Tokens back of the fact that is asked for where nothing is forgotten."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Perplexity of a stretch of the text, tokens `start` to `end`."""
-
-    start: int
-    end: int
-    perplexity: float
 
 
 def hidden_states(

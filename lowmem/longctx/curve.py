@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lowmem.longctx.actions import LEAST_SPAN, Span
-from lowmem.measure.scoring import Slab
+if TYPE_CHECKING:
+    from lowmem.measure.scoring import Slab
+
+LEAST_SPAN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Perplexity of a stretch of the text, tokens `start` to `end`."""
+
+    start: int
+    end: int
+    perplexity: float
 
 
 class Curve:

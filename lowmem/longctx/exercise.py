@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem.datasets.texts import MANUAL, Text, tail
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.longctx.options import ExerciseOptions
-from lowmem.measure.texts import MANUAL, Text, tail
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import Limits
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Limits
-from lowmem.runtime.isolated import Finished, run_isolated
 from lowmem.units import format_bytes
 
 log = logging.getLogger("lowmem.exercise")
@@ -137,7 +137,7 @@ def exercise(
 def _isolated(arguments: dict[str, Any], cancel: CancelToken, limits: Limits | None) -> Iterator[Step | Finished | str]:
     """A way's events; a sentence in place of its result when it fails."""
     try:
-        yield from run_isolated("lowmem.longctx.job:read", arguments, cancel, limits)
+        yield from run_isolated("read_long_text", arguments, cancel, limits)
     except Cancelled:
         raise
     except LowMemError as error:

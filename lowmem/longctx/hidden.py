@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
+from lowmem.generate.cache.rotary import context_limit
 from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
-from lowmem.longctx.limits import check_stride, check_token_window, pass_tokens
-from lowmem.longctx.rotation import context_limit
+from lowmem.generate.window_limits import check_stride, check_token_window, pass_tokens
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.windows import Window, cut

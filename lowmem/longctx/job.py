@@ -14,10 +14,11 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.actions import tokens_of, with_beginning
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.pricing import reading_plan
+from lowmem.machine.limits import limits_from
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.models.source import read_spec
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 

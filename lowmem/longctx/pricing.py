@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lowmem.errors import DoesNotFit
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.limits import pass_tokens
-from lowmem.planning.estimate import priced
+from lowmem.generate.window_limits import pass_tokens
+from lowmem.planning.budgets import priced
 from lowmem.planning.plan import Plan
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken
+from lowmem.generate.cache import policy
+from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.decoding import _decoder_config, _stoppable, nothing
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx import policy
-from lowmem.longctx.sinks import WindowCache
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lowmem.machine import kept as kept_figures
+from lowmem.machine import figures as kept_figures
 from lowmem.machine import processor
 from lowmem.settings import settings
 from lowmem.units import MB
@@ -97,10 +97,12 @@ def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
 
 
 def _measure_disk(file: Path) -> float:
+    from lowmem.machine.direct_io import (
+        PAGE,
+        Shard,  # the same reads, into the same kind of buffer, as those that are predicted
+        page_aligned,
+    )
     from lowmem.models.checkpoint import as_bytes
-    from lowmem.offload.blocks import page_aligned
-    from lowmem.offload.shards import Shard  # the same reads, into the same kind of buffer, as those that are predicted
-    from lowmem.planning.placement import PAGE
 
     size = file.stat().st_size
     chunk = min(CHUNK_BYTES, size // PAGE * PAGE)

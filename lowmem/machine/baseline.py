@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowmem.machine import kept
+from lowmem.machine import figures as kept
 
 log = logging.getLogger("lowmem.machine")
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from lowmem.machine import processor
-from lowmem.machine.hardware import Device
+from lowmem.machine.device import Device
 from lowmem.machine.memory_limits import Ram
 from lowmem.settings import settings
 from lowmem.units import GB

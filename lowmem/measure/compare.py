@@ -19,19 +19,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem.datasets.texts import MANUAL, Text, head, tail
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import Limits
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
-from lowmem.measure.texts import MANUAL, Text, head, tail
 from lowmem.measure.variants import Variant, parse_variant
 from lowmem.models import demo
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.goal import Limits
 from lowmem.quant import get
 from lowmem.quant.calibration import overlap_warning
-from lowmem.runtime.isolated import Finished, run_isolated
 from lowmem.settings import settings
 
 log = logging.getLogger("lowmem.compare")
@@ -190,7 +190,7 @@ class Setting:
         return (yield from self._isolated("quantize", arguments))
 
     def _isolated(self, job: str, arguments: dict[str, Any]) -> Generator[Step, None, Finished]:
-        for event in run_isolated(f"lowmem.measure.job:{job}", arguments, self.cancel, self.limits):
+        for event in run_isolated(f"{job}_variant", arguments, self.cancel, self.limits):
             if isinstance(event, Finished):
                 return event
             yield event

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from lowmem.errors import DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
+from lowmem.machine.limits import limits_from
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.models.source import read_spec
 from lowmem.planning.estimate import compute_dtype, weight_bytes
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
 from lowmem.quant import run

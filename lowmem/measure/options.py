@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
-from lowmem.planning.estimate import priced
+from lowmem.planning.budgets import priced
 from lowmem.planning.plan import Plan
 from lowmem.units import MB
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lowmem.datasets.texts import NAMES
 from lowmem.errors import BadInput
 from lowmem.fields import build
-from lowmem.measure.texts import NAMES
 from lowmem.planning.plan import PRECISIONS
 from lowmem.quant import METHODS, get
 from lowmem.quant.base import Options

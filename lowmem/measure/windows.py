@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
-
-CHARACTERS_PER_TOKEN = 16
-"""No more text than this is given to the tokenizer for each token that is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

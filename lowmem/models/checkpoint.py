@@ -18,9 +18,9 @@ from lowmem.errors import CorruptModel
 from lowmem.models.describe import weight_files
 from lowmem.models.files import LocalFile, LocalFolder
 from lowmem.models.safetensors_header import read_header
-from lowmem.planning import estimate
+from lowmem.units import MB
 
-SLAB_BYTES = estimate.SLAB_BYTES
+SLAB_BYTES = 64 * MB
 """Stored bytes that are converted at a time: what a conversion takes beside its result."""
 
 TORCH_DTYPES = {

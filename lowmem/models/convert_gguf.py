@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lowmem
+from lowmem.background import run_child
 from lowmem.errors import CorruptModel, OutOfMemory
 from lowmem.events import CancelToken, Step
-from lowmem.models.background import run_child
 from lowmem.models.describe import describe_gguf
 from lowmem.models.download import ensure_room
 from lowmem.models.files import LocalFile
@@ -43,7 +42,7 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
     folder.mkdir(parents=True, exist_ok=True)
     ensure_room(folder, size, f"Converting {gguf.name}")
     command = [sys.executable, "-m", "lowmem.models.convert_gguf", str(gguf), str(folder), dtype]
-    root = Path(lowmem.__file__).parents[1]
+    root = Path(__file__).parents[2]
     status, problem = yield from run_child(command, f"Converting {gguf.name}, once", cancel, cwd=root)
     if status < 0:
         raise OutOfMemory(

@@ -16,9 +16,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO
 
+from lowmem.background import run_child
 from lowmem.errors import CorruptModel, MissingDependency, Offline
 from lowmem.events import CancelToken, Step
-from lowmem.models.background import run_child
 from lowmem.models.convert_gguf import convert
 from lowmem.models.download import ensure_room
 from lowmem.units import MB

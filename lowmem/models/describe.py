@@ -21,7 +21,7 @@ from lowmem.models.spec import ModelSpec, Tensor
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "lowmem_export.json"
-"""In a folder of exported graphs, see `lowmem.export.manifest`."""
+"""In a folder of exported graphs, see `lowmem.runtime.onnx.manifest`."""
 
 COMPANIONS = (
     CONFIG, "generation_config.json", "chat_template.jinja", "chat_template.json",

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from lowmem.background import interruptible
 from lowmem.errors import CorruptModel, DiskFull, Offline
 from lowmem.events import CancelToken, Step
 from lowmem.models import hub
-from lowmem.models.background import interruptible
 from lowmem.models.hub import RemoteFile, Repository
 from lowmem.units import format_bytes
 

@@ -12,10 +12,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowmem.background import locked, stoppable
 from lowmem.errors import CorruptModel, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken, Step
 from lowmem.models import demo, hub
-from lowmem.models.background import locked, stoppable
 from lowmem.models.convert_gguf import convert
 from lowmem.models.describe import COMPANIONS, describe, weight_files
 from lowmem.models.download import download

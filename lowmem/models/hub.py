@@ -14,10 +14,10 @@ from urllib.parse import quote
 
 import httpx
 
-from lowmem import __version__
 from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
 from lowmem.models.files import MAX_TEXT, ends_early, parse_object
 from lowmem.settings import settings
+from lowmem.version import __version__
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 

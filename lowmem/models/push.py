@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lowmem.background import stoppable
 from lowmem.errors import BadInput, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken
-from lowmem.models.background import stoppable
 from lowmem.models.describe import CONFIG
 from lowmem.settings import settings
 

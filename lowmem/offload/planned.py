@@ -5,14 +5,16 @@ Decides, and says why; imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from lowmem.errors import DoesNotFit, Unsupported
-from lowmem.planning.estimate import compute_dtype, priced
+from lowmem.errors import BadInput, DoesNotFit, Unsupported
+from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import compute_dtype
+from lowmem.planning.offloading import offload_precision, offloaded, smallest
 from lowmem.planning.placement import Placement, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
-from lowmem.planning.streaming import offload_precision, offloaded, smallest
 from lowmem.units import format_bytes
 
 LARGEST_BATCH = 256
@@ -90,3 +92,25 @@ def _pass_bytes(plan: Plan) -> float:
     sizes = stored_block_bytes(plan.spec)
     streamed = plan.placement.streamed(plan.place.kind) if plan.placement else ()
     return sum(sizes[index] for index in streamed) + sum(sizes) / 10
+
+
+def blocks(text: str | None, layers: int) -> tuple[int, ...] | None:
+    """`"0-2,7" -> (0, 1, 2, 7)`, "all", None for None.
+
+    Raises:
+        BadInput: not such a list, or a block that there is not.
+    """
+    if text is None:
+        return None
+    if text.strip() == "all":
+        return tuple(range(layers))
+    found: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise BadInput(f"{part!r} is no block.", "Write numbers and ranges like 0-5,9, or all.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= layers or first > last:
+            raise BadInput(f"There are no blocks {part}.", f"The model has blocks 0 to {layers - 1}.")
+        found += range(first, last + 1)
+    return tuple(dict.fromkeys(found))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowmem.kernels import bnb_linear, packed_linear
+from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked
 from lowmem.machine import bandwidth
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.quantization import BNB, INT8, Quantization
-from lowmem.offload.layers import StoredLinear, StoredNf4, StoredPacked
-from lowmem.quant import bnb_linear, packed_linear
 
 INPUTS, OUTPUTS = 2048, 8192
 """Of the layer that is measured: its weights are more than caches hold."""

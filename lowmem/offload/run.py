@@ -13,18 +13,19 @@ from typing import Any
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.limits import limits_from
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.predict import predict, weights
 from lowmem.offload.receipt import completed, repeating
-from lowmem.planning.estimate import priced
-from lowmem.planning.goal import Goal, limits_from
+from lowmem.planning.budgets import priced
+from lowmem.planning.goal import Goal
+from lowmem.planning.offloading import offload_precision
 from lowmem.planning.placement import all_at_home, chosen
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
-from lowmem.planning.streaming import offload_precision
 from lowmem.runtime.session import Session
 
 MOST_SEQUENCES = 16

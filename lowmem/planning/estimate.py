@@ -9,14 +9,12 @@ in this file name each of them. Nothing here is fitted to measurements; the benc
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import cache, exported, packed
-from lowmem.planning.plan import Budget, Line, Plan
-from lowmem.units import MB, format_bytes
+from lowmem.planning import cache, packed
+from lowmem.planning.plan import Line, Plan
+from lowmem.units import MB
 
 SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
@@ -175,70 +173,6 @@ def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
     return batch * spec.vocab * (DTYPE_BYTES[dtype] + 4 * 4 + 2 * 8)
 
 
-def estimate(plan: Plan) -> tuple[Budget, ...]:
-    """Predicted peak per memory for `plan` (its own `budgets` are ignored): RAM, and VRAM on a GPU."""
-    if plan.placement is not None:
-        from lowmem.planning import streaming  # which builds on this module
-
-        return streaming.budgets(plan, plan.placement)
-    on_gpu = plan.place.kind == "cuda"
-    dtype = compute_dtype(plan.precision, plan.place.dtypes)
-    lines = _run_lines(plan, dtype)
-    waiting = cache.ram_lines(plan, dtype)
-    runtime = Line(
-        "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
-    )
-    if not on_gpu:
-        return (Budget("ram", (*lines, runtime), plan.limits.ram),)
-    workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
-    vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
-    driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
-    slab = Line("scratch", 2 * SLAB_BYTES, "Weights on their way from disk to the GPU.")
-    return (Budget("ram", (*waiting, runtime, driver, slab), plan.limits.ram), vram)
-
-
-def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
-    if plan.backend == "onnx":
-        return _graph_lines(plan)
-    spec, batch = plan.spec, plan.batch
-    chunk = min(plan.prefill_chunk, plan.context)
-    weights = weight_bytes(spec, plan.precision, dtype)
-    kv = cache.device_bytes(plan, dtype)
-    activations = attending_bytes(plan, dtype) + logits_bytes(spec, batch, dtype)
-    dequantized = cache.unfolded_bytes(plan, dtype)
-    loading = loading_peak(spec, plan.precision, dtype) - weights
-    dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
-    scratch = max(dequantized, dense, loading - kv - activations)
-    return (
-        Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
-        Line(
-            "kv",
-            kv,
-            cache.sentence(plan, dtype),
-        ),
-        Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
-        Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
-        *kernel_lines(plan),
-    )
-
-
-def _graph_lines(plan: Plan) -> tuple[Line, ...]:
-    spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
-    kv = exported.kv_bytes(spec, plan.remembered, batch) if plan.kv != "none" else 0
-    activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
-    per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
-    weights = exported.session_bytes(spec, plan.precision)
-    return (
-        Line(
-            "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
-        ),
-        Line("kv", kv, f"{plan.remembered:,} tokens x {batch} at {per_token} a token (fp32)."),
-        Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
-        Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
-        Line("scratch", 0, "Graphs are mapped, not copied."),
-    )
-
-
 def kernel_lines(plan: Plan) -> tuple[Line, ...]:
     # Counted as weights: they come and stay with a model that is stored quantized.
     stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
@@ -280,16 +214,3 @@ def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str
     if precision in ("bnb8", "nf4") and is_linear(tensor):
         return source + tensor.elements * DTYPE_BYTES[dtype]
     return min(source, SLAB_BYTES)
-
-
-def needs_torch(plan: Plan) -> bool:
-    """A graph's weights are all in memory, and its cache is in fp32 and of all tokens."""
-    return plan.placement is not None or plan.window > 0 or plan.kv not in ("same", "none")
-
-
-def priced(plan: Plan, **changes: Any) -> Plan:
-    """`plan` with `changes` and its budgets computed anew. What a graph cannot do makes it a plan for torch."""
-    changed = replace(plan, **changes)
-    if changed.backend == "onnx" and needs_torch(changed):
-        changed = replace(changed, backend="torch", or_torch=False)
-    return replace(changed, budgets=estimate(changed))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lowmem.planning import exported
-from lowmem.planning.estimate import priced
+from lowmem.planning import exported, offloading
+from lowmem.planning.budgets import priced
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import candidates
 
@@ -50,11 +50,9 @@ def fewer_bits(plan: Plan) -> Plan | None:
 
 def offload(plan: Plan) -> Plan | None:
     """Blocks that do not fit stream from RAM or disk: slow, but only two of them need room."""
-    from lowmem.planning import streaming  # which prices as this module's callers do
-
     if plan.spec.exported:
         return None
-    found = streaming.offloaded(plan) if plan.placement is None else streaming.further(plan)
+    found = offloading.offloaded(plan) if plan.placement is None else offloading.further(plan)
     if found is None or found.placement is None or not found.placement.streamed(found.place.kind):
         return None
     return replace(found, reason=f"Offloaded: {found.placement.sentence()}.")

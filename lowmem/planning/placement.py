@@ -17,8 +17,6 @@ PLACES = ("gpu", "ram", "disk")
 SLOTS = 2
 """Blocks in flight: one computes while the next arrives."""
 
-PAGE = 4096
-"""Direct reads begin and end on multiples of this."""
 
 TILE_BYTES = 8_000_000
 """Weights that are converted or multiplied out at a time on a CPU: about what its caches hold."""

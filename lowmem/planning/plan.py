@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem.machine.hardware import Device, Hardware
+from lowmem.machine.device import Device
+from lowmem.machine.hardware import Hardware
+from lowmem.machine.limits import Limits
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.goal import Limits
 from lowmem.planning.placement import Placement
 from lowmem.units import format_bytes
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.hardware import Hardware
+from lowmem.machine.limits import Limits
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
+from lowmem.planning.budgets import priced
 from lowmem.planning.cache import KV_STORAGES
-from lowmem.planning.estimate import priced, weight_bytes
-from lowmem.planning.goal import Goal, Limits
+from lowmem.planning.estimate import weight_bytes
+from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import descend
 from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal

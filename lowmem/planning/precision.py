@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import platform
 
-from lowmem.machine.hardware import Device, Hardware
+from lowmem.machine.device import Device
+from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.plan import PRECISIONS

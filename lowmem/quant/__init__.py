@@ -20,7 +20,7 @@ def get(name: str) -> Quantizer:
     """The method called `name`; `BadInput` with those that there are."""
     if name not in METHODS:
         raise BadInput(f"There is no quantization method {name!r}.", f"Choose one of {', '.join(METHODS)}.")
-    return importlib.import_module(f"{__name__}.{name}").METHOD
+    return importlib.import_module(f"{__name__}.methods.{name}").METHOD
 
 
 def usable(hardware: Hardware) -> dict[str, str | None]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowmem.events import CancelToken
+from lowmem.kernels.grid import WHOLE_ROW, fit, nearest
 from lowmem.quant.base import Options
-from lowmem.quant.grid import WHOLE_ROW, fit, nearest
 from lowmem.quant.moments import Moments
 
 RATIOS = 20

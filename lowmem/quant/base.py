@@ -6,7 +6,7 @@ files, models or layouts. Imports no torch, so that forms and command lines can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lowmem.quant.moments import Moments
 
-__all__ = ["BITS", "BNB", "INT8", "Options", "Packed", "Quantizer", "relative_loss"]
+__all__ = ["BITS", "BNB", "INT8", "Options", "Quantizer"]
 
 BITS = (2, 3, 4, 8)
 SMALLEST_GROUP = 16
@@ -63,30 +63,6 @@ class Options:
                 f"A group of {self.group_size} weights would cost more than it saves.",
                 f"Use {SMALLEST_GROUP} or more, or -1 for a whole row.",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A quantized layer as it is stored, made by a method that has a layout of its own.
-
-    Args:
-        tensors: by the last part of their names.
-        loss: squared error of the weights over their squared size.
-    """
-
-    tensors: dict[str, Tensor]
-    loss: float
-
-
-def relative_loss(weight: Tensor, read: Callable[[slice], Tensor]) -> float:
-    """Squared error of what `read` gives for rows of `weight` over its squared size."""
-    error = size = 0.0
-    for start in range(0, len(weight), 256):
-        rows = slice(start, start + 256)
-        original = weight[rows].float()
-        error += float((read(rows) - original).square().sum())
-        size += float(original.square().sum())
-    return error / max(size, 1e-30)
 
 
 class Quantizer(Protocol):

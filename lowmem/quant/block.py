@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
+from lowmem.kernels.grid import Packed, Quantized, as_stored
 from lowmem.models.blocks import Stage
 from lowmem.quant.activations import Activations
 from lowmem.quant.balance import channel_factors
-from lowmem.quant.base import Packed
 from lowmem.quant.block_run import BlockRun
 from lowmem.quant.estimate import AT_ONCE
-from lowmem.quant.grid import Quantized, as_stored
 from lowmem.quant.job import Job
 from lowmem.quant.moments import Moments
 from lowmem.quant.saving import layer_tensors

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem.datasets import texts
+from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
-from lowmem.measure import texts
-from lowmem.measure.windows import CHARACTERS_PER_TOKEN
 
 OVERLAP_WORTH_SAYING = 0.01
 

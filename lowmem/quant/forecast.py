@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowmem.errors import Unsupported
+from lowmem.machine.figures import figures, keep
 from lowmem.machine.hardware import Hardware
-from lowmem.machine.kept import figures, keep
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.estimate import is_linear, linear_shape

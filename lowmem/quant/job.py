@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-import lowmem
 from lowmem.errors import CorruptModel, DiskFull, DoesNotFit
 from lowmem.events import CancelToken
 from lowmem.machine.hardware import disk_free_bytes, probe
@@ -26,6 +25,7 @@ from lowmem.quant.calibration import Calibration, Samples, token_samples
 from lowmem.quant.estimate import Estimate, check_shapes, estimate
 from lowmem.quant.journal import part_of
 from lowmem.units import format_bytes
+from lowmem.version import __version__
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Job:
         """Everything that the resulting bytes depend on."""
         files = sorted([*self.folder.glob("*.safetensors"), self.folder / CONFIG])
         return {
-            "version": lowmem.__version__,
+            "version": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": self.device.type,

@@ -16,11 +16,11 @@ from lowmem.errors import Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.planning.goal import Limits
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import Limits
 from lowmem.quant import get
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration
-from lowmem.runtime.isolated import Finished, run_isolated
 from lowmem.settings import settings
 
 
@@ -73,7 +73,7 @@ def quantize_isolated(
         "allow_paths": allow_paths,
     }
     limits = None if ram_limit is None else Limits(ram_limit)
-    for event in run_isolated("lowmem.quant.run:job", arguments, cancel, limits):
+    for event in run_isolated("quantize", arguments, cancel, limits):
         if isinstance(event, Finished):
             yield replace(_receipt(event.value), measured=_of(event.peak_bytes, event.value["predicted"]))
         else:

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-import lowmem
 from lowmem.events import Receipt
+from lowmem.kernels.grid import Packed, Quantized
+from lowmem.kernels.packing import to_awq, to_gptq
 from lowmem.models.describe import COMPANIONS, CONFIG
-from lowmem.quant.base import BNB, INT8, Options, Packed, Quantizer
-from lowmem.quant.grid import Quantized
-from lowmem.quant.packing import to_awq, to_gptq
+from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.serving import vllm
 from lowmem.units import format_bytes, format_seconds
+from lowmem.version import __version__
 
 QUANTIZE_CONFIG = "quantize_config.json"
 CARD = "README.md"
@@ -38,7 +38,7 @@ def quantization_config(method: Quantizer, options: Any) -> dict[str, Any]:
     """`quantization_config` of config.json."""
     if options.layout in (BNB, INT8):
         return _bnb_config(options) if options.layout == BNB else _int8_config()
-    made_by = {"quantizer": [f"lowmem:{lowmem.__version__}"], "method": method.name, "options": asdict(options)}
+    made_by = {"quantizer": [f"lowmem:{__version__}"], "method": method.name, "options": asdict(options)}
     if options.layout == "awq":
         return {
             "quant_method": "awq",
@@ -148,7 +148,7 @@ tags: [lowmem, quantized, {options.layout.split("_")[0]}, {options.bits}-bit]
 
 # {receipt.model}, {options.bits} bits
 
-Quantized by lowmem {lowmem.__version__}, block by block, from {receipt.model}.
+Quantized by lowmem {__version__}, block by block, from {receipt.model}.
 
 | | |
 |---|---|

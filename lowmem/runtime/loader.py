@@ -21,21 +21,21 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Step
+from lowmem.kernels import bnb_linear, packed_linear
+from lowmem.kernels.int8_fine import FineInt8Linear
+from lowmem.kernels.int8_linear import Int8Embedding, Int8Linear
+from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
 from lowmem.machine.monitor import trim_heap
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.quantization import BNB, INT8
 from lowmem.models.spec import CODE_DTYPES
-from lowmem.offload.attach import as_stored, can_map, elsewhere, stream
-from lowmem.offload.layers import StoredEmbedding, StoredLinear
-from lowmem.offload.streamer import Streamer
 from lowmem.planning.estimate import compute_dtype, is_quantized
 from lowmem.planning.packed import rest_precision
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
-from lowmem.quant import bnb_linear, packed_linear
-from lowmem.quant.int8_fine import FineInt8Linear
-from lowmem.quant.int8_linear import Int8Embedding, Int8Linear
-from lowmem.runtime.matching import by_module, match_names, tied_parameters
+from lowmem.runtime.streaming.attach import as_stored, can_map, elsewhere, stream
+from lowmem.runtime.streaming.streamer import Streamer
 from lowmem.units import MB
 
 log = logging.getLogger("lowmem.loader")

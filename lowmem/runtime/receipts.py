@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowmem.events import Chunk, Completion, Receipt
 from lowmem.generate.options import GenerateOptions
-from lowmem.planning.estimate import priced
+from lowmem.planning.budgets import priced
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
 

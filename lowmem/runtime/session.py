@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lowmem.background import stoppable
 from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.longctx.limits import check_window, context_of
+from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
-from lowmem.models.background import stoppable
-from lowmem.planning.estimate import priced
+from lowmem.planning.budgets import priced
 from lowmem.planning.ladder import lower_load, quantized_kv, without_graph
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
@@ -316,8 +316,8 @@ class Session:
 
     def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
         """Try `plan`, then lower rungs; the return value is the receipt."""
+        from lowmem.machine.oom import is_out_of_memory
         from lowmem.models.fetch import fetch
-        from lowmem.runtime.oom import is_out_of_memory
 
         notes: list[str] = []
         while True:
@@ -356,7 +356,7 @@ class Session:
         from lowmem.runtime import loader
 
         if plan.backend == "onnx":
-            from lowmem.runtime import onnx_loader
+            from lowmem.runtime.onnx import loader as onnx_loader
 
             folder = yield from onnx_loader.graph_folder(plan, folder, cancel, None if force else plan.limits.ram)
         with self._meter(plan, force) as meter:
@@ -379,7 +379,7 @@ class Session:
     ) -> Generator[Step | Chunk, None, Receipt]:
         """Stream; when memory runs out before any text, once more with a smaller footprint."""
         from lowmem.generate.text import stream
-        from lowmem.runtime.oom import is_out_of_memory
+        from lowmem.machine.oom import is_out_of_memory
 
         loaded, plan = self._resident()
         started, last = time.perf_counter(), dict[int, Chunk]()

@@ -19,20 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lowmem
 from lowmem.errors import BadInput, MissingDependency, Unsupported
 from lowmem.events import CancelToken
 from lowmem.fields import build
 from lowmem.machine.hardware import probe
+from lowmem.machine.limits import Limits, limits_from
 from lowmem.measure.compare import Setting, workspace
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.goal import Limits, limits_from
 from lowmem.sweep.forecast import peaks
 from lowmem.sweep.local import MARGIN, Report, Task, allotment
+from lowmem.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,9 +52,9 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
     """
     import numpy as np
 
-    if task["version"] != lowmem.__version__:
+    if task["version"] != __version__:
         raise Unsupported(
-            f"A worker has lowmem {lowmem.__version__}, this machine {task['version']}.", "Install the same everywhere."
+            f"A worker has lowmem {__version__}, this machine {task['version']}.", "Install the same everywhere."
         )
     variant, is_reference = parse_variant(task["variant"]), task["is_reference"]
     spec, options = read_spec(task["model"]), build(MeasureOptions, task["options"])
@@ -126,7 +126,7 @@ class RayPool:
             "is_reference": task.cell.is_reference,
             "text": (task.work / "text.txt").read_text(encoding="utf-8"),
             "options": asdict(task.options),
-            "version": lowmem.__version__,
+            "version": __version__,
         }
         # A machine that is smaller than the prediction says so itself; waiting for a larger one could last forever.
         wanted = min(int(task.peaks["ram"] * (1 + MARGIN)) if task.peaks else self._largest, self._largest)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from lowmem.errors import LowMemError
 from lowmem.machine.hardware import Hardware
+from lowmem.machine.limits import Limits
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.variants import Variant
 from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.estimate import is_linear, linear_shape
-from lowmem.planning.goal import Goal, Limits
+from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.quant import get
 from lowmem.quant.base import Options

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem.datasets.texts import MANUAL
 from lowmem.errors import BadInput
 from lowmem.fields import build
 from lowmem.measure.compare import DEFAULT_OPTIONS
 from lowmem.measure.options import MeasureOptions
-from lowmem.measure.texts import MANUAL
 from lowmem.measure.variants import Variant, make_variant, parse_variant
 from lowmem.planning.plan import PRECISIONS
 from lowmem.quant import METHODS

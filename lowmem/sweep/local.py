@@ -14,11 +14,11 @@ from queue import Empty, SimpleQueue
 
 from lowmem.errors import Cancelled, LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Step
+from lowmem.machine.limits import Limits
 from lowmem.measure.compare import Setting
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.goal import Limits
 from lowmem.sweep.forecast import Peaks
 from lowmem.sweep.grid import Cell
 

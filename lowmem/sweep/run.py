@@ -8,15 +8,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
+from lowmem.datasets.texts import tail
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.hardware import Hardware, probe
+from lowmem.machine.limits import Limits, limits_from
 from lowmem.measure.compare import against, notes_on
 from lowmem.measure.rows import Row
-from lowmem.measure.texts import tail
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.goal import Limits, limits_from
 from lowmem.sweep.forecast import peaks
 from lowmem.sweep.grid import Cell, Grid
 from lowmem.sweep.local import MARGIN, LocalPool, Report, Task

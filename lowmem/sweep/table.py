@@ -21,12 +21,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-import lowmem
+from lowmem.datasets.texts import Text
 from lowmem.errors import BadInput
 from lowmem.measure.rows import Row, to_csv, write_atomically
-from lowmem.measure.texts import Text
 from lowmem.settings import settings
 from lowmem.sweep.grid import Cell, Grid
+from lowmem.version import __version__
 
 RESULTS, TABLE, WORK, LOCK = "results.json", "results.csv", "work", "lock"
 
@@ -100,7 +100,7 @@ def default_folder(grid: Grid, text: Text) -> Path:
 def conditions(grid: Grid, text: Text) -> dict[str, Any]:
     """What must be the same for rows to be comparable."""
     return {
-        "version": lowmem.__version__,
+        "version": __version__,
         "text": text.name,
         "text_hash": hashlib.sha256(text.text.encode()).hexdigest(),
         "reference": grid.reference.name,

@@ -13,11 +13,11 @@ from starlette.middleware import Middleware
 from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
-from lowmem.ui.access import Access
-from lowmem.ui.edge import Languages, Page
-from lowmem.ui.engine import AUTO, Engine
-from lowmem.ui.limits import VisitorLimits
+from lowmem.ui.i18n.edge import Languages, Page
 from lowmem.ui.page import build_ui
+from lowmem.ui.service.access import Access
+from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.ui.service.rate_limits import VisitorLimits
 from lowmem.ui.theme import CSS, HEAD, theme
 from lowmem.units import parse_bytes
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import gradio as gr
 
 from lowmem.models.choices import hub_reachable
-from lowmem.ui import render
-from lowmem.ui.api import add_endpoints
-from lowmem.ui.bind import QUICK, Jobs
-from lowmem.ui.depot import Depot
-from lowmem.ui.edge import Page
-from lowmem.ui.engine import AUTO, Engine
-from lowmem.ui.export import ExportTab
-from lowmem.ui.export_api import add_export_endpoints
-from lowmem.ui.generate import GenerateTab
-from lowmem.ui.learn import Learn
-from lowmem.ui.longctx import LongContextTab
-from lowmem.ui.longctx_api import add_longctx_endpoints
-from lowmem.ui.offload import OffloadTab
-from lowmem.ui.offload_api import add_offload_endpoints
-from lowmem.ui.quantize import QuantizeTab
-from lowmem.ui.sidebar import Sidebar
-from lowmem.ui.strings import say
-from lowmem.ui.workshop import Workshop
-from lowmem.ui.workshop_api import add_workshop_endpoints
+from lowmem.ui.api.core import add_endpoints
+from lowmem.ui.api.export import add_export_endpoints
+from lowmem.ui.api.longctx import add_longctx_endpoints
+from lowmem.ui.api.offload import add_offload_endpoints
+from lowmem.ui.api.quantize import add_workshop_endpoints
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.edge import Page
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.ui.service.offloading import Depot
+from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.tabs.export import ExportTab
+from lowmem.ui.tabs.generate import GenerateTab
+from lowmem.ui.tabs.learn import Learn
+from lowmem.ui.tabs.longctx import LongContextTab
+from lowmem.ui.tabs.offload import OffloadTab
+from lowmem.ui.tabs.quantize import QuantizeTab
 
 # Gradio opens the sidebar over the whole of a phone's screen.
 SETTLE = """() => {

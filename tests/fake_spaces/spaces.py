@@ -56,7 +56,7 @@ class Worker:
 
 
 def _on_cpu(plan: Any) -> Any:
-    from lowmem.machine.hardware import CPU
+    from lowmem.machine.device import CPU
 
     return replace(plan, device=CPU, precision="fp32", budgets=(plan.budget("ram"),))
 

@@ -1,0 +1,118 @@
+"""WikiText-2 and C4 from the hub: fetched once, as plain text, each from the file that others take it from too.
+
+Knows files and their packing; what they are used for is the business of `texts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lowmem.background import interruptible
+from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
+from lowmem.events import CancelToken
+from lowmem.models import hub
+from lowmem.settings import settings
+
+SPLITS = {"head": "train", "tail": "test"}
+
+C4_CHARACTERS = 4_000_000
+"""As much of a part of C4 is read, from its start: a million tokens, of 300 GB."""
+
+# The archive of Merity et al. (arXiv 1609.07843) as llama.cpp's scripts fetch it: plain text, no Parquet.
+_WIKITEXT_BYTES = 4_721_645
+_WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
+
+# The files, and their commit, of the published GPTQ code (arXiv 2210.17323).
+_C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
+_GZIP = 16 + zlib.MAX_WBITS
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A data set: its name for a person, where it is, and how one part is read from it."""
+
+    label: str
+    repo: str
+    commit: str
+    fetch: Callable[[_Source, str, CancelToken], str]
+
+
+def read(name: str, split: str, cancel: CancelToken) -> str:
+    """The text `name` of `TEXTS`, its part "train" or "test".
+
+    Raises:
+        Offline: it is not here, and the hub cannot be reached or does not give it.
+        CorruptModel: it arrived damaged.
+    """
+    file = settings().home / "texts" / f"{name}-{split}.txt"
+    if not file.is_file():
+        text = _fetched(TEXTS[name], split, cancel)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
+    return file.read_text(encoding="utf-8")
+
+
+def _fetched(source: _Source, split: str, cancel: CancelToken) -> str:
+    try:
+        return source.fetch(source, split, cancel)
+    except Offline as error:
+        raise Offline(
+            f"{source.label} is not here. {error.message}", f"{error.hint} The text 'manual' is always here."
+        ) from error
+    except LowMemError as error:
+        if isinstance(error, ModelNotFound | GatedModel):
+            raise Offline(f"The hub does not give {source.label}.", "Use the text 'manual' or a file.") from error
+        raise
+
+
+def _chunks(source: _Source, file: str, cancel: CancelToken) -> Iterator[bytes]:
+    repository = hub.Repository(source.repo, source.commit, {})
+    for _, chunk in interruptible(hub.stream(repository, file), cancel):
+        yield chunk
+
+
+def _wikitext(source: _Source, split: str, cancel: CancelToken) -> str:
+    data = bytearray()
+    for chunk in _chunks(source, "wikitext-2-raw-v1.zip", cancel):
+        data += chunk
+        if len(data) > _WIKITEXT_BYTES:
+            break
+    if hashlib.sha256(data).hexdigest() != _WIKITEXT_SHA256:
+        raise _damaged(source, len(data))
+    with zipfile.ZipFile(io.BytesIO(data)) as files:
+        return files.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
+
+
+def _c4(source: _Source, split: str, cancel: CancelToken) -> str:
+    unpacker, rest, texts, characters, received = zlib.decompressobj(_GZIP), b"", [], 0, 0
+    try:
+        for chunk in _chunks(source, _C4_FILES[split], cancel):
+            received += len(chunk)
+            *lines, rest = (rest + unpacker.decompress(chunk)).split(b"\n")
+            texts += [json.loads(line)["text"] for line in lines]
+            characters = sum(map(len, texts))
+            if characters >= C4_CHARACTERS:
+                break
+    except (zlib.error, ValueError, KeyError, TypeError):
+        raise _damaged(source, received) from None
+    if not texts:
+        raise _damaged(source, received)
+    return "\n\n".join(texts)[:C4_CHARACTERS]
+
+
+def _damaged(source: _Source, count: int) -> CorruptModel:
+    return CorruptModel(f"{source.label} arrived damaged ({count:,} bytes).", "Try again, or use 'manual'.")
+
+
+TEXTS = {
+    "wikitext2": _Source("WikiText-2", "datasets/ggml-org/ci", "927b3642933080f1b0e811e2f916e14c292992f9", _wikitext),
+    "c4": _Source("C4", "datasets/allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87", _c4),
+}

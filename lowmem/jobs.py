@@ -1,0 +1,36 @@
+"""The jobs that run in a process of their own, by name: `python -m lowmem.jobs` is the child.
+
+Whoever starts a job names it and knows nothing of the module that does it, as with any other program. So this table
+stands above all layers, and a layer may ask for work that is written in one above it: the runtime has a graph exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from lowmem.machine.isolated import Job, serve
+
+JOBS = {
+    "export": "lowmem.export.run:job",
+    "export_graph": "lowmem.export.run:graph_job",
+    "benchmark_graph": "lowmem.export.race:job",
+    "quantize": "lowmem.quant.run:job",
+    "quantize_variant": "lowmem.measure.job:quantize",
+    "measure_variant": "lowmem.measure.job:measure",
+    "draw_weights": "lowmem.plots.weights:job",
+    "read_long_text": "lowmem.longctx.job:read",
+    "offload": "lowmem.offload.run:job",
+    "measure_offload": "lowmem.offload.run:measure",
+}
+
+
+def find(name: str) -> Callable[..., Job]:
+    """The generator function of a job: a name of `JOBS`, or "package.module:function"."""
+    module, _, function = JOBS.get(name, name).partition(":")
+    found: Callable[..., Job] = getattr(import_module(module), function)
+    return found
+
+
+if __name__ == "__main__":
+    serve(find)

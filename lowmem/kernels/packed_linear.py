@@ -1,0 +1,190 @@
+"""Linear layers of GPTQ and AWQ checkpoints, run from their codes.
+
+`read` turns what a file holds into codes, checking it; `packed_linear` chooses what runs them: on CPUs MatMulNBits
+(`nbits_linear`), or int8 (`int8_fine`) for codes that it has no fast kernel for; on GPUs gptqmodel's kernels where they are
+installed (`gptqmodel_kernel`), else `PackedLinear`, which runs anywhere and multiplies one layer out at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import CorruptModel
+from lowmem.kernels import gptqmodel_kernel
+from lowmem.kernels.grid import Quantized, consecutive
+from lowmem.kernels.int8_fine import FineInt8Linear
+from lowmem.kernels.int8_linear import Int8Linear, largest_code
+from lowmem.kernels.nbits_linear import NBitsLinear
+from lowmem.kernels.packing import from_awq, from_gptq
+from lowmem.models.quantization import BNB, INT8, Quantization
+from lowmem.planning.packed import cpu_kernel, rest_precision, stored_width
+
+INT8_ZERO = 128
+"""What is added to int8 codes to make them unsigned."""
+
+Parts = dict[str, Tensor]
+"""The tensors of one layer: "qweight", "qzeros", "scales", perhaps "g_idx" and "bias"."""
+
+
+def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The layer that computes with `parts`, of which the shapes have been checked.
+
+    Raises:
+        CorruptModel: the parts hold what cannot be, naming the layer.
+    """
+    if stored.method == INT8:
+        return _int8_linear(name, parts, device, dtype)
+    weight, bias = read(stored, name, parts), parts.get("bias")
+    kernel = cpu_kernel(stored) if device.type == "cpu" else ""
+    if kernel == "nbits":
+        return NBitsLinear(weight, stored.group_size, group_order(weight), bias)
+    if kernel == "int8":
+        return FineInt8Linear.from_quantized(weight, bias)
+    layer = PackedLinear(weight, stored.group_size, bias, device, dtype)
+    return (gptqmodel_kernel.like(layer, weight, stored, parts, dtype) if device.type == "cuda" else None) or layer
+
+
+def _int8_linear(name: str, parts: Parts, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    codes, scales, bias = parts["weight"], parts["weight_scale"].float(), parts.get("bias")
+    if not torch.isfinite(scales).all():
+        raise CorruptModel(f"{name}.weight_scale holds numbers that are not finite.", "Fetch the model again.")
+    weight = Quantized(
+        codes=(codes.to(torch.int16) + INT8_ZERO).to(torch.uint8),
+        scales=scales,
+        zeros=torch.full_like(scales, INT8_ZERO, dtype=torch.uint8),
+        groups=consecutive(codes.shape[1], -1),
+        bits=8,
+    )
+    if device.type != "cpu" or rest_precision("fp32") != "int8":
+        return PackedLinear(weight, -1, bias, device, dtype)
+    if int(codes.max()) > largest_code() or int(codes.min()) < -largest_code():
+        return Int8Linear.from_weight(weight.dequantize(), bias)  # made for processors with wider products
+    return Int8Linear(codes, scales.squeeze(1), bias)
+
+
+def check_shapes(
+    stored: Quantization, name: str, outputs: int, inputs: int, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Are these the shapes of the parts of a packed layer?
+
+    Raises:
+        CorruptModel: a part is missing or has another shape, naming both.
+    """
+    groups = stored.groups(inputs)
+    expected: dict[str, tuple[int, ...]] = {
+        "qweight": stored.qweight_shape(outputs, inputs),
+        "qzeros": (groups, -(-outputs * stored.bits // 32)),
+        "scales": (groups, outputs),
+    }
+    if stored.method in (INT8, BNB):
+        expected = {"weight": expected["qweight"]}
+        if stored.bits == 8:
+            expected |= {"weight_scale": (outputs, 1)} if stored.method == INT8 else {"SCB": (outputs,)}
+    optional = {part: size for part, size in (("g_idx", (inputs,)), ("bias", (outputs,))) if part in shapes}
+    for part, shape in (expected | optional).items():
+        if part not in shapes:
+            raise CorruptModel(f"{name} has no {part} in the files.", "Fetch the model again.")
+        if shapes[part] != shape:
+            raise CorruptModel(
+                f"{name}.{part} is {shapes[part]} in the file, but with {stored.label} it would be {shape}.",
+                "Fetch the model again.",
+            )
+
+
+def read(stored: Quantization, name: str, parts: Parts) -> Quantized:
+    """The codes of a layer.
+
+    Raises:
+        CorruptModel: scales that are not finite, or groups that have not their number of inputs.
+    """
+    if not torch.isfinite(parts["scales"]).all():
+        raise CorruptModel(f"{name}.scales holds numbers that are not finite.", "Fetch the model again.")
+    if stored.method == "awq":
+        return from_awq(parts)
+    in_sequence = consecutive(_inputs(stored, parts), stored.group_size)
+    # Old checkpoints without act-order may lack the order; one group a row needs none.
+    g_idx = parts.get("g_idx") if stored.group_size > 0 else None
+    g_idx = in_sequence if g_idx is None else g_idx
+    if not torch.equal(g_idx.sort().values, in_sequence):
+        raise CorruptModel(
+            f"{name}.g_idx does not share {len(g_idx):,} inputs out among groups of {stored.group_size}.",
+            "Fetch the model again.",
+        )
+    return from_gptq(parts | {"g_idx": g_idx}, stored.bits, v2=stored.layout == "gptq_v2")
+
+
+def _inputs(stored: Quantization, parts: Parts) -> int:
+    rows, columns = parts["qweight"].shape
+    return len(parts["g_idx"]) if "g_idx" in parts else stored.linear_shape((rows, columns))[1]
+
+
+def group_order(weight: Quantized) -> Tensor | None:
+    """Inputs in the order of their groups, None where they are in order already (int64 [in])."""
+    groups = weight.groups
+    return None if bool((groups[1:] >= groups[:-1]).all()) else torch.argsort(groups, stable=True)
+
+
+class PackedLinear(nn.Module):
+    """`y = x W^T + b`; x and y are [..., in] and [..., out] of the dtype it was made for.
+
+    Codes lie as bytes [in / per byte, out], lowest bits first, those of act-order sorted by group. The dense weights
+    exist only while the layer computes.
+    """
+
+    order: Tensor | None
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Quantized, group_size: int, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self._group_size = group_size if group_size > 0 else self.in_features
+        self._bits, self._dtype = stored_width(weight.bits), dtype
+        order = group_order(weight)
+        codes = weight.codes if order is None else weight.codes.index_select(1, order)
+        held = {
+            "order": order,
+            "codes": _bytes(codes.t(), self._bits),
+            "zeros": weight.zeros.t().contiguous(),
+            "scales": weight.scales.t().contiguous(),
+            "bias": None if bias is None else bias.to(dtype),
+        }
+        for name, tensor in held.items():
+            self.register_buffer(name, None if tensor is None else tensor.to(device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        y = x @ self.dense()
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dense(self) -> Tensor:
+        """The weights [in, out], inputs in the order of their groups."""
+        lanes = 8 // self._bits
+        weight = torch.empty(len(self.codes), lanes, self.out_features, dtype=self._dtype, device=self.codes.device)
+        for lane in range(lanes):
+            weight[:, lane] = self.codes >> lane * self._bits & (1 << self._bits) - 1
+        weight = weight.view(-1, self.out_features)[: self.in_features]
+        whole = self.in_features // self._group_size
+        groups = weight[: whole * self._group_size].view(whole, self._group_size, self.out_features)
+        groups.sub_(self.zeros[:whole, None]).mul_(self.scales[:whole, None])
+        if whole < len(self.scales):
+            weight[whole * self._group_size :].sub_(self.zeros[whole:]).mul_(self.scales[whole:])
+        return weight
+
+
+def _bytes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [in, out] -> bytes [ceil(in * bits / 8), out], the first code in the lowest bits."""
+    lanes = 8 // bits
+    codes = nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % lanes))
+    packed = codes[0::lanes].clone(memory_format=torch.contiguous_format)
+    for lane in range(1, lanes):
+        packed |= codes[lane::lanes] << lane * bits
+    return packed

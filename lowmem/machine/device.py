@@ -1,0 +1,34 @@
+"""One device that computes, and what it is good at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A place where a model can run.
+
+    Args:
+        key: torch's name for it: "cpu", "cuda:0", "mps".
+        name: what people call it: "NVIDIA T4", "AMD EPYC".
+        total_bytes, free_bytes: its memory. For CUDA free is
+            free + reserved - active, since torch's cache can be reused; for the CPU it is RAM
+            within the tightest of host, cgroup and `MEMORY`.
+        dtypes: what it computes well, best first: "fp16", "bf16", "fp32".
+        note: a limitation in one sentence, or "".
+    """
+
+    key: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    dtypes: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """ "cpu", "cuda" or "mps"."""
+        return self.key.split(":")[0]

@@ -1,0 +1,261 @@
+"""A job in a process of its own: its memory ends with it, and its peak is nobody else's.
+
+The job is a generator function of `Step`s in some module of the engine; its return value, which JSON
+can carry, is the result. Parent and child speak in JSON lines: the request on the child's standard
+input, which stays open as a sign of life, and steps, then a result or an error, on what was the child's
+standard output. Whatever else the child prints goes to its standard error. The parent imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import lowmem.errors as errors
+from lowmem.background import interruptible
+from lowmem.errors import LowMemError, OutOfMemory
+from lowmem.events import CancelToken, Step
+from lowmem.machine.limits import Limits
+from lowmem.machine.monitor import PeakMeter
+from lowmem.machine.oom import is_out_of_memory
+from lowmem.settings import without_lent_gpu
+from lowmem.units import format_bytes
+
+log = logging.getLogger("lowmem.isolated")
+
+TERMINATE_SECONDS = 0.5
+"""A child that was asked to end gets so long before it is killed."""
+
+EXIT_SECONDS = 10.0
+"""A child that has given its result gets so long to end by itself."""
+
+_LESS_MEMORY = "Close other programs, or choose a smaller model, fewer bits or a shorter text."
+
+Job = Generator[Step, None, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The result of a job and what it cost.
+
+    Args:
+        value: what the job returned.
+        seconds: from the start of the process to its end.
+        peak_bytes: "ram" and, where a GPU was used, "vram", seen from inside: the high-water mark of
+            the resident set (VmHWM) and of torch's tensors.
+        kernel_peak_bytes: `ru_maxrss` as the kernel reports it with the process's end, 0 where it does
+            not. Until exec a child is its parent's copy and its pages count, so it says something only
+            where it is above what the parent holds.
+    """
+
+    value: Any
+    seconds: float
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    kernel_peak_bytes: int = 0
+
+
+def run_isolated(
+    job: str, arguments: Mapping[str, Any], cancel: CancelToken | None = None, limits: Limits | None = None
+) -> Iterator[Step | Finished]:
+    """Run a job of `lowmem.jobs` (or "package.module:function") with JSON-able keyword `arguments` in a new process.
+
+    Yields the job's steps and, last, `Finished`. The child ends within a second of Stop, with this
+    generator, and with this process.
+
+    Args:
+        limits: the most memory the job may hold; it is checked between its steps.
+
+    Raises:
+        LowMemError: the job raised it; kind, message and hint are the same.
+        OutOfMemory: also when the child was killed, or died without a result.
+        Cancelled: the child has been killed.
+        RuntimeError: the job failed with a bug; the message is its traceback.
+    """
+    cancel = cancel or CancelToken()
+    cancel.check()
+    request = {"job": job, "arguments": dict(arguments), "limits": limits and asdict(limits)}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as printed:
+        child = _start(printed)
+        try:
+            answer = yield from _answers(child, json.dumps(request), cancel)
+            kernel_peak = _reap(child, EXIT_SECONDS if answer else None)
+        finally:
+            _end(child)
+        if answer is None:
+            raise _death(child.returncode, kernel_peak, _tail(printed))
+        yield Finished(_value(answer, job), time.perf_counter() - started, answer["peak"], kernel_peak)
+
+
+def _start(printed: IO[bytes]) -> subprocess.Popen[str]:
+    # The child finds every module that this process would, wherever both were started from.
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lowmem.jobs"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=printed,
+        encoding="utf-8",
+        env={**os.environ, **without_lent_gpu(), "PYTHONPATH": path},
+        start_new_session=True,
+    )
+
+
+def _answers(
+    child: subprocess.Popen[str], request: str, cancel: CancelToken
+) -> Generator[Step, None, dict[str, Any] | None]:
+    """Pass steps on; returns the last answer, None when there is none."""
+    assert child.stdin is not None  # both are pipes
+    assert child.stdout is not None
+    with suppress(BrokenPipeError):
+        child.stdin.write(request + "\n")
+        child.stdin.flush()
+    for line in interruptible(child.stdout, cancel):
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            return None  # cut off in the middle of a line
+        if "step" not in answer:
+            return answer
+        yield Step(*answer["step"])
+    return None
+
+
+def _value(answer: dict[str, Any], job: str) -> Any:
+    if "bug" in answer:
+        raise RuntimeError(f"{job} failed:\n{answer['bug']}")
+    if "error" in answer:
+        kind = getattr(errors, answer["error"], LowMemError)
+        raise kind(answer["message"], answer["hint"])
+    return answer["result"]
+
+
+def _reap(child: subprocess.Popen[str], seconds: float | None) -> int:
+    """Wait for the child's end, at most `seconds`; the kernel's peak of its resident set in bytes, or 0."""
+    if not hasattr(os, "wait4"):
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+        return 0
+    deadline = time.monotonic() + (EXIT_SECONDS if seconds is None else seconds)
+    while time.monotonic() < deadline:
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if pid:
+            child.returncode = os.waitstatus_to_exitcode(status)
+            return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        time.sleep(0.01)
+    return 0
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End the child and whatever it started, unless it has ended; leave no pipe open."""
+    if child.returncode is None:
+        _signal(child, getattr(signal, "SIGTERM", 15))
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(TERMINATE_SECONDS)
+        if child.returncode is None:
+            _signal(child, getattr(signal, "SIGKILL", 9))
+            child.wait()
+    for pipe in (child.stdin, child.stdout):
+        with suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+
+
+def _signal(child: subprocess.Popen[str], number: int) -> None:
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+    else:
+        child.kill()
+
+
+def _tail(printed: IO[bytes]) -> str:
+    printed.seek(0, os.SEEK_END)
+    printed.seek(max(0, printed.tell() - 2000))
+    return printed.read().decode("utf-8", "replace").strip()
+
+
+def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
+    """Without a result nothing but its end is known of a job: a kill is nearly always for memory."""
+    log.warning("a job ended without a result, status %s: %s", status, printed)
+    held = f", when it had used up to {format_bytes(kernel_peak)}" if kernel_peak else ""
+    if status == -9:
+        return OutOfMemory(f"The system killed the job{held}: the machine's memory ran out.", _LESS_MEMORY)
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return OutOfMemory(f"The job ended without a result ({how}){held}; most likely its memory ran out.", _LESS_MEMORY)
+
+
+def serve(find: Callable[[str], Callable[..., Job]]) -> None:
+    """The child: read the request, run the job that `find` gives for its name, answer."""
+    channel = _claim_output()
+
+    def say(answer: dict[str, Any]) -> None:
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+
+    with open(0, encoding="utf-8", closefd=False) as requests:
+        request = json.loads(requests.readline())
+    threading.Thread(target=_die_with_parent, daemon=True, name="lowmem-parent").start()
+    _offer_to_be_killed_first()
+    limits = {memory: count for memory, count in (request["limits"] or {}).items() if count is not None}
+    # Outermost of all meters: what those within reset, this one has noted.
+    with PeakMeter(limits) as meter:
+        answer = _run(find, request, meter, say)
+    say({**answer, "peak": meter.peak})
+    # Python would take a second and more to tear torch down; the system does it at once.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _run(
+    find: Callable[[str], Callable[..., Job]], request: dict[str, Any], meter: PeakMeter, say: Any
+) -> dict[str, Any]:
+    try:
+        running: Job = find(request["job"])(**request["arguments"])
+        while True:
+            meter.check()
+            try:
+                step = next(running)
+            except StopIteration as end:
+                return {"result": end.value}
+            say({"step": [step.done, step.total, step.note, step.unit]})
+    except LowMemError as error:
+        return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            return {"bug": traceback.format_exc()}
+        held = format_bytes(meter.peak.get("vram") or meter.peak["ram"])
+        return {"error": "OutOfMemory", "message": f"Memory ran out at {held}.", "hint": _LESS_MEMORY}
+
+
+def _claim_output() -> IO[str]:
+    """Standard output becomes the channel to the parent, and printing goes to standard error."""
+    channel = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(channel, "w", encoding="utf-8")
+
+
+def _die_with_parent() -> None:
+    # A raw read: one through `sys.stdin` would hold its lock, which the end of Python wants.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _offer_to_be_killed_first() -> None:
+    """When the machine's memory runs out, the kernel shall take this process and not the app."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,0 +1,210 @@
+"""What an exported graph remembers: a cache in place, whose buffers are past and present at once, or one that is returned anew.
+
+A fused graph's rows begin at the left, whatever padding the caller's text has, so a prompt is read row by row and nobody
+computes padding. It is read without its logits, by a graph of its own where there is one; only the last token of every row goes
+through the output head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from lowmem.runtime.onnx.manifest import KEEP
+
+
+class Graph(Protocol):
+    """What a cache asks of an opened model (`OnnxModel`)."""
+
+    config: Any
+    session: Any
+    prefill: Any
+    past: list[str]
+    kv_heads: int
+    head_dim: int
+    cache_type: Any
+    keeps_logits: bool
+    has_positions: bool
+    piece: int
+
+    def run(self, session: Any, binding: Binding) -> None:
+        """One run of a graph, in front of which hooks are called."""
+
+
+class InPlaceCache:
+    """Keys and values [rows, heads, capacity, head_dim] of every layer; row r holds `lengths[r]` tokens from the left.
+
+    Pages that were never written cost no memory.
+    """
+
+    def __init__(self, model: Graph, rows: int, capacity: int) -> None:
+        self._model = model
+        shape = (rows, model.kv_heads, capacity, model.head_dim)
+        self._stores = {name: np.zeros(shape, model.cache_type) for name in model.past}
+        self.lengths = np.zeros(0, np.int64)
+        self._bound: tuple[int, Binding, dict[str, np.ndarray]] | None = None
+
+    def extend(self, ids: np.ndarray, mask: np.ndarray | None, keep_all: bool) -> np.ndarray:
+        """Append `ids` [rows, tokens], those that `mask` [rows, all] hides left out; logits [rows, tokens or 1, vocab]."""
+        rows, tokens = ids.shape
+        if not len(self.lengths):
+            self.lengths = np.zeros(rows, np.int64)
+        real = np.full(rows, tokens) if mask is None else mask[:, -tokens:].sum(1)
+        if keep_all:
+            return np.concatenate([self._with_logits(row, ids[row, tokens - real[row] :]) for row in range(rows)])
+        for row in range(rows):
+            self._read(row, ids[row, tokens - real[row] : -1])
+        if real.all():
+            return self._step(ids[:, -1:])
+        # A row whose text begins in a later chunk has nothing to predict from yet.
+        logits = np.zeros((rows, 1, self._model.config.get_text_config().vocab_size), np.float32)
+        for row in np.flatnonzero(real).tolist():
+            logits[row] = self._with_logits(row, ids[row, -1:])[0]
+        return logits
+
+    def reset(self) -> None:
+        """Forget all tokens; the rows stay."""
+        self.lengths[:] = 0
+
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens after the first `max_length` of every row."""
+        np.minimum(self.lengths, max_length, out=self.lengths)
+
+    def batch_repeat_interleave(self, copies: int) -> None:
+        self._take(np.repeat(np.arange(len(self.lengths)), copies))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(indices.numpy())
+
+    def _take(self, rows: np.ndarray) -> None:
+        longest = int(self.lengths.max(initial=0))
+        for store in self._stores.values():
+            store[: len(rows), :, :longest] = store[rows, :, :longest]
+        self.lengths = self.lengths[rows]
+        self._bound = None
+
+    def _read(self, row: int, ids: np.ndarray) -> None:
+        """Fill the cache of a row; its logits are not fetched, and but for one token not computed."""
+        session = self._model.prefill or self._model.session
+        done = 0
+        while done < len(ids):
+            part = ids[done : done + self._model.piece]
+            binding = self._binding(session, slice(row, row + 1), part[None])
+            if session is self._model.session and self._model.keeps_logits:
+                binding.input(KEEP, np.ones(1, np.int64))
+            self._model.run(session, binding)
+            self.lengths[row] += len(part)
+            done += len(part)
+
+    def _with_logits(self, row: int, ids: np.ndarray) -> np.ndarray:
+        session = self._model.session
+        binding = self._binding(session, slice(row, row + 1), ids[None])
+        binding.io.bind_output("logits")
+        self._model.run(session, binding)
+        self.lengths[row] += len(ids)
+        return binding.io.get_outputs()[-1].numpy()
+
+    def _step(self, ids: np.ndarray) -> np.ndarray:
+        """One token for every row, in one run; all that does not change between steps stays bound."""
+        rows, session = len(ids), self._model.session
+        if self._bound is None or self._bound[0] != rows:
+            vocabulary = self._model.config.get_text_config().vocab_size
+            held = {"input_ids": ids.copy(), "logits": np.empty((rows, 1, vocabulary), np.float32)}
+            binding = self._binding(session, slice(0, rows), held["input_ids"])
+            binding.output("logits", held["logits"])
+            self._bound = rows, binding, held
+        _, binding, held = self._bound
+        held["input_ids"][:] = ids
+        self._bind_place(binding, slice(0, rows), 1)
+        self._model.run(session, binding)
+        self.lengths += 1
+        return held["logits"].copy()
+
+    def _binding(self, session: Any, rows: slice, ids: np.ndarray) -> Binding:
+        binding = Binding(session)
+        for name, store in self._stores.items():
+            value = _shared(store[rows])
+            binding.input(name, value)
+            binding.output(name.replace("past_key_values", "present"), value)
+        binding.input("input_ids", ids)
+        self._bind_place(binding, rows, ids.shape[1])
+        return binding
+
+    def _bind_place(self, binding: Binding, rows: slice, tokens: int) -> None:
+        """Where the new tokens stand: the mask of all, and their positions."""
+        past = self.lengths[rows]
+        everything = int(past.max()) + tokens
+        mask = (np.arange(everything) < (past + tokens)[:, None]).astype(np.int64)
+        binding.input("attention_mask", mask)
+        binding.input("position_ids", past[:, None] + np.arange(tokens))
+
+
+class GrowingCache:
+    """The outputs `present.*` of one run, which are the inputs `past_key_values.*` of the next."""
+
+    def __init__(self, model: Graph) -> None:
+        self._model = model
+        self._values: dict[str, Any] = {}
+        self.length = 0
+
+    def extend(self, ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None) -> np.ndarray:
+        """Append `ids` [rows, tokens]; logits [rows, tokens, vocabulary]. `mask` and `positions` as transformers has them."""
+        model, (rows, tokens) = self._model, ids.shape
+        everything = self.length + tokens
+        mask = np.ones((rows, everything), np.int64) if mask is None else mask
+        positions = np.arange(self.length, everything)[None].repeat(rows, 0) if positions is None else positions
+        binding = Binding(model.session)
+        feeds = {"input_ids": ids, "attention_mask": mask} | (
+            {"position_ids": positions} if model.has_positions else {}
+        )
+        for name, array in feeds.items():
+            binding.input(name, array)
+        empty = np.empty((rows, model.kv_heads, 0, model.head_dim), model.cache_type)
+        for name in model.past:
+            binding.input(name, self._values.get(name, empty))
+        names = ["logits", *(name.replace("past_key_values", "present") for name in model.past)]
+        for name in names:
+            binding.io.bind_output(name)
+        model.run(model.session, binding)
+        logits, *present = binding.io.get_outputs()
+        self._values = dict(zip(model.past, present, strict=True))
+        self.length = everything
+        return logits.numpy()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._values, self.length = {}, 0
+
+    def batch_repeat_interleave(self, copies: int) -> None:
+        self._values = {name: _shared(value.numpy().repeat(copies, 0)) for name, value in self._values.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices.numpy()
+        self._values = {name: _shared(value.numpy()[rows]) for name, value in self._values.items()}
+
+
+class Binding:
+    """An IO binding that keeps the arrays alive whose memory ONNX Runtime reads and writes."""
+
+    def __init__(self, session: Any) -> None:
+        self.io = session.io_binding()
+        self._kept: dict[str, Any] = {}
+
+    def input(self, name: str, value: Any) -> None:
+        self._kept[name] = value = _shared(value)
+        self.io.bind_ortvalue_input(name, value)
+
+    def output(self, name: str, value: Any) -> None:
+        self._kept[name] = value = _shared(value)
+        self.io.bind_ortvalue_output(name, value)
+
+
+def _shared(value: Any) -> Any:
+    """The memory of an array as ONNX Runtime sees it, not a copy."""
+    import onnxruntime as ort
+
+    if not isinstance(value, np.ndarray):
+        return value
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))

@@ -1,0 +1,119 @@
+"""From a plan to an exported model in memory: its graph from the cache, or written there first.
+
+Graphs are kept under LOWMEM_HOME by what they were made from and how, so a model is exported once. Writing runs
+in a process of its own, whose memory ends with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lowmem.background import locked
+from lowmem.errors import LowMemError
+from lowmem.events import CancelToken, Step
+from lowmem.machine.hardware import probe
+from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.limits import Limits
+from lowmem.models.stored import graph_prefix
+from lowmem.planning.exported import runtime_version
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.planning.plan import Plan
+from lowmem.runtime.loader import Loaded, _check_vocabulary, _tokenizer
+from lowmem.runtime.onnx.manifest import discard, is_exported, read_manifest
+from lowmem.runtime.onnx.model import OnnxModel
+from lowmem.settings import settings
+from lowmem.version import __version__
+
+log = logging.getLogger("lowmem.export")
+
+
+def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
+    """Open the exported `folder`; the generator's return value is a `Loaded` whose model is an `OnnxModel`.
+
+    Raises:
+        CorruptModel, Unsupported, BadInput, MissingDependency: see `OnnxModel`.
+    """
+    read_manifest(folder)
+    tokenizer = _tokenizer(folder)
+    yield Step(0, 0, "Opening the graph")
+    model = OnnxModel(folder)
+    yield Step(1, 1, "Loading weights")
+    loaded = Loaded(model, tokenizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]  # its duck
+    _check_vocabulary(tokenizer, loaded.model, plan)
+    return loaded
+
+
+def graph_folder(
+    plan: Plan, folder: Path, cancel: CancelToken, ram_limit: int | None = None
+) -> Generator[Step, None, Path]:
+    """The exported model for `plan`: `folder` itself where it is one, else one in the cache, written when it is not there.
+
+    Args:
+        ram_limit: bytes that this process and the one that writes may hold together; None is no limit.
+
+    Raises:
+        Unsupported: there is no graph for the model, or it fails its proof.
+        DoesNotFit, DiskFull, OutOfMemory, Cancelled: while writing it.
+    """
+    if is_exported(folder):
+        return folder
+    options = _options(plan)
+    kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.name)}{_key(folder, options)}"
+    with locked(kept, cancel, "Waiting for another writing of the same graph") as waiting:
+        yield from waiting
+        if not _is_whole(kept):
+            left = None if ram_limit is None else max(0, ram_limit - probe().process_bytes)
+            yield from _write(folder, kept, options, plan.spec.ref, cancel, left)
+    return kept
+
+
+def _is_whole(kept: Path) -> bool:
+    """Is the graph there? A damaged one is deleted."""
+    if not kept.exists():
+        return False
+    try:
+        read_manifest(kept)
+    except LowMemError as error:
+        log.warning("%s is written anew: %s", kept.name, error)
+        shutil.rmtree(kept)
+        return False
+    return True
+
+
+def _write(
+    folder: Path, kept: Path, options: ExportOptions, ref: str, cancel: CancelToken, ram: int | None
+) -> Generator[Step, None, None]:
+    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": ref, "ram": ram}
+    yield Step(0, 0, "Writing its graph, once")
+    limits = None if ram is None else Limits(ram)
+    try:
+        for event in run_isolated("export_graph", arguments, cancel, limits):
+            if not isinstance(event, Finished):
+                yield event
+    finally:
+        discard(kept)  # Stop is a kill, which leaves the child no time to
+
+
+def _options(plan: Plan) -> ExportOptions:
+    stored = plan.spec.stored
+    if plan.precision == "stored" and stored is not None:
+        return ExportOptions(precision="int4" if stored.bits <= 4 else "int8")
+    return ExportOptions(precision=plan.precision)
+
+
+def _key(folder: Path, options: ExportOptions) -> str:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    content = {
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "options": asdict(options),
+        "versions": [__version__, runtime_version().split(".")[:2]],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""What an exported folder says about itself, and whether its files are all there. Imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
+from lowmem.models.describe import MANIFEST
+
+VERSION = 1
+
+GRAPH, PREFILL, DATA = "model.onnx", "prefill.onnx", "model.onnx.data"
+
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""Names of files become paths, and an export may come from anybody."""
+
+KEEP = "logits_to_keep"
+"""An optional input [1] of fused graphs: of how many tokens, counted from the end, the logits are computed."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """
+    Args:
+        model, source: its name, and the reference it was exported from.
+        precision: "fp32", "fp16", "int8" or "int4".
+        kind: "fused" (cache in place, rows aligned left), "decoder" (cache returned anew) or "encoder".
+        files: name -> bytes of every graph and weight file.
+        weights_bytes: what a session holds of them.
+        int8_range: largest code of dynamic int8 weights, 0 without such.
+        model_tensors: of the original: [name, dtype, shape, bytes] each.
+        proof: the figures of `prove.Proof`.
+        optimised: nodes, fusions, bytes and seconds before and after, where the optimiser ran.
+    """
+
+    model: str
+    source: str
+    precision: str
+    kind: str
+    files: dict[str, int]
+    weights_bytes: int
+    int8_range: int = 0
+    licence: str = ""
+    model_tensors: list[list[Any]] = field(default_factory=list)
+    proof: dict[str, Any] = field(default_factory=dict)
+    optimised: dict[str, Any] = field(default_factory=dict)
+    receipt: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def save(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def check_files(self, folder: Path) -> None:
+        """
+        Raises:
+            CorruptModel: a file is missing or has another size, naming both.
+        """
+        for name, size in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise CorruptModel(f"{folder.name} lacks {name} ({size:,} bytes).", "Export the model again.")
+            if (found := path.stat().st_size) != size:
+                raise CorruptModel(
+                    f"{name} in {folder.name} has {found:,} bytes, but {size:,} were written.",
+                    "Export the model again.",
+                )
+
+
+def is_exported(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        ModelNotFound: no export there.
+        CorruptModel: the manifest cannot be read, or files are missing or cut short.
+        Unsupported: written by a later version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ModelNotFound(f"{folder} holds no exported model ({MANIFEST} is missing).", "Export one first.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = int(values.get("version", 0))
+        if version > VERSION:
+            raise Unsupported(
+                f"{folder.name} was written by a later lowmem (format {version}, this one reads {VERSION}).",
+                "Update lowmem, or export the model again.",
+            )
+        manifest = Manifest(**values)
+        outside = [name for name in manifest.files if not _PLAIN.fullmatch(name)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptModel(f"{MANIFEST} in {folder.name} cannot be read: {error}.", "Export the model again.") from None
+    if outside:
+        raise CorruptModel(
+            f"{MANIFEST} in {folder.name} names the file {outside[0][:80]!r}, which is not in the folder.",
+            "Export the model again.",
+        )
+    manifest.check_files(folder)
+    return manifest
+
+
+def unfinished(out: Path) -> Path:
+    """What `out` is called until it is complete and proven."""
+    return out.with_name(f"{out.name}.part")
+
+
+def discard(out: Path) -> None:
+    """Delete what is left of an export into `out` whose process was ended."""
+    shutil.rmtree(unfinished(out), ignore_errors=True)

@@ -1,0 +1,195 @@
+"""An exported model behind the decode loop: it takes the place of transformers' model there.
+
+Knows how graphs are opened and run, and what can be wrong with them; what they remember is `onnx_cache.py`'s business.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMemory, Unsupported
+from lowmem.machine.processor import cores, has_vnni
+from lowmem.planning import exported
+from lowmem.runtime.onnx.cache import Binding, GrowingCache, InPlaceCache
+from lowmem.runtime.onnx.manifest import GRAPH, KEEP, PREFILL, Manifest, read_manifest
+
+log = logging.getLogger("lowmem.onnx")
+
+SMALLEST_PIECE, LARGEST_PIECE, PIECE_WORK = 32, 512, 40e9
+"""Prompt tokens of a pass, and multiplications: less than a second of two slow cores, so that Stop is heard. By
+the model and not by the clock, since sums that are cut elsewhere are rounded elsewhere: the same seed gives the same answer."""
+
+_VNNI_RANGE = 127
+_AGAIN = "Export the model again."
+_UPGRADE = "Update it: pip install -U onnxruntime"
+
+_NEWER = {
+    "opset": re.compile(r"Opset (\d+) is under development.* is till opset (\d+)"),
+    "ONNX IR version": re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)"),
+}
+_NO_OPERATOR = re.compile(r"(?:No Op registered for|Could not find an implementation for) (\w[\w.:]*)")
+_WRAPPING = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|\S+\.(?:cc|h):\d+ ")
+
+
+def open_session(path: Path, *, threads: int = 0, saturates: bool = False, providers: Sequence[Any] = ()) -> Any:
+    """An inference session of the graph in `path`.
+
+    Args:
+        threads: of one operator; 0 is one for each core that this process may use.
+        saturates: the graph's 8-bit weights would overflow AVX2's 16-bit sums.
+
+    Raises:
+        MissingDependency, CorruptModel, Unsupported, OutOfMemory: one sentence each.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise MissingDependency("onnxruntime, which runs exported models, is not installed.", "pip install onnxruntime")  # noqa: B904
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads or cores(), 1
+    options.log_severity_level = 3
+    # Initializers beside the arena, which grows in powers of two and never shrinks.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if saturates:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        session = ort.InferenceSession(path, options, providers=list(providers) or ["CPUExecutionProvider"])
+    except Exception as error:
+        raise _session_error(path, error) from error
+    session.disable_fallback()
+    return session
+
+
+def _session_error(path: Path, error: Exception) -> LowMemError:
+    """What ONNX Runtime says, without its own file names and codes."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    log.info("cannot open %s", path, exc_info=True)
+    for kind, pattern in _NEWER.items():
+        if found := pattern.search(text):
+            return Unsupported(
+                f"{path.name} is written in {kind} {found[1]}, ONNX Runtime {exported.runtime_version()} reads up to {found[2]}.",
+                _UPGRADE,
+            )
+    if found := _NO_OPERATOR.search(text):
+        return Unsupported(
+            f"ONNX Runtime {exported.runtime_version()} has no {found[1]}, which {path.name} needs.", _UPGRADE
+        )
+    if "alloc" in text.lower():
+        return OutOfMemory(f"Memory ran out while loading {path.name}.", "Choose fewer bits or a smaller model.")
+    if "external data" in text.lower() or "external initializer" in text.lower():
+        return CorruptModel(f"The weights of {path.name} are missing, cut short or outside its folder.", _AGAIN)
+    return CorruptModel(f"{path.name} cannot be loaded: {_WRAPPING.sub('', text)[:200]}", _AGAIN)
+
+
+class OnnxModel:
+    """Looks to the decode loop like a causal model of transformers: `config`, `device`, `forward`, `modules`.
+
+    Raises:
+        CorruptModel, Unsupported, MissingDependency, OutOfMemory: on opening.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    own_threads = True
+
+    def __init__(self, folder: Path, *, threads: int = 0, providers: Sequence[Any] = ()) -> None:
+        from transformers import AutoConfig, GenerationConfig
+
+        self.manifest: Manifest = read_manifest(folder)
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.generation_config = None
+        if (folder / "generation_config.json").is_file():
+            self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        saturates = self.manifest.int8_range == _VNNI_RANGE and not has_vnni()
+        arguments: dict[str, Any] = {"threads": threads, "providers": providers, "saturates": saturates}
+        self.session = open_session(folder / GRAPH, **arguments)
+        inputs = [value.name for value in self.session.get_inputs()]
+        self.past = [name for name in inputs if name.startswith("past_key_values.")]
+        if not self.past:
+            raise Unsupported(
+                f"The graph in {folder.name} has no KV cache, so it cannot write text.",
+                "Export a text generation model.",
+            )
+        shape = self.session.get_inputs()[inputs.index(self.past[0])].shape
+        self.kv_heads, self.head_dim = int(shape[1]), int(shape[3])
+        self.keeps_logits = KEEP in [value.name for value in self.session.get_overridable_initializers()]
+        self.has_positions = "position_ids" in inputs
+        self.cache_type = {"tensor(float16)": np.float16}.get(
+            self.session.get_inputs()[inputs.index(self.past[0])].type, np.float32
+        )
+        self.in_place = self.manifest.kind == "fused"
+        self.prefill = open_session(folder / PREFILL, **arguments) if PREFILL in self.manifest.files else None
+        parameters = sum(math.prod(shape) for _, _, shape, _ in self.manifest.model_tensors)
+        self.piece = max(SMALLEST_PIECE, min(LARGEST_PIECE, 2 ** round(math.log2(PIECE_WORK / max(1, parameters)))))
+        self._hooks: list[Callable[[Any, tuple[object, ...]], None]] = []
+
+    @property
+    def exact(self) -> bool:
+        """Does it compute in fp32 throughout? Other graphs round activations."""
+        return self.manifest.precision == "fp32"
+
+    @property
+    def base_model(self) -> OnnxModel:
+        """The decoder is not apart from the head."""
+        return self
+
+    def modules(self) -> Iterator[OnnxModel]:
+        yield self
+
+    def register_forward_pre_hook(self, hook: Callable[[Any, tuple[object, ...]], None]) -> Any:
+        """`hook` is called before every run of a graph, and may raise."""
+        self._hooks.append(hook)
+        return SimpleNamespace(remove=lambda: self._hooks.remove(hook))
+
+    def make_cache(self, rows: int, capacity: int) -> InPlaceCache | GrowingCache:
+        """An empty cache for at most `rows` sequences of `capacity` tokens."""
+        return InPlaceCache(self, rows, capacity) if self.in_place else GrowingCache(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: InPlaceCache | GrowingCache | None = None,
+        use_cache: bool | None = None,  # noqa: ARG002  part of the interface
+        logits_to_keep: int = 0,
+    ) -> SimpleNamespace:
+        """`logits` float32 [rows, tokens, vocabulary]; of the last token alone where `logits_to_keep` is 1."""
+        rows, tokens = input_ids.shape
+        cache = past_key_values if past_key_values is not None else self.make_cache(rows, tokens)
+        ids = input_ids.numpy()
+        mask = None if attention_mask is None else attention_mask.numpy()
+        if isinstance(cache, InPlaceCache):
+            logits = cache.extend(ids, mask, keep_all=logits_to_keep != 1)
+        else:
+            logits = cache.extend(ids, mask, None if position_ids is None else position_ids.numpy())
+        return SimpleNamespace(logits=torch.from_numpy(logits).float())
+
+    __call__ = forward
+
+    def run(self, session: Any, binding: Binding) -> None:
+        """One run of a graph, preceded by the hooks.
+
+        Raises:
+            OutOfMemory: ONNX Runtime could not allocate.
+        """
+        for hook in self._hooks:
+            hook(self, ())
+        try:
+            session.run_with_iobinding(binding.io)
+        except Exception as error:
+            if "alloc" in str(error).lower():
+                raise OutOfMemory(
+                    "Memory ran out in ONNX Runtime.", "Shorten the prompt, or load fewer bits."
+                ) from error
+            raise

@@ -1,0 +1,255 @@
+"""From a placement to a streaming model: which modules compute with what is stored, and which blocks come from where.
+
+The loader asks here for everything that is not at home; `apply` and `remove` do the same to a live model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lowmem.errors import BadInput, CorruptModel, Unsupported
+from lowmem.generate.decoding import decoder_blocks
+from lowmem.kernels import bnb_linear, packed_linear
+from lowmem.kernels.stored_layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.matching import by_module, match_names
+from lowmem.models.quantization import BNB, Quantization
+from lowmem.models.spec import CODE_DTYPES
+from lowmem.planning.placement import Placement, block_index, home
+from lowmem.runtime.streaming.blocks import BlockFile, block_file
+from lowmem.runtime.streaming.streamer import Disk, Mapped, Source, Streamer
+from lowmem.runtime.streaming.transfer import Host, OnDevice
+
+Names = Mapping[str, str]
+"""Parameter name -> stored name."""
+
+QUANTIZED = (
+    "The model's layers are quantized: they cannot be moved once they are loaded.",
+    "Load the model with a placement instead.",
+)
+
+
+def elsewhere(model: PreTrainedModel, names: Names, placement: Placement, device: torch.device) -> dict[int, Names]:
+    """The names of every block that is not at home, by block.
+
+    Raises:
+        Unsupported: the model's blocks cannot be told apart.
+    """
+    paths = {id(module): name for name, module in model.named_modules()}
+    blocks = decoder_blocks(model)
+    if len(blocks) != len(placement.blocks):
+        raise Unsupported(
+            f"{model.config.model_type} keeps its {len(placement.blocks)} blocks where they cannot be found.",
+            "Run it without offloading.",
+        )
+    found: dict[int, Names] = {}
+    at_home = home(device.type if device.type == "cpu" else "cuda")
+    for index, place in enumerate(placement.blocks):
+        if place != at_home:
+            prefix = paths[id(blocks[index])] + "."
+            found[index] = {name: stored for name, stored in names.items() if name.startswith(prefix)}
+    return found
+
+
+def stream(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    blocks: Mapping[int, Names],
+    placement: Placement,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Quantization | None = None,
+) -> Streamer:
+    """Let `blocks` of an otherwise filled model come from where `placement` says.
+
+    Raises:
+        ModelNotFound, CorruptModel: the files cannot be opened, or a packed layer has wrong shapes.
+    """
+    files = [_prepare(model, checkpoint, index, names, dtype, stored) for index, names in blocks.items()]
+    source = _source(files, placement, device, dtype)
+    return Streamer(dict(enumerate(decoder_blocks(model))), files, source, device, dtype)
+
+
+def can_map(checkpoint: Checkpoint, blocks: Mapping[int, Names], dtype: torch.dtype) -> bool:
+    """Can these weights be used in place? Only if all are stored in the dtype of the computation."""
+    stored = (checkpoint.tensors[name].dtype for names in blocks.values() for name in names.values())
+    return all(TORCH_DTYPES[kind] == dtype for kind in stored)
+
+
+def _source(files: list[BlockFile], placement: Placement, device: torch.device, dtype: torch.dtype) -> Source:
+    if device.type == "cpu":
+        return Mapped(files, dtype) if placement.mapped else Disk(files)
+    ram = [file for file in files if placement.blocks[file.index] == "ram"]
+    disk = [file for file in files if placement.blocks[file.index] == "disk"]
+    return OnDevice(Host(ram, disk, pinned=device.type == "cuda"), files, device)
+
+
+def _prepare(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    index: int,
+    names: Names,
+    dtype: torch.dtype,
+    stored: Quantization | None,
+) -> BlockFile:
+    members = []
+    for owner, parts in by_module(dict(names)).items():
+        module = model.get_submodule(owner)
+        runner = as_stored(module, checkpoint, parts, dtype, stored)
+        if runner is not module:
+            model.set_submodule(owner, runner)
+        stays = ("weight_format", *(runner.described if isinstance(runner, StoredNf4) else ()))
+        members += [(runner, m, checkpoint.tensors[name]) for m, name in parts.items() if m not in stays]
+    return block_file(index, members)
+
+
+def as_stored(
+    module: nn.Module, checkpoint: Checkpoint, members: Names, dtype: torch.dtype, stored: Quantization | None = None
+) -> nn.Module:
+    """A module that computes what `module` does from the tensors as they are stored; `module` itself where it can."""
+    if "qweight" in members:
+        return _packed(module, checkpoint, members, stored)
+    if "weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES:
+        return _codes(module, checkpoint, members, dtype, stored)
+    if "weight" not in members or TORCH_DTYPES[checkpoint.tensors[members["weight"]].dtype] == dtype:
+        return module
+    weight = getattr(module, "weight")  # noqa: B009  what it is, is checked below
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return StoredLinear(weight, module.bias, transposed=isinstance(module, Conv1D))
+    if isinstance(module, nn.Embedding) and (type(module) is nn.Embedding or hasattr(module, "embed_scale")):
+        return StoredEmbedding(weight, dtype, float(getattr(module, "embed_scale", 1.0)))
+    return module
+
+
+def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Quantization | None) -> StoredPacked:
+    layer = members["qweight"].removesuffix(".qweight")
+    if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
+        raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+    outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
+    packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
+    return StoredPacked(stored, layer, inputs, outputs)
+
+
+def _codes(
+    module: nn.Module, checkpoint: Checkpoint, members: Names, dtype: torch.dtype, stored: Quantization | None
+) -> nn.Module:
+    """int8 of compressed-tensors or bitsandbytes, or its 4 bits, of which a finished layer lends the description."""
+    layer = members["weight"].removesuffix(".weight")
+    if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
+        raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    outputs, inputs = weight.shape
+    shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
+    packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
+    if stored.bits == 8:
+        return StoredInt8(weight, largest=127 if stored.method == BNB else 1)
+    parts = {part: checkpoint.read(name) for part, name in members.items()}
+    made: Any = bnb_linear.stored4(layer, parts, outputs, inputs, torch.device("cpu"), dtype)
+    runner = StoredNf4(weight, made.weight.quant_state, inputs, outputs)
+    runner.described = tuple(part for part in members if part.startswith("weight."))
+    return runner
+
+
+@dataclass
+class Offloaded:
+    """A live model of which some blocks were sent elsewhere; `remove` brings them back."""
+
+    model: PreTrainedModel
+    streamer: Streamer
+    _modules: dict[str, nn.Module]
+    _members: dict[str, nn.Parameter]
+    _folder: Path
+    _names: dict[str, str]
+
+    def remove(self) -> None:
+        """Read the blocks back and forget about offloading; the model is as it was before `apply`.
+
+        Raises:
+            CorruptModel, ModelNotFound: the files are not what they were; the model stays offloaded.
+        """
+        with Checkpoint(self._folder) as checkpoint:
+            whole = {name: _like(old) for name, old in self._members.items()}
+            for name, tensor in whole.items():
+                checkpoint.read_into(self._names[name], tensor)
+        self.streamer.close()
+        for owner, module in self._modules.items():
+            self.model.set_submodule(owner, module)
+        for name, tensor in whole.items():
+            owner, _, member = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[member] = nn.Parameter(tensor, requires_grad=False)
+
+
+def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offloaded:
+    """Send blocks of a live model elsewhere; `folder` holds its weights, which must be those that the model has.
+
+    Outputs stay the same: bit for bit on a CPU where the files store the dtype of the computation.
+
+    Raises:
+        Unsupported: the model's layers are quantized, or its weights are not those of the folder.
+        BadInput: nothing would be sent anywhere.
+        CorruptModel, ModelNotFound: the folder cannot be read.
+    """
+    device, dtype = model.device, model.dtype
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise Unsupported(*QUANTIZED)
+    with Checkpoint(folder) as checkpoint:
+        names = match_names(model, checkpoint)
+        blocks = elsewhere(model, names, placement, device)
+        if not blocks:
+            raise BadInput("Every block stays where it is.", "Name blocks to be moved.")
+        moved = {name: stored for block in blocks.values() for name, stored in block.items()}
+        _check_dense(checkpoint, blocks)
+        _check_same(model, checkpoint, moved)
+        if placement.mapped and not can_map(checkpoint, blocks, dtype):
+            raise Unsupported(
+                "Weights that are stored in another dtype cannot be used in place.", "Let them stream instead."
+            )
+        members = {name: model.get_parameter(name) for name in moved}
+        kept = {name: _outline(parameter) for name, parameter in members.items()}
+        modules = {owner: model.get_submodule(owner) for owner in by_module(moved)}
+        for owner, parts in by_module(moved).items():
+            for member in parts:
+                old = modules[owner]._parameters[member]
+                modules[owner]._parameters[member] = nn.Parameter(old.to("meta"), requires_grad=False)  # type: ignore[union-attr]
+        streamer = stream(model, checkpoint, blocks, placement, device, dtype)
+    return Offloaded(model, streamer, modules, kept, folder, moved)
+
+
+def _outline(parameter: nn.Parameter) -> nn.Parameter:
+    """Shape, strides, dtype and device without the numbers; the device is that of a tensor without elements."""
+    outline = nn.Parameter(
+        torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta"),
+        requires_grad=False,
+    )
+    outline.home = parameter.device  # type: ignore[attr-defined]
+    return outline
+
+
+def _like(outline: nn.Parameter) -> torch.Tensor:
+    return torch.empty_strided(outline.shape, outline.stride(), dtype=outline.dtype, device=outline.home)  # type: ignore[attr-defined]
+
+
+def _check_dense(checkpoint: Checkpoint, blocks: Mapping[int, Names]) -> None:
+    """Is every matrix of these blocks a parameter of the model? Codes are not, neither in the files nor in memory."""
+    found = {stored for names in blocks.values() for stored in names.values()}
+    for name, entry in checkpoint.tensors.items():
+        missing = name.endswith(".weight") and (entry.dtype in CODE_DTYPES or name not in found)
+        if block_index(name) in blocks and (missing or name.endswith(".qweight")):
+            raise Unsupported(*QUANTIZED)
+
+
+def _check_same(model: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:
+    """The smallest weight of each block stands for all: a fine-tuned copy differs in every one."""
+    for name, stored in names.items():
+        parameter = model.get_parameter(name)
+        if parameter.dim() == 1 and not torch.equal(checkpoint.read(stored, parameter.dtype), parameter.cpu()):
+            raise CorruptModel(f"{name} in memory is not what the folder holds.", "Save the model, then offload that.")

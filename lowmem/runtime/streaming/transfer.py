@@ -1,0 +1,182 @@
+"""From RAM to a GPU: blocks are copied beside the computation, each while the one before it computes.
+
+Copies run on a stream of their own from pinned memory. On a device without streams the same steps happen one after another,
+which is how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.machine.direct_io import page_aligned
+from lowmem.models.checkpoint import as_bytes
+from lowmem.planning.placement import SLOTS
+from lowmem.runtime.streaming.blocks import BlockFile
+from lowmem.runtime.streaming.ring import Check, nothing
+from lowmem.runtime.streaming.streamer import Disk, Source, open_shards
+
+
+class Ram:
+    """Blocks held in RAM as the files store them."""
+
+    def __init__(self, blocks: Sequence[BlockFile], pinned: bool) -> None:
+        self.bytes_read = 0
+        self._buffers: dict[int, Tensor] = {}
+        shards = open_shards(blocks)
+        try:
+            for block in blocks:
+                buffer = self._buffers[block.index] = page_aligned(block.nbytes, pinned)
+                memory = as_bytes(buffer)
+                for read in block.reads:
+                    part = memory[read.position : read.position + read.length]
+                    shards[read.file].read(read.offset, part, read.needed)
+        finally:
+            for shard in shards.values():
+                shard.close()
+
+    def acquire(self, index: int, _check: Check = nothing, /) -> Tensor:
+        return self._buffers[index]
+
+    def release(self, index: int) -> None:
+        """Stays where it is."""
+
+    def close(self) -> None:
+        self._buffers.clear()
+
+
+class Host:
+    """Blocks of which some are in RAM and the others on disk."""
+
+    def __init__(self, ram: Sequence[BlockFile], disk: Sequence[BlockFile], pinned: bool) -> None:
+        self._of: dict[int, Source] = {}
+        self._sources: list[Source] = []
+        try:
+            if ram:
+                self._add(Ram(ram, pinned), ram)
+            if disk:
+                self._add(Disk(disk, pinned), disk)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, source: Source, blocks: Sequence[BlockFile]) -> None:
+        self._sources.append(source)
+        self._of |= {block.index: source for block in blocks}
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(source.bytes_read for source in self._sources)
+
+    def acquire(self, index: int, check: Check = nothing, /) -> Tensor | None:
+        return self._of[index].acquire(index, check)
+
+    def release(self, index: int) -> None:
+        self._of[index].release(index)
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+
+class _Buffer:
+    """Room for one block on the device, and the marks of who may touch it."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.index = -1
+        self.copied = _Mark(device)
+        self.used = _Mark(device)
+
+
+class _Mark:
+    """An event of a CUDA stream; nothing elsewhere, where all happens in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = torch.cuda.Event() if device.type == "cuda" else None
+
+    def record(self, stream: Any) -> None:
+        if self._event is not None:
+            self._event.record(stream)
+
+    def wait(self, stream: Any) -> None:
+        if self._event is not None:
+            stream.wait_event(self._event)
+
+    def synchronize(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class OnDevice:
+    """Blocks of `host` in two buffers of the device: one computes while the other is filled.
+
+    Args:
+        blocks: all that stream, in the order in which they are needed; the last is followed by the first.
+    """
+
+    def __init__(self, host: Source, blocks: Sequence[BlockFile], device: torch.device) -> None:
+        self._host, self._device = host, device
+        self._sizes: Mapping[int, int] = {block.index: block.nbytes for block in blocks}
+        order = [block.index for block in blocks]
+        self._after = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+        size = max(self._sizes.values())
+        self._buffers = [_Buffer(size, device) for _ in range(min(SLOTS, len(blocks)))]
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._check: Check = nothing
+        self.copied_bytes = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were copied to the device."""
+        return self.copied_bytes
+
+    def acquire(self, index: int, check: Check = nothing, /) -> Tensor:
+        self._check = check  # for the block that is fetched ahead, too
+        buffer = self._holding(index) or self._copy(index)
+        buffer.copied.wait(self._compute_stream())
+        return buffer.bytes
+
+    def release(self, index: int) -> None:
+        """The kernels of block `index` have been queued: its buffer is free behind them, and the next block comes."""
+        buffer = self._holding(index)
+        if buffer is None:
+            return
+        buffer.used.record(self._compute_stream())
+        if self._holding(self._after[index]) is None:
+            self._copy(self._after[index], keep=index)
+
+    def close(self) -> None:
+        for buffer in self._buffers:
+            buffer.copied.synchronize()
+        self._buffers.clear()
+        self._host.close()
+
+    def _holding(self, index: int) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.index == index), None)
+
+    def _copy(self, index: int, keep: int = -1) -> _Buffer:
+        buffer = next((b for b in self._buffers if b.index != keep), self._buffers[0])
+        source = self._host.acquire(index, self._check)
+        assert source is not None  # a host lends bytes
+        buffer.used.wait(self._stream)
+        with self._copying():
+            size = self._sizes[index]
+            buffer.bytes[:size].copy_(source[:size], non_blocking=True)
+            buffer.copied.record(self._stream)
+        buffer.index = index
+        self.copied_bytes += size
+        # The host's buffer may be filled anew once it has been read; kernels go on in the meantime.
+        buffer.copied.synchronize()
+        self._host.release(index)
+        return buffer
+
+    def _compute_stream(self) -> Any:
+        return torch.cuda.current_stream(self._device) if self._stream is not None else None
+
+    def _copying(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()

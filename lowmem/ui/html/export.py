@@ -1,0 +1,151 @@
+"""Forecasts, proofs and races of exports as HTML and pictures. Pure functions of data; everything from outside is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lowmem.events import Receipt
+from lowmem.export.folder import RUN
+from lowmem.export.run import Forecast
+from lowmem.plots.drawing import GREY, Bar, Label, Shape, Sheet
+from lowmem.ui.html import plan as render
+from lowmem.ui.html.quantize import figures, files, rounded
+from lowmem.ui.i18n.strings import name, say
+from lowmem.units import format_bytes, format_seconds
+
+COLORS = {"torch": "#d9822b", "onnx": "#4c8bd6"}
+NAMES = {"torch": "PyTorch fp32", "onnx": "ONNX Runtime"}
+
+WIDTH, MARGIN, ROW, BAR, GAP = 520, 20, 20, 14, 32
+
+
+def card(expected: Forecast, original_bytes: int) -> str:
+    """What would be made and what it would cost."""
+    facts = [
+        (say("size"), f"{format_bytes(original_bytes)} → {format_bytes(expected.disk_bytes)}"),
+        (say("peak"), format_bytes(expected.ram_bytes)),
+        (say("export_session"), format_bytes(expected.session_bytes)),
+        (say("time"), say("about", time=rounded(expected.seconds))),
+    ]
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
+    pill = (
+        f'<span class="lm-pill" data-verdict="{expected.verdict}">{escape(name("verdicts", expected.verdict))}</span>'
+    )
+    return (
+        f'<section class="lm-forecast" data-verdict="{expected.verdict}">'
+        f'<div class="lm-head"><h2>{escape(say("predicted"))}</h2>{pill}</div><dl class="lm-pairs">{cells}</dl>'
+        f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p>'
+        f"{render.quiet(expected.caution) if expected.caution else ''}</section>"
+    )
+
+
+def receipt(one: Receipt) -> str:
+    """The proof, predicted against measured, what the optimiser did, and the files."""
+    details = one.details
+    pairs = [
+        (say("on_disk_size"), details["predicted_bytes"], one.disk_bytes),
+        *((say("peak"), one.predicted[key], one.measured[key]) for key in one.measured if key in one.predicted),
+    ]
+    bars = "".join(render.against(*pair) for pair in pairs)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
+    folder = Path(details["folder"])
+    facts = f"{escape(say('time'))} {escape(format_seconds(one.seconds))} · {escape(folder.name)}"
+    return (
+        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"], details["kind"])}'
+        f"{optimised(details.get('optimised') or {})}{bars}"
+        f'<p class="lm-muted lm-small">{facts}</p><ul class="lm-notes">{notes}</ul>{program(folder)}{files(folder)}</section>'
+    )
+
+
+def program(folder: Path) -> str:
+    """What runs the folder elsewhere, to be read and copied."""
+    path = folder / RUN
+    if not path.is_file():
+        return ""
+    code = escape(path.read_text(encoding="utf-8"))
+    return (
+        f'<details class="lm-files"><summary>{escape(say("export_program"))}</summary>'
+        f'<pre class="lm-code" tabindex="0">{code}</pre></details>'
+    )
+
+
+def proof(proven: dict[str, Any], kind: str = "fused") -> str:
+    """Agreement with the original, read at once and token by token; an encoder only reads."""
+    ways = ("prefill",) if kind == "encoder" else ("prefill", "decode")
+    header = say("export_proof_encoder" if kind == "encoder" else "export_proof")
+    rows = [
+        (
+            say(f"export_{way}"),
+            f"{proven[way]['max_difference']:.2g}",
+            f"{proven[way]['kl']:.4f}",
+            f"{proven[way]['agreement']:.1%}",
+            f"{proven[way]['tokens']:,}",
+        )
+        for way in ways
+    ]
+    return figures(header.split("|"), rows)
+
+
+def optimised(report: dict[str, Any]) -> str:
+    """Before and after the optimiser."""
+    if not report.get("after"):
+        return render.quiet(say("export_not_optimised")) if report else ""
+    before, after = report["before"], report["after"]
+    fusions = ", ".join(f"{count} {kind}" for kind, count in report.get("fusions", {}).items()) or "none"
+    rows = [
+        (say("export_nodes"), f"{before['nodes']:,}", f"{after['nodes']:,}"),
+        (say("size"), format_bytes(before["bytes"]), format_bytes(after["bytes"])),
+        (say("export_latency"), f"{1000 * before['seconds']:.1f} ms", f"{1000 * after['seconds']:.1f} ms"),
+        (say("export_fusions"), "", fusions),
+    ]
+    return figures(say("export_optimised").split("|"), rows)
+
+
+def race(result: dict[str, Any]) -> list[Sheet]:
+    """Prefill speed and latency per token by prompt length, the graph beside PyTorch; of an encoder, which writes nothing, the first."""
+    panels = [("prefill_tps", "Prefill", "prompt tokens a second; longer is better", "{:,.0f}")]
+    if any(value is not None for engine in COLORS for value in result[engine]["token_ms"]):
+        panels.append(("token_ms", "Each new token", "milliseconds; shorter is better", "{:.1f} ms"))
+    height = 58 + len(result["prompts"]) * (2 * ROW + GAP)
+    return [Sheet(WIDTH, height, tuple(_panel(result, *panel)), panel[1]) for panel in panels]
+
+
+def _panel(result: dict[str, Any], key: str, title: str, unit: str, form: str) -> Iterator[Shape]:
+    yield Label(MARGIN, 20, title, 15, bold=True)
+    yield Label(MARGIN, 40, unit, 12)
+    largest = max((value or 0 for engine in COLORS for value in result[engine][key]), default=0) or 1
+    named, room = MARGIN + 110, WIDTH - 2 * MARGIN - 110 - 70
+    y = 72.0
+    for position, length in enumerate(result["prompts"]):
+        yield Label(MARGIN, y, f"{length} tokens", 12, bold=True)
+        for engine, color in COLORS.items():
+            y += ROW
+            value = result[engine][key][position]
+            yield Label(MARGIN, y, NAMES[engine], 12)
+            if value is None:
+                yield Label(named, y, "no figure", 12)
+                continue
+            width = room * value / largest
+            yield Bar(named, y - BAR / 2, width, BAR, color)
+            yield Label(named + width + 6, y, form.format(value), 12, color=GREY)
+        y += GAP
+
+
+def race_table(result: dict[str, Any]) -> str:
+    """The figures of a race."""
+    rows = [
+        (
+            f"{length}",
+            *(f"{result[engine]['prefill_tps'][index]:,.0f}" for engine in COLORS),
+            *(_milliseconds(result[engine]["token_ms"][index]) for engine in COLORS),
+        )
+        for index, length in enumerate(result["prompts"])
+    ]
+    return figures(say("export_race_table").split("|"), rows)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

@@ -1,0 +1,164 @@
+"""Lessons as HTML: words, a model's own figures beside them, a picture of these, and the course's typical tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+
+from lowmem.events import Receipt
+from lowmem.fields import build
+from lowmem.machine.bandwidth import Unmeasured, ram_bandwidth
+from lowmem.planning import exported
+from lowmem.planning.estimate import compute_dtype, weight_bytes
+from lowmem.planning.placement import stored_block_bytes
+from lowmem.planning.plan import Plan
+from lowmem.plots.drawing import Bar, Label, Shape, Sheet, to_svg
+from lowmem.quant import get
+from lowmem.quant.calibration import Calibration
+from lowmem.quant.estimate import estimate
+from lowmem.ui.html.lessons import LESSONS, MODULE, Lesson, Typical
+from lowmem.ui.html.quantize import figures
+from lowmem.ui.i18n.strings import say
+from lowmem.units import format_bytes
+
+Facts = list[tuple[str, str]]
+Bars = list[tuple[str, int]]
+
+COLOR, WIDTH, NAMED, ROW, BAR = "#4c8bd6", 640, 230, 30, 18
+PRECISIONS = ("fp32", "fp16")
+WIDTHS = (8, 4, 3)
+GRAPHS = ("fp32", "fp16", "int8", "int4")
+GROUP, GRAPH_GROUP = 64, 32
+WINDOW, SINKS = 1024, 4
+LENGTHS = (1024, 4096, 16384)
+
+
+def lesson(key: str, plan: Plan | None, last: Receipt | None) -> str:
+    """The lesson of a tab, with the figures of `plan`'s model where there is one."""
+    told = LESSONS[key]
+    own = _own(key, plan, last) if plan else ""
+    return f'<section class="lm-learn">{_words(told)}{own}{"".join(map(_typical, told.typical))}</section>'
+
+
+def _words(told: Lesson) -> str:
+    parts = ((say("learn_does"), told.does), (say("learn_costs"), told.costs), (say("learn_avoid"), told.avoid))
+    body = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(text)}</dd></div>" for what, text in parts)
+    return f'<dl class="lm-how">{body}</dl>'
+
+
+def _own(key: str, plan: Plan, last: Receipt | None) -> str:
+    facts, bars = _OWN[key](plan, last)
+    rows = "".join(
+        f'<div><dt>{escape(what)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for what, value in facts
+    )
+    drawn = f'<figure class="lm-drawing">{to_svg(sheet(bars, LESSONS[key].title))}</figure>' if bars else ""
+    return (
+        f'<h3>{escape(say("learn_own"))} <span translate="no">{escape(plan.spec.name)}</span></h3>'
+        f'<div class="lm-learn-own"><dl class="lm-stats">{rows}</dl>{drawn}</div>'
+    )
+
+
+def _typical(table: Typical) -> str:
+    source = say("learn_source", module=MODULE, section=table.section)
+    return f'<p class="lm-muted lm-small">{escape(source)}</p>{figures(table.header, table.rows)}'
+
+
+def sheet(bars: Bars, title: str) -> Sheet:
+    """Sizes as bars below each other, all to one scale."""
+    largest, room = max(count for _, count in bars) or 1, WIDTH - NAMED - 90
+    shapes: list[Shape] = []
+    for row, (label, count) in enumerate(bars):
+        y, length = 18 + row * ROW, room * count / largest
+        shapes += [
+            Label(NAMED - 10, y, label, 13, "end"),
+            Bar(NAMED, y - BAR / 2, max(2, length), BAR, COLOR),
+            Label(NAMED + length + 8, y, format_bytes(count), 13),
+        ]
+    return Sheet(WIDTH, 12 + ROW * len(bars), tuple(shapes), title)
+
+
+def _dtype(plan: Plan) -> str:
+    return compute_dtype(plan.precision, plan.place.dtypes)
+
+
+def _precisions(plan: Plan, keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that the model can be had in; none where its files hold codes."""
+    return [] if plan.spec.exported or plan.spec.stored else list(keys)
+
+
+def _generate(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
+    spec, weights, kv = plan.spec, plan.main.share("weights"), plan.main.share("kv")
+    facts = [
+        (f"Weights in {plan.precision}", format_bytes(weights)),
+        (
+            "KV cache of a token",
+            format_bytes(kv / (plan.remembered * plan.batch) if kv else spec.kv_bytes_per_token(_dtype(plan))),
+        ),
+        ("Blocks x KV heads x numbers of each", f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
+    ]
+    if last and last.decode_tps and last.model == spec.name:
+        facts.append(("Time per token, measured", f"{1000 / last.decode_tps:.1f} ms"))
+    lengths = [count for count in LENGTHS if count < spec.context] + [spec.context]
+    caches = [(f"KV cache, {count:,} tokens", spec.kv_bytes(count, 1, _dtype(plan))) for count in lengths]
+    return facts, [("Weights", weights), *caches]
+
+
+def _quantize(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
+    """Sizes of checkpoints."""
+    spec = plan.spec
+    facts = [("Parameters", f"{spec.parameters / 1e6:,.0f} million"), ("Blocks", f"{spec.layers}")]
+    if not _precisions(plan, PRECISIONS):
+        return facts, []
+    bars = [(key, weight_bytes(spec, key, key)) for key in PRECISIONS]
+    for bits in WIDTHS:
+        cost = estimate(spec, get("rtn"), build(get("rtn").Options, {"bits": bits, "group_size": GROUP}), Calibration())
+        bars.append((f"{bits} bits, groups of {GROUP}", cost.output_bytes))
+        facts.append((f"Bits per quantized weight, {bits} bits", f"{cost.bits_per_weight:.2f}"))
+    return facts, bars
+
+
+def _offload(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
+    blocks = stored_block_bytes(plan.spec)
+    facts = [("Blocks", f"{len(blocks)}"), ("A block, as stored", format_bytes(max(blocks, default=0)))]
+    facts.append(("A pass with all blocks away", format_bytes(sum(blocks))))
+    try:
+        rate = ram_bandwidth(None)
+        facts.append(("The same from RAM, measured here", f"{sum(blocks) / rate:.2f} s" if rate else "-"))
+    except Unmeasured:
+        pass
+    if last and last.details.get("seconds_per_token") and last.model == plan.spec.name:
+        facts.append(("Time per token, measured", f"{last.details['seconds_per_token']:.2f} s"))
+    bars = [("All blocks", sum(blocks)), ("Two blocks in turn", 2 * max(blocks, default=0))]
+    return facts, bars
+
+
+def _longctx(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
+    spec, dtype = plan.spec, _dtype(plan)
+    facts = [
+        ("KV cache of a token", format_bytes(spec.kv_bytes_per_token(dtype))),
+        ("The model's context", f"{spec.context:,} tokens"),
+    ]
+    whole = [(f"All of {count:,} tokens", spec.kv_bytes(count, 1, dtype)) for count in LENGTHS[1:]]
+    window, sinks = (plan.window, plan.sinks) if plan.window else (WINDOW, SINKS)
+    return facts, [*whole, (f"A window of {window:,} and {sinks} sinks", spec.kv_bytes(window + sinks, 1, dtype))]
+
+
+def _export(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
+    spec = plan.spec
+    if not _precisions(plan, GRAPHS) or exported.refusal(spec):
+        return [("Blocks", f"{spec.layers}")], []
+    bars = [(key, exported.disk_bytes(spec, key, GRAPH_GROUP)) for key in GRAPHS]
+    seconds = exported.writing_seconds(spec)
+    return [
+        ("Writing it in int8, about", f"{seconds:.0f} s"),
+        ("KV cache of a token", format_bytes(exported.kv_bytes(spec, 1, 1))),
+    ], bars
+
+
+_OWN: dict[str, Callable[[Plan, Receipt | None], tuple[Facts, Bars]]] = {
+    "generate": _generate,
+    "quantize": _quantize,
+    "offload": _offload,
+    "longctx": _longctx,
+    "export": _export,
+}

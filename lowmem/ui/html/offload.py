@@ -1,0 +1,165 @@
+"""Offloading as pictures: where blocks live, what a token costs, ways side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from lowmem.events import Receipt
+from lowmem.offload.predict import Speed
+from lowmem.planning.placement import Placement, all_at_home
+from lowmem.planning.plan import Plan
+from lowmem.plots.drawing import Bar, Label, Line, Shape, Sheet, to_svg
+from lowmem.ui.html import plan as render
+from lowmem.ui.html.quantize import drawing, figures
+from lowmem.ui.i18n.strings import ENGLISH, name, say
+from lowmem.units import format_bytes
+
+GREY = "#7a7a7a"
+COLORS = {"predicted": GREY, "time": "#4c8bd6", "memory": "#3fa36b"}
+WIDTH, ROW, LEFT = 1000, 40, 170
+
+TIME_TOLERANCE = 0.25
+FEW_TOKENS = 4
+"""Fewer say nothing of speed."""
+
+
+def picture(plan: Plan, speed: Speed | None, *, here: bool = True) -> str:
+    """The model as a column of blocks, what is at home, and the prediction beside it.
+
+    Args:
+        here: the model is on this machine.
+    """
+    placement = plan.placement or all_at_home(plan.spec, plan.place.kind)
+    return (
+        f'<section class="lm-stack"><h2>{escape(say("offload_blocks"))}</h2>{_legend(placement)}'
+        f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{_prediction(plan, speed, here)}</div></div>'
+        f"</section>"
+    )
+
+
+def section(title: str, text: str) -> str:
+    """The head of a part of the tab."""
+    return f'<div class="lm-part"><h2>{escape(title)}</h2><p class="lm-muted">{escape(text)}</p></div>'
+
+
+def _kinds(placement: Placement) -> list[str]:
+    return ["mapped" if place == "disk" and placement.mapped else place for place in placement.blocks]
+
+
+def _column(plan: Plan, placement: Placement) -> str:
+    at_home = "gpu" if plan.place.kind == "cuda" else "ram"
+    cells = [f'<i data-place="{at_home}" class="lm-end" title="embedding: {name("places", at_home)}"></i>']
+    cells += [
+        f'<i data-place="{kind}" title="block {index}: {escape(name("places", kind))}">{index}</i>'
+        for index, kind in enumerate(_kinds(placement))
+    ]
+    cells.append(f'<i data-place="{at_home}" class="lm-end" title="head: {name("places", at_home)}"></i>')
+    spoken = escape(placement.sentence())
+    return (
+        f'<div class="lm-blocks" role="img" aria-label="{spoken}" data-many="{len(cells) > 40}">{"".join(cells)}</div>'
+    )
+
+
+def _legend(placement: Placement) -> str:
+    kinds = _kinds(placement)
+    items = "".join(
+        f'<li><i data-place="{kind}"></i>{escape(name("places", kind))} <b class="lm-num">{kinds.count(kind)}</b></li>'
+        for kind in dict.fromkeys(kinds)
+    )
+    return f'<ul class="lm-places">{items}</ul>'
+
+
+def _prediction(plan: Plan, speed: Speed | None, here: bool) -> str:
+    budgets = render.budget(plan, f"{plan.spec.name} · {plan.precision_label}")
+    lines = [plan.reason]
+    if speed is None:
+        lines.append(say("offload_unknown" if here else "offload_later"))
+        return budgets + _quiet(lines)
+    seconds = say("offload_speed_is", seconds=_seconds(speed.seconds_per_token), bound=speed.bound_by)
+    if speed.disk_bytes:
+        rate = format_bytes(speed.disk_rate)
+        lines.append(say("offload_moves", size=format_bytes(speed.disk_bytes), rate=rate))
+    return f'<p class="lm-pace"><span>{escape(say("offload_speed"))}</span><b>{escape(seconds)}</b></p>{budgets}{_quiet(lines)}'
+
+
+def _quiet(lines: Sequence[str]) -> str:
+    return "".join(f'<p class="lm-muted lm-small">{escape(line)}</p>' for line in lines if line)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
+
+
+def measured(one: Receipt) -> str:
+    """Predicted against measured: memory and time per token."""
+    bars = "".join(
+        render.against(f"{name('memory', memory)} peak", one.predicted[memory], count)
+        for memory, count in one.measured.items()
+        if one.predicted.get(memory)
+    )
+    details = one.details
+    expected, taken = (details.get(key) or 0.0 for key in ("predicted_seconds_per_token", "seconds_per_token"))
+    if expected and taken:
+        bars += render.against(say("offload_speed"), expected, taken, _seconds, TIME_TOLERANCE)
+    read = format_bytes(details.get("bytes_read", 0))
+    told = [f"{details.get('placement', '')} · {one.new_tokens} tokens · {read} read"]
+    if taken and one.new_tokens > FEW_TOKENS and abs(expected - taken) > TIME_TOLERANCE * taken:
+        told.append(say("offload_stale"))
+    facts = _quiet(told)
+    return f'<section class="lm-made">{bars}{facts}</section>'
+
+
+def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the exercise, as far as it is."""
+    header = ENGLISH["offload_table"]
+    return figures(header, [_cells(row) for row in rows], spanning=len(header)) if rows else ""
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    title = name("methods", row["method"])
+    if "error" in row:
+        return title, row["error"]
+    details, peak, predicted = row["details"], row["measured"], row["predicted"]
+    expected = details.get("predicted_seconds_per_token")
+    return (
+        title,
+        _seconds(details.get("seconds_per_token", 0.0)),
+        _seconds(expected) if expected else "-",
+        format_bytes(peak["ram"]),
+        format_bytes(predicted["ram"]) if "ram" in predicted else "-",
+        format_bytes(peak["vram"]) if "vram" in peak else "-",
+        format_bytes(details.get("bytes_read", 0)),
+    )
+
+
+def plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Bars of time per token and of peak memory, a line for each way."""
+    done = [row for row in rows if "error" not in row]
+    return drawing(to_svg(_sheet(done, title))) if done else ""
+
+
+def _sheet(rows: Sequence[Mapping[str, Any]], title: str) -> Sheet:
+    width = (WIDTH - LEFT - 200) / 2
+    shapes: list[Shape] = [Label(LEFT, 26, say("offload_speed"), 15, bold=True)]
+    shapes.append(Label(LEFT + width + 110, 26, "Peak memory (the stroke: predicted)", 15, bold=True))
+    times = [row["details"].get("seconds_per_token", 0.0) for row in rows]
+    peaks = [sum(row["measured"].values()) for row in rows]
+    expected = [sum(row["predicted"].values()) for row in rows]
+    for index, row in enumerate(rows):
+        at = 62 + ROW * index
+        shapes.append(Label(LEFT - 12, at, name("methods", row["method"]), 13, "end"))
+        length = width * times[index] / (max(times) or 1)
+        shapes += [
+            Bar(LEFT, at - 9, length, 18, COLORS["time"]),
+            Label(LEFT + length + 8, at, _seconds(times[index]), 12),
+        ]
+        left, scale = LEFT + width + 110, width / (max(*peaks, *expected, 1))
+        shapes.append(Bar(left, at - 9, scale * peaks[index], 18, COLORS["memory"]))
+        mark = left + scale * expected[index]
+        if expected[index]:
+            shapes.append(Line(mark, at - 13, mark, at + 13, GREY, 2))
+        end = max(left + scale * peaks[index], mark)
+        shapes.append(Label(end + 8, at, format_bytes(peaks[index]), 12))
+    return Sheet(WIDTH, 62 + ROW * len(rows), tuple(shapes), title)

@@ -1,0 +1,323 @@
+"""Plans, meters and receipts as HTML. Pure functions of data; everything from outside is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+
+from lowmem.events import Chunk, Completion, Receipt, Step
+from lowmem.generate.window_limits import ENDLESS
+from lowmem.machine.monitor import Snapshot
+from lowmem.planning.ladder import remedies
+from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
+from lowmem.ui.i18n.strings import name, say
+from lowmem.units import format_bytes, format_seconds
+
+ROWS_SHOWN = 200
+
+LOGO = (
+    '<svg viewBox="0 0 32 20" width="40" height="25" aria-hidden="true">'
+    '<rect class="a" width="15" height="20" rx="3"/><rect class="b" x="17" width="6" height="20" rx="2"/>'
+    '<rect class="c" x="25" y="0.5" width="6.5" height="19" rx="2"/></svg>'
+)
+
+
+def header() -> str:
+    return f'<header class="lm-header" lang="en">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
+
+
+# --- budgets
+
+
+def budget(plan: Plan, caption: str = "") -> str:
+    """Every budget of a plan as a stacked bar, the computing device's first and with its legend open; the verdict."""
+    others = [one for one in plan.budgets if one is not plan.main]
+    bars = "".join(_budget_bar(one, opened=one is plan.main) for one in (plan.main, *others))
+    pill = f'<span class="lm-pill" data-verdict="{plan.verdict}">{escape(name("verdicts", plan.verdict))}</span>'
+    note = f'<p class="lm-muted lm-small">{escape(caption)}</p>' if caption else ""
+    return (
+        f'<section class="lm-budget" data-verdict="{plan.verdict}">'
+        f'<div class="lm-head"><h2>{escape(say("budget"))}</h2>{pill}</div>'
+        f'{note}{bars}<p class="lm-sentence" role="status">{escape(plan.sentence())}</p></section>'
+    )
+
+
+def _budget_bar(one: Budget, *, opened: bool) -> str:
+    memory, lines = name("memory", one.memory), _merged(one)
+    scale = max(one.peak, one.limit, 1)
+    segments = "".join(
+        f'<span class="lm-seg" data-share="{escape(line.key)}" style="width:{_percent(line.count, scale)}"></span>'
+        for line in lines
+    )
+    spoken = ", ".join(f"{name('shares', line.key)} {format_bytes(line.count)}" for line in lines)
+    label = f"{format_bytes(one.peak)} of {format_bytes(one.limit)} {memory}: {spoken}"
+    limit = f'<i class="lm-limit" style="left:{_percent(one.limit, scale)}"></i>' if one.peak > one.limit else ""
+    rows = "".join(_legend_row(line.key, line.count, line.why) for line in lines)
+    rows += _legend_row("free", max(0, one.limit - one.peak), "")
+    return (
+        f'<details class="lm-one-budget"{" open" if opened else ""}><summary>{_of(memory, one.peak, one.limit)}'
+        f'<div class="lm-bar" role="img" aria-label="{escape(label)}">{segments}{limit}</div></summary>'
+        f'<ul class="lm-legend">{rows}</ul></details>'
+    )
+
+
+def _merged(one: Budget) -> list[Line]:
+    """One line per share, in the order of their first appearance."""
+    merged: dict[str, Line] = {}
+    for line in one.lines:
+        if line.count > 0:
+            before = merged.get(line.key, Line(line.key, 0, ""))
+            merged[line.key] = Line(line.key, before.count + line.count, f"{before.why} {line.why}".strip())
+    return list(merged.values())
+
+
+def _title(label: str, right: str) -> str:
+    """A line above a bar; `right` is HTML."""
+    return f'<div class="lm-bar-title"><span>{escape(label)}</span>{right}</div>'
+
+
+def _of(label: str, part: int, whole: int) -> str:
+    numbers = f'{format_bytes(part)} <span class="lm-muted">of {format_bytes(whole)}</span>'
+    return _title(label, f'<span class="lm-num">{numbers}</span>')
+
+
+def _track(spoken: str, *parts: tuple[str, str]) -> str:
+    """A thin bar of (class, width); silent for screen readers when there is nothing to say."""
+    role = f' role="img" aria-label="{escape(spoken)}"' if spoken else ""
+    return (
+        f'<div class="lm-track"{role}>'
+        + "".join(f'<span class="{c}" style="width:{w}"></span>' for c, w in parts)
+        + "</div>"
+    )
+
+
+def _legend_row(key: str, count: int, why: str) -> str:
+    tip = f' tabindex="0" data-tip="{escape(why)}" title="{escape(why)}"' if why else ""
+    return (
+        f'<li{tip}><i class="lm-dot" data-share="{escape(key)}"></i><span>{escape(name("shares", key))}</span>'
+        f'<b class="lm-num">{format_bytes(count)}</b></li>'
+    )
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2f}%" if whole > 0 else "0%"
+
+
+# --- the set-up
+
+
+def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) -> str:
+    """The set-up that would be loaded, with its reason and what has to be fetched."""
+    eyebrow = say("recommended") if recommended else say("chosen")
+    on_onnx = plan.backend == "onnx"
+    facts = [
+        (say("precision"), plan.precision if on_onnx else PRECISION_LABELS.get(plan.precision, plan.precision)),
+        (say("context"), f"{plan.context:,} tokens"),
+        (say("device"), f"{plan.place.name}, ONNX Runtime" if on_onnx else plan.place.name),
+        (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),
+    ]
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
+    if download == 0:
+        fetch = say("on_disk")
+    elif download:
+        fetch = f"{say('download', size=format_bytes(download))}, {say('disk_free', size=format_bytes(disk_free))}"
+    else:
+        fetch = say("disk_free", size=format_bytes(disk_free))
+    licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
+    over = _why(plan) if plan.verdict == "over" else ""
+    return (
+        f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
+        f'<h2 class="lm-model">{escape(plan.spec.name)}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
+        f'<dl class="lm-facts">{cells}</dl>{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
+    )
+
+
+def _why(plan: Plan) -> str:
+    """Why a plan is over its budget, and which single change would bring it within."""
+    fixes = [f"{lower.reason} {format_bytes(lower.main.peak)}." for lower in remedies(plan)]
+    listed = "".join(f"<li>{escape(fix)}</li>" for fix in fixes)
+    instead = f'<div class="lm-fixes"><p>{escape(say("remedies"))}</p><ul>{listed}</ul></div>' if fixes else ""
+    return f'<p class="lm-why">{escape(plan.sentence())}</p>{instead}'
+
+
+def unknown_card(ref: str) -> str:
+    """The place of a set-up that could not be planned."""
+    return (
+        f'<section class="lm-card"><p class="lm-eyebrow">{escape(say("chosen"))}</p>'
+        f'<h2 class="lm-model">{escape(ref[:80])}</h2></section>'
+    )
+
+
+def pairs(items: Iterable[tuple[str, str]], heading: str = "") -> str:
+    """A quiet list of (what, why)."""
+    rows = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(why)}</dd></div>" for what, why in items)
+    head = f'<p class="lm-eyebrow">{escape(heading)}</p>' if heading and rows else ""
+    return f'{head}<dl class="lm-pairs">{rows}</dl>' if rows else ""
+
+
+def quiet(text: str) -> str:
+    return f'<p class="lm-notice" data-kind="quiet">{escape(text)}</p>'
+
+
+def slim(plan: Plan, receipt: Receipt | None) -> str:
+    """The resident model in one line."""
+    memory = plan.main.memory
+    measured = receipt.measured.get(memory) if receipt else None
+    size = format_bytes(measured or plan.main.peak)
+    device = device_label(plan.device) + (", ONNX Runtime" if plan.backend == "onnx" else "")
+    parts = [plan.precision, device, f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
+    rest = "".join(f"<span>{escape(part)}</span>" for part in parts)
+    return f'<div class="lm-slim"><i class="lm-lamp"></i><strong>{escape(plan.spec.name)}</strong>{rest}</div>'
+
+
+def device_label(key: str) -> str:
+    return {"cpu": "CPU", "mps": "Apple GPU"}.get(key, "GPU" if key.startswith("cuda") else key)
+
+
+def progress(step: Step) -> str:
+    """A step as a thin bar; without a total it only moves. What is counted is told where it has a name."""
+    counted = ""
+    if step.total > 0 and step.unit:
+        done, total = (format_bytes(n) if step.unit == "B" else f"{n:,}" for n in (step.done, step.total))
+        counted = f"{done} of {total}" + (f" {step.unit}" if step.unit != "B" else "")
+    elif step.total > 0:
+        counted = f"{step.done / step.total:.0%}"
+    width = _percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
+    known = "true" if step.total > 0 else "false"
+    title = _title(step.note, f'<span class="lm-num lm-muted">{escape(counted)}</span>')
+    return f'<div class="lm-progress" data-known="{known}" role="status">{title}{_track("", ("", width))}</div>'
+
+
+# --- the machine
+
+
+def machine(line: str) -> str:
+    return f'<p class="lm-machine">{escape(line)}</p>'
+
+
+def meters(now: Snapshot) -> str:
+    """RAM, GPU memory and disk as they are now."""
+    rows = [_meter(name("memory", "ram"), now.ram_used, now.ram_total, now.process_bytes)]
+    rows += [_meter(label, used, total) for label, used, total in now.vram]
+    free = say("disk_free", size=format_bytes(now.disk_free))
+    rows.append(f'<p class="lm-muted lm-small">{escape(free)}</p>')
+    return f'<section class="lm-meters"><h2>{escape(say("live"))}</h2>{"".join(rows)}</section>'
+
+
+def _meter(label: str, used: int, total: int, own: int = 0) -> str:
+    mine = f"{format_bytes(own)} by lowmem" if own else ""
+    spoken = f"{label}: {format_bytes(used)} of {format_bytes(total)} in use{', ' + mine if mine else ''}"
+    bar = _track(spoken, ("lm-own", _percent(own, total)), ("", _percent(max(0, used - own), total)))
+    note = f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else ""
+    return f'<div class="lm-meter">{_of(label, used, total)}{bar}{note}</div>'
+
+
+def resident(plan: Plan | None, busy: str) -> str:
+    """The resident model, and what is going on."""
+    if plan is None:
+        body = f'<p class="lm-muted lm-small">{escape(say("nothing_resident"))}</p>'
+    else:
+        facts = f"{plan.precision} · {device_label(plan.device)} · {plan.context:,} tokens"
+        body = (
+            f'<p><strong>{escape(plan.spec.name)}</strong></p><p class="lm-muted lm-small lm-num">{escape(facts)}</p>'
+        )
+    now = f'<p class="lm-busy lm-small">{escape(busy)}</p>' if busy else ""
+    return f'<section class="lm-resident"><h2>{escape(say("resident"))}</h2>{body}{now}</section>'
+
+
+# --- receipts
+
+
+def receipt(one: Receipt | None) -> str:
+    """Predicted against measured, then the other numbers and the notes."""
+    title = f"<h2>{escape(say('receipt'))}</h2>"
+    if one is None:
+        return (
+            f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(say("no_receipt"))}</p></section>'
+        )
+    bars = "".join(_against(one, memory) for memory in one.measured if one.predicted.get(memory))
+    facts = "".join(
+        f'<div><dt>{escape(key)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for key, value in _facts(one)
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
+    notes = f'<ul class="lm-notes">{notes}</ul>' if notes else ""
+    what = f'<p class="lm-muted lm-small">{escape(one.action)} · {escape(one.model)} · {escape(one.precision)}</p>'
+    return f'<section class="lm-receipt">{title}{what}{bars}<dl class="lm-stats">{facts}</dl>{notes}</section>'
+
+
+def _against(one: Receipt, memory: str) -> str:
+    return against(f"{name('memory', memory)} peak", one.predicted[memory], one.measured[memory])
+
+
+def against(
+    label: str, predicted: float, measured: float, form: Callable[[float], str] = format_bytes, tolerance: float = 0.1
+) -> str:
+    """A number, bytes by default, as predicted and as measured."""
+    scale = max(predicted, measured)
+    error = (predicted - measured) / measured if measured else 0.0
+    near = "true" if abs(error) <= tolerance else "false"
+    spoken = f"{label}: predicted {form(predicted)}, measured {form(measured)}"
+    title = _title(label, f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>')
+    rows = "".join(
+        f'<div class="lm-pair"><span>{word}</span>{_track("", (kind, _percent(count, scale)))}'
+        f'<b class="lm-num">{form(count)}</b></div>'
+        for word, kind, count in (("predicted", "lm-predicted", predicted), ("measured", "", measured))
+    )
+    return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'
+
+
+def _facts(one: Receipt) -> list[tuple[str, str]]:
+    facts = [("time", format_seconds(one.seconds))]
+    if one.new_tokens:
+        facts.append(("new tokens", f"{one.new_tokens:,}"))
+    if one.decode_tps:
+        facts.append(("decode", f"{one.decode_tps:.1f} tok/s"))
+    if one.prefill_tps:
+        facts.append(("prefill", f"{one.prefill_tps:.0f} tok/s"))
+    if one.seconds_to_first:
+        facts.append(("first token", f"{one.seconds_to_first:.2f} s"))
+    if one.disk_bytes:
+        facts.append(("on disk", format_bytes(one.disk_bytes)))
+    return facts
+
+
+# --- generation
+
+
+def live(chunk: Chunk | None) -> str:
+    """Speed and context of the answer that is being written."""
+    if chunk is None:
+        return '<div class="lm-live"></div>'  # keeps the line's place
+    used, limit = chunk.context_tokens, max(chunk.context_limit, 1)
+    numbers = [(f"{chunk.decode_tps:.1f}", "tok/s")] if chunk.decode_tps else []
+    if chunk.prefill_tps:
+        numbers.append((f"{chunk.prefill_tps:.0f}", "prefill"))
+    if chunk.seconds_to_first:
+        numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
+    parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
+    if limit >= ENDLESS:
+        return (
+            f'<div class="lm-live lm-num">{parts}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
+        )
+    bar = _track(f"Context: {used:,} of {limit:,} tokens", ("", _percent(min(used, limit), limit)))
+    context = f'<div class="lm-context">{bar}<span><b>{used:,}</b> of {limit:,} context</span></div>'
+    return f'<div class="lm-live lm-num">{parts}{context}</div>'
+
+
+def table(rows: Sequence[Completion]) -> str:
+    """Answers of a batch, in the order of their prompts."""
+    if not rows:
+        return ""
+    shown = sorted(rows, key=lambda row: (row.index, row.sequence))[:ROWS_SHOWN]
+    body = "".join(
+        f'<tr><td class="lm-num">{row.index + 1}</td><td translate="no">{escape(row.prompt)}</td><td translate="no">{escape(row.text)}</td>'
+        f'<td class="lm-num">{row.new_tokens:,}</td></tr>'
+        for row in shown
+    )
+    hidden = len(rows) - ROWS_SHOWN
+    more = f'<p class="lm-muted lm-small">{escape(say("rows_more", count=hidden))}</p>' if hidden > 0 else ""
+    head = "".join(f"<th>{word}</th>" for word in ("#", "Prompt", "Answer", "Tokens"))
+    return (
+        f'<div class="lm-table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{more}"
+    )

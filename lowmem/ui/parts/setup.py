@@ -1,0 +1,275 @@
+"""The set-up: what is recommended, what else can be chosen, loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from lowmem.events import Step
+from lowmem.fields import build
+from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.plan import PRECISIONS, Plan
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs, notice, pump, stops
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.storage import Storage
+from lowmem.ui.service.engine import AUTO, Choice, Engine, precision_label
+
+LOAD = "load"
+FOCUS = "() => { setTimeout(() => document.querySelector('#message textarea')?.focus(), 150); }"
+
+
+class Setup:
+    """The card, its controls, and the slim bar it collapses into.
+
+    Attributes:
+        panel, bar: the card's column and the slim bar; one of them is visible.
+        choosing: State, True while another model is being chosen beside a resident one.
+    """
+
+    def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar, model: str = AUTO) -> None:
+        self.engine, self.jobs, self.sidebar = engine, jobs, sidebar
+        self.choosing = gr.State(False)
+        with gr.Row(visible=False, elem_id="resident-bar") as self.bar:
+            self.slim = gr.HTML(elem_id="slim")
+            self.change = gr.Button(say("change"), size="sm", min_width=120, scale=0, elem_id="change-model")
+            self.unload = gr.Button(say("unload"), size="sm", min_width=84, scale=0, elem_id="unload-bar")
+        with gr.Column(elem_id="setup") as self.panel:
+            with gr.Column(elem_id="offer"):
+                self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
+                with gr.Row(elem_id="load-row"):
+                    self.load = gr.Button(
+                        say("planning"),
+                        variant="primary",
+                        size="lg",
+                        interactive=False,
+                        elem_id="load",
+                    )
+                    self.anyway = gr.Button(
+                        say("anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway"
+                    )
+                with gr.Row(elem_id="load-progress", visible=False) as self.progress_row:
+                    self.progress = gr.HTML()
+                    self.stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
+                self.problem = gr.HTML(elem_id="setup-problem")  # of the choice; goes when it changes
+                self.notice = gr.HTML(elem_id="setup-notice")  # of the last loading
+            self.back = gr.Button(say("back"), size="sm", visible=False, elem_id="back")
+            self._build_controls(model)
+            with gr.Accordion(say("declined", count=0), open=False, elem_id="declined") as self.declined_box:
+                self.declined = gr.HTML()
+            self.storage = Storage(self.engine)
+
+    def _build_controls(self, model: str) -> None:
+        hardware = self.engine.hardware()
+        models = [(say("automatic"), AUTO), *self.engine.catalog()]
+        if model not in [ref for _, ref in models]:
+            models.append((model, model))
+        devices = [(say("automatic"), AUTO), *((device.name, device.key) for device in (*hardware.gpus, hardware.cpu))]
+        with gr.Accordion(say("choose"), open=model != AUTO, elem_id="choose"):
+            with gr.Row():
+                self.model = gr.Dropdown(
+                    models,
+                    value=model,
+                    allow_custom_value=True,
+                    label=say("model"),
+                    info=say("model_help"),
+                    elem_id="model",
+                    min_width=260,
+                )
+                self.precision = gr.Dropdown(
+                    self._precisions(AUTO),
+                    value=AUTO,
+                    filterable=False,
+                    label=say("precision"),
+                    info=say("precision_help"),
+                    elem_id="precision",
+                    min_width=260,
+                )
+            self.context = gr.Slider(
+                256, 8192, value=2048, step=256, label=say("context"), info=say("context_help"), elem_id="context"
+            )
+            with gr.Row():
+                self.device = gr.Dropdown(
+                    devices,
+                    value=AUTO,
+                    filterable=False,
+                    label=say("device"),
+                    info=say("device_help"),
+                    elem_id="device",
+                    visible=bool(hardware.gpus),
+                    min_width=260,
+                )
+                self.kv = gr.Dropdown(
+                    [(name("choices", key), key) for key in KV_STORAGES],
+                    value="same",
+                    filterable=False,
+                    label=say("kv"),
+                    info=say("kv_help"),
+                    elem_id="kv",
+                    min_width=260,
+                )
+            self.unavailable = gr.HTML(elem_id="unavailable")
+        self.controls: list[Any] = [
+            self.model,
+            self.precision,
+            self.context,
+            self.device,
+            self.kv,
+            *self.sidebar.limits,
+        ]
+
+    def _precisions(self, device: str) -> list[tuple[str, str]]:
+        refused = self.engine.precisions(device)
+        return [(precision_label(key), key) for key in (AUTO, *PRECISIONS) if refused.get(key) is None]
+
+    # --- pricing
+
+    def wire(self, page_shown: Any) -> None:
+        """Connect the controls. `page_shown` is called to redraw after the resident model changed."""
+        self.price_outputs = outputs = [
+            self.card,
+            self.load,
+            self.anyway,
+            self.declined_box,
+            self.declined,
+            self.sidebar.budget,
+            self.problem,
+        ]
+        for control in self.controls:
+            control.change(self.price, self.controls, outputs, trigger_mode="always_last", **QUICK)
+        self.model.change(self.fit_context, [self.model, self.context], self.context, **QUICK)
+        self.device.change(
+            self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
+        )
+        self.storage.wire(self.model)
+        self._page_shown = page_shown
+        self.load_on(self.load.click)
+        self.load_on(self.anyway.click, self._load_anyway)
+        stops(self.stop.click, self.jobs, LOAD, self.progress)
+        page_shown(self.change.click(lambda: True, None, self.choosing, **QUICK))
+        page_shown(self.back.click(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
+
+    def load_on(self, trigger: Any, run: Any = None) -> None:
+        """Load what the controls say whenever `trigger` fires: a button's `click`, or the `then` of another event."""
+        started = [self.load, self.anyway, self.progress_row, self.progress, self.notice]
+        ran = trigger(self._begin, None, started, **QUICK).then(
+            run or self._load, self.controls, [self.progress, self.notice], **HEAVY
+        )
+        shown = self._page_shown(self.sidebar.after(ran).then(lambda: False, None, self.choosing, **QUICK))
+        shown.then(None, js=FOCUS, **QUICK)
+
+    def choice(self, values: tuple[Any, ...]) -> Choice:
+        model, precision, context, device, kv, *limits = values
+        asked = {
+            "model": (model or AUTO).strip(),
+            "precision": precision,
+            "context": context,
+            "device": device,
+            "kv": kv,
+        }
+        return build(Choice, asked | self.sidebar.budgets(tuple(limits)))
+
+    def price(self, *values: Any) -> list[Any]:
+        """Card, buttons and budget bar for the controls as they stand."""
+        try:
+            choice = self.choice(values)
+            return [*self._priced(self.engine.plan(choice), recommended=choice.model == AUTO == choice.precision), ""]
+        except Exception as error:
+            blocked = [
+                gr.Button(say("cannot_load"), interactive=False),
+                gr.Button(visible=False),
+                gr.Accordion(visible=False),
+            ]
+            return [render.unknown_card(str(values[0])), *blocked, "", "", notice(error, toast=False)]
+
+    def _priced(self, plan: Plan, *, recommended: bool) -> list[Any]:
+        hardware = self.engine.hardware()
+        over = plan.verdict == "over"
+        label = say("over") if over else say("load", model=plan.spec.name, precision=plan.precision)
+        card = render.setup_card(
+            plan,
+            recommended=recommended,
+            download=self.engine.download_bytes(plan.spec),
+            disk_free=hardware.disk_free_bytes,
+        )
+        declined = [(item.choice, item.reason) for item in plan.declined]
+        return [
+            card,
+            gr.Button(label, interactive=not over),
+            gr.Button(visible=over and self.engine.access.owned, interactive=True),
+            gr.Accordion(say("declined", count=len(declined)), visible=bool(declined)),
+            render.pairs(declined),
+            render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),
+        ]
+
+    def fit_context(self, model: str, context: float) -> Any:
+        """The context slider as far as `model` goes."""
+        try:
+            longest = 8192 if model in ("", AUTO) else self.engine.spec(model).context
+        except Exception:  # `price` says what is wrong with the model
+            return gr.skip()
+        top = max(256, longest // 256 * 256)
+        return gr.Slider(maximum=top, value=min(context, top))
+
+    def _fit_precision(self, device: str, precision: str) -> list[Any]:
+        choices = self._precisions(device)
+        kept = precision if precision in [key for _, key in choices] else AUTO
+        return [gr.Dropdown(choices, value=kept), self.refusals(device)]
+
+    def refusals(self, device: str = AUTO) -> str:
+        """The precisions that do not run here, each with its reason."""
+        refused = [(precision_label(key), why) for key, why in self.engine.precisions(device).items() if why]
+        return render.pairs(refused, say("not_here"))
+
+    # --- loading
+
+    def _begin(self, request: gr.Request) -> list[Any]:
+        self.jobs.begin(request, LOAD)
+        note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("starting")
+        return [
+            gr.Button(interactive=False),
+            gr.Button(interactive=False),
+            gr.Row(visible=True),
+            render.progress(Step(0, 0, note)),
+            "",
+        ]
+
+    def _load(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        yield from self._run(request, values, force=False)
+
+    def _load_anyway(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        yield from self._run(request, values, force=True)
+
+    def _run(self, request: gr.Request, values: tuple[Any, ...], *, force: bool) -> Iterator[list[Any]]:
+        try:
+            with self.jobs.running(request, LOAD) as token:
+                plan = self.engine.plan(self.choice(values))
+                for events in pump(self.engine.load(plan, token, force=force), token):
+                    steps = [event for event in events if isinstance(event, Step)]
+                    yield [render.progress(steps[-1]) if steps else gr.skip(), gr.skip()]
+        except Exception as error:
+            yield ["", notice(error)]
+
+    # --- what is visible
+
+    @property
+    def view_outputs(self) -> list[Any]:
+        return [self.bar, self.slim, self.panel, self.back, self.progress_row, self.load, self.anyway]
+
+    def view(self, choosing: bool) -> list[Any]:
+        """Card or slim bar, for the resident model of this moment."""
+        plan = self.engine.resident
+        open_card = plan is None or choosing
+        slim = render.slim(plan, self.engine.load_receipt) if plan else ""
+        return [
+            gr.Row(visible=not open_card),
+            slim,
+            gr.Column(visible=open_card),
+            gr.Button(visible=plan is not None),
+            gr.Row(visible=False),
+            gr.Button(interactive=True),
+            gr.Button(interactive=True),
+        ]

@@ -1,0 +1,132 @@
+"""The machine beside every tab: budget sliders, the priced budget, meters, resident model, receipt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from lowmem.machine.hardware import Hardware
+from lowmem.machine.limits import detected_limits
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs
+from lowmem.ui.service.engine import Engine
+from lowmem.units import GB
+
+TICK_SECONDS = 2.0
+PRESETS_GB = (1, 2, 4, 6, 12)
+ZEROGPU_PRESETS_GB = (4, 6, 8, 12, 16)  # the sizes of cards that its 48 GB stand in for
+Seen = tuple[str, str]
+
+
+class Sidebar:
+    """Built first, where it stands in the layout.
+
+    Args:
+        engine: what is shown.
+        cap_bytes: a budget that the command line set for the computing device, or None.
+
+    Attributes:
+        limits: the budget sliders, RAM first, in GB.
+        budget: the budget bar; whoever prices a plan writes it.
+        seen: (resident, receipt) as last shown; changes when another page loads a model.
+    """
+
+    def __init__(self, engine: Engine, cap_bytes: int | None = None) -> None:
+        self.engine = engine
+        hardware = engine.hardware()
+        with gr.Sidebar(width=352, elem_id="sidebar"):
+            self.machine = gr.HTML(render.machine(hardware.line()))
+            self.budget = gr.HTML(elem_id="budget")
+            self._build_sliders(hardware, cap_bytes)
+            self.meters = gr.HTML(elem_id="meters")
+            self.resident = gr.HTML(render.resident(None, ""), elem_id="resident")
+            self.unload = gr.Button(say("unload"), size="sm", visible=False, elem_id="unload")
+            self.receipt = gr.HTML(render.receipt(None), elem_id="receipt")
+            with gr.Accordion(say("snippet"), open=False, visible=False, elem_id="snippet") as self.snippet_box:
+                self.snippet = gr.Code(
+                    language="python",
+                    show_label=False,
+                    interactive=False,
+                    show_line_numbers=False,
+                    wrap_lines=True,
+                    buttons=["copy"],
+                )
+        self.seen = gr.State(("", ""))
+        self.outputs = [
+            self.meters,
+            self.resident,
+            self.unload,
+            self.receipt,
+            self.snippet_box,
+            self.snippet,
+            self.seen,
+        ]
+        gr.Timer(TICK_SECONDS).tick(self.refresh, self.seen, self.outputs, **QUICK)
+
+    def _build_sliders(self, hardware: Hardware, cap_bytes: int | None) -> None:
+        detected = detected_limits(hardware)
+        most = {"ram": detected.ram / GB}
+        if detected.vram is not None:
+            most["vram"] = detected.vram / GB
+        main = "vram" if "vram" in most else "ram"
+        sizes = ZEROGPU_PRESETS_GB if hardware.host == "zerogpu" else PRESETS_GB
+        presets = [size for size in sizes if size < most[main]]
+        preset = 0 if cap_bytes is None else next((size for size in presets if size * GB == cap_bytes), None)
+        pretend = gr.Radio(
+            [(f"{size} GB", size) for size in presets] + [(say("pretend_all"), 0)],
+            value=preset,
+            label=say("pretend"),
+            elem_id="pretend",
+        )
+        sliders = {}
+        for memory, gigabytes in most.items():
+            top = max(0.2, int(gigabytes * 10) / 10)
+            value = min(top, cap_bytes / GB) if cap_bytes and memory == main else top
+            sliders[memory] = gr.Slider(
+                0.1, top, value=value, step=0.1, label=say(f"{memory}_slider"), elem_id=f"{memory}-budget", buttons=[]
+            )
+        self._top = {memory: slider.maximum for memory, slider in sliders.items()}
+        self.limits = list(sliders.values())
+        top = self._top[main]
+        pretend.input(lambda size: size or top, pretend, sliders[main], **QUICK)
+        # The preset that the slider stands on, none in between, so that each can be clicked again.
+        preset_of = {float(size): size for size in presets} | {float(top): 0}
+        sliders[main].input(preset_of.get, sliders[main], pretend, **QUICK)
+
+    def budgets(self, values: tuple[float, ...]) -> dict[str, str]:
+        """The sliders as sizes; a slider at its end means all that the machine has."""
+        pairs = zip(("ram", "vram"), values, self._top.values(), strict=False)
+        return {memory: "" if value >= top else f"{value:.2f}G" for memory, value, top in pairs}
+
+    def refresh(self, seen: Seen) -> list[Any]:
+        """Meters always; resident model and receipt only when they changed: each tick costs the browser."""
+        engine = self.engine
+        plan, receipt, busy = engine.resident, engine.last_receipt, engine.busy
+        now = (f"{resident_key(engine)} {busy}", f"{receipt.action} {receipt.seconds}" if receipt else "")
+        meters = render.meters(engine.snapshot())
+        if now == tuple(seen):
+            return [meters, *[gr.skip()] * 6]
+        snippet = receipt.snippet if receipt else ""
+        resident = [render.resident(plan, busy), gr.Button(visible=plan is not None)]
+        return [meters, *resident, render.receipt(receipt), gr.Accordion(visible=bool(snippet)), snippet, now]
+
+    def after(self, event: Any) -> Any:
+        """Show what an action cost as soon as it ends."""
+        return event.then(self.refresh, self.seen, self.outputs, **QUICK)
+
+    def on_unload(self, buttons: list[gr.Button], jobs: Jobs) -> Any:
+        """Unload from any of the buttons, ending this page's work first; returns the last event, to chain on."""
+        triggers = [button.click for button in (self.unload, *buttons)]
+        ended = gr.on(triggers, jobs.leave, **QUICK)
+        return self.after(ended.then(self._unload, **HEAVY))
+
+    def _unload(self) -> None:
+        self.engine.unload()
+
+
+def resident_key(engine: Engine) -> str:
+    """Names the resident plan, "" for none."""
+    plan = engine.resident
+    return f"{plan.spec.ref} {plan.precision} {plan.device} {plan.context} {plan.kv}" if plan else ""

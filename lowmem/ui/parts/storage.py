@@ -1,0 +1,63 @@
+"""What is kept on the machine's disk, and the button that deletes it: for the page's owner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.units import format_bytes
+
+
+class Storage:
+    """A list with sizes; the first click asks, the second deletes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.asked = gr.State("")  # what the next click deletes
+        with gr.Accordion(say("stored"), open=False, elem_id="stored") as self.box:
+            gr.HTML(render.quiet(say("stored_help")))
+            self.which = gr.Dropdown([], value=None, label=say("stored_which"), elem_id="stored-which")
+            with gr.Row(elem_classes="lm-actions"):
+                self.button = gr.Button(
+                    say("delete"), interactive=False, scale=0, min_width=200, elem_id="delete-stored"
+                )
+            self.notice = gr.HTML(elem_id="stored-notice")
+
+    def wire(self, model: Any) -> None:
+        """
+        Args:
+            model: the dropdown of models, which forgets what is deleted.
+        """
+        shown = [self.which, self.button, self.asked]
+        self.box.expand(self._listed, None, [*shown, self.notice], **QUICK)
+        self.which.change(self._chosen, self.which, [self.button, self.asked], **QUICK)
+        self.button.click(self._click, [self.which, self.asked], [*shown, self.notice, model], **QUICK)
+
+    def shown(self) -> Any:
+        """Strangers see nothing of it."""
+        return gr.Accordion(visible=self.engine.access.owned)
+
+    def _listed(self) -> list[Any]:
+        found = self.engine.stored() if self.engine.access.owned else []
+        entries = [(f"{one.name} · {name('kinds', one.kind)} · {format_bytes(one.nbytes)}", one.key) for one in found]
+        return [gr.Dropdown(entries, value=None), *self._chosen(None), ""]
+
+    def _chosen(self, key: str | None) -> list[Any]:
+        return [gr.Button(say("delete"), variant="secondary", interactive=bool(key)), ""]
+
+    def _click(self, key: str | None, asked: str) -> list[Any]:
+        if key and key != asked:
+            sure = gr.Button(say("delete_sure"), variant="stop")
+            return [gr.skip(), sure, key, "", gr.skip()]
+        try:
+            freed = self.engine.delete(key or "")
+        except Exception as error:
+            return [*self._listed()[:3], notice(error), gr.skip()]
+        models = [(say("automatic"), AUTO), *self.engine.catalog()]
+        gone = render.quiet(say("deleted", size=format_bytes(freed)))
+        return [*self._listed()[:3], gone, gr.Dropdown(models)]

@@ -1,0 +1,280 @@
+"""What the page may ask of the engine. Thin, and without torch until a model is loaded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.fields import build, option
+from lowmem.generate.options import GenerateOptions
+from lowmem.machine.hardware import Hardware
+from lowmem.machine.limits import Limits, limits_from
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.goal import Goal
+from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
+from lowmem.settings import settings
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.service.access import Access
+from lowmem.units import parse_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowmem.machine.monitor import Snapshot
+    from lowmem.models.stored import Stored
+    from lowmem.runtime.session import Session
+
+AUTO = "auto"
+HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not change between them
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A visitor's choice of set-up. "auto" leaves it to the planner, an empty budget to the machine."""
+
+    model: str = option(AUTO, "Model", "A hub id, a folder, a .gguf file, or auto.")
+    precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
+    context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
+    device: str = option(AUTO, "Device", "Where the model computes.")
+    kv: str = option("same", "KV cache storage", "Fewer bits take less memory.", choices=KV_STORAGES)
+    ram: str = option("", "RAM budget", "Such as 4G; empty for all that is free.")
+    vram: str = option("", "GPU memory budget", "Such as 4G; empty for all that is free.")
+
+
+class Engine:
+    """One machine, one resident model, as the page sees them.
+
+    Args:
+        session: makes the session on first use.
+        access: who may do what; on a public page only models below lowmem's own folders may be named by path.
+    """
+
+    def __init__(self, session: Callable[[], Session] | None = None, *, access: Access | None = None) -> None:
+        self.access = access or Access()
+        self._make_session = session or _real_session
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+        self._hardware: tuple[float, Hardware] | None = None
+        self._specs: dict[str, ModelSpec] = {}
+        self._noted: tuple[Receipt, Receipt | None] | None = None
+
+    @property
+    def public(self) -> bool:
+        return self.access.public
+
+    # --- the machine
+
+    def hardware(self) -> Hardware:
+        """The machine, at most a few seconds old."""
+        now = time.monotonic()
+        if self._hardware is None or now - self._hardware[0] > HARDWARE_SECONDS:
+            self._hardware = (now, self.session.hardware())
+        return self._hardware[1]
+
+    def snapshot(self) -> Snapshot:
+        from lowmem.machine.monitor import snapshot
+
+        return snapshot()
+
+    def stored(self) -> list[Stored]:
+        """What is kept on this machine's disk, the largest first."""
+        from lowmem.models.stored import stored
+
+        return stored()
+
+    def delete(self, key: str) -> int:
+        """Delete what `stored` lists under `key`; returns the bytes that come free.
+
+        Raises:
+            NotAllowed: a visitor asks.
+            BadInput: nothing is kept under `key`, or it is in use.
+        """
+        from lowmem.models.stored import delete, find
+
+        self.access.require_owner("Deleting from this disk")
+        doomed = find(key)
+        if self.busy:
+            raise BadInput(f"Nothing is deleted while the model works: {self.busy}.", "Wait, or press Stop.")
+        if self._is_resident(doomed.folder):
+            raise BadInput(f"{doomed.name} is loaded.", "Unload the model first.")
+        delete(doomed)
+        self._specs.clear()
+        return doomed.nbytes
+
+    def _is_resident(self, folder: Path) -> bool:
+        from lowmem.models.source import local_folder
+        from lowmem.models.stored import graph_prefix
+
+        plan = self.resident
+        if plan is None:
+            return False
+        graph = plan.backend == "onnx" and folder.name.startswith(graph_prefix(plan.spec.name))
+        return graph or local_folder(plan.spec.ref) == folder
+
+    # --- planning
+
+    def catalog(self) -> list[tuple[str, str]]:
+        """(label, reference) of the models that lowmem knows and of those on this machine, for a dropdown."""
+        from lowmem.models.catalog import CATALOG
+        from lowmem.models.source import local_models
+
+        known = [(entry.label, entry.ref) for entry in CATALOG]
+        refs = {ref for _, ref in known}
+        return known + [(model.name, model.ref) for model in local_models() if model.ref not in refs]
+
+    def spec(self, ref: str) -> ModelSpec:
+        """The model behind a reference; each is read once.
+
+        Raises:
+            NotAllowed: not for whoever asks. And what `read_spec` raises.
+        """
+        self.access.check_model(ref)
+        if ref not in self._specs:
+            self._specs[ref] = self._read_spec(ref)
+        return self._specs[ref]
+
+    def _read_spec(self, ref: str) -> ModelSpec:
+        from lowmem.models.source import read_spec
+
+        return read_spec(ref, allow_paths=not self.public)
+
+    def exportable(self, ref: str) -> ModelSpec:
+        """The model behind a reference, which may be an encoder here. Raises what `spec` raises."""
+        from lowmem.models.source import read_spec
+
+        self.access.check_model(ref)
+        return read_spec(ref, allow_paths=not self.public, encoders=True)
+
+    def precisions(self, device: str = AUTO) -> dict[str, str | None]:
+        """Every precision with None, or with the reason why it does not run here."""
+        from lowmem.planning.planner import available
+
+        return {key: available(key, self.hardware(), device) for key in PRECISIONS}
+
+    def limits(self, choice: Choice) -> Limits:
+        ram, vram = (parse_bytes(text) if text else None for text in (choice.ram, choice.vram))
+        return limits_from(self.hardware(), ram, vram)
+
+    def plan(self, choice: Choice) -> Plan:
+        """The plan for a choice; it may be over budget, see its `verdict`."""
+        hardware = self.hardware()
+        keys = [AUTO, hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
+        if choice.device not in keys:
+            raise BadInput(f"There is no device {choice.device[:40]!r} here.", f"Choose one of {', '.join(keys)}.")
+        spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
+        context = min(choice.context, spec.context) if spec and spec.context else choice.context
+        goal = Goal(context=context, precision=choice.precision, device=choice.device, kv=choice.kv)
+        return self._plan(spec, self.limits(choice), goal)
+
+    def _plan(self, spec: ModelSpec | None, limits: Limits, goal: Goal) -> Plan:
+        from lowmem.models.choices import choices
+        from lowmem.planning.planner import plan
+
+        return plan(spec, self.hardware(), limits, goal, None if spec else choices())
+
+    def download_bytes(self, spec: ModelSpec) -> int:
+        """Bytes that loading would fetch, 0 when the model is here. Asks no network: controls move fast."""
+        from lowmem.models.source import is_local
+
+        return 0 if is_local(spec.ref) else spec.size_on_disk
+
+    # --- the session
+
+    @property
+    def session(self) -> Session:
+        with self._lock:
+            if self._session is None:
+                self._session = self._make_session()
+            return self._session
+
+    @property
+    def resident(self) -> Plan | None:
+        return self._session.plan if self._session else None
+
+    @property
+    def busy(self) -> str:
+        return self._session.busy if self._session else ""
+
+    @property
+    def load_receipt(self) -> Receipt | None:
+        return self._session.load_receipt if self._session else None
+
+    @property
+    def last_receipt(self) -> Receipt | None:
+        """Of the session, or of work beside it that ended later."""
+        last = self._session.last_receipt if self._session else None
+        return self._noted[0] if self._noted and self._noted[1] is last else last
+
+    def note(self, receipt: Receipt) -> None:
+        """Remember the receipt of work that the session knows nothing of."""
+        self._noted = (receipt, self._session.last_receipt if self._session else None)
+
+    def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
+        if force:
+            self.access.require_owner("Going over the budget")
+        yield Step(0, 0, say("starting"))
+        yield from self.session.load(plan, cancel, force=force)
+
+    def unload(self) -> Receipt | None:
+        return self._session.unload() if self._session else None
+
+    def price(self, prompt_tokens: int, options: GenerateOptions) -> Plan | None:
+        """The resident plan for one more answer, None when nothing is resident."""
+        return self.session.price(prompt_tokens, options) if self.resident else None
+
+    def price_whole(self, tokens: int) -> Plan | None:
+        """The resident plan with a cache of all of `tokens`, whatever the model's context."""
+        from lowmem.planning.budgets import priced
+
+        plan = self.resident
+        return priced(plan, context=tokens, batch=1, kv="same") if plan else None
+
+    def budget_bytes(self, budgets: Mapping[str, str]) -> dict[str, int | None]:
+        """ "ram" and "vram" budgets in bytes for a process of its own: the RAM that this one holds is not to be had."""
+        limits = self.limits(build(Choice, dict(budgets)))
+        return {"ram": max(0, limits.ram - self.snapshot().process_bytes), "vram": limits.vram}
+
+    def generate(
+        self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False
+    ) -> Iterator[Step | Chunk | Receipt]:
+        self.require_model()
+        self.access.check_work(options)
+        return self.session.generate(prompt, options, cancel, raw=raw)
+
+    def chat(
+        self, messages: list[dict[str, str]], options: GenerateOptions, cancel: CancelToken
+    ) -> Iterator[Step | Chunk | Receipt]:
+        """One answer to a conversation: several at once belong to a completion."""
+        return self.generate(messages, replace(options, num_sequences=1), cancel)
+
+    def batch(
+        self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken, *, raw: bool, batch_size: int = 0
+    ) -> Iterator[Step | Completion | Receipt]:
+        """Answer many prompts; batch size 0 takes what the budget allows."""
+        self.require_model()
+        self.access.check_work(options, len(prompts))
+        return self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None)
+
+    def require_model(self) -> None:
+        if self.resident is None:
+            raise BadInput(say("nothing_loaded"), say("nothing_loaded_hint"))
+
+
+def precision_label(key: str) -> str:
+    return say("automatic") if key == AUTO else PRECISION_LABELS.get(key, key)
+
+
+def _real_session() -> Session:
+    if settings().host == "zerogpu":
+        from lowmem.runtime.zerogpu import LentSession
+
+        return LentSession()
+    from lowmem.runtime.session import Session
+
+    return Session()

@@ -1,0 +1,205 @@
+"""What the page may ask of quantizing and measuring. Everything heavy runs in processes of its own; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lowmem.datasets import texts
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.fields import build
+from lowmem.machine.baseline import runtime_bytes
+from lowmem.machine.limits import Limits
+from lowmem.measure.options import MeasureOptions
+from lowmem.measure.rows import Row
+from lowmem.measure.variants import parse_variant, parse_variants
+from lowmem.quant import usable
+from lowmem.quant.base import Options, Quantizer
+from lowmem.quant.calibration import Calibration
+from lowmem.quant.forecast import Forecast, forecast, remember
+from lowmem.quant.run import checked, output_folder, quantize_isolated
+from lowmem.settings import settings
+from lowmem.sweep.grid import MOST_CELLS, Grid
+from lowmem.ui.service.engine import Choice, Engine
+
+MOST_VARIANTS = 12
+LARGEST_TEXT_TOKENS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A visitor's wish to quantize.
+
+    Args:
+        options: fields of the method's `Options`; calibration: fields of `Calibration`.
+        budgets: "ram" and "vram" as sizes, "" for all that is free.
+    """
+
+    model: str
+    method: str = "gptq"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    budgets: Mapping[str, str] = field(default_factory=dict)
+
+
+class Workshop:
+    """Quantizing and comparing for one page's engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def methods(self) -> dict[str, str | None]:
+        """Every method with None, or with the reason why it does not run here."""
+        return usable(self.engine.hardware())
+
+    def limit(self, budgets: Mapping[str, str]) -> int:
+        """Bytes that a new process may hold: the RAM budget less what this one holds, a resident model included."""
+        limits = self.engine.limits(build(Choice, dict(budgets)))
+        return max(0, limits.ram - self.engine.snapshot().process_bytes)
+
+    def _checked(self, ask: Ask) -> tuple[Quantizer, Options, Calibration]:
+        method, options = checked(ask.method, ask.options, self.engine.hardware())
+        calibration = build(Calibration, ask.calibration)
+        uploaded = calibration.text not in texts.NAMES
+        if uploaded and self.engine.public and not _is_upload(Path(calibration.text)):
+            raise BadInput(
+                f"There is no calibration text {calibration.text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}."
+            )
+        return method, options, calibration
+
+    def forecast(self, ask: Ask) -> Forecast:
+        """What it would make and cost; raises what the start would raise."""
+        method, options, calibration = self._checked(ask)
+        # A process of its own holds what a fresh one does, whatever this one holds.
+        hardware = replace(self.engine.hardware(), runtime_bytes=runtime_bytes())
+        spec = self.engine.spec(ask.model)
+        return forecast(spec, method, options, calibration, hardware, self.limit(ask.budgets))
+
+    def output(self, ask: Ask) -> Path:
+        """The folder to make: below `settings().outputs`, and never one that is there."""
+        method, options, _ = self._checked(ask)
+        first = output_folder(self.engine.spec(ask.model).name, method, options)
+        names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in range(1, 1000))
+        return next(folder for folder in names if not folder.exists())
+
+    def quantize(self, ask: Ask, cancel: CancelToken) -> Iterator[Step | Receipt]:
+        """Make the checkpoint; the receipt's `details["folder"]` says where it is."""
+        method, options, calibration = self._checked(ask)
+        out = self.output(ask)
+        events = quantize_isolated(
+            ask.model,
+            out,
+            ask.method,
+            ask.options,
+            ask.calibration,
+            ram_limit=self.limit(ask.budgets),
+            allow_paths=not self.engine.public,
+            cancel=cancel,
+        )
+        for event in events:
+            if isinstance(event, Receipt):
+                event.details["folder"] = str(out)
+                self.engine.note(event)
+                if not event.details["resumed_blocks"]:
+                    remember(self.engine.spec(ask.model), method, options, calibration, event.seconds)
+            yield event
+
+    def overlap(self, calibration: str) -> str:
+        """A sentence when a visitor's own text contains part of the evaluation text, else ""."""
+        from lowmem.quant.calibration import overlap_warning
+
+        return overlap_warning(texts.head(Path(calibration)).text, texts.tail().text)
+
+    def variants(self) -> list[str]:
+        """What can be put side by side here: precisions that run, then quantizations."""
+        precisions = [key for key, why in self.engine.precisions().items() if why is None and key != "stored"]
+        usual = ("rtn:4:64", "hqq:4:64", "gptq:4:64", "awq:4:64", "gptq:3:64", "gptq:8:64")
+        refused = self.methods()
+        return precisions + [name for name in usual if refused[parse_variant(name).method] is None]
+
+    def compare(
+        self, ref: str, variants: Sequence[str], text: str, options: MeasureOptions, cancel: CancelToken,
+        budgets: Mapping[str, str],
+    ) -> Iterator[Step | Row | Receipt]:  # fmt: skip
+        """Measure variants of a model, each in a process of its own."""
+        from lowmem.measure.compare import compare
+
+        chosen = parse_variants(variants)
+        if len(chosen) > MOST_VARIANTS:
+            raise BadInput(f"{len(chosen)} variants are more than {MOST_VARIANTS}.", "Tick fewer.")
+        self._check_measuring(text, options)
+        self.engine.spec(ref)  # refuses paths that strangers may not name
+        limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
+        first = "fp32" if "fp32" in self.variants() else chosen[0].name
+        return self._noted(compare(ref, chosen, text, reference=first, options=options, limits=limits, cancel=cancel))
+
+    def sweep(
+        self, grid: Grid, cancel: CancelToken, budgets: Mapping[str, str], workers: int = 0
+    ) -> Iterator[Step | Row | Receipt]:
+        """Measure a grid of models and variants, as many side by side as the budget holds; its table is kept."""
+        from lowmem.sweep.run import sweep
+
+        cells = len(grid.cells())
+        if self.engine.public and cells > MOST_VARIANTS:
+            raise BadInput(f"{cells} cells are more than the {MOST_VARIANTS} of a visitor.", "Choose fewer.")
+        if cells > MOST_CELLS:
+            raise BadInput(f"{cells:,} cells are more than {MOST_CELLS}.", "Choose fewer.")
+        self._check_measuring(grid.text, grid.options)
+        for model in grid.models:
+            self.engine.spec(model)  # refuses models that whoever asks may not name
+        limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
+        return self._noted(sweep(grid, workers=workers, limits=limits, cancel=cancel))
+
+    def reference(self) -> str:
+        """The precision that others are held against: the original's own where it runs."""
+        return "fp32" if "fp32" in self.variants() else "fp16"
+
+    def _check_measuring(self, text: str, options: MeasureOptions) -> None:
+        if self.engine.public and options.tokens > LARGEST_TEXT_TOKENS:
+            raise BadInput(f"{options.tokens:,} tokens are more than {LARGEST_TEXT_TOKENS:,}.", "Measure on fewer.")
+        if text not in texts.NAMES:
+            raise BadInput(f"There is no text {text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}.")
+
+    def _noted(self, events: Iterator[Step | Row | Receipt]) -> Iterator[Step | Row | Receipt]:
+        for event in events:
+            if isinstance(event, Receipt):
+                self.engine.note(event)
+            yield event
+
+    def look(self, ref: str, bits: int, group: int, cancel: CancelToken) -> Iterator[Step | dict[str, Any]]:
+        """Round layers of a model to nearest and tell what that did, see `quant.pictures.job`."""
+        from lowmem.machine.isolated import Finished, run_isolated
+
+        self.engine.spec(ref)  # refuses models that whoever asks may not name
+        arguments = {"ref": ref, "bits": bits, "group": group, "allow_paths": not self.engine.public}
+        for event in run_isolated("draw_weights", arguments, cancel):
+            yield event.value if isinstance(event, Finished) else event
+
+    def result(self, folder: str) -> Path:
+        """A folder that this page made.
+
+        Raises:
+            BadInput: it is elsewhere.
+        """
+        path = Path(folder).resolve()
+        if not folder or not path.is_dir() or not path.is_relative_to(settings().outputs.resolve()):
+            raise BadInput("Only results of this page can be used.", "Quantize or export a model first.")
+        return path
+
+    def push(self, folder: str, repo: str, token: str, private: bool, cancel: CancelToken) -> str:
+        """Upload a finished folder; returns its address. For the owner of the page only."""
+        from lowmem.models.push import push
+
+        self.engine.access.require_owner("Pushing to the hub")
+        path = self.result(folder)
+        return push(path, repo, token.strip() or settings().hub_token or "", private=private, cancel=cancel)
+
+
+def _is_upload(path: Path) -> bool:
+    """Is this a file that gradio took from a visitor?"""
+    from gradio.utils import get_upload_folder
+
+    return path.resolve().is_relative_to(Path(get_upload_folder()).resolve())

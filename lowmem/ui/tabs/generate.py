@@ -1,0 +1,105 @@
+"""The Generate tab: set-up, then chat, completion and batch with their options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import gradio as gr
+
+from lowmem.generate.options import GenerateOptions
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.fields import read, widgets
+from lowmem.ui.parts.setup import Setup
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.ui.tabs.batch import Batch
+from lowmem.ui.tabs.chat import Chat
+from lowmem.ui.tabs.completion import Completion
+
+MAIN = ("max_new_tokens", "temperature", "top_p")
+REST = tuple(field.name for field in dataclasses.fields(GenerateOptions) if field.name not in MAIN)
+PRICED = ("max_new_tokens", "num_sequences", "kv", "window", "sinks", "use_cache", "prefill_chunk")
+
+
+class GenerateTab:
+    """Layout and wiring of the tab; `view` redraws what depends on the resident model."""
+
+    def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar, model: str = AUTO) -> None:
+        self.engine, self.jobs, self.sidebar = engine, jobs, sidebar
+        self.setup = Setup(engine, jobs, sidebar, model)
+        with gr.Row(visible=False, elem_id="workbench") as self.workbench:
+            with gr.Column(scale=3, min_width=300, elem_id="work"):
+                self.template_note = gr.HTML(elem_id="template-note")
+                with gr.Tabs(elem_id="modes"):
+                    with gr.Tab(say("chat"), id="chat"):
+                        self.chat = Chat(engine, jobs)
+                    with gr.Tab(say("completion"), id="completion"):
+                        self.completion = Completion(engine, jobs)
+                    with gr.Tab(say("batch"), id="batch"):
+                        self.batch = Batch(engine, jobs)
+            with gr.Column(scale=1, min_width=250, elem_id="options"):
+                self._build_options()
+        self._wire()
+
+    def _build_options(self) -> None:
+        gr.HTML(f"<h2>{say('options')}</h2>")
+        self.system = gr.Textbox(
+            label=say("system"), placeholder=say("system_hint"), lines=2, max_lines=6, elem_id="system"
+        )
+        controls = widgets(GenerateOptions, MAIN)
+        with gr.Accordion(say("more_options"), open=False, elem_id="more-options"):
+            controls |= widgets(GenerateOptions, REST)
+        self.names, self.controls = tuple(controls), controls
+        self.options = list(controls.values())
+
+    def _read(self, *values: Any) -> GenerateOptions:
+        return read(GenerateOptions, self.names, values)
+
+    def _wire(self) -> None:
+        self.setup.wire(self.shown)
+        self.chat.wire(self.sidebar, self.system, self.options, self._read)
+        self.completion.wire(self.sidebar, self.options, self._read)
+        self.batch.wire(self.sidebar, self.options, self._read)
+        self.shown(
+            self.sidebar.on_unload([self.setup.unload], self.jobs).then(
+                lambda: False, None, self.setup.choosing, **QUICK
+            )
+        )
+        self.shown(self.sidebar.seen.change(lambda: None, None, None, **QUICK))
+        for name in PRICED:
+            self.controls[name].change(
+                self._price,
+                [self.setup.choosing, *self.options],
+                self.sidebar.budget,
+                trigger_mode="always_last",
+                **QUICK,
+            )
+
+    def shown(self, event: Any) -> Any:
+        """After `event`, redraw for the resident model of that moment."""
+        setup = self.setup
+        outputs = [*setup.view_outputs, self.workbench, self.template_note, self.controls["kv"]]
+        event = event.then(self._view, setup.choosing, outputs, **QUICK)
+        event = event.then(setup.price, setup.controls, setup.price_outputs, **QUICK)
+        return event.then(self._price, [setup.choosing, *self.options], self.sidebar.budget, **QUICK)
+
+    def _view(self, choosing: bool) -> list[Any]:
+        plan = self.engine.resident
+        plain = plan is not None and not plan.spec.has_chat_template
+        note = render.quiet(say("no_template", model=plan.spec.name)) if plan and plain else ""
+        kv = gr.Dropdown(value=plan.kv) if plan else gr.skip()
+        return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv]
+
+    def _price(self, choosing: bool, *values: Any) -> Any:
+        """The budget bar for the next answer of the resident model; while choosing, the card's price stands."""
+        resident = self.engine.resident
+        if choosing or resident is None:
+            return gr.skip()
+        try:
+            plan = self.engine.price(0, self._read(*values)) or resident
+        except Exception:  # the answer itself will say what is wrong with its options
+            return gr.skip()
+        return render.budget(plan, say("next_answer", tokens=f"{plan.context:,}"))

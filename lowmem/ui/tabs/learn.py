@@ -1,0 +1,49 @@
+"""A lesson at the foot of each tab: closed until it is wanted, then with the figures of the model at hand."""
+
+from __future__ import annotations
+
+import logging
+
+import gradio as gr
+
+from lowmem.planning.plan import Plan
+from lowmem.ui.html import learn as render_learn
+from lowmem.ui.html.lessons import LESSONS
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.parts.bind import QUICK
+from lowmem.ui.service.engine import AUTO, Choice, Engine
+
+log = logging.getLogger("lowmem.ui")
+
+
+class Learn:
+    """Built where it stands in the layout.
+
+    Args:
+        key: the tab, of `LESSONS`.
+        model: the dropdown with the tab's model, None where it is the resident one.
+    """
+
+    def __init__(self, engine: Engine, key: str, model: gr.Dropdown | None = None) -> None:
+        self.engine, self.key = engine, key
+        title = f"{say('learn')}: {LESSONS[key].title}"
+        with gr.Accordion(title, open=False, elem_id=f"learn-{key}", elem_classes="lm-learn-box") as box:
+            told = gr.HTML(render_learn.lesson(key, None, None), elem_id=f"learn-{key}-text")
+        inputs = [model] if model else None
+        box.expand(self._tell, inputs, told, **QUICK)
+        if model:
+            model.change(self._tell, inputs, told, trigger_mode="always_last", **QUICK)
+
+    def _tell(self, model: str | None = None) -> str:
+        try:
+            return render_learn.lesson(self.key, self._plan((model or "").strip()), self.engine.last_receipt)
+        except Exception as error:  # the tab itself says what is wrong with its model
+            log.debug("no figures for a lesson: %s", error)
+            return render_learn.lesson(self.key, None, None)
+
+    def _plan(self, model: str) -> Plan:
+        """For the tab's model, else the resident one, else the one that is recommended."""
+        resident = self.engine.resident
+        if resident and model in ("", AUTO, resident.spec.ref):
+            return resident
+        return self.engine.plan(Choice(model=model or AUTO))

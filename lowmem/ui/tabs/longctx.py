@@ -1,0 +1,161 @@
+"""The Long Context tab: a text longer than one would like to remember, and what can be done with it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lowmem.datasets.long_text import MOST_CHARACTERS, long_text
+from lowmem.datasets.texts import NAMES
+from lowmem.events import CancelToken
+from lowmem.fields import build
+from lowmem.generate.options import GenerateOptions
+from lowmem.generate.window_limits import check_window
+from lowmem.planning.cache import KV_STORAGES
+from lowmem.ui.html import longctx as render_longctx
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.fields import widgets
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.engine import Engine
+from lowmem.ui.tabs.longctx_measuring import ExerciseMode, HiddenMode, PerplexityMode, RecallMode
+from lowmem.ui.tabs.longctx_writing import ChatMode, ContinueMode
+
+OPTIONS = ("sinks", "temperature", "repetition_penalty")
+CHARACTERS_PER_TOKEN = 4  # of English; only for the price that moves with the sliders
+# Where gradio is older, as on Colab, what is too wide folds into a menu.
+WRAPPED: dict[str, Any] = (
+    {"overflow_behavior": "wrap"} if "overflow_behavior" in inspect.signature(gr.Tabs).parameters else {}
+)
+DEFAULT_WINDOW, DEFAULT_STRIDE, LARGEST_SLIDER = 1024, 512, 8192
+
+
+class LongContextTab:
+    """Layout and wiring of the tab; `shown` redraws the price after a model came or went."""
+
+    def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar) -> None:
+        self.engine, self.sidebar = engine, sidebar
+        with gr.Row(elem_id="longctx"):
+            with gr.Column(scale=3, min_width=300, elem_id="longctx-work"):
+                self._build_source()
+                self.modes = self._build_modes(jobs)
+            with gr.Column(scale=1, min_width=250, elem_id="longctx-side"):
+                self._build_options()
+        with gr.Accordion(say("long_explain"), open=False, elem_id="longctx-explain"):
+            gr.HTML(render_longctx.explanation())
+        for mode in self.modes:
+            mode.wire(self, sidebar)
+        self._wire()
+
+    def _build_source(self) -> None:
+        self.text = gr.Textbox(
+            label=say("long_text"),
+            placeholder=say("long_text_hint"),
+            lines=6,
+            max_lines=10,
+            max_length=MOST_CHARACTERS + 1,  # a browser cuts off in silence; this is refused with the bound
+            elem_id="long-text",
+        )
+        with gr.Row(elem_id="long-source"):
+            self.address = gr.Dropdown(
+                [(say("long_own"), ""), *((name("texts", key), key) for key in NAMES)],
+                value="",
+                allow_custom_value=True,
+                label=say("long_address"),
+                info=say("long_address_help"),
+                elem_id="long-address",
+                min_width=260,
+            )
+            self.file = gr.File(label=say("long_file"), file_types=["text"], height=132, elem_id="long-file")
+
+    def _build_modes(self, jobs: Jobs) -> list[Any]:
+        kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, ExerciseMode)
+        with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes", **WRAPPED):
+            made = []
+            for kind in kinds:
+                with gr.Tab(say(f"long_{kind.key}"), id=kind.key):
+                    made.append(kind(self.engine, jobs))
+        return made
+
+    def _build_options(self) -> None:
+        gr.HTML(f"<h2>{say('options')}</h2>")
+        self.memory = gr.HTML(elem_id="long-memory")
+        labels: dict[str, Any] = {"buttons": []}
+        self.window = gr.Slider(
+            0, LARGEST_SLIDER, value=DEFAULT_WINDOW, step=64, label=say("long_window"), info=say("long_window_help"),
+            elem_id="long-window", **labels,
+        )  # fmt: skip
+        controls = widgets(GenerateOptions, OPTIONS, "long")
+        self.kv = gr.Dropdown(
+            [(name("choices", key), key) for key in KV_STORAGES],
+            value="same",
+            label=say("kv"),
+            info=say("long_kv_help"),
+            filterable=False,
+            elem_id="long-kv",
+        )
+        self.stride = gr.Slider(
+            1, LARGEST_SLIDER, value=DEFAULT_STRIDE, step=1, label=say("long_stride"), info=say("long_stride_help"),
+            elem_id="long-stride", **labels,
+        )  # fmt: skip
+        self.names = ("window", *OPTIONS, "kv")
+        self.options = [self.window, *controls.values(), self.kv]
+
+    def _wire(self) -> None:
+        inputs = [self.text, self.file, *self.options]
+        for control in (self.window, self.kv, self.options[1]):
+            control.change(self._price, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK)
+        for source in (self.text, self.file):
+            source.change(self._price, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK)
+        self.file.upload(lambda: "", None, self.address, **QUICK)
+
+    @property
+    def source(self) -> list[Any]:
+        """The controls that say where the text is."""
+        return [self.text, self.file, self.address]
+
+    def shown(self, event: Any) -> Any:
+        """After `event`, price anew for the resident model of that moment."""
+        return event.then(self._card, [self.text, self.file, *self.options], self.memory, **QUICK)
+
+    def read(self, *values: Any) -> GenerateOptions:
+        """The options' values as a generation without end, for visitors with one.
+
+        Raises:
+            BadInput: a value outside its range, named.
+        """
+        options = build(GenerateOptions, dict(zip(self.names, values, strict=True)))
+        return replace(options, max_new_tokens=self.engine.access.longest, endless=True)
+
+    def given(self, text: str, file: str | None, address: str | None, cancel: CancelToken) -> str:
+        """The long text; refuses files of the server's."""
+        return long_text(text, file, address or "", cancel).text
+
+    def _card(self, text: str, file: str | None, *values: Any) -> Any:
+        plan = self.engine.resident
+        if plan is None:
+            return render_longctx.memory(None, None, 0)
+        size = Path(file).stat().st_size if file else len(text or "")
+        tokens = max(plan.spec.context, size // CHARACTERS_PER_TOKEN)
+        try:
+            options = self.read(*values)
+            check_window(options, plan.spec.context)
+            priced = self.engine.price(tokens, options)
+            whole = self.engine.price_whole(tokens)
+        except Exception as error:
+            return f'<p class="lm-notice" data-kind="quiet">{error}</p>'
+        return render_longctx.memory(priced, whole, tokens)
+
+    def _price(self, text: str, file: str | None, *values: Any) -> list[Any]:
+        card = self._card(text, file, *values)
+        try:
+            plan = self.engine.price(0, self.read(*values))
+        except Exception:
+            plan = None
+        told = f"{plan.remembered:,}" if plan else ""
+        return [card, render.budget(plan, say("next_answer", tokens=told)) if plan else gr.skip()]

@@ -1,0 +1,129 @@
+"""Writing on from a long text and talking about it: one class a mode, each built where it stands and wired later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Chunk
+from lowmem.ui.html import longctx as render_longctx
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.parts.runner import Runner, View, new_folder
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.engine import Engine
+from lowmem.ui.tabs.chat import conversation
+from lowmem.ui.tabs.longctx_inputs import Inputs
+
+SHOWN_CHARACTERS = 6_000
+"""Of a text without end the page shows this much of the end; the rest is in a file."""
+
+CHAT_TOKENS = 1024
+"""The longest answer about a text."""
+
+
+class ContinueMode:
+    """Continue the text, without end, until Stop."""
+
+    key = "continue"
+
+    def __init__(self, engine: Engine, jobs: Jobs) -> None:
+        self.engine = engine
+        self.runner = Runner(engine, jobs, "long-continue", say("long_continue_start"))
+        self.live = gr.HTML(elem_id="long-live")
+        self.output = gr.Textbox(
+            label=say("continuation"),
+            lines=10,
+            max_lines=16,
+            interactive=False,
+            buttons=["copy"],
+            elem_id="long-output",
+        )
+        self.link = gr.HTML(elem_id="long-link")
+
+    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
+        self.tab = tab
+        self.runner.wire(sidebar, [*tab.source, *tab.options], [self.live, self.output, self.link], self._start)
+
+    def _start(
+        self, token: CancelToken, text: str, file: str, address: str, *values: Any
+    ) -> tuple[Iterator[Any], View]:
+        options = self.tab.read(*values)
+        self.engine.require_model()
+        path = new_folder("stream") / "continuation.txt"
+        shown, last = "", None
+
+        def events() -> Iterator[Any]:
+            prompt = self.tab.given(text, file, address, token)
+            with path.open("w", encoding="utf-8") as full:
+                for event in self.engine.generate(prompt, options, token, raw=True):
+                    if isinstance(event, Chunk):
+                        full.write(event.text)
+                    yield event
+
+        def view(gathered: Sequence[Any]) -> list[Any]:
+            nonlocal shown, last
+            chunks = [event for event in gathered if isinstance(event, Chunk)]
+            last = chunks[-1] if chunks else last
+            shown = (shown + "".join(chunk.text for chunk in chunks))[-SHOWN_CHARACTERS:]
+            return [render.live(last), shown, gr.skip() if gathered else render_longctx.link(path, say("long_whole"))]
+
+        return events(), view
+
+
+class ChatMode:
+    """A conversation about the text, which stands in front of it."""
+
+    key = "chat"
+
+    def __init__(self, engine: Engine, jobs: Jobs) -> None:
+        self.engine = engine
+        self.history = gr.Chatbot(
+            show_label=False, label=say("chat"), height=340, buttons=["copy"], elem_id="long-chat", allow_tags=False
+        )
+        self.live = gr.HTML(elem_id="long-chat-live")
+        self.message = gr.Textbox(
+            label=say("message"),
+            placeholder=say("long_ask_hint"),
+            show_label=False,
+            max_length=10_000,
+            elem_id="long-message",
+        )
+        self.runner = Runner(engine, jobs, "long-chat-run", say("send"))
+
+    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
+        self.tab = tab
+        inputs = [*tab.source, self.history, self.message, *tab.options]
+        self.runner.wire(sidebar, inputs, [self.history, self.message, self.live], self._start, [self.message.submit])
+
+    def _start(
+        self, token: CancelToken, text: str, file: str, address: str, history: list[Any], message: str, *values: Any
+    ) -> tuple[Iterator[Any], View]:
+        if not message.strip():
+            raise BadInput(say("empty"), say("empty_hint"))
+        options = replace(self.tab.read(*values), endless=False, max_new_tokens=CHAT_TOKENS)
+        self.engine.require_model()
+        asked = [*history, {"role": "user", "content": message}]
+        answer, last = "", None
+
+        def events() -> Iterator[Any]:
+            whole = self.tab.given(text, file, address, token)
+            first = {"role": "user", "content": say("long_about", text=whole)}
+            told = {"role": "assistant", "content": say("long_read_it")}
+            yield from self.engine.chat([first, told, *conversation(asked)], options, token)
+
+        def view(gathered: Sequence[Any]) -> list[Any]:
+            nonlocal answer, last
+            chunks = [event for event in gathered if isinstance(event, Chunk)]
+            answer += "".join(chunk.text for chunk in chunks)
+            last = chunks[-1] if chunks else last
+            if not answer and not gathered:
+                return [history, message, render.live(None)]
+            return [[*asked, {"role": "assistant", "content": answer}], "", render.live(last)]
+
+        return events(), view

@@ -1,0 +1,220 @@
+"""The controls of a quantization: model, method and its options, calibration text; and what they say together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+
+from lowmem.datasets import texts
+from lowmem.errors import BadInput
+from lowmem.quant import METHODS, get
+from lowmem.quant.base import BITS
+from lowmem.quant.calibration import Calibration
+from lowmem.ui.html import plan as render
+from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.parts.fields import widgets
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.quantizing import Ask, Workshop
+
+GROUPS = (32, 64, 128, -1)
+OWN_FILE = "file"
+START = "gptq"
+_MAIN = ("bits", "group_size", "symmetric")
+
+
+class QuantizeForm:
+    """Built where it stands in the layout.
+
+    Attributes:
+        controls: all of them, in the order in which `ask` takes their values.
+    """
+
+    def __init__(self, workshop: Workshop, sidebar: Sidebar) -> None:
+        self.workshop, self.sidebar = workshop, sidebar
+        refused = workshop.methods()
+        usable = [method for method in METHODS if refused[method] is None]
+        first = START if START in usable else usable[0]
+        with gr.Row():
+            self.model = gr.Dropdown(
+                originals(workshop),
+                value="demo",
+                allow_custom_value=True,
+                label=say("model"),
+                info=say("model_help"),
+                elem_id="quant-model",
+            )
+        self.method = gr.Radio(
+            [(get(method).label, method) for method in usable],
+            value=first,
+            label=say("method"),
+            info=name("method_help", first),
+            elem_id="quant-method",
+        )
+        gr.HTML(render.pairs([(get(m).label, why) for m, why in refused.items() if why], say("not_here")))
+        with gr.Row():
+            self.bits = gr.Radio(
+                _bits(first), value=_preset(first, "bits"), label=say("bits"), elem_id="quant-bits", min_width=230
+            )
+            self.group = gr.Dropdown(
+                _groups(first),
+                value=_preset(first, "group_size"),
+                label=say("group"),
+                info=say("group_help"),
+                filterable=False,
+                elem_id="quant-group",
+                min_width=200,
+            )
+        self.symmetric = gr.Checkbox(
+            _preset(first, "symmetric"),
+            label=say("symmetric"),
+            info=say("symmetric_help"),
+            elem_id="quant-symmetric",
+        )
+        self._build_calibration(visible=get(first).calibrated)
+        self._build_advanced(first)
+        self.controls: list[Any] = [
+            self.model,
+            self.method,
+            self.bits,
+            self.group,
+            self.symmetric,
+            self.text,
+            self.file,
+            self.samples,
+            self.length,
+            *self.advanced.values(),
+            *sidebar.limits,
+        ]
+
+    def _build_calibration(self, visible: bool) -> None:
+        usual = Calibration()
+        with gr.Column(visible=visible, elem_id="quant-calibration") as self.calibration:
+            with gr.Row():
+                self.text = gr.Dropdown(
+                    [(name("texts", key), key) for key in (*texts.NAMES, OWN_FILE)],
+                    value=texts.MANUAL,
+                    label=say("calibration"),
+                    info=say("calibration_help"),
+                    filterable=False,
+                    elem_id="quant-text",
+                    min_width=240,
+                )
+                self.samples = gr.Slider(
+                    4, 512, value=usual.samples, step=4, label=say("samples"), buttons=[], min_width=180,
+                    elem_id="quant-samples",
+                )  # fmt: skip
+                self.length = gr.Slider(
+                    64, 4096, value=usual.length, step=64, label=say("sample_length"), buttons=[],
+                    min_width=180, elem_id="quant-length",
+                )  # fmt: skip
+            self.file = gr.File(
+                label=say("text_file"), file_types=["text"], height=110, visible=False, elem_id="quant-file"
+            )
+            self.overlap = gr.HTML(elem_id="quant-overlap")
+
+    def _build_advanced(self, first: str) -> None:
+        self.advanced: dict[tuple[str, str], Any] = {}
+        self.folds: dict[str, Any] = {}
+        with gr.Accordion(say("advanced"), open=False, elem_id="quant-advanced", visible=bool(_extra(first))) as fold:
+            for method in METHODS:
+                with gr.Column(visible=method == first) as column:
+                    made = widgets(get(method).Options, _extra(method), f"quant-{method}")
+                self.advanced |= {(method, key): control for key, control in made.items()}
+                self.folds[method] = column
+        self.fold = fold
+
+    def wire(self) -> None:
+        """What controls do to each other."""
+        self.method.input(
+            self._fit_method,
+            self.method,
+            [self.method, self.bits, self.group, self.symmetric, self.calibration, self.fold, *self.folds.values()],
+            **QUICK,
+        )
+        self.text.input(lambda text: gr.File(visible=text == OWN_FILE), self.text, self.file, **QUICK)
+        for control in (self.text, self.file):
+            control.change(self._overlap, [self.text, self.file], self.overlap, **QUICK)
+
+    def _fit_method(self, method: str) -> list[Any]:
+        symmetric = [value for value in (False, True) if _possible(method, symmetric=value)]
+        return [
+            gr.Radio(info=name("method_help", method)),
+            gr.Radio(_bits(method), value=_preset(method, "bits")),
+            gr.Dropdown(_groups(method), value=_preset(method, "group_size")),
+            gr.Checkbox(_preset(method, "symmetric"), interactive=len(symmetric) > 1),
+            gr.Column(visible=get(method).calibrated),
+            gr.Accordion(visible=bool(_extra(method))),
+            *(gr.Column(visible=other == method) for other in self.folds),
+        ]
+
+    def _overlap(self, text: str, file: str | None) -> str:
+        if text != OWN_FILE or not file:
+            return ""
+        try:
+            warning = self.workshop.overlap(file)
+        except Exception as error:
+            return notice(error, toast=False)
+        return render.quiet(warning) if warning else ""
+
+    def ask(self, values: tuple[Any, ...]) -> Ask:
+        """What the controls say.
+
+        Raises:
+            BadInput: a file is wanted and there is none.
+        """
+        model, method, bits, group, symmetric, text, file, samples, length, *rest = values
+        advanced, limits = rest[: len(self.advanced)], rest[len(self.advanced) :]
+        own = {key: value for (owner, key), value in zip(self.advanced, advanced, strict=True) if owner == method}
+        if text == OWN_FILE and not file and get(method).calibrated:
+            raise BadInput(say("text_missing"), say("text_missing_hint"))
+        source = file if text == OWN_FILE and file else texts.MANUAL if text == OWN_FILE else text
+        return Ask(
+            model=(model or "").strip(),
+            method=method,
+            options={"bits": bits, "group_size": group, "symmetric": symmetric} | own,
+            calibration={"text": source, "samples": samples, "length": length},
+            budgets=self.sidebar.budgets(tuple(limits)),
+        )
+
+
+def originals(workshop: Workshop) -> list[tuple[str, str]]:
+    """Models that can be quantized, for a dropdown."""
+    return [(label, ref) for label, ref in workshop.engine.catalog() if not _is_result(ref)]
+
+
+def _is_result(ref: str) -> bool:
+    from lowmem.settings import settings
+
+    return ref.startswith(str(settings().outputs))
+
+
+def _extra(method: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(get(method).Options) if field.name not in _MAIN]
+
+
+def _preset(method: str, key: str) -> Any:
+    return next(field.default for field in dataclasses.fields(get(method).Options) if field.name == key)
+
+
+def _possible(method: str, **options: Any) -> bool:
+    from lowmem.fields import build
+
+    given: Mapping[str, Any] = options
+    try:
+        build(get(method).Options, given).check()
+    except BadInput:
+        return False
+    return True
+
+
+def _bits(method: str) -> list[tuple[str, int]]:
+    return [(say("bits_two") if bits == 2 else str(bits), bits) for bits in BITS if _possible(method, bits=bits)]
+
+
+def _groups(method: str) -> list[tuple[str, int]]:
+    fitting = [size for size in GROUPS if _possible(method, group_size=size)]
+    return [(say("whole_row") if size == -1 else str(size), size) for size in fitting]

@@ -1,0 +1,183 @@
+"""Methods x settings x models from the Compare view: a table and plots that grow as cells finish."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken, Receipt
+from lowmem.measure.options import MeasureOptions
+from lowmem.measure.rows import Row
+from lowmem.measure.variants import Variant, make_variant, parse_variant
+from lowmem.plots.drawing import to_svg
+from lowmem.plots.variants import picture
+from lowmem.quant import METHODS, get
+from lowmem.quant.base import BITS
+from lowmem.sweep.grid import Grid
+from lowmem.sweep.table import ordered
+from lowmem.ui.html import plan as render
+from lowmem.ui.html import quantize as render_quantize
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.fields import read
+from lowmem.ui.parts.runner import Runner, View
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.tabs.quantize_form import GROUPS, originals
+
+SAMPLES = 16
+"""Calibration samples that a sweep starts with: a quarter of the usual, for a first overview."""
+
+
+class SweepView:
+    """Built where it stands in the layout.
+
+    Args:
+        text: the dropdown with the evaluation text.
+        options: controls of `MeasureOptions`, by field.
+    """
+
+    def __init__(
+        self, workshop: Workshop, jobs: Jobs, sidebar: Sidebar, text: gr.Dropdown, options: dict[str, Any]
+    ) -> None:
+        self.workshop, self.sidebar, self._fields = workshop, sidebar, tuple(options)
+        with gr.Accordion(say("sweep"), open=False, elem_id="sweep"):
+            gr.HTML(render.quiet(say("sweep_help")))
+            self._build_form()
+            self.count = gr.HTML(self._counted(*(control.value for control in self.chosen)), elem_id="sweep-count")
+            self.runner = Runner(workshop.engine, jobs, "sweep", say("start_sweep"))
+            self.table = gr.HTML(elem_id="sweep-table")
+            self.plots = gr.HTML(elem_id="sweep-plots")
+            self.notes = gr.HTML(elem_id="sweep-notes")
+        for control in self.chosen:
+            control.change(self._counted, self.chosen, self.count, trigger_mode="always_last", **QUICK)
+        inputs = [*self.chosen, text, *options.values(), *sidebar.limits]
+        self.runner.wire(sidebar, inputs, [self.table, self.plots, self.notes], self._start)
+
+    def _build_form(self) -> None:
+        refused = self.workshop.methods()
+        usable = [(get(method).label, method) for method in METHODS if refused[method] is None]
+        precisions = [name for name in self.workshop.variants() if ":" not in name]
+        self.models = gr.Dropdown(
+            originals(self.workshop),
+            value=["demo"],
+            multiselect=True,
+            allow_custom_value=True,
+            label=say("sweep_models"),
+            elem_id="sweep-models",
+        )
+        self.precisions = gr.CheckboxGroup(
+            precisions,
+            value=[name for name in ("int8", "bf16") if name in precisions],
+            label=say("sweep_precisions"),
+            elem_id="sweep-precisions",
+        )
+        self.methods = gr.CheckboxGroup(
+            usable, value=["rtn", "hqq"], label=say("sweep_methods"), elem_id="sweep-methods"
+        )
+        with gr.Row():
+            self.bits = gr.CheckboxGroup(
+                [(str(bits), bits) for bits in BITS],
+                value=[3, 4],
+                label=say("bits"),
+                elem_id="sweep-bits",
+                min_width=200,
+            )
+            self.groups = gr.CheckboxGroup(
+                [(say("whole_row") if size < 0 else str(size), size) for size in GROUPS],
+                value=[64],
+                label=say("group"),
+                elem_id="sweep-groups",
+                min_width=240,
+            )
+            self.zeros = gr.CheckboxGroup(
+                [(say("sweep_with"), False), (say("sweep_without"), True)],
+                value=[False],
+                label=say("sweep_symmetric"),
+                elem_id="sweep-zeros",
+                min_width=240,
+            )
+        self.samples = gr.Slider(
+            1, 256, value=SAMPLES, step=1, label=say("samples"), info=say("sweep_samples_help"), buttons=[],
+            elem_id="sweep-samples",
+        )  # fmt: skip
+        self.chosen: list[Any] = [
+            self.models, self.precisions, self.methods, self.bits, self.groups, self.zeros, self.samples,
+        ]  # fmt: skip
+
+    def _counted(self, *values: Any) -> str:
+        models, *what = values
+        variants = _variants(*what)
+        reference = self.workshop.reference()
+        if not models or not variants:
+            return render.quiet(say("sweep_nothing"))
+        count = len(models) * len({reference, *(variant.name for variant in variants)})
+        return render.quiet(say("sweep_count", count=count, reference=reference))
+
+    def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
+        models, *what = values[: len(self.chosen)]
+        text, *rest = values[len(self.chosen) :]
+        given, limits = rest[: len(self._fields)], rest[len(self._fields) :]
+        variants = _variants(*what)
+        if not models or not variants:
+            raise BadInput("There is nothing to sweep.", say("sweep_nothing"))
+        grid = Grid(
+            models=tuple(dict.fromkeys(model.strip() for model in models)),
+            variants=tuple(variants),
+            reference=parse_variant(self.workshop.reference()),
+            text=text,
+            options=read(MeasureOptions, self._fields, given),
+        )
+        return self.workshop.sweep(grid, token, self.sidebar.budgets(tuple(limits))), _view(grid)
+
+
+def _variants(
+    precisions: Sequence[str],
+    methods: Sequence[str],
+    bits: Sequence[int],
+    groups: Sequence[int],
+    zeros: Sequence[bool],
+    samples: float,
+) -> list[Variant]:
+    """Every precision, and every method with every setting that it has; each once."""
+    found = [parse_variant(name) for name in precisions or ()]
+    for method, width, group, symmetric in itertools.product(methods or (), bits or (), groups or (), zeros or ()):
+        settings = {"bits": width, "group_size": group, "symmetric": symmetric}
+        if get(method).calibrated:
+            settings["samples"] = int(samples)
+        try:
+            found.append(make_variant(method, settings))
+        except BadInput:  # AWQ has 4 bits only, and so on
+            continue
+    return list(dict.fromkeys(found))
+
+
+def _view(grid: Grid) -> View:
+    """What the outputs become as rows come: table, plots, notes with the files at the end."""
+    rows: list[Row] = []
+    receipts: list[Receipt] = []
+    several = len(grid.models) > 1
+
+    def view(gathered: Sequence[Any]) -> list[Any]:
+        for row in (event for event in gathered if isinstance(event, Row)):
+            rows[:] = [one for one in rows if (one.model, one.variant) != (row.model, row.variant)] + [row]
+        receipts.extend(event for event in gathered if isinstance(event, Receipt))
+        if not rows:
+            return ["", "", ""]
+        shown = [
+            replace(row, variant=f"{Path(row.model).name} {row.variant}" if several else row.variant)
+            for row in ordered(rows, grid.cells())
+        ]
+        title = ", ".join(Path(model).name for model in grid.models)
+        drawn = render_quantize.drawing(to_svg(picture(shown, title, grid.text)))
+        notes = "".join(render.quiet(note) for receipt in receipts for note in receipt.notes)
+        files = "".join(render_quantize.files(Path(receipt.details["folder"])) for receipt in receipts)
+        return [render_quantize.comparison(shown), drawn, notes + files]
+
+    return view
