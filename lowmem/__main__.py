@@ -22,7 +22,7 @@ from lowmem.cli.offload import add_command as add_offload
 from lowmem.cli.quantize import add_command as add_quantize
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import Chunk, Completion, Receipt, Step
-from lowmem.fields import build
+from lowmem.fields import aliases, build
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.limits import limits_from
@@ -129,10 +129,13 @@ def _option_flags(parser: argparse.ArgumentParser, kind: type) -> None:
             parser.add_argument(
                 flag, default=None, choices=meta["choices"] or None, metavar=None if meta["choices"] else "X", help=help
             )
+    for old, name in aliases(kind).items():
+        action = argparse.BooleanOptionalAction if isinstance(getattr(kind(), name), bool) else "store"
+        parser.add_argument("--" + old.replace("_", "-"), action=action, default=None, help=argparse.SUPPRESS)
 
 
 def _options(args: argparse.Namespace, kind: type) -> Any:
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [*(field.name for field in dataclasses.fields(kind)), *aliases(kind)]
     return build(kind, {name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 

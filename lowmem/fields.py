@@ -6,6 +6,7 @@ Widgets, validation, command-line flags and documentation all read this metadata
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 from lowmem.errors import BadInput
 
 T = TypeVar("T")
+
+log = logging.getLogger("lowmem.fields")
 
 
 def option(
@@ -24,9 +27,22 @@ def option(
     high: float | None = None,
     step: float | None = None,
     choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with what a widget, a flag and a check need to know about it."""
-    metadata = {"label": label, "help": help, "low": low, "high": high, "step": step, "choices": choices}
+    """A dataclass field with what a widget, a flag and a check need to know about it.
+
+    Args:
+        aliases: earlier names of the option, which `build` still accepts for one release.
+    """
+    metadata = {
+        "label": label,
+        "help": help,
+        "low": low,
+        "high": high,
+        "step": step,
+        "choices": choices,
+        "aliases": aliases,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -37,10 +53,23 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     its range raises `BadInput` that names the option, the value and the range.
     """
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = _renamed(kind, values)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise BadInput(f"There is no option {unknown[0]!r}.", f"The options are {', '.join(known)}.")
     return kind(**{name: _checked(known[name], value) for name, value in values.items()})
+
+
+def aliases(kind: Any) -> dict[str, str]:
+    """Earlier names of the options of `kind` -> today's."""
+    return {old: field.name for field in dataclasses.fields(kind) for old in field.metadata.get("aliases", ())}
+
+
+def _renamed(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    today = aliases(kind)
+    for old in today.keys() & values.keys():
+        log.warning("The option %r is now called %r; the old name will be removed.", old, today[old])
+    return {today.get(name, name): value for name, value in values.items()}
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:

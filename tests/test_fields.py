@@ -85,3 +85,17 @@ def test_every_generation_option_explains_itself_and_its_default_is_valid() -> N
     for field in dataclasses.fields(GenerateOptions):
         assert field.metadata["label"], field.name
         assert field.metadata["help"].endswith("."), field.name
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    new_name: int = option(1, "Name", "Renamed.", aliases=("old_name",))
+
+
+def test_an_earlier_name_still_works_and_says_the_new_one(caplog: pytest.LogCaptureFixture) -> None:
+    assert build(Renamed, {"old_name": 5}) == Renamed(new_name=5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "The option 'old_name' is now called 'new_name'; the old name will be removed."
+    ]
+    assert build(Renamed, {"new_name": 5}) == Renamed(new_name=5)
+    assert len(caplog.records) == 1
