@@ -31,6 +31,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.machine.limits import Limits
 from lowmem.machine.monitor import PeakMeter
 from lowmem.machine.oom import is_out_of_memory
+from lowmem.messages import packed, unpacked
 from lowmem.settings import without_lent_gpu
 from lowmem.units import format_bytes
 
@@ -125,7 +126,7 @@ def _answers(
         child.stdin.flush()
     for line in interruptible(child.stdout, cancel):
         try:
-            answer = json.loads(line)
+            answer = json.loads(line, object_hook=unpacked)
         except ValueError:
             return None  # cut off in the middle of a line
         if "step" not in answer:
@@ -203,7 +204,7 @@ def serve(find: Callable[[str], Callable[..., Job]]) -> None:
     channel = _claim_output()
 
     def say(answer: dict[str, Any]) -> None:
-        channel.write(json.dumps(answer) + "\n")
+        channel.write(json.dumps(packed(answer)) + "\n")
         channel.flush()
 
     with open(0, encoding="utf-8", closefd=False) as requests:
