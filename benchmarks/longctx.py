@@ -158,9 +158,9 @@ def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     windowed = {"window": WINDOW, "sinks": SINKS}
     ways: dict[str, dict[str, Any]] = {
         "full cache": {},
-        **{f"full cache in {bits} bits": {"kv": f"int{bits}"} for bits in (8, 4, 2)},
+        **{f"full cache in {bits} bits": {"cache_type": f"int{bits}"} for bits in (8, 4, 2)},
         "window 1024 + 4 sinks": windowed,
-        **{f"window 1024 + 4 sinks in {bits} bits": {**windowed, "kv": f"int{bits}"} for bits in (8, 4, 2)},
+        **{f"window 1024 + 4 sinks in {bits} bits": {**windowed, "cache_type": f"int{bits}"} for bits in (8, 4, 2)},
         "window 1024 without sinks": {"window": WINDOW, "sinks": 0},
     }
     rows, against = [], 0.0
@@ -185,8 +185,8 @@ def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
         "full cache": GenerateOptions(),
         "window 1024 + 4 sinks": GenerateOptions(window=WINDOW, sinks=SINKS),
         "window 1024 recomputed": GenerateOptions(window=WINDOW, sinks=0, use_cache=False),
-        "full cache, 4 bits": GenerateOptions(kv="int4"),
-        "window 1024 + 4 sinks, 4 bits": GenerateOptions(window=WINDOW, sinks=SINKS, kv="int4"),
+        "full cache, 4 bits": GenerateOptions(cache_type="int4"),
+        "window 1024 + 4 sinks, 4 bits": GenerateOptions(window=WINDOW, sinks=SINKS, cache_type="int4"),
     }
     readers = {}
     for way, options in ways.items():
@@ -222,7 +222,7 @@ def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
         quantized: QuantizedCache(backend=args.backend, config=model.config, nbits=4, **axes),
         "transformers DynamicCache": DynamicCache(config=model.config),
     }
-    ours = {"lowmem 4 bits": GenerateOptions(kv="int4"), "lowmem full": GenerateOptions()}
+    ours = {"lowmem 4 bits": GenerateOptions(cache_type="int4"), "lowmem full": GenerateOptions()}
     text, times, stored = torch.tensor([ids]), dict[str, list[float]](), 0
     with torch.inference_mode():
         for name, cache in theirs.items():

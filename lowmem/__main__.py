@@ -209,7 +209,7 @@ def _run_generate(args: argparse.Namespace) -> int:
     options = _options(args, GenerateOptions)
     prompts = _read_prompts(args.prompts) if args.prompts else None
     session = Session()
-    plan = _make_plan(args, session, options.kv)
+    plan = _make_plan(args, session, options.cache_type)
     _drain(session.load(plan, force=args.force), args.json)
     if prompts is None:
         events: Iterator[Any] = session.generate(args.prompt, options, raw=args.raw, force=args.force)

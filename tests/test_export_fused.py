@@ -66,7 +66,7 @@ def test_logits_are_the_models(folders: dict[str, Path], family: str) -> None:
 @pytest.mark.parametrize("chunk", [16, 512])
 def test_rows_of_different_length_are_decoded_as_torch_does(folders: dict[str, Path], family: str, chunk: int) -> None:
     prompts = [toys.prompt(length, seed=length) for length in (3, 20, 45)]
-    options = GenerateOptions(greedy=True, max_new_tokens=12, prefill_chunk=chunk, num_sequences=2)
+    options = GenerateOptions(greedy=True, max_new_tokens=12, prefill_chunk=chunk, num_return_sequences=2)
 
     def answers(model: object) -> list[Tokens]:
         events = decode(model, prompts, options, eos_ids=frozenset({7}), cancel=CancelToken())  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_a_window_reads_its_end_anew(folders: dict[str, Path]) -> None:
 
 
 def test_an_int8_cache_is_refused_in_a_sentence(folders: dict[str, Path]) -> None:
-    options = GenerateOptions(kv="int8", max_new_tokens=2)
+    options = GenerateOptions(cache_type="int8", max_new_tokens=2)
     with pytest.raises(Unsupported, match="fp32"):
         next(decode(OnnxModel(folders["llama"]), [[1, 2]], options, eos_ids=frozenset(), cancel=CancelToken()))  # type: ignore[arg-type]
 

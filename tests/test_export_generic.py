@@ -46,7 +46,7 @@ def test_any_decoder_becomes_a_graph_with_a_cache(tmp_path: Path, family: str) -
     receipt = export(toys.save_toy(family, tmp_path / "m"), tmp_path / "out", precision="fp32", fused=False)
     assert receipt.details["kind"] == "decoder"
     prompts = [toys.prompt(length, seed=length) for length in (4, 19)]
-    options = GenerateOptions(greedy=True, max_new_tokens=8, num_sequences=2, prefill_chunk=16)
+    options = GenerateOptions(greedy=True, max_new_tokens=8, num_return_sequences=2, prefill_chunk=16)
 
     def answers(model: object) -> list[Tokens]:
         events = decode(model, prompts, options, eos_ids=frozenset({9}), cancel=CancelToken())  # type: ignore[arg-type]

@@ -163,7 +163,7 @@ def test_all_options_work_on_a_graph(folder: Path) -> None:
         {"greedy": True},
         {"seed": 3, "temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
         {"greedy": True, "use_cache": False},
-        {"seed": 5, "num_sequences": 3},
+        {"seed": 5, "num_return_sequences": 3},
         {"greedy": True, "stop": ("a", "e")},
     ):
         assert answer(graph, **options) == answer(torch, **options)

@@ -38,7 +38,7 @@ def alone(text: str, options: GenerateOptions, context: int = CONTEXT) -> list[t
     ids = encode_prompt(tokenizer(), text)
     events = stream(toy("llama"), tokenizer(), ids, options, context=context, cancel=CancelToken())
     chunks = [event for event in events if isinstance(event, Chunk)]
-    answers = [[chunk for chunk in chunks if chunk.index == i] for i in range(options.num_sequences)]
+    answers = [[chunk for chunk in chunks if chunk.index == i] for i in range(options.num_return_sequences)]
     return [("".join(c.text for c in answer), answer[-1].new_tokens, answer[-1].finish) for answer in answers]
 
 
@@ -59,7 +59,7 @@ def test_each_prompt_is_answered_as_alone(batch_size: int) -> None:
 
 
 def test_sampled_answers_do_not_depend_on_the_batch() -> None:
-    options = GenerateOptions(max_new_tokens=8, seed=5, num_sequences=2, temperature=1.5)
+    options = GenerateOptions(max_new_tokens=8, seed=5, num_return_sequences=2, temperature=1.5)
     one, many = (completions(run(toy("llama"), options, batch_size=size)) for size in (1, 5))
     assert [c.text for c in one] == [c.text for c in many]
     assert [c.sequence for c in one] == [0, 1] * len(PROMPTS)

@@ -25,7 +25,7 @@ def ours(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], options: GenerateOptions, **more: object
 ) -> list[list[int]]:
     eos_ids = more.pop("eos_ids", EOS_IDS)
-    rows: list[list[int]] = [[] for _ in range(len(prompts) * options.num_sequences)]
+    rows: list[list[int]] = [[] for _ in range(len(prompts) * options.num_return_sequences)]
     for event in decode(model, prompts, options, eos_ids=eos_ids, cancel=CancelToken(), **more):
         if isinstance(event, Tokens):
             for row, token in zip(rows, event.ids, strict=True):
@@ -120,9 +120,9 @@ def test_decoding_stops_when_the_last_row_ends() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
 def test_answers_to_one_prompt_equal_separate_runs_with_successive_seeds(name: str, use_cache: bool) -> None:
-    options = GenerateOptions(max_new_tokens=12, temperature=1.5, seed=7, num_sequences=3, use_cache=use_cache)
+    options = GenerateOptions(max_new_tokens=12, temperature=1.5, seed=7, num_return_sequences=3, use_cache=use_cache)
     together = ours(toy(name), [prompt(20)], options)
-    alone = [ours(toy(name), [prompt(20)], replace(options, num_sequences=1, seed=7 + i))[0] for i in range(3)]
+    alone = [ours(toy(name), [prompt(20)], replace(options, num_return_sequences=1, seed=7 + i))[0] for i in range(3)]
     assert together == alone
     assert len({tuple(row) for row in together}) == 3
 
@@ -132,12 +132,12 @@ def test_the_prompt_is_processed_once_for_all_answers() -> None:
     model.register_forward_pre_hook(
         lambda _m, _a, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
-    ours(model, [prompt(20)], GenerateOptions(max_new_tokens=3, num_sequences=4, seed=1), eos_ids=frozenset())
+    ours(model, [prompt(20)], GenerateOptions(max_new_tokens=3, num_return_sequences=4, seed=1), eos_ids=frozenset())
     assert shapes == [(1, 20), (4, 1), (4, 1)]
 
 
 def test_several_answers_to_several_prompts_of_unequal_length() -> None:
-    options = GenerateOptions(max_new_tokens=10, seed=3, num_sequences=2)
+    options = GenerateOptions(max_new_tokens=10, seed=3, num_return_sequences=2)
     prompts = [prompt(4, 1), prompt(30, 2)]
     together = ours(toy("llama"), prompts, options)
     alone = ours(toy("llama"), prompts[:1], options) + ours(toy("llama"), prompts[1:], options, seeds=[5, 6])
@@ -160,7 +160,7 @@ def test_without_padding_the_model_gets_no_mask() -> None:
 
 def test_int8_cache_stays_close_to_the_exact_one() -> None:
     exact = ours(toy("llama"), [prompt(60), prompt(20, 1)], GREEDY)
-    rounded = ours(toy("llama"), [prompt(60), prompt(20, 1)], replace(GREEDY, kv="int8"))
+    rounded = ours(toy("llama"), [prompt(60), prompt(20, 1)], replace(GREEDY, cache_type="int8"))
     same = [a == b for row, other in zip(exact, rounded, strict=True) for a, b in zip(row, other, strict=False)]
     assert sum(same) / len(same) > 0.8
 
@@ -277,8 +277,8 @@ def test_a_model_without_kv_cache_is_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_gives_the_tokens_of_the_cpu(name: str, kv: str) -> None:
     prompts = [prompt(2 * WINDOW, 1), prompt(5, 2), prompt(40, 3)]
-    for options in (GREEDY, GenerateOptions(max_new_tokens=12, seed=4, num_sequences=2, repetition_penalty=1.2)):
-        options = replace(options, kv=kv, prefill_chunk=16)
+    for options in (GREEDY, GenerateOptions(max_new_tokens=12, seed=4, num_return_sequences=2, repetition_penalty=1.2)):
+        options = replace(options, cache_type=kv, prefill_chunk=16)
         assert ours(fresh(name).cuda(), prompts, options) == ours(toy(name), prompts, options)
 
 

@@ -155,7 +155,7 @@ def test_the_stream_is_the_decoded_text_with_the_figures_of_the_run() -> None:
 
 
 def test_a_stop_string_ends_one_of_several_answers() -> None:
-    model, options = ascii_toy(), GenerateOptions(max_new_tokens=24, seed=2, num_sequences=3, temperature=2.0)
+    model, options = ascii_toy(), GenerateOptions(max_new_tokens=24, seed=2, num_return_sequences=3, temperature=2.0)
     whole = texts(run(model, prompt(8), options), 3)
     stop = whole[1][6:8]
     events = run(model, prompt(8), replace(options, stop=(stop,)))
@@ -191,7 +191,7 @@ def test_stop_before_the_first_token_raises() -> None:
 
 def test_stop_after_it_keeps_the_text_and_ends_every_answer() -> None:
     cancel = CancelToken()
-    options = GenerateOptions(max_new_tokens=100, num_sequences=2, seed=1)
+    options = GenerateOptions(max_new_tokens=100, num_return_sequences=2, seed=1)
     chunks = []
     for event in stream(_slow_toy(0.01), tokenizer(), prompt(8), options, context=CONTEXT, cancel=cancel):
         if isinstance(event, Chunk):

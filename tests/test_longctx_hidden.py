@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_longctx_sinks import other
+from test_generate_cache_window import other
 from toys import prompt, toy
 
 from lowmem.errors import BadInput, Cancelled, DiskFull

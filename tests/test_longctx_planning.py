@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import machine
-from test_longctx_sinks import GREEDY
+from test_generate_cache_window import GREEDY
 from toys import prompt, save_toy, toy
 
 from lowmem.generate.cache import policy
@@ -36,7 +36,7 @@ def held(options: GenerateOptions, capacity: int) -> int:
 
 @pytest.mark.parametrize("kv", ["same", "int8", "int4", "int2"])
 def test_a_window_costs_what_its_layers_hold_however_long_the_text(kv: str, spec: ModelSpec) -> None:
-    options = GenerateOptions(window=200, sinks=4, kv=kv)
+    options = GenerateOptions(window=200, sinks=4, cache_type=kv)
     expected = held(options, 0)
     for context in (1_000, 1_000_000):
         assert kv_bytes(spec, context, 1, "fp32", kv, window=200, sinks=4) == expected
@@ -46,7 +46,7 @@ def test_a_window_costs_what_its_layers_hold_however_long_the_text(kv: str, spec
 @pytest.mark.parametrize("kv", ["int8", "int4", "int2"])
 def test_packed_caches_cost_what_their_layers_hold(kv: str, spec: ModelSpec) -> None:
     for capacity in (64, 300, 512):
-        assert kv_bytes(spec, capacity, 1, "fp32", kv) == held(GenerateOptions(kv=kv), capacity)
+        assert kv_bytes(spec, capacity, 1, "fp32", kv) == held(GenerateOptions(cache_type=kv), capacity)
 
 
 def test_plans_with_a_window_do_not_grow_with_the_text(spec: ModelSpec) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_longctx_sinks import GREEDY
+from test_generate_cache_window import GREEDY
 from toys import prompt, tokenizer, toy
 
 from lowmem.datasets.texts import tail
@@ -85,7 +85,7 @@ def test_the_demo_model_recalls_what_is_in_its_window_and_nothing_beyond() -> No
     goal = Goal(precision="int8", backend="torch")
     for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), goal)):
         pass
-    options = replace(GREEDY, window=512, kv="int8")
+    options = replace(GREEDY, window=512, cache_type="int8")
     *_, receipt = actions.recall(session, tail().text, options, distances=(256, 1024))
     within, beyond = receipt.details["recalls"]
     assert within["remembered"]

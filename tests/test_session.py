@@ -258,7 +258,7 @@ def test_batches_answer_like_single_prompts(session):
 
 
 def test_several_answers_to_one_prompt(session):
-    options = GenerateOptions(max_new_tokens=8, seed=4, temperature=1.5, num_sequences=3)
+    options = GenerateOptions(max_new_tokens=8, seed=4, temperature=1.5, num_return_sequences=3)
     events = list(session.generate("Hello", options))
     assert {event.index for event in events if isinstance(event, Chunk)} == {0, 1, 2}
     again = list(session.generate("Hello", options))

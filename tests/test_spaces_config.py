@@ -158,7 +158,7 @@ def test_a_space_of_two_cores_starts_from_its_folder_alone(tmp_path: Path, home:
         assert machine["hardware"]["host"] == "space"
         assert machine["hardware"]["cpu"]["total_bytes"] <= 16 * 2**30
         client.predict(toy, "fp32", 256, api_name="/load")
-        answer = client.predict("Hello", {"max_new_tokens": 4, "endless": True}, api_name="/generate")
+        answer = client.predict("Hello", {"max_new_tokens": 4, "unbounded": True}, api_name="/generate")
         assert answer["new_tokens"] == 4
         with pytest.raises(Exception, match="left to the owner"):
             client.predict(toy, "fp32", 256, "auto", "same", "", "", True, api_name="/load")
@@ -174,7 +174,7 @@ def test_a_zerogpu_space_answers_from_its_worker(tmp_path: Path, home: Path) -> 
     folder = build("zerogpu", tmp_path / "space")
     python = zerogpu_venv(folder, tmp_path / "venv")
     toy, asked = str(home / "outputs" / "toy"), tmp_path / "seconds"
-    options = {"max_new_tokens": 4, "endless": True}
+    options = {"max_new_tokens": 4, "unbounded": True}
     with started(
         folder, python, home, SPACES_ZERO_GPU="true", ZEROGPU_LOG=str(asked), PYTHONPATH=str(FAKE_SPACES)
     ) as url:

@@ -105,7 +105,7 @@ def test_load_generate_unload_and_their_receipts(client: Client) -> None:
     done = client.predict("demo", api_name="/load")
     assert done["receipt"]["action"] == "load"
     assert client.predict(api_name="/machine")["resident"]["model"] == "demo"
-    answer = client.predict("The sky", {"max_new_tokens": 9, "num_sequences": 2}, api_name="/generate")
+    answer = client.predict("The sky", {"max_new_tokens": 9, "num_return_sequences": 2}, api_name="/generate")
     assert len(answer["answers"]) == 2
     assert answer["new_tokens"] == 9
     assert answer["receipt"] == client.predict(api_name="/receipt")
@@ -137,7 +137,7 @@ def test_batch_answers_every_prompt(loaded: Client) -> None:
         ({"max_new_tokens": 2.5}, "Max new tokens: 2.5 is not a whole number. Use a value from 1 to 1000000."),
         ({"max_new_tokens": -1}, "Max new tokens is -1. Use a value from 1 to 1000000."),
         ({"stop": [1]}, "Stop strings: [1] is not a list of texts."),
-        ({"kv": "fp3"}, "KV cache storage: there is no 'fp3'. Choose one of same, int8, int4, int2, ram."),
+        ({"kv": "fp3"}, "KV cache type: there is no 'fp3'. Choose one of same, int8, int4, int2, ram."),
         ({"colour": "red"}, "There is no option 'colour'."),
     ],
 )

@@ -81,7 +81,9 @@ class StubSession:
 
         assert self.plan is not None
         return priced(
-            self.plan, context=prompt_tokens + options.max_new_tokens, kv=options.kv if options.use_cache else "none"
+            self.plan,
+            context=prompt_tokens + options.max_new_tokens,
+            kv=options.cache_type if options.use_cache else "none",
         )
 
     def generate(
@@ -104,7 +106,7 @@ class StubSession:
                 self.cancelled += 1
                 break
             time.sleep(self.delay)
-            for index in range(options.num_sequences):
+            for index in range(options.num_return_sequences):
                 finish = "length" if number == options.max_new_tokens else None
                 yield Chunk(word + " ", index, prompt_tokens, number, self.plan.context, 0.42, 645.0, 29.8, finish)
         yield self._receipt("generate", number)

@@ -88,7 +88,7 @@ def _exercise_flags(parser: argparse.ArgumentParser) -> None:
 def _stream(args: argparse.Namespace) -> int:
     options = _cache_options(args, max_new_tokens=args.max_new_tokens, seed=args.seed)
     given = {"greedy": True} if args.temperature is None else {"temperature": args.temperature}
-    options = build(GenerateOptions, {**_as_dict(options), **given, "endless": True})
+    options = build(GenerateOptions, {**_as_dict(options), **given, "unbounded": True})
     session = _loaded(args)
     return _finish(args, session.generate(_text(args), options, raw=True, force=args.force))
 
@@ -160,7 +160,7 @@ def _cache_options(args: argparse.Namespace, **others: Any) -> GenerateOptions:
     values = {
         "window": DEFAULT_WINDOW if args.window is None else args.window,
         "sinks": DEFAULT_SINKS if args.sinks is None else args.sinks,
-        "kv": "same" if args.kv_bits in (None, "16") else f"int{args.kv_bits}",
+        "cache_type": "same" if args.kv_bits in (None, "16") else f"int{args.kv_bits}",
     }
     return build(GenerateOptions, {**values, **others})
 

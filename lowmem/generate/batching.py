@@ -124,8 +124,8 @@ def _answers(
     progress: tuple[int, int],
 ) -> Iterator[Step | Completion]:
     """Progress of one batch, then its completions."""
-    copies = options.num_sequences
-    ends = frozenset[int]() if options.endless else eos_ids(model, tokenizer)
+    copies = options.num_return_sequences
+    ends = frozenset[int]() if options.unbounded else eos_ids(model, tokenizer)
     owners = [prompt for prompt in batch for _ in range(copies)]
     seeds = [options.seed + prompt.index * copies + copy for prompt in batch for copy in range(copies)]
     answers = [Answer(tokenizer, prompt.ids, options.stop, ends, prompt.limit) for prompt in owners]

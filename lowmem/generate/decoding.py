@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken, Step
-from lowmem.generate import lookahead, sampling
+from lowmem.generate import prompt_lookup, sampling
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
 
@@ -53,7 +53,7 @@ def decode(
 ) -> Generator[Step | Tokens, None, None]:
     """Continue every prompt by up to `options.max_new_tokens` tokens.
 
-    Sequence `p * num_sequences + s` is answer s to prompt p. A prompt is processed once for
+    Sequence `p * num_return_sequences + s` is answer s to prompt p. A prompt is processed once for
     all its answers. Prompt and answer together must fit the model's context.
 
     Args:
@@ -76,16 +76,16 @@ def decode(
     parts = [part for block in blocks for part in block.modules()]
     with _stoppable(parts, cancel):
         logits = yield from _read(rows, options, cancel, check)
-    count = len(prompts) * options.num_sequences
-    if options.num_sequences > 1:
-        rows.branch(options.num_sequences)
-        logits = logits.repeat_interleave(options.num_sequences, dim=0)
+    count = len(prompts) * options.num_return_sequences
+    if options.num_return_sequences > 1:
+        rows.branch(options.num_return_sequences)
+        logits = logits.repeat_interleave(options.num_return_sequences, dim=0)
     first = drawn_seed(options.seed)
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
     # One token through one block is quick, and every hook costs a little of each token.
     with _stoppable(blocks if options.use_cache else parts, cancel):
-        if lookahead.applies(options, count, model) and rows.can_go_back:
-            yield from _write_ahead(rows, logits, options, eos_ids, cancel, check, ended)
+        if prompt_lookup.applies(options, count, model) and rows.can_crop:
+            yield from _decode_with_lookup(rows, logits, options, eos_ids, cancel, check, ended)
             return
         yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
 
@@ -177,7 +177,7 @@ def _write(
         logits = rows.logits(rows.length - 1, rows.length)
 
 
-def _write_ahead(
+def _decode_with_lookup(
     rows: Rows,
     logits: Tensor,
     options: GenerateOptions,
@@ -187,13 +187,13 @@ def _write_ahead(
     ended: Collection[int],
 ) -> Iterator[Tokens]:
     """`_write` for one greedy row, several tokens a pass where a guess holds."""
-    guesser = lookahead.Guesser(rows.text[0, : rows.length].tolist(), options.lookahead)
-    guesses, made = list[int](), 0
+    lookup = prompt_lookup.PromptLookup(rows.text[0, : rows.length].tolist(), options.prompt_lookup_num_tokens)
+    draft, made = list[int](), 0
     while True:
         with _one_thread(rows.model):
             choices = sampling.next_tokens(logits, rows.text, options, ()).tolist()
             _check_numbers(choices, made + 1)
-            found = lookahead.certain(logits, choices, guesses)
+            found = prompt_lookup.accepted(logits, choices, draft)
         for token in found:
             made += 1
             yield Tokens((token,))
@@ -201,12 +201,12 @@ def _write_ahead(
                 return
         cancel.check()
         check()
-        rows.settle(found)
-        guesser.add(found)
-        if guesses:
-            guesser.held(len(found) - 1)
-        guesses = guesser.guess(options.max_new_tokens - made - 1) if found else []
-        logits = rows.logits_ahead(guesses)
+        rows.accept(found)
+        lookup.add(found)
+        if draft:
+            lookup.accepted(len(found) - 1)
+        draft = lookup.draft(options.max_new_tokens - made - 1) if found else []
+        logits = rows.draft_logits(draft)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What can be set for a generation; the one declaration behind form, flags and checks."""
+"""Options of text generation, declared once for forms, flags and validation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from lowmem.fields import option
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """Options of one generation. `greedy` makes the sampling options irrelevant."""
+    """Options of one generation, named as in transformers where it has the same option.
+
+    With `greedy` the sampling options have no effect.
+    """
 
     max_new_tokens: int = option(
-        256, "Max new tokens", "Longest answer. Each token costs KV cache.", low=1, high=1_000_000, step=1
+        256, "Max new tokens", "Upper limit for the answer. Every token takes KV cache.", low=1, high=1_000_000, step=1
     )
-    greedy: bool = option(False, "Greedy", "Always take the most likely token: repeatable, no sampling.")
+    greedy: bool = option(False, "Greedy", "Always take the most likely token: no sampling, repeatable.")
     temperature: float = option(
-        0.7, "Temperature", "Below 1 safer, above 1 more surprising.", low=0.05, high=5.0, step=0.05
+        0.7, "Temperature", "Below 1 is more predictable, above 1 more random.", low=0.05, high=5.0, step=0.05
     )
-    top_k: int = option(50, "Top-k", "Sample among the k most likely tokens; 0 is off.", low=0, high=1000, step=1)
+    top_k: int = option(50, "Top-k", "Sample from the k most likely tokens; 0 turns it off.", low=0, high=1000, step=1)
     top_p: float = option(
         0.95,
         "Top-p",
-        "Sample among the most likely tokens that together reach this probability; 1 is off.",
+        "Sample from the most likely tokens that together reach this probability; 1 turns it off.",
         low=0.01,
         high=1.0,
         step=0.01,
@@ -30,7 +33,7 @@ class GenerateOptions:
     min_p: float = option(
         0.0,
         "Min-p",
-        "Drop tokens less likely than this fraction of the best one; 0 is off.",
+        "Drop tokens less likely than this fraction of the most likely one; 0 turns it off.",
         low=0.0,
         high=0.99,
         step=0.01,
@@ -38,29 +41,36 @@ class GenerateOptions:
     repetition_penalty: float = option(
         1.0,
         "Repetition penalty",
-        "Above 1 discourages tokens already in the text; 1 is off.",
+        "Above 1 discourages tokens already in the text; 1 turns it off.",
         low=0.5,
         high=3.0,
         step=0.05,
     )
     seed: int = option(
-        -1, "Seed", "The same seed repeats the same answer; -1 draws a new one.", low=-1, high=2**31 - 1, step=1
+        -1, "Seed", "The same seed gives the same answer; -1 picks a new seed.", low=-1, high=2**31 - 1, step=1
     )
-    stop: tuple[str, ...] = option((), "Stop strings", "End the answer before any of these; one per line.")
-    num_sequences: int = option(
-        1, "Answers", "Different answers to one prompt; the prompt is processed once.", low=1, high=16, step=1
+    stop: tuple[str, ...] = option((), "Stop strings", "End the answer before any of these strings; one per line.")
+    num_return_sequences: int = option(
+        1,
+        "Sequences",
+        "Independent answers to one prompt, which is processed only once.",
+        low=1,
+        high=16,
+        step=1,
+        aliases=("num_sequences",),
     )
-    kv: str = option(
+    cache_type: str = option(
         "same",
-        "KV cache storage",
-        "int8 stores the cache in a half or a quarter of the memory, a little less exactly; int4 and int2 in less still; "
-        "ram keeps that of a GPU in RAM.",
+        "KV cache type",
+        "int8 takes half or a quarter of the memory at a small loss of precision, int4 and int2 take even less; "
+        "ram keeps a GPU's cache in RAM.",
         choices=("same", "int8", "int4", "int2", "ram"),
+        aliases=("kv",),
     )
     window: int = option(
         0,
         "Window",
-        "Remember only so many of the latest tokens: text without end in memory that stays the same. 0 remembers all.",
+        "Cache only this many of the latest tokens, so that text of any length takes constant memory. 0 caches all tokens.",
         low=0,
         high=1_000_000,
         step=64,
@@ -68,26 +78,32 @@ class GenerateOptions:
     sinks: int = option(
         4,
         "Sinks",
-        "First tokens that are kept beside a window: without them the model falls apart when they leave it.",
+        "First tokens that stay cached in addition to the window; without them quality collapses once they leave it.",
         low=0,
         high=256,
         step=1,
     )
-    endless: bool = option(
-        False, "Endless", "Go on after the model has ended its text, until all new tokens are there."
+    unbounded: bool = option(
+        False,
+        "Unbounded",
+        "Ignore the end-of-text token and continue until the maximum number of new tokens.",
+        aliases=("endless",),
     )
     use_cache: bool = option(
-        True, "KV cache", "Off recomputes the whole text, or the window, for every token: slow, no cache memory."
+        True,
+        "KV cache",
+        "When off, the whole text (or window) is recomputed for every token: slow, but takes no cache memory.",
     )
-    lookahead: int = option(
+    prompt_lookup_num_tokens: int = option(
         0,
-        "Lookahead",
-        "Guess up to so many tokens from what the text has said before, and check them in one pass: faster where text repeats "
-        "itself, and the same text. Only for greedy answers in fp32; 0 is off.",
+        "Prompt lookup",
+        "Draft up to this many tokens from earlier text and verify them in one pass: faster for repetitive text, with "
+        "identical output. Only for greedy decoding in fp32; 0 turns it off.",
         low=0,
         high=32,
         step=1,
+        aliases=("lookahead",),
     )
     prefill_chunk: int = option(
-        512, "Prefill chunk", "Prompt tokens per pass: smaller needs less memory.", low=16, high=8192, step=16
+        512, "Prefill chunk", "Prompt tokens per pass; fewer tokens take less memory.", low=16, high=8192, step=16
     )

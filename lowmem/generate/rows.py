@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.generate.cache import factory as kv
-from lowmem.generate.cache import policy
+from lowmem.generate.cache import factory, policy
 from lowmem.generate.cache.packed import set_pads
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.options import GenerateOptions
@@ -44,8 +43,8 @@ class Rows:
         self._cache = None
         if options.use_cache:
             if not hasattr(model, "make_cache"):
-                kv.check_supported(model)
-            rows = len(prompts) * options.num_sequences
+                factory.check_supported(model)
+            rows = len(prompts) * options.num_return_sequences
             self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
         self._recomputes = bool(options.window) and not isinstance(self._cache, WindowCache)
         self._accepted = set(inspect.signature(model.forward).parameters)
@@ -82,21 +81,23 @@ class Rows:
         return self.model(**inputs).logits[:, -1].float()
 
     @property
-    def can_go_back(self) -> bool:
+    def can_crop(self) -> bool:
         """Can the cache forget its latest tokens and nothing else?"""
         layers = getattr(self._cache, "layers", None)
-        return hasattr(self._cache, "crop") and (layers is None or all(type(layer) is kv.FullLayer for layer in layers))
+        return hasattr(self._cache, "crop") and (
+            layers is None or all(type(layer) is factory.FullLayer for layer in layers)
+        )
 
-    def logits_ahead(self, guesses: list[int]) -> Tensor:
-        """Logits [1 + guesses, vocab] in float32 after the only row's last token and after every guess behind it."""
-        start, end = self.length - 1, self.length + len(guesses)
-        self.text[0, self.length : end] = torch.tensor(guesses, dtype=torch.long)
+    def draft_logits(self, draft: list[int]) -> Tensor:
+        """Logits [1 + draft, vocab] in float32 after the only row's last token and after every guess behind it."""
+        start, end = self.length - 1, self.length + len(draft)
+        self.text[0, self.length : end] = torch.tensor(draft, dtype=torch.long)
         inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "past_key_values": self._cache}
         if "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = end - start
         return self.model(**inputs, use_cache=True).logits[0, start - end :].float()
 
-    def settle(self, tokens: list[int]) -> None:
+    def accept(self, tokens: list[int]) -> None:
         """Append what is certain, and let the cache forget every guess that is not."""
         self.text[0, self.length : self.length + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         self.length += len(tokens)
@@ -112,7 +113,7 @@ class Rows:
         if all(end - first <= self._window for first in self._first):
             return start
         self._cache.reset()
-        self._look_back(policy.kept_tokens(self._window))
+        self._look_back(policy.recomputed_tokens(self._window))
         return self._begin
 
     def _look_back(self, tokens: int) -> None:

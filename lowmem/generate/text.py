@@ -155,7 +155,7 @@ def stream(
     cancel: CancelToken,
     check: Callable[[], None] = nothing,
 ) -> Iterator[Step | Chunk]:
-    """Answer one prompt `options.num_sequences` times, text as it comes.
+    """Answer one prompt `options.num_return_sequences` times, text as it comes.
 
     The last chunk of every sequence has its `finish`. Stop before the first token raises
     `Cancelled`; later it finishes the sequences with "cancelled" and returns.
@@ -172,8 +172,8 @@ def stream(
     if note:
         yield Step(0, len(prompt_ids), note, "tokens")
     options = replace(options, max_new_tokens=limit)
-    ends = frozenset[int]() if options.endless else eos_ids(model, tokenizer)
-    answers = [Answer(tokenizer, prompt_ids, options.stop, ends, limit) for _ in range(options.num_sequences)]
+    ends = frozenset[int]() if options.unbounded else eos_ids(model, tokenizer)
+    answers = [Answer(tokenizer, prompt_ids, options.stop, ends, limit) for _ in range(options.num_return_sequences)]
     ended: set[int] = set()
     clock = _Clock(len(prompt_ids), context)
     run = decode(model, [prompt_ids], options, eos_ids=ends, cancel=cancel, check=check, ended=ended)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowmem.errors import BadInput
 from lowmem.generate.options import GenerateOptions
 
-ENDLESS = 2**40
+UNBOUNDED = 2**40
 """The context, in tokens, of a generation that forgets what leaves its window."""
 
 
@@ -43,7 +43,7 @@ def check_window(options: GenerateOptions, limit: int) -> None:
 
 def context_of(model_context: int, options: GenerateOptions) -> int:
     """The most tokens of prompt and answer together: without end where a window forgets."""
-    return ENDLESS if options.window else model_context
+    return UNBOUNDED if options.window else model_context
 
 
 def check_stride(window: int, stride: int) -> None:

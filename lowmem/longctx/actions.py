@@ -177,7 +177,7 @@ def reading_perplexity(
         "tokens": count,
         "window": options.window,
         "sinks": options.sinks if options.window else 0,
-        "kv": options.kv,
+        "kv": options.cache_type,
         "spans": [asdict(span) for span in spans],
     }
     yield _receipt("perplexity", action, started, peak, count, details)
@@ -224,7 +224,7 @@ def recall(
         "recalls": [{**asdict(one), "remembered": one.remembered} for one in found],
         "window": options.window,
         "sinks": options.sinks if options.window else 0,
-        "kv": options.kv,
+        "kv": options.cache_type,
     }
     notes = tuple(
         f"A fact {one.distance:,} tokens back is {'remembered' if one.remembered else 'forgotten'} ({one.probability:.1%} sure)."

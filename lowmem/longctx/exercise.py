@@ -68,7 +68,7 @@ def ways(options: ExerciseOptions) -> dict[str, dict[str, Any]]:
         "window without sinks": {"window": window, "sinks": 0},
         "window with sinks": {"window": window, "sinks": options.sinks},
         "window recomputed": {"window": window, "sinks": 0, "use_cache": False},
-        f"full cache in {options.kv_bits} bits": {"kv": f"int{options.kv_bits}"},
+        f"full cache in {options.kv_bits} bits": {"cache_type": f"int{options.kv_bits}"},
     }
 
 

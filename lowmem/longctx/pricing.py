@@ -16,7 +16,7 @@ def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
         plan,
         context=min(tokens, options.window) if recomputes else tokens,
         batch=1,
-        kv=options.kv if options.use_cache else "none",
+        kv=options.cache_type if options.use_cache else "none",
         window=options.window,
         sinks=options.sinks if options.window else 0,
         prefill_chunk=options.window or tokens if not options.use_cache else options.prefill_chunk,

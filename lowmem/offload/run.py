@@ -29,7 +29,7 @@ from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 
 MOST_SEQUENCES = 16
-"""Answers to one prompt that `GenerateOptions.num_sequences` allows."""
+"""Answers to one prompt that `GenerateOptions.num_return_sequences` allows."""
 
 METHODS = ("auto", "resident", "ram", "disk", "streamed", "both", "accelerate")
 """By budget; without offloading; blocks in RAM; on disk (in place where the budget holds them, or always past the page cache);
@@ -159,7 +159,7 @@ def run(
 def together(prompt: str, options: GenerateOptions, batch: int) -> tuple[list[str], GenerateOptions]:
     """What `run` takes for `batch` answers to one prompt: as one answer in parts, the prompt is processed once."""
     if batch <= MOST_SEQUENCES:
-        return [prompt], replace(options, num_sequences=batch)
+        return [prompt], replace(options, num_return_sequences=batch)
     return [prompt] * batch, options
 
 

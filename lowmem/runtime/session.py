@@ -129,10 +129,10 @@ class Session:
             context=min(prompt_tokens + options.max_new_tokens, context_of(plan.spec.context, options)),
             window=options.window,
             sinks=options.sinks if options.window else 0,
-            batch=batch * options.num_sequences,
-            kv=options.kv if options.use_cache else "none",
+            batch=batch * options.num_return_sequences,
+            kv=options.cache_type if options.use_cache else "none",
             # Several answers to one prompt share one prefill, so its activations exist once.
-            prefill_chunk=max(1, options.prefill_chunk // options.num_sequences)
+            prefill_chunk=max(1, options.prefill_chunk // options.num_return_sequences)
             if options.use_cache
             else min(plan.spec.context, options.window or plan.spec.context),
         )
@@ -417,7 +417,7 @@ class Session:
                     break
                 meter.exceeded = ""
                 action = lower
-                options = replace(options, kv="int8", prefill_chunk=max(16, options.prefill_chunk // 4))
+                options = replace(options, cache_type="int8", prefill_chunk=max(16, options.prefill_chunk // 4))
                 notes.append("Memory ran out. " + lower.reason)
                 yield Step(0, 0, notes[-1])
         return receipts.generate_receipt(action, time.perf_counter() - started, list(last.values()), meter.peak, notes)

@@ -1,9 +1,8 @@
-"""The KV cache in RAM while the model computes on a GPU: a layer's history crosses the bus when its turn comes.
+"""A KV cache kept in pinned RAM while the model computes on a GPU.
 
-Between its turns a layer is not on the GPU at all. Two buffers there are shared by all layers: one is attended to while the
-next layer's history is copied into the other, on a stream of its own. New tokens are copied back beside the computation.
-Knows transformers' cache layers; nothing of models. Without a stream all of it happens one after another, which is how it is
-tested without a GPU.
+All layers share two GPU buffers: attention reads one of them while the next layer's history is copied into the other on
+a separate CUDA stream. New tokens are copied back to RAM alongside the computation. Without a CUDA stream the same steps
+run one after another, which is how this is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from lowmem.generate.cache.full import FullLayer
 BUFFERS = 2
 
 
-class Shuttle:
-    """The buffers on the GPU, and the layers in the order in which they take turns."""
+class LayerPrefetcher:
+    """Two device buffers and the layers that share them, in the order of the forward pass."""
 
     def __init__(self) -> None:
-        self.layers: list[RamLayer] = []
+        self.layers: list[OffloadedLayer] = []
         self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * BUFFERS
-        self._holds: list[RamLayer | None] = [None] * BUFFERS
+        self._holds: list[OffloadedLayer | None] = [None] * BUFFERS
         self._stream: Any = None
 
-    def fetch(self, layer: RamLayer, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values on the device of `states`, [rows, heads, capacity, head_dim], past tokens filled in."""
+    def fetch(self, layer: OffloadedLayer, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, heads, capacity, head_dim] on the device of `states`, with the past tokens filled in."""
         if layer not in self._holds:
             self._load(layer, states)
         if self._stream is not None:
@@ -38,14 +37,14 @@ class Shuttle:
         assert found is not None  # `_load` has made it
         return found
 
-    def prefetch(self, after: RamLayer, states: Tensor) -> None:
-        """Start the next layer's history on its way."""
+    def prefetch(self, after: OffloadedLayer, states: Tensor) -> None:
+        """Start copying the history of the layer after `after`."""
         follower = self.layers[(self.layers.index(after) + 1) % len(self.layers)]
         if follower is not after and follower.is_initialized and follower not in self._holds:
             self._load(follower, states, keep=after)
 
     def copying(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The stream beside the computation, behind what has been queued there so far."""
+        """Enter the copy stream, after everything queued on the compute stream so far."""
         if device.type != "cuda":
             return nullcontext()
         if self._stream is None:
@@ -53,11 +52,11 @@ class Shuttle:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(self._stream)
 
-    def forget(self) -> None:
-        """The rows have changed: nothing on the device is right any more."""
+    def invalidate(self) -> None:
+        """Discard what the device buffers hold, because the rows have changed."""
         self._holds = [None] * BUFFERS
 
-    def _load(self, layer: RamLayer, states: Tensor, keep: RamLayer | None = None) -> None:
+    def _load(self, layer: OffloadedLayer, states: Tensor, keep: OffloadedLayer | None = None) -> None:
         place = next(index for index, held in enumerate(self._holds) if held is None or held is not keep)
         pair = self._buffers[place]
         if pair is None or pair[0].shape != layer.keys.shape:
@@ -73,33 +72,33 @@ class Shuttle:
         self._holds[place] = layer
 
 
-class RamLayer(FullLayer):
-    """Keys and values of every token in (pinned) RAM; a `Shuttle` brings them to the GPU."""
+class OffloadedLayer(FullLayer):
+    """Keys and values of every token in (pinned) RAM; a `LayerPrefetcher` copies them to the GPU."""
 
-    def __init__(self, rows: int, capacity: int, shuttle: Shuttle) -> None:
+    def __init__(self, rows: int, capacity: int, prefetcher: LayerPrefetcher) -> None:
         super().__init__(rows, capacity)
-        self.shuttle = shuttle
-        shuttle.layers.append(self)
+        self.prefetcher = prefetcher
+        prefetcher.layers.append(self)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append, and return the whole history on the GPU, valid until the next layer but one."""
+        """Append, and return the whole history on the GPU; it is valid until the layer after next updates."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.batch != key_states.shape[0]:
-            self.shuttle.forget()
+            self.prefetcher.invalidate()
         start, end = self._advance(key_states)
         self.length = start  # what is in RAM so far, for the copy
-        on_device = self.shuttle.fetch(self, key_states)
+        on_device = self.prefetcher.fetch(self, key_states)
         self.length = end
         new = (slice(self.batch), slice(None), slice(start, end))
         for history, states in zip(on_device, (key_states, value_states), strict=True):
             history[new] = states
-        with self.shuttle.copying(key_states.device):
+        with self.prefetcher.copying(key_states.device):
             for store, states in zip((self.keys, self.values), (key_states, value_states), strict=True):
                 store[new].copy_(states, non_blocking=True)
-                if self.shuttle._stream is not None:
-                    states.record_stream(self.shuttle._stream)
-        self.shuttle.prefetch(self, key_states)
+                if self.prefetcher._stream is not None:
+                    states.record_stream(self.prefetcher._stream)
+        self.prefetcher.prefetch(self, key_states)
         keys, values = (history[: self.batch, :, :end] for history in on_device)
         return keys, values
 
@@ -109,10 +108,10 @@ class RamLayer(FullLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.shuttle.forget()
+        self.prefetcher.invalidate()
 
     def _take(self, rows: Tensor) -> None:
-        if self.shuttle._stream is not None:
-            self.shuttle._stream.synchronize()
+        if self.prefetcher._stream is not None:
+            self.prefetcher._stream.synchronize()
         super()._take(rows)
-        self.shuttle.forget()
+        self.prefetcher.invalidate()

@@ -1,4 +1,4 @@
-"""A layer of the KV cache that is allocated once, for a known number of rows and tokens."""
+"""A KV cache layer that is allocated once, for a known number of rows and tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import (
-    CacheLayerMixin,
-)
+from transformers.cache_utils import CacheLayerMixin
 
-# A layer that reads another's keys; transformers 5.15, which Colab brings, counts such layers out instead.
+# A layer that reads another layer's keys. transformers 5.15, which Colab has, omits such layers instead.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 
@@ -19,8 +17,8 @@ class FullLayer(CacheLayerMixin):
     """Keys and values of every token, in the dtype of the computation.
 
     Args:
-        rows: most sequences the layer will ever hold at once.
-        capacity: most tokens of one sequence.
+        rows: the most sequences the layer will hold at once.
+        capacity: the most tokens of one sequence.
     """
 
     is_sliding = False
@@ -61,7 +59,7 @@ class FullLayer(CacheLayerMixin):
         self.batch = self.length = 0
 
     def crop(self, max_length: int) -> None:
-        """Forget the tokens after the first `max_length`."""
+        """Drop all tokens after the first `max_length`."""
         self.length = min(self.length, max_length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -84,7 +82,7 @@ class FullLayer(CacheLayerMixin):
         return (self.keys, self.values) if self.is_initialized else ()
 
     def _take(self, rows: Tensor) -> None:
-        """Make row i what `rows[i]` was, in place: the copy in between is half a layer at most."""
+        """Make row i what `rows[i]` was, in place; the temporary copy is at most half a layer."""
         self.batch = len(rows)
         for store in self._stores():
             store[: self.batch, :, : self.length] = store[:, :, : self.length].index_select(0, rows.to(store.device))

@@ -1,7 +1,7 @@
-"""One layer's keys and values of a whole text in 8, 4 or 2 bits.
+"""A full-length KV cache layer in 8, 4 or 2 bits.
 
-Every token has the place that it has in a `FullLayer`, so masks and positions are the model's own. Full blocks of
-tokens are packed, once (`kv_quant`); the latest tokens and the first few of each row stay as they are.
+Every token has the same column as in a `FullLayer`, so the model's own masks and positions apply. Each full block of
+tokens is quantized once (see `block`); the latest tokens and the first few of each row stay exact.
 """
 
 from __future__ import annotations
@@ -11,71 +11,71 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem.generate.cache.block import Packed, Unfolded
+from lowmem.generate.cache.block import DequantizeBuffers, PackedBlocks
 from lowmem.generate.cache.full import FullLayer
 from lowmem.planning.cache import BLOCK, EXACT_FIRST, blocks_of
 
 
 class PackedLayer(FullLayer):
-    """Keys packed per channel over `BLOCK` tokens, values per token.
+    """Keys quantized per channel over `BLOCK` tokens, values per token.
 
     Args:
-        rows: most sequences the layer will ever hold at once.
-        capacity: most tokens of one sequence.
+        rows: the most sequences the layer will hold at once.
+        capacity: the most tokens of one sequence.
         bits: 8, 4 or 2.
-        pads: padding in front of each row.
-        unfolded: shared by all layers.
+        pads: padding tokens in front of each row.
+        buffers: scratch memory shared by all layers.
     """
 
-    def __init__(self, rows: int, capacity: int, bits: int, pads: Sequence[int], unfolded: Unfolded) -> None:
+    def __init__(self, rows: int, capacity: int, bits: int, pads: Sequence[int], buffers: DequantizeBuffers) -> None:
         super().__init__(rows, capacity)
-        self.bits, self.pads, self.unfolded = bits, list(pads), unfolded
+        self.bits, self.pads, self.buffers = bits, list(pads), buffers
         self._sides: tuple[_Side, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         blocks = blocks_of(self.capacity, False)
         self._sides = tuple(
-            _Side(Packed(self.rows, blocks, self.bits, states is key_states, states), states)
+            _Side(PackedBlocks(self.rows, blocks, self.bits, states is key_states, states), states)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append, and return the unfolded history, valid until the next layer's update."""
+        """Append, and return the dequantized history, which is valid until the next layer's update."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self._advance(key_states)
         seen = []
         for name, side, states in zip(("keys", "values"), self._sides, (key_states, value_states), strict=True):
-            history = self.unfolded.buffer(name, self.rows, self.capacity, states)[: self.batch, :, :end]
-            self._unfold(side, history[:, :, :start])
+            history = self.buffers.buffer(name, self.rows, self.capacity, states)[: self.batch, :, :end]
+            self._dequantize(side, history[:, :, :start])
             history[:, :, start:] = states
-            self._absorb(side, states)
+            self._append_states(side, states)
             seen.append(history)
         self.length = end
         return seen[0], seen[1]
 
     def crop(self, max_length: int) -> None:
-        """Forget tokens of the latest block.
+        """Drop all tokens after the first `max_length`, which must lie in the latest block.
 
         Raises:
-            ValueError: packed ones would have to be forgotten as well.
+            ValueError: tokens to drop are already quantized.
         """
         if max_length < self.length // BLOCK * BLOCK:
-            raise ValueError(f"tokens before {self.length // BLOCK * BLOCK} are packed")
+            raise ValueError(f"tokens before {self.length // BLOCK * BLOCK} are quantized")
         super().crop(max_length)
 
-    def _unfold(self, side: _Side, past: Tensor) -> None:
-        """What was absorbed, into `past` [batch, heads, tokens, head_dim]."""
+    def _dequantize(self, side: _Side, past: Tensor) -> None:
+        """Write all stored tokens to `past` [batch, heads, tokens, head_dim]."""
         tokens = past.shape[2]
         packed = tokens // BLOCK * BLOCK
-        side.packed.unfold(0, packed // BLOCK, past[:, :, :packed])
+        side.packed.dequantize(0, packed // BLOCK, past[:, :, :packed])
         past[:, :, packed:] = side.latest[: self.batch, :, : tokens - packed]
         for rows, pad in self._beginnings():
             known = max(0, min(EXACT_FIRST, tokens - pad))
             past[rows, :, pad : pad + known] = side.first[rows, :, :known]
 
-    def _absorb(self, side: _Side, states: Tensor) -> None:
+    def _append_states(self, side: _Side, states: Tensor) -> None:
         start, count, done = self.length, states.shape[2], 0
         for rows, pad in self._beginnings():
             begin, end = max(start, pad), min(start + count, pad + EXACT_FIRST)
@@ -90,7 +90,10 @@ class PackedLayer(FullLayer):
                 self._pack(side, (start + done) // BLOCK - 1)
 
     def _pack(self, side: _Side, block: int) -> None:
-        """Pack the latest block. First tokens and padding, which are never read from it, must not widen its range."""
+        """Quantize the latest tokens as block number `block`.
+
+        First tokens and padding are never read from it; they are overwritten so that they do not widen its range.
+        """
         states = side.latest[: self.batch]
         for rows, pad in self._beginnings():
             unread = min(pad + EXACT_FIRST - block * BLOCK, BLOCK - 1)
@@ -99,7 +102,7 @@ class PackedLayer(FullLayer):
         side.packed.put(block, states)
 
     def _beginnings(self) -> Iterator[tuple[slice, int]]:
-        """Rows that begin at the same place, and the place: all of them at once where they can be."""
+        """Groups of rows and the column where they begin: one group if all rows begin at the same column."""
         pads = self.pads[: self.batch]
         if len(set(pads)) == 1:
             yield slice(0, self.batch), pads[0]
@@ -117,9 +120,9 @@ class PackedLayer(FullLayer):
 
 
 class _Side:
-    """The keys, or the values: packed blocks, and what stays as it is."""
+    """The keys or the values of a layer: quantized blocks, and the exact first and latest tokens."""
 
-    def __init__(self, packed: Packed, like: Tensor) -> None:
+    def __init__(self, packed: PackedBlocks, like: Tensor) -> None:
         self.packed = packed
         self.first, self.latest = (
             like.new_zeros(packed.rows, like.shape[1], tokens, like.shape[3]) for tokens in (EXACT_FIRST, BLOCK)
@@ -127,7 +130,7 @@ class _Side:
 
 
 def set_pads(cache: Any, pads: Sequence[int]) -> None:
-    """Tell the packed layers of an empty `cache` where its rows will begin."""
+    """Set the padding of the rows of an empty `cache`, where its layers need to know it."""
     for layer in getattr(cache, "layers", ()):
         if isinstance(layer, PackedLayer):
             layer.pads = list(pads)

@@ -1,4 +1,4 @@
-"""Which cache serves a generation: all tokens, or a window of them; exact, or in fewer bits."""
+"""Chooses the KV cache for a generation: full or windowed, exact or quantized."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers.cache_utils import (
 )
 
 from lowmem.errors import Unsupported
-from lowmem.generate.cache import factory as kv
-from lowmem.generate.cache.block import BlockLayer, OrderedRing, Unfolded
+from lowmem.generate.cache import factory
+from lowmem.generate.cache.block import BlockLayer, DequantizeBuffers, OrderedRing
 from lowmem.generate.cache.ring import Ring, Stream
-from lowmem.generate.cache.rotary import Turn, key_turns, position_limit
+from lowmem.generate.cache.rotary import Rotation, key_rotations, position_limit
 from lowmem.generate.cache.window import WindowCache, WindowLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
@@ -26,35 +26,35 @@ from lowmem.planning.cache import bits_of
 def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int, pads: Sequence[int]) -> Cache:
     """An empty cache for at most `rows` sequences.
 
-    With a window it is a `WindowCache` where the model's keys turn with position. Elsewhere (GPT-2, BLOOM)
-    it has room for the window and is filled anew whenever it is full.
+    With a window, models with rotary embeddings get a `WindowCache`. Others (GPT-2, BLOOM) get a cache with room for
+    the window, which is recomputed whenever it is full.
 
     Args:
-        capacity: most tokens of one sequence.
-        pads: tokens of padding in front of each row.
+        capacity: the most tokens of one sequence.
+        pads: padding tokens in front of each row.
 
     Raises:
-        BadInput: a window, or sinks, that the model cannot have.
-        Unsupported: the model remembers something else than keys and values.
+        BadInput: the window or the sinks do not fit the model.
+        Unsupported: the model keeps a state other than keys and values.
     """
     if hasattr(model, "make_cache"):
         return _own_cache(model, options, rows, capacity)
     if options.window:
         limit = position_limit(model.config)
         check_window(options, limit)
-        turns = key_turns(model)
-        if turns is not None:
-            return _window_cache(model, options, turns, rows, Stream(pads, limit))
+        rotations = key_rotations(model)
+        if rotations is not None:
+            return _window_cache(model, options, rotations, rows, Stream(pads, limit))
         capacity = min(capacity, options.window)
-    return kv.make_cache(model.config, rows=rows, capacity=capacity, kv=options.kv, pads=pads)
+    return factory.make_cache(model.config, rows=rows, capacity=capacity, cache_type=options.cache_type, pads=pads)
 
 
 def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -> Any:
-    """The cache of a model that makes its own, as an exported graph does, whose cache is bound in place."""
-    if options.kv != "same":
+    """The cache of a model that makes its own, such as an exported graph, which binds its cache in place."""
+    if options.cache_type != "same":
         raise Unsupported(
-            f"An exported graph keeps its KV cache in fp32, not in {options.kv}.",
-            "Store the KV cache in the same precision as the computation, or load with the torch backend.",
+            f"An exported graph keeps its KV cache in fp32, not in {options.cache_type}.",
+            "Set the KV cache type to the precision of the computation, or load with the torch backend.",
         )
     if options.window:
         check_window(options, position_limit(model.config))
@@ -62,24 +62,26 @@ def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -
     return model.make_cache(rows, capacity)
 
 
-def kept_tokens(window: int) -> int:
-    """Tokens that are read anew when a cache that cannot slide is full, the latest included."""
+def recomputed_tokens(window: int) -> int:
+    """How many of the latest tokens are recomputed when a cache that cannot slide is full."""
     return window - window // 4
 
 
-def _window_cache(model: Any, options: GenerateOptions, turns: Sequence[Turn], rows: int, stream: Stream) -> Cache:
+def _window_cache(
+    model: Any, options: GenerateOptions, rotations: Sequence[Rotation], rows: int, stream: Stream
+) -> Cache:
     decoder = model.config.get_text_config(decoder=True)
-    described = kv.layer_kinds(decoder)
-    unfolded, rings, layers = Unfolded(), dict[str, Ring](), list[WindowLayer]()
-    for (kind, given), turn in zip(described, turns, strict=True):
+    described = factory.layer_kinds(decoder)
+    buffers, rings, layers = DequantizeBuffers(), dict[str, Ring](), list[WindowLayer]()
+    for (kind, given), rotation in zip(described, rotations, strict=True):
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unsupported(
-                f"Layers of the kind {kind!r} in {decoder.model_type!r} cannot be given a window, or fewer bits.",
-                "Generate without.",
+                f"The {kind!r} layers of {decoder.model_type!r} models support neither a window nor a quantized cache.",
+                "Turn off the window and choose an unquantized KV cache.",
             )
         native = known is DynamicSlidingWindowLayer
-        packed = not native and options.kv not in ("same", "ram")  # a window is small: it stays where it is read
+        packed = not native and options.cache_type not in ("same", "ram")  # a window is small: it stays on the device
         if kind not in rings:
             make = OrderedRing if packed else Ring
             rings[kind] = (
@@ -87,7 +89,7 @@ def _window_cache(model: Any, options: GenerateOptions, turns: Sequence[Turn], r
             )
         ring = rings[kind]
         if isinstance(ring, OrderedRing):
-            layers.append(BlockLayer(ring, rows, turn, bits_of(options.kv), unfolded))
+            layers.append(BlockLayer(ring, rows, rotation, bits_of(options.cache_type), buffers))
         else:
-            layers.append(WindowLayer(ring, rows, turn, native))
+            layers.append(WindowLayer(ring, rows, rotation, native))
     return WindowCache(stream, layers, [kind for kind, _ in described], model.config._attn_implementation == "eager")

@@ -1,6 +1,6 @@
-"""Where the tokens of a stream are: their numbers in the text, the positions the model is told, the slots they lie in.
+"""Bookkeeping of a windowed KV cache: token numbers, position ids, and the slots of the ring buffer.
 
-Knows nothing of layers: what a pass does to the slots is the same for all layers that keep the same window.
+It is independent of the layers: a pass changes the slots of all layers with the same window in the same way.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem.generate.cache.rotary import Turn
+from lowmem.generate.cache.rotary import Rotation
 from lowmem.planning.cache import LARGEST_CHUNK, MOST_SINK_COPIES
 
 
 class Stream:
-    """Where the rows of a batch are in their texts, and what one pass does to every ring of slots.
+    """How far each row of a batch has got in its text, and what the current pass does to the ring buffers.
 
-    A row's tokens count from 0; in a batch of unequal prompts, padded on the left, a row begins below 0.
-    The position that the model is told is a token's number less the row's `base`.
+    The tokens of a row are numbered from 0; the left padding of shorter prompts has negative numbers. The position id
+    of a token is its number minus the row's `base`.
 
     Args:
-        pads: padding in front of each row.
-        limit: positions the model can be told are below this.
+        pads: padding tokens in front of each row.
+        limit: upper bound (exclusive) of the model's position ids.
     """
 
     def __init__(self, pads: Sequence[int], limit: int) -> None:
         self.seen = [-pad for pad in pads]
         self.read = 0
-        """Tokens so far, padding counted: the same for all rows."""
+        """Tokens so far, padding included; the same for all rows."""
         self.base = [0] * len(pads)
         self.limit = limit
         self.rings: list[Ring] = []
         self.tokens = 0
-        """Of the pass that has begun, 0 between passes."""
+        """Tokens of the current pass, 0 between passes."""
         self.shifts: Tensor | None = None
-        """Positions by which the rows' windows go back before this pass, float64 [rows, 1, 1], or None."""
+        """Positions by which each row's window moves back before this pass, float64 [rows, 1, 1], or None."""
         self.in_chunk = False
 
     @property
-    def even(self) -> bool:
-        """Are all rows at the same token?"""
+    def aligned(self) -> bool:
+        """Whether all rows are at the same token."""
         return len(set(self.seen)) == 1
 
     @property
@@ -49,9 +49,9 @@ class Stream:
         return max(ring.slots for ring in self.rings)
 
     def most_tokens(self, wanted: int) -> int:
-        """Tokens that the next pass may have."""
+        """The largest number of tokens, up to `wanted`, that the next pass may process."""
         room = min(ring.slots for ring in self.rings) - self.seen[0]
-        if self.even and room > 0:
+        if self.aligned and room > 0:
             return min(wanted, room)
         for ring in self.rings:
             if ring.sinks:
@@ -61,7 +61,7 @@ class Stream:
     def begin(self, tokens: int) -> None:
         self.tokens = tokens
         self._keep_below_limit()
-        fits = self.even and all(self.seen[0] + tokens <= ring.slots for ring in self.rings)
+        fits = self.aligned and all(self.seen[0] + tokens <= ring.slots for ring in self.rings)
         self.in_chunk = tokens > 1 and not fits
         for ring in self.rings:
             ring.begin()
@@ -72,7 +72,7 @@ class Stream:
         self.tokens = 0
 
     def _keep_below_limit(self) -> None:
-        """Take the positions of rows that would pass the limit back to where their window is just full."""
+        """Move the positions of rows that would exceed the limit back to where their window is just full."""
         shifts = [0] * len(self.seen)
         for row, (seen, base) in enumerate(zip(self.seen, self.base, strict=True)):
             if seen - base + self.tokens > self.limit:
@@ -81,11 +81,11 @@ class Stream:
         self.shifts = torch.tensor(shifts, dtype=torch.float64)[:, None, None] if any(shifts) else None
 
     def numbers(self) -> Tensor:
-        """The numbers of this pass's tokens in their texts, int64 [rows, tokens]."""
+        """Token numbers of this pass, int64 [rows, tokens]."""
         return torch.tensor(self.seen)[:, None] + torch.arange(self.tokens)
 
     def positions(self) -> Tensor:
-        """What the model is told, int64 [rows, tokens]; padding gets 0."""
+        """Position ids of this pass, int64 [rows, tokens]; padding counts as token 0."""
         return self.numbers().clamp(min=0) - torch.tensor(self.base)[:, None]
 
     def select(self, rows: Sequence[int]) -> None:
@@ -94,22 +94,22 @@ class Stream:
 
 
 class Writes(NamedTuple):
-    """Rows, tokens of the pass and slots, int64 [3, tokens]: of all that are written, and of the sinks among them."""
+    """Row, token in the pass and slot of every token to write, int64 [3, tokens]; `sinks` are those in sink slots."""
 
     every: Tensor
     sinks: Tensor
 
 
 class Ring:
-    """Which slot holds which token, for all layers that keep the same `sinks` and `window`.
+    """Which slot holds which token, shared by all layers with the same `sinks` and `window`.
 
-    Slots 0 to sinks - 1 hold the first tokens for ever, the others are overwritten in turn.
+    Slots 0 to sinks - 1 keep the first tokens; the others form a ring buffer that overwrites the oldest token.
     """
 
     def __init__(self, stream: Stream, sinks: int, window: int) -> None:
         self.stream, self.sinks, self.window = stream, sinks, window
         self.slots = sinks + window
-        self._factors: dict[Turn, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[Rotation, tuple[Tensor, Tensor]] = {}
         self._writes: Writes | None = None
         stream.rings.append(self)
 
@@ -119,15 +119,15 @@ class Ring:
 
     @property
     def appends(self) -> bool:
-        """Do this pass's tokens go behind all others, and is nothing forgotten?"""
+        """Whether this pass's tokens go behind all others and nothing is evicted."""
         stream = self.stream
-        return not stream.in_chunk and stream.even and stream.seen[0] + stream.tokens <= self.slots
+        return not stream.in_chunk and stream.aligned and stream.seen[0] + stream.tokens <= self.slots
 
     def slot(self, number: int) -> int:
         return number if number < self.sinks else self.sinks + (number - self.sinks) % self.window
 
     def writes(self, device: torch.device) -> Writes:
-        """Every token of the pass that is still remembered after it."""
+        """Every token of the pass that is still cached after it."""
         if self._writes is None:
             last = self.stream.tokens
             found = [
@@ -143,20 +143,20 @@ class Ring:
             self._writes = Writes(every, sinks)
         return self._writes
 
-    def sink_factors(self, turn: Turn, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Factors that take first copies of the sinks to their place before the window, [rows, 1, tokens, 1, head_dim]."""
-        if turn not in self._factors:
+    def sink_factors(self, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin that rotate the sinks' original keys to just before the window, [rows, 1, tokens, 1, head_dim]."""
+        if rotation not in self._factors:
             moved = (self.stream.numbers() - (self.slots - 1)).clamp(min=0)
             shifts = moved.double() - torch.tensor(self.stream.base)[:, None]
-            cos, sin = turn.factors(shifts[:, None, :, None])
-            self._factors[turn] = cos.to(device), sin.to(device)
-        return self._factors[turn]
+            cos, sin = rotation.factors(shifts[:, None, :, None])
+            self._factors[rotation] = cos.to(device), sin.to(device)
+        return self._factors[rotation]
 
     def mask(self) -> Tensor | None:
-        """What each token of the pass sees, bool [rows, 1, tokens, keys]; None where it is all or plainly causal."""
+        """Attention mask of the pass, bool [rows, 1, tokens, keys]; None if it is full or plainly causal."""
         if self.stream.in_chunk:
             return self._chunk_mask()
-        if self.stream.even:
+        if self.stream.aligned:
             return None
         filled = torch.tensor(self.stream.seen) + 1
         if int(filled.min()) >= self.slots:
@@ -164,20 +164,20 @@ class Ring:
         return (torch.arange(self.slots) < filled[:, None])[:, None, None]
 
     def _chunk_mask(self) -> Tensor:
-        """Over a copy of the sinks for each token, at its own distance, then the window's slots, then the chunk."""
+        """The mask over one copy of the sinks per token (each at its own distance), the window's slots, and the chunk."""
         numbers = self.stream.numbers()
         rows, tokens = numbers.shape
         itself = torch.eye(tokens, dtype=torch.bool)
         stored = torch.arange(self.sinks) < numbers[:, :1]
         sinks = (itself[:, :, None] & stored[:, None, None]).reshape(rows, tokens, tokens * self.sinks)
-        asking, held, new = numbers[:, :, None], self._held(numbers[:, :1])[:, None], numbers[:, None]
-        window = (held >= 0) & (asking - held < self.window)
-        chunk = (new >= 0) & (new <= asking) & ((asking - new < self.window) | (new < self.sinks))
-        # Padding sees itself, or its states would be no numbers and spoil the sums of the others.
+        query, cached, new = numbers[:, :, None], self._cached(numbers[:, :1])[:, None], numbers[:, None]
+        window = (cached >= 0) & (query - cached < self.window)
+        chunk = (new >= 0) & (new <= query) & ((query - new < self.window) | (new < self.sinks))
+        # Padding attends to itself: with nothing to attend to, its states would be NaN and spread to other rows' sums.
         return torch.cat([sinks, window, chunk | itself], dim=-1)[:, None]
 
-    def _held(self, seen: Tensor) -> Tensor:
-        """The number of the token in every slot of the window, int64 [rows, window], -1 in empty ones."""
+    def _cached(self, seen: Tensor) -> Tensor:
+        """The token number in every slot of the window, int64 [rows, window]; -1 for empty slots."""
         slot = torch.arange(self.window) + self.sinks
         behind = seen - 1 - slot
         return torch.where(behind >= 0, slot + self.window * behind.div(self.window, rounding_mode="floor"), -1)

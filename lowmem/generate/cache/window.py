@@ -1,13 +1,13 @@
-"""A cache that never grows: the first few tokens, which attention leans on, and a window of the latest.
+"""A KV cache of constant size: the first few tokens (attention sinks) and a window of the latest tokens.
 
-After StreamingLLM (arXiv 2309.17453): without its first tokens a model falls apart as soon as they leave the
-window; with `sinks` of them kept it goes on for ever. It recalls nothing of what lies between. As in the
-paper the sinks stand right before the window, so distances never exceed what the model has learnt. The paper
-turns all keys anew for every token; here only the sinks are turned, up to where the window is, from their
-first copies. Attention does not ask in which order keys lie, so a new token overwrites the oldest in place.
+This is StreamingLLM (arXiv 2309.17453). A model's perplexity collapses as soon as its first tokens leave the window;
+with a few of them cached, generation stays stable without limit, although everything between sinks and window is lost.
+As in the paper, the sinks are positioned right before the window, so distances never exceed those seen in training.
+The paper rotates all keys again for every token; here only the sinks are rotated, from copies of their original keys.
+Attention does not depend on the order of the keys, so a new token overwrites the oldest one in place.
 
-Positions stay below the model's own limit: when they come near it, the window is turned back to the
-beginning, once in thousands of tokens.
+Position ids stay below the model's limit: when they reach it, the whole window is rotated back to the beginning, once in
+thousands of tokens.
 """
 
 from __future__ import annotations
@@ -20,39 +20,44 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lowmem.generate.cache.ring import Ring, Stream
-from lowmem.generate.cache.rotary import Turn
+from lowmem.generate.cache.rotary import Rotation
 
 
 class WindowLayer(CacheLayerMixin):
-    """One layer's sinks and window: 2 * rows * heads * (sinks + window) * head_dim elements, and the sinks' first keys in fp32.
+    """One layer's sinks and window.
+
+    Holds 2 * rows * heads * (sinks + window) * head_dim elements, and the sinks' original keys in fp32, twice.
 
     Args:
-        rows: most sequences the layer will ever hold at once.
-        native: the model's own sliding layer.
+        rows: the most sequences the layer will hold at once.
+        native: whether this is a sliding-window layer of the model itself.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, ring: Ring, rows: int, turn: Turn, native: bool = False) -> None:
+    def __init__(self, ring: Ring, rows: int, rotation: Rotation, native: bool = False) -> None:
         super().__init__()
-        self.ring, self.rows, self.turn, self.is_sliding = ring, rows, turn, native
+        self.ring, self.rows, self.rotation, self.is_sliding = ring, rows, rotation, native
         self.first = self.last = False
         self.batch = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         heads, slots, sinks = key_states.shape[1], self.ring.slots, self.ring.sinks
-        # Zeros, since a masked slot still counts with its value times nothing.
+        # Zeros, because a masked slot still contributes its value times 0, which must not be NaN.
         self.keys = key_states.new_zeros(self.rows, heads, slots, key_states.shape[-1])
         self.values = value_states.new_zeros(self.rows, heads, slots, value_states.shape[-1])
         self.first_keys = torch.zeros(
             self.rows, heads, sinks, key_states.shape[-1], device=key_states.device, dtype=torch.float32
         )
-        self.mixed_keys = torch.zeros_like(self.first_keys)
+        self.swapped_keys = torch.zeros_like(self.first_keys)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens in; what they attend to, [batch, heads, keys, head_dim], in an order that `Ring.mask` knows."""
+        """Store the new tokens and return the keys and values they attend to, [batch, heads, keys, head_dim].
+
+        Their order is the one that `Ring.mask` describes.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         stream = self.ring.stream
@@ -72,7 +77,7 @@ class WindowLayer(CacheLayerMixin):
         return seen
 
     def _move_back(self, shifts: Tensor) -> None:
-        self.turn.move(self.keys[: self.batch, :, self.ring.sinks :], -shifts)
+        self.rotation.rotate_in_place(self.keys[: self.batch, :, self.ring.sinks :], -shifts)
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         start = self.ring.stream.seen[0]
@@ -80,18 +85,18 @@ class WindowLayer(CacheLayerMixin):
         self.keys[: self.batch, :, start:end] = keys
         self.values[: self.batch, :, start:end] = values
         if start < self.ring.sinks:
-            self._remember_sinks(slice(0, self.batch), slice(start, min(end, self.ring.sinks)))
+            self._save_sinks(slice(0, self.batch), slice(start, min(end, self.ring.sinks)))
         return self.keys[: self.batch, :, :end], self.values[: self.batch, :, :end]
 
     def _overwrite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stream, all_keys, all_values = self.ring.stream, self.keys[: self.batch], self.values[: self.batch]
-        if stream.even:
+        if stream.aligned:
             slot = self.ring.slot(stream.seen[0])
             all_keys[:, :, slot], all_values[:, :, slot] = keys[:, :, 0], values[:, :, 0]
         else:
             self._write(keys, values)
         if self.ring.sinks:
-            all_keys[:, :, : self.ring.sinks] = self._turned_sinks()
+            all_keys[:, :, : self.ring.sinks] = self._rotated_sinks()
         return all_keys, all_values
 
     def _chunk(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,16 +108,16 @@ class WindowLayer(CacheLayerMixin):
         self._write(keys, values)
         return seen
 
-    def _turned_sinks(self) -> Tensor:
-        """The sinks' keys where the one token of this pass sees them, fp32 [batch, heads, sinks, head_dim]."""
-        cos, sin = (factor[:, :, 0] for factor in self.ring.sink_factors(self.turn, self.first_keys.device))
-        return (self.first_keys[: self.batch] * cos).addcmul_(self.mixed_keys[: self.batch], sin)
+    def _rotated_sinks(self) -> Tensor:
+        """The sinks' keys, positioned for the single token of this pass, fp32 [batch, heads, sinks, head_dim]."""
+        cos, sin = (factor[:, :, 0] for factor in self.ring.sink_factors(self.rotation, self.first_keys.device))
+        return (self.first_keys[: self.batch] * cos).addcmul_(self.swapped_keys[: self.batch], sin)
 
     def _sink_copies(self, dtype: torch.dtype, tokens: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The sinks' keys where each token of this pass sees them, and `values` as often, [batch, heads, tokens * sinks, head_dim]."""
-        cos, sin = self.ring.sink_factors(self.turn, self.first_keys.device)
-        turned = self.first_keys[: self.batch, :, None] * cos + self.mixed_keys[: self.batch, :, None] * sin
-        return turned.to(dtype).flatten(2, 3), values[:, :, None].expand(-1, -1, tokens, -1, -1).flatten(2, 3)
+        """A copy of the sinks for each token of this pass, positioned for it, [batch, heads, tokens * sinks, head_dim]."""
+        cos, sin = self.ring.sink_factors(self.rotation, self.first_keys.device)
+        rotated = self.first_keys[: self.batch, :, None] * cos + self.swapped_keys[: self.batch, :, None] * sin
+        return rotated.to(dtype).flatten(2, 3), values[:, :, None].expand(-1, -1, tokens, -1, -1).flatten(2, 3)
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         writes = self.ring.writes(keys.device)
@@ -120,11 +125,11 @@ class WindowLayer(CacheLayerMixin):
         self.keys[rows, :, slots] = keys[rows, :, tokens]
         self.values[rows, :, slots] = values[rows, :, tokens]
         if writes.sinks.numel():
-            self._remember_sinks(writes.sinks[0], writes.sinks[2])
+            self._save_sinks(writes.sinks[0], writes.sinks[2])
 
-    def _remember_sinks(self, rows: Any, slots: Any) -> None:
+    def _save_sinks(self, rows: Any, slots: Any) -> None:
         keys = self.keys[rows, :, slots].float()
-        self.first_keys[rows, :, slots], self.mixed_keys[rows, :, slots] = keys, self.turn.mixed(keys)
+        self.first_keys[rows, :, slots], self.swapped_keys[rows, :, slots] = keys, self.rotation.swap_pairs(keys)
 
     def get_seq_length(self) -> int:
         """The position of the next token."""
@@ -138,7 +143,7 @@ class WindowLayer(CacheLayerMixin):
         return -1
 
     def _stores(self) -> tuple[Tensor, ...]:
-        return self.keys, self.values, self.first_keys, self.mixed_keys
+        return self.keys, self.values, self.first_keys, self.swapped_keys
 
     def take(self, rows: Tensor) -> None:
         """Make row i what `rows[i]` was."""
@@ -148,7 +153,7 @@ class WindowLayer(CacheLayerMixin):
 
 
 class WindowCache(Cache):
-    """The layers of a model, all of them windows, see `make_window_cache`."""
+    """The cache of a model whose layers are all `WindowLayer`s; made by `policy.make_cache`."""
 
     def __init__(self, stream: Stream, layers: list[WindowLayer], kinds: Sequence[str], eager: bool) -> None:
         super().__init__(layers=list(layers))
@@ -165,10 +170,10 @@ class WindowCache(Cache):
             tokens -= part
 
     def inputs(self, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Begin a pass over `tokens` more: what the model has to be told of masks and positions."""
+        """Begin a pass over `tokens` tokens; returns the model inputs for masks and position ids."""
         self.stream.begin(tokens)
         inputs: dict[str, Any] = {}
-        if not self.stream.even:
+        if not self.stream.aligned:
             inputs["position_ids"] = self.stream.positions().to(device)
         masks = {kind: self._shaped(ring.mask(), device, dtype) for kind, ring in self._rings.items()}
         if any(mask is not None for mask in masks.values()):

@@ -38,7 +38,7 @@ def _perplexity(engine: Engine) -> Callable[..., Iterator[Json]]:
         engine.require_model()
         token = CancelToken()
         given = long_text(text, source=address, cancel=token).text
-        options = build(GenerateOptions, {"window": window, "sinks": sinks, "kv": kv})
+        options = build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": kv})
         if stride:
             events = actions.sliding_perplexity(engine.session, given, window, stride, cancel=token)
         else:
@@ -74,7 +74,7 @@ def _recall(engine: Engine) -> Callable[..., Iterator[Json]]:
     def recall(window: int = 1024, sinks: int = 4, kv: str = "same") -> Iterator[dict]:
         """Is a fact remembered half a window later, and two windows later? With window 0: 2,048 tokens later."""
         engine.require_model()
-        token, options = CancelToken(), build(GenerateOptions, {"window": window, "sinks": sinks, "kv": kv})
+        token, options = CancelToken(), build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": kv})
         yield from _as_json(engine, actions.recall(engine.session, tail().text, options, cancel=token), token)
 
     return recall

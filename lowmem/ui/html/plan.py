@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from lowmem.events import Chunk, Completion, Receipt, Step
-from lowmem.generate.window_limits import ENDLESS
+from lowmem.generate.window_limits import UNBOUNDED
 from lowmem.machine.monitor import Snapshot
 from lowmem.planning.ladder import remedies
 from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
@@ -295,7 +295,7 @@ def live(chunk: Chunk | None) -> str:
     if chunk.seconds_to_first:
         numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
     parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
-    if limit >= ENDLESS:
+    if limit >= UNBOUNDED:
         return (
             f'<div class="lm-live lm-num">{parts}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
         )

@@ -49,7 +49,7 @@ ENGLISH: dict[str, Any] = {
     "context_help": "Tokens of prompt and answer together that the KV cache is planned for.",
     "device": "Runs on",
     "device_help": "Where the model computes.",
-    "kv": "KV cache storage",
+    "kv": "KV cache type",
     "kv_help": "int8 halves or quarters the cache, a little less exactly.",
     "download": "Download {size}",
     "on_disk": "Already on this machine",

@@ -42,7 +42,7 @@ class Choice:
     precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
     context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
     device: str = option(AUTO, "Device", "Where the model computes.")
-    kv: str = option("same", "KV cache storage", "Fewer bits take less memory.", choices=KV_STORAGES)
+    kv: str = option("same", "KV cache type", "Fewer bits take less memory.", choices=KV_STORAGES)
     ram: str = option("", "RAM budget", "Such as 4G; empty for all that is free.")
     vram: str = option("", "GPU memory budget", "Such as 4G; empty for all that is free.")
 
@@ -251,7 +251,7 @@ class Engine:
         self, messages: list[dict[str, str]], options: GenerateOptions, cancel: CancelToken
     ) -> Iterator[Step | Chunk | Receipt]:
         """One answer to a conversation: several at once belong to a completion."""
-        return self.generate(messages, replace(options, num_sequences=1), cancel)
+        return self.generate(messages, replace(options, num_return_sequences=1), cancel)
 
     def batch(
         self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken, *, raw: bool, batch_size: int = 0

@@ -80,7 +80,7 @@ class Batch:
                 for gathered in pump(events, token):
                     fresh = [event for event in gathered if isinstance(event, Completion)]
                     rows += fresh
-                    progress = _progress(gathered, len(rows), len(asked) * options.num_sequences)
+                    progress = _progress(gathered, len(rows), len(asked) * options.num_return_sequences)
                     yield [gr.skip(), gr.skip(), progress, render.table(rows) if fresh else gr.skip(), *[gr.skip()] * 4]
         except Exception as error:
             trouble = notice(error)

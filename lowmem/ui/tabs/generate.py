@@ -21,7 +21,7 @@ from lowmem.ui.tabs.completion import Completion
 
 MAIN = ("max_new_tokens", "temperature", "top_p")
 REST = tuple(field.name for field in dataclasses.fields(GenerateOptions) if field.name not in MAIN)
-PRICED = ("max_new_tokens", "num_sequences", "kv", "window", "sinks", "use_cache", "prefill_chunk")
+PRICED = ("max_new_tokens", "num_return_sequences", "cache_type", "window", "sinks", "use_cache", "prefill_chunk")
 
 
 class GenerateTab:
@@ -81,7 +81,7 @@ class GenerateTab:
     def shown(self, event: Any) -> Any:
         """After `event`, redraw for the resident model of that moment."""
         setup = self.setup
-        outputs = [*setup.view_outputs, self.workbench, self.template_note, self.controls["kv"]]
+        outputs = [*setup.view_outputs, self.workbench, self.template_note, self.controls["cache_type"]]
         event = event.then(self._view, setup.choosing, outputs, **QUICK)
         event = event.then(setup.price, setup.controls, setup.price_outputs, **QUICK)
         return event.then(self._price, [setup.choosing, *self.options], self.sidebar.budget, **QUICK)

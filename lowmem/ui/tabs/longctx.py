@@ -103,7 +103,7 @@ class LongContextTab:
             1, LARGEST_SLIDER, value=DEFAULT_STRIDE, step=1, label=say("long_stride"), info=say("long_stride_help"),
             elem_id="long-stride", **labels,
         )  # fmt: skip
-        self.names = ("window", *OPTIONS, "kv")
+        self.names = ("window", *OPTIONS, "cache_type")
         self.options = [self.window, *controls.values(), self.kv]
 
     def _wire(self) -> None:
@@ -130,7 +130,7 @@ class LongContextTab:
             BadInput: a value outside its range, named.
         """
         options = build(GenerateOptions, dict(zip(self.names, values, strict=True)))
-        return replace(options, max_new_tokens=self.engine.access.longest, endless=True)
+        return replace(options, max_new_tokens=self.engine.access.longest, unbounded=True)
 
     def given(self, text: str, file: str | None, address: str | None, cancel: CancelToken) -> str:
         """The long text; refuses files of the server's."""

@@ -106,7 +106,7 @@ class ChatMode:
     ) -> tuple[Iterator[Any], View]:
         if not message.strip():
             raise BadInput(say("empty"), say("empty_hint"))
-        options = replace(self.tab.read(*values), endless=False, max_new_tokens=CHAT_TOKENS)
+        options = replace(self.tab.read(*values), unbounded=False, max_new_tokens=CHAT_TOKENS)
         self.engine.require_model()
         asked = [*history, {"role": "user", "content": message}]
         answer, last = "", None

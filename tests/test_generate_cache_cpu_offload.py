@@ -11,7 +11,7 @@ from conftest import machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowmem.events import CancelToken
-from lowmem.generate.cache.cpu_offload import RamLayer, Shuttle
+from lowmem.generate.cache.cpu_offload import LayerPrefetcher, OffloadedLayer
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.device import Device
@@ -36,21 +36,23 @@ def tokens(model: PreTrainedModel, options: GenerateOptions) -> list[tuple[int |
     return [event.ids for event in events if isinstance(event, Tokens)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_sequences": 3, "temperature": 2.0, "seed": 1}, {"prefill_chunk": 16}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_return_sequences": 3, "temperature": 2.0, "seed": 1}, {"prefill_chunk": 16}]
+)
 def test_tokens_are_those_of_a_cache_on_the_device(deep: PreTrainedModel, changes: dict[str, object]) -> None:
     options = GenerateOptions(max_new_tokens=12, greedy="seed" not in changes, **changes)  # type: ignore[arg-type]
-    assert tokens(deep, dataclasses.replace(options, kv="ram")) == tokens(deep, options)
+    assert tokens(deep, dataclasses.replace(options, cache_type="ram")) == tokens(deep, options)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "phi"])
 def test_families(name: str) -> None:
     options = GenerateOptions(max_new_tokens=8, greedy=True)
-    assert tokens(toys.toy(name), dataclasses.replace(options, kv="ram")) == tokens(toys.toy(name), options)
+    assert tokens(toys.toy(name), dataclasses.replace(options, cache_type="ram")) == tokens(toys.toy(name), options)
 
 
 def test_two_buffers_serve_every_layer() -> None:
-    shuttle = Shuttle()
-    layers = [RamLayer(1, 8, shuttle) for _ in range(4)]
+    prefetcher = LayerPrefetcher()
+    layers = [OffloadedLayer(1, 8, prefetcher) for _ in range(4)]
     seen = set()
     for _ in range(3):
         for layer in layers:

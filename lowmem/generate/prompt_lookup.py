@@ -20,7 +20,7 @@ from lowmem.generate.options import GenerateOptions
 SIZES = (3, 2)
 """Tokens that must have occurred before, the longer run first."""
 
-FIRST_GUESS = 2
+FIRST_DRAFT = 2
 """Tokens of the first guess; twice as many as held last time are tried next."""
 
 CLOSE = 0.05
@@ -33,9 +33,9 @@ _ROUNDING = ("lowmem.kernels", "bitsandbytes")
 
 def applies(options: GenerateOptions, rows: int, model: Any) -> bool:
     """Only where it cannot change a word: greedy, one text, computed in fp32."""
-    if options.lookahead < 1 or rows != 1 or not options.greedy or options.repetition_penalty != 1.0:
+    if options.prompt_lookup_num_tokens < 1 or rows != 1 or not options.greedy or options.repetition_penalty != 1.0:
         return False
-    plain = options.use_cache and not options.window and options.kv == "same"
+    plain = options.use_cache and not options.window and options.cache_type == "same"
     return plain and _is_exact(model)
 
 
@@ -45,13 +45,13 @@ def _is_exact(model: Any) -> bool:
     return not any(type(module).__module__.startswith(_ROUNDING) for module in model.modules())
 
 
-class Guesser:
+class PromptLookup:
     """Remembers what followed every run of tokens."""
 
     def __init__(self, text: Iterable[int], longest: int) -> None:
         self._text: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}
-        self._longest, self._count = longest, min(longest, FIRST_GUESS)
+        self._longest, self._count = longest, min(longest, FIRST_DRAFT)
         self.add(text)
 
     def add(self, tokens: Iterable[int]) -> None:
@@ -63,30 +63,30 @@ class Guesser:
                     self._followers[tuple(text[-size:])] = len(text)
             text.append(token)
 
-    def guess(self, room: int) -> list[int]:
+    def draft(self, room: int) -> list[int]:
         """At most `room` tokens, none where the text's end is new."""
         ends = (self._followers.get(tuple(self._text[-size:])) for size in SIZES)
         start = next((end for end in ends if end is not None), len(self._text))
         return self._text[start : start + min(room, self._count)]
 
-    def held(self, tokens: int) -> None:
+    def accepted(self, tokens: int) -> None:
         """So many of the last guess were right."""
-        self._count = min(self._longest, max(FIRST_GUESS, 2 * tokens))
+        self._count = min(self._longest, max(FIRST_DRAFT, 2 * tokens))
 
 
-def certain(logits: Tensor, choices: list[int], guesses: list[int]) -> list[int]:
-    """The tokens that a pass decides: guesses that hold, and the choice behind them.
+def accepted(logits: Tensor, choices: list[int], draft: list[int]) -> list[int]:
+    """The tokens that a pass decides: draft that hold, and the choice behind them.
 
     Args:
-        logits: [1 + guesses, vocab], after the last certain token and after every guess.
+        logits: [1 + draft, vocab], after the last certain token and after every guess.
         choices: the best token of each.
     """
-    if not guesses:
+    if not draft:
         return choices
     best = logits.topk(2, dim=-1).values
     clear = (best[:, 0] - best[:, 1] > CLOSE).tolist()
     found: list[int] = []
-    for choice, is_clear, guess in zip(choices, clear, [*guesses, None], strict=True):
+    for choice, is_clear, guess in zip(choices, clear, [*draft, None], strict=True):
         if not is_clear:
             break
         found.append(choice)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Step
 from lowmem.generate.cache import policy
-from lowmem.generate.cache.rotary import key_turns, paired
+from lowmem.generate.cache.rotary import key_rotations, paired_rotation
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
@@ -26,7 +26,7 @@ ROTARY = ("llama", "qwen2", "qwen3", "gemma", "phi", "phi3")
 
 
 def ours(model: Any, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[list[int]]:
-    texts: list[list[int]] = [[] for _ in range(len(prompts) * options.num_sequences)]
+    texts: list[list[int]] = [[] for _ in range(len(prompts) * options.num_return_sequences)]
     for event in decode(model, prompts, options, eos_ids=frozenset(), cancel=CancelToken()):
         if isinstance(event, Tokens):
             for text, token in zip(texts, event.ids, strict=True):
@@ -143,9 +143,11 @@ def test_each_row_of_a_batch_gets_what_it_would_get_alone(name: str) -> None:
 
 
 def test_answers_to_one_prompt_are_those_of_separate_runs() -> None:
-    options = GenerateOptions(max_new_tokens=40, sinks=2, window=16, num_sequences=2, seed=3)
+    options = GenerateOptions(max_new_tokens=40, sinks=2, window=16, num_return_sequences=2, seed=3)
     both = ours(toy("llama"), [prompt(30)], options)
-    alone = [ours(toy("llama"), [prompt(30)], replace(options, num_sequences=1, seed=seed))[0] for seed in (3, 4)]
+    alone = [
+        ours(toy("llama"), [prompt(30)], replace(options, num_return_sequences=1, seed=seed))[0] for seed in (3, 4)
+    ]
     assert both == alone
 
 
@@ -249,7 +251,7 @@ def test_partial_interleaved_and_absent_rotations_are_recognized(kind: str, chan
 
 
 def _check_turns(model: Any) -> None:
-    assert key_turns(model) is not None
+    assert key_rotations(model) is not None
     ids, options = prompt(100), replace(GREEDY, sinks=3, window=20)
     one, many = (windowed_logits(model, [ids], options, chunk) for chunk in (1, 32))
     torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-3)
@@ -260,14 +262,14 @@ def _check_turns(model: Any) -> None:
     [("BloomConfig", {"n_layer": 2, "n_head": 4}), ("GPT2Config", {"n_embd": 64, "n_head": 4, "n_layer": 2})],
 )
 def test_other_position_schemes_are_not_mistaken_for_rotations(kind: str, changes: dict[str, Any]) -> None:
-    assert key_turns(other(kind, **changes)) is None
+    assert key_rotations(other(kind, **changes)) is None
 
 
-def test_a_turn_there_and_back_is_nothing() -> None:
+def test_a_rotation_there_and_back_is_nothing() -> None:
     keys = torch.randn(1, 2, 5, 16)
-    turn = paired(torch.tensor([1.0, 0.1, 0.01]), 16, interleaved=True)
-    there = turn(keys, torch.tensor(1234.0, dtype=torch.float64))
-    torch.testing.assert_close(turn(there, torch.tensor(-1234.0, dtype=torch.float64)), keys)
+    rotation = paired_rotation(torch.tensor([1.0, 0.1, 0.01]), 16, interleaved=True)
+    there = rotation(keys, torch.tensor(1234.0, dtype=torch.float64))
+    torch.testing.assert_close(rotation(there, torch.tensor(-1234.0, dtype=torch.float64)), keys)
     assert not torch.allclose(there, keys)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.generate.cache.block import Unfolded
+from lowmem.generate.cache.block import DequantizeBuffers
 from lowmem.generate.cache.packed import PackedLayer
 from lowmem.planning.cache import BLOCK, EXACT_FIRST
 
@@ -23,7 +23,7 @@ def states(batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def layer(bits: int = 4, pads: Sequence[int] = (0,), rows: int = 0) -> PackedLayer:
-    return PackedLayer(rows or len(pads), CAPACITY, bits, pads, Unfolded())
+    return PackedLayer(rows or len(pads), CAPACITY, bits, pads, DequantizeBuffers())
 
 
 def read(made: PackedLayer, keys: Tensor, values: Tensor, parts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -104,15 +104,15 @@ def test_rows_are_repeated_and_selected_with_their_beginnings() -> None:
 
 
 def test_layers_take_turns_in_one_pair_of_buffers_in_their_own_dtype() -> None:
-    unfolded = Unfolded()
-    first, second = (PackedLayer(1, CAPACITY, 8, (0,), unfolded) for _ in range(2))
+    buffers = DequantizeBuffers()
+    first, second = (PackedLayer(1, CAPACITY, 8, (0,), buffers) for _ in range(2))
     keys, values = states(1, 100, 0, torch.bfloat16)
     first.update(keys, values)
     second.update(*states(1, 100, 1, torch.bfloat16))
     again, _ = first.update(*states(1, 1, 2, torch.bfloat16))
     assert again.dtype == torch.bfloat16
     torch.testing.assert_close(again[:, :, :100], keys, atol=0.03, rtol=0.01)
-    assert len(unfolded._buffers) == 2
+    assert len(buffers._buffers) == 2
 
 
 def test_only_tokens_of_the_latest_block_can_be_forgotten_one_by_one() -> None:
@@ -121,5 +121,5 @@ def test_only_tokens_of_the_latest_block_can_be_forgotten_one_by_one() -> None:
     made.crop(140)
     got, _ = made.update(*states(1, 1, 3))
     assert torch.equal(got[:, :, 128:140], keys[:, :, 128:140])
-    with pytest.raises(ValueError, match="128 are packed"):
+    with pytest.raises(ValueError, match="128 are quantized"):
         made.crop(100)

@@ -12,8 +12,8 @@ import toys
 from lowmem.events import CancelToken
 from lowmem.export.pipeline import export_model
 from lowmem.generate.decoding import Tokens, decode
-from lowmem.generate.lookahead import CLOSE, Guesser, certain
 from lowmem.generate.options import GenerateOptions
+from lowmem.generate.prompt_lookup import CLOSE, PromptLookup, accepted
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.model import OnnxModel
 
@@ -54,7 +54,7 @@ def graph(repeating: Any, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel
 def test_the_text_stays_and_the_passes_become_fewer(kind: str, repeating: Any, graph: OnnxModel) -> None:
     model = graph if kind == "graph" else repeating
     plain, passes = written(model, toys.prompt(12))
-    ahead, fewer = written(model, toys.prompt(12), lookahead=8)
+    ahead, fewer = written(model, toys.prompt(12), prompt_lookup_num_tokens=8)
     assert ahead == plain
     assert fewer < 0.7 * passes
 
@@ -64,7 +64,7 @@ def test_wrong_guesses_leave_no_trace(family: str) -> None:
     model = toys.toy(family)
     for seed in range(4):
         prompt = toys.prompt(12, seed=seed) * 3
-        assert written(model, prompt, lookahead=8)[0] == written(model, prompt)[0]
+        assert written(model, prompt, prompt_lookup_num_tokens=8)[0] == written(model, prompt)[0]
 
 
 def test_activations_that_are_rounded_rule_it_out(repeating: Any, tmp_path: Path) -> None:
@@ -72,22 +72,25 @@ def test_activations_that_are_rounded_rule_it_out(repeating: Any, tmp_path: Path
     toys.tokenizer().save_pretrained(tmp_path / "m")
     list(export_model(tmp_path / "m", tmp_path / "out", ExportOptions(precision="int8")))
     graph = OnnxModel(tmp_path / "out")
-    assert written(graph, toys.prompt(12), lookahead=8)[1] == written(graph, toys.prompt(12))[1]
+    assert written(graph, toys.prompt(12), prompt_lookup_num_tokens=8)[1] == written(graph, toys.prompt(12))[1]
 
 
 def test_the_end_of_the_text_ends_it(graph: OnnxModel) -> None:
     prompt = toys.prompt(12) * 3
     plain, _ = written(graph, prompt)
     eos = frozenset(plain[20])
-    assert written(graph, prompt, eos, lookahead=8)[0] == written(graph, prompt, eos)[0]
+    assert written(graph, prompt, eos, prompt_lookup_num_tokens=8)[0] == written(graph, prompt, eos)[0]
 
 
 @pytest.mark.parametrize(
-    "other", [{"greedy": False}, {"num_sequences": 2}, {"window": 32}, {"repetition_penalty": 1.2}]
+    "other", [{"greedy": False}, {"num_return_sequences": 2}, {"window": 32}, {"repetition_penalty": 1.2}]
 )
 def test_where_it_could_change_a_word_it_does_nothing(other: dict[str, Any]) -> None:
-    def answer(lookahead: int) -> list[Any]:
-        options = GenerateOptions(**{"greedy": True, "seed": 1, "max_new_tokens": 12, "lookahead": lookahead} | other)
+    def answer(prompt_lookup_num_tokens: int) -> list[Any]:
+        options = GenerateOptions(
+            **{"greedy": True, "seed": 1, "max_new_tokens": 12, "prompt_lookup_num_tokens": prompt_lookup_num_tokens}
+            | other
+        )
         prompt = toys.prompt(8) * 3
         return list(decode(toys.toy("llama"), [prompt], options, eos_ids=frozenset(), cancel=CancelToken()))
 
@@ -95,18 +98,18 @@ def test_where_it_could_change_a_word_it_does_nothing(other: dict[str, Any]) -> 
 
 
 def test_guesses_are_what_followed_the_longest_run() -> None:
-    guesser = Guesser([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 8)
-    assert guesser.guess(9) == [4, 9]
-    guesser.held(2)
-    assert guesser.guess(9) == [4, 9, 2, 3]
-    assert guesser.guess(1) == [4]
-    guesser.add([7])
-    assert guesser.guess(9) == []
+    lookup = PromptLookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 8)
+    assert lookup.draft(9) == [4, 9]
+    lookup.accepted(2)
+    assert lookup.draft(9) == [4, 9, 2, 3]
+    assert lookup.draft(1) == [4]
+    lookup.add([7])
+    assert lookup.draft(9) == []
 
 
 def test_close_choices_are_left_to_a_pass_of_their_own() -> None:
     logits = torch.tensor([[0.0, 9, 0], [9, 0, 0], [9 - CLOSE / 2, 9, 0], [0, 0, 9]])
     choices = logits.argmax(-1).tolist()
-    assert certain(logits, choices, [1, 0, 1]) == [1, 0]
-    assert certain(logits, choices, [1, 2, 1]) == [1, 0]
-    assert certain(logits[2:3], choices[2:3], []) == [1]
+    assert accepted(logits, choices, [1, 0, 1]) == [1, 0]
+    assert accepted(logits, choices, [1, 2, 1]) == [1, 0]
+    assert accepted(logits[2:3], choices[2:3], []) == [1]

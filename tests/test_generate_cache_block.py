@@ -1,4 +1,4 @@
-"""Packed keys and values: what they lose, what they take, and that they do not change what is remembered."""
+"""PackedBlocks keys and values: what they lose, what they take, and that they do not change what is remembered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_longctx_sinks import GREEDY, other, ours, windowed_logits
+from test_generate_cache_window import GREEDY, other, ours, windowed_logits
 from toys import prompt, save_toy, toy
 from transformers import DynamicCache
 
@@ -56,7 +56,7 @@ def bloom() -> Any:
 def test_logits_stay_near_the_exact_ones(name: str, kv: str, error: float) -> None:
     model, ids = bloom() if name == "bloom" else toy(name), prompt(300)
     expected = full_logits(model, ids)
-    cache = policy.make_cache(model, replace(GREEDY, kv=kv), rows=1, capacity=300, pads=[0])
+    cache = policy.make_cache(model, replace(GREEDY, cache_type=kv), rows=1, capacity=300, pads=[0])
     with torch.inference_mode():
         found = [
             model(input_ids=part, past_key_values=cache, use_cache=True).logits
@@ -71,13 +71,13 @@ def test_logits_stay_near_the_exact_ones(name: str, kv: str, error: float) -> No
 def test_eight_bits_with_a_window_are_the_exact_window_but_for_rounding(chunk: int) -> None:
     model, ids, options = toy("llama"), prompt(400), replace(GREEDY, sinks=4, window=150)
     exact = windowed_logits(model, [ids], options, chunk)
-    rounded = windowed_logits(model, [ids], replace(options, kv="int8"), chunk)
+    rounded = windowed_logits(model, [ids], replace(options, cache_type="int8"), chunk)
     assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 def test_positions_that_come_back_change_nothing_but_rounding(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, options = toy("llama"), prompt(500), replace(GREEDY, sinks=4, window=100, kv=kv)
+    model, ids, options = toy("llama"), prompt(500), replace(GREEDY, sinks=4, window=100, cache_type=kv)
     expected = windowed_logits(model, [ids], options, 1)
     monkeypatch.setattr(policy, "position_limit", lambda _config: 160)
     got = windowed_logits(model, [ids], options, 1)
@@ -91,34 +91,38 @@ def last_logits(model: Any, prompts: Sequence[Sequence[int]], options: GenerateO
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize("fields", [{"kv": "int8"}, {"kv": "int4"}, {"kv": "int8", "window": 100}])
+@pytest.mark.parametrize(
+    "fields", [{"cache_type": "int8"}, {"cache_type": "int4"}, {"cache_type": "int8", "window": 100}]
+)
 def test_unequal_rows_of_a_batch_are_near_what_they_are_alone(name: str, fields: dict[str, Any]) -> None:
     model, options = bloom() if name == "bloom" else toy(name), replace(GREEDY, **fields)
     prompts = [prompt(150), prompt(3, 1), prompt(90, 2)]
     for row, one in zip(last_logits(model, prompts, options), prompts, strict=True):
         (alone,) = last_logits(model, [one], options)
-        assert (row - alone).norm() < (0.05 if options.kv == "int8" else 0.4) * alone.norm()
+        assert (row - alone).norm() < (0.05 if options.cache_type == "int8" else 0.4) * alone.norm()
 
 
 @pytest.mark.parametrize("kv", ["int8", "int2"])
 def test_a_window_computed_anew_goes_through_packed_layers_too(kv: str) -> None:
-    options = replace(GREEDY, window=100, kv=kv, max_new_tokens=150)
+    options = replace(GREEDY, window=100, cache_type=kv, max_new_tokens=150)
     together = ours(toy("gpt2"), [prompt(150), prompt(90, 2)], options)
     assert [len(text) for text in together] == [150, 150]
     assert together[0][0] == ours(toy("gpt2"), [prompt(150)], options)[0][0]
 
 
 def test_rows_that_end_leave_the_others_alone() -> None:
-    options = GenerateOptions(max_new_tokens=120, sinks=4, window=80, kv="int4", num_sequences=3, seed=3)
+    options = GenerateOptions(max_new_tokens=120, sinks=4, window=80, cache_type="int4", num_return_sequences=3, seed=3)
     three = ours(toy("llama"), [prompt(100)], options)
-    alone = [ours(toy("llama"), [prompt(100)], replace(options, num_sequences=1, seed=seed))[0] for seed in (3, 4, 5)]
+    alone = [
+        ours(toy("llama"), [prompt(100)], replace(options, num_return_sequences=1, seed=seed))[0] for seed in (3, 4, 5)
+    ]
     assert three == alone
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.57), (4, 0.32), (2, 0.20)])
 def test_bytes_are_what_the_planner_says(bits: int, share: float) -> None:
     model = toy("llama")
-    cache = policy.make_cache(model, replace(GREEDY, kv=f"int{bits}"), rows=1, capacity=4096, pads=[0])
+    cache = policy.make_cache(model, replace(GREEDY, cache_type=f"int{bits}"), rows=1, capacity=4096, pads=[0])
     with torch.inference_mode():
         model(input_ids=torch.tensor([prompt(8)]), past_key_values=cache, use_cache=True)
     layer = cache.layers[0]
@@ -135,16 +139,20 @@ def test_bytes_are_what_the_planner_says(bits: int, share: float) -> None:
 
 def test_a_block_of_a_window_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    retire = BlockLayer._retire
-    monkeypatch.setattr(BlockLayer, "_retire", lambda self, block: (made.append(block), retire(self, block))[1])
-    ours(toy("llama"), [prompt(200)], replace(GREEDY, kv="int4", window=100, max_new_tokens=100))
+    retire = BlockLayer._quantize_latest
+    monkeypatch.setattr(
+        BlockLayer, "_quantize_latest", lambda self, block: (made.append(block), retire(self, block))[1]
+    )
+    ours(toy("llama"), [prompt(200)], replace(GREEDY, cache_type="int4", window=100, max_new_tokens=100))
     assert sorted(made) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("fields", [{"kv": "int8"}, {"kv": "int4"}, {"kv": "int2", "window": 64}])
+@pytest.mark.parametrize(
+    "fields", [{"cache_type": "int8"}, {"cache_type": "int4"}, {"cache_type": "int2", "window": 64}]
+)
 def test_streamed_blocks_write_the_same_through_packed_caches(fields: dict[str, Any], tmp_path: Path) -> None:
     save_toy("llama", tmp_path)
-    options = replace(GREEDY, endless=True, max_new_tokens=150, **fields)
+    options = replace(GREEDY, unbounded=True, max_new_tokens=150, **fields)
     texts = []
     for where in (Where(ram=()), Where(disk=(0, 1), may_map=False)):
         session = Session()

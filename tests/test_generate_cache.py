@@ -80,7 +80,7 @@ def test_logits_with_our_cache_are_those_with_transformers_own(name: str, kv: st
             )
 
     exact = logits(DynamicCache(config=model.config))
-    ours = logits(make_cache(model.config, rows=2, capacity=ids.shape[1], kv=kv))
+    ours = logits(make_cache(model.config, rows=2, capacity=ids.shape[1], cache_type=kv))
     if kv == "same":
         torch.testing.assert_close(ours, exact)
     else:
@@ -88,7 +88,7 @@ def test_logits_with_our_cache_are_those_with_transformers_own(name: str, kv: st
 
 
 def test_sliding_layers_stay_transformers_own() -> None:
-    mixed = make_cache(config("gemma3"), rows=1, capacity=8, kv="int8")
+    mixed = make_cache(config("gemma3"), rows=1, capacity=8, cache_type="int8")
     assert [type(layer) for layer in mixed.layers] == [DynamicSlidingWindowLayer, PackedLayer]
     assert {type(layer) for layer in make_cache(config("llama"), rows=1, capacity=8).layers} == {FullLayer}
 
@@ -108,4 +108,4 @@ def test_layers_that_share_keys_are_refused_in_fewer_bits_only() -> None:
     ]
     for kv in ("int8", "int2"):
         with pytest.raises(Unsupported, match="share keys"):
-            make_cache(sharing, rows=1, capacity=8, kv=kv)
+            make_cache(sharing, rows=1, capacity=8, cache_type=kv)
