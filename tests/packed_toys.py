@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.kernels.grid import Quantized
 from lowmem.kernels.packing import to_awq, to_gptq
+from lowmem.kernels.quantized import Quantized
 
 
 @dataclass(frozen=True)

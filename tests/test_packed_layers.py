@@ -12,15 +12,14 @@ from packed_toys import Recipe
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
-from lowmem.kernels import gptqmodel_kernel, nbits_linear
-from lowmem.kernels.grid import Quantized
+from lowmem.kernels import gptqmodel_kernel, layouts, nbits_linear
 from lowmem.kernels.int8_fine import FineInt8Linear
 from lowmem.kernels.int8_linear import Int8Linear, largest_code, quantize_rows
+from lowmem.kernels.layouts import SESSION_BYTES, block_size, cpu_kernel, packed_bytes
 from lowmem.kernels.nbits_linear import NBitsLinear
 from lowmem.kernels.packed_linear import PackedLinear, check_shapes, packed_linear
+from lowmem.kernels.quantized import Quantized
 from lowmem.models.quantization import Quantization
-from lowmem.planning import packed
-from lowmem.planning.packed import SESSION_BYTES, block_size, cpu_kernel, packed_bytes
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -108,11 +107,11 @@ def test_work_is_shared_among_threads_by_rows_and_by_outputs(monkeypatch: pytest
     weight, x = quantized(Recipe()), x_of(50, 160)
     expected = x @ weight.dequantize().t()
     monkeypatch.setattr(nbits_linear, "THREADED_WORK", 1000)
-    by_rows = NBitsLinear(weight, 32, None, None)
+    by_rows = NBitsLinear(weight, 32, None)
     assert len(by_rows._parts) == 1
     torch.testing.assert_close(by_rows(x), expected, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr(nbits_linear, "SPLIT_WEIGHTS", 0)
-    by_outputs = NBitsLinear(weight, 32, None, None)
+    by_outputs = NBitsLinear(weight, 32, None)
     assert [columns.stop for columns, _ in by_outputs._parts] == [32, 64, 96]
     torch.testing.assert_close(by_outputs(x), by_rows(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(by_outputs(x[:1]), by_rows(x[:1]), rtol=1e-5, atol=1e-5)
@@ -129,7 +128,7 @@ def test_groups_that_cannot_be_blocked_run_in_int8_or_plainly(monkeypatch: pytes
 
     assert type(layer()) is FineInt8Linear
     assert off_by(layer()(x), expected) < 0.01
-    monkeypatch.setattr(packed.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(layouts.platform, "machine", lambda: "aarch64")
     assert cpu_kernel(stored_as(recipe)) == "plain"
     assert type(layer()) is PackedLinear
     torch.testing.assert_close(layer()(x), expected, rtol=1e-5, atol=1e-4)
@@ -139,9 +138,7 @@ def test_groups_that_cannot_be_blocked_run_in_int8_or_plainly(monkeypatch: pytes
 def test_groups_become_as_many_blocks_as_they_need(group: int) -> None:
     recipe = Recipe(group=group, symmetric=False)
     weight, x = quantized(recipe, inputs=288), x_of(3, 288)
-    torch.testing.assert_close(
-        NBitsLinear(weight, group, None, None)(x), x @ weight.dequantize().t(), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(NBitsLinear(weight, group, None)(x), x @ weight.dequantize().t(), rtol=1e-5, atol=1e-4)
 
 
 def test_inputs_that_do_not_fill_the_last_group() -> None:
@@ -150,7 +147,7 @@ def test_inputs_that_do_not_fill_the_last_group() -> None:
     expected = x @ weight.dequantize().t()
     assert weight.scales.shape[1] == 3
     torch.testing.assert_close(plain(recipe, weight)(x), expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(NBitsLinear(weight, 64, None, None)(x), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(NBitsLinear(weight, 64, None)(x), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_checkpoint_without_order_is_in_sequence() -> None:
@@ -180,10 +177,10 @@ def test_the_cpus_kernels_hold_what_is_planned(bits: int, group: int) -> None:
     from lowmem.machine.monitor import release_memory
 
     weight = quantized(Recipe(bits=bits, group=group), 2048, 1024)
-    layers = [NBitsLinear(weight, group, None, None) for _ in range(2)]
+    layers = [NBitsLinear(weight, group, None) for _ in range(2)]
     release_memory()
     before = Process().memory_info().rss
-    layers += [NBitsLinear(weight, group, None, None) for _ in range(24)]
+    layers += [NBitsLinear(weight, group, None) for _ in range(24)]
     release_memory()
     held = (Process().memory_info().rss - before) / 24
     planned = packed_bytes(Quantization("gptq", bits, group, "gptq"), 2048, 1024, "fp32")

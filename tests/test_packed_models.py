@@ -20,6 +20,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.kernels import packed_linear
 from lowmem.kernels.int8_fine import FineInt8Linear
 from lowmem.kernels.int8_linear import Int8Embedding
+from lowmem.kernels.layouts import int8_bytes, packed_bytes
 from lowmem.kernels.nbits_linear import NBitsLinear
 from lowmem.kernels.packed_linear import PackedLinear
 from lowmem.machine.limits import Limits, limits_from
@@ -29,7 +30,6 @@ from lowmem.models.source import read_spec
 from lowmem.planning.estimate import loading_peak, weight_bytes
 from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import other_memory, smaller_model
-from lowmem.planning.packed import int8_bytes, packed_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import available, candidates

@@ -12,7 +12,8 @@ import torch
 from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken
 from lowmem.fields import build
-from lowmem.kernels.grid import Quantized, fit, fit_closely, nearest, refit, squared_error
+from lowmem.kernels.grid import fit, fit_closely, nearest, refit, squared_error
+from lowmem.kernels.quantized import Quantized
 from lowmem.quant import METHODS, get, usable
 from lowmem.quant import moments as moments_module
 from lowmem.quant.balance import channel_factors

@@ -113,7 +113,7 @@ def test_int8_runs_from_its_codes_where_there_is_no_kernel(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(folders["llama"], tmp_path / "out", INT8)
-    monkeypatch.setattr(packed_linear, "rest_precision", lambda *_: "fp32")
+    monkeypatch.setattr(packed_linear, "has_int8_kernels", lambda: False)
     layer = loaded(tmp_path / "out").model.layers[0].mlp.up_proj
     assert isinstance(layer, PackedLinear)
     stored = load_file(tmp_path / "out" / "model.safetensors")

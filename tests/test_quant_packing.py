@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem.kernels.grid import Quantized, consecutive, largest_code
 from lowmem.kernels.packing import (
     AWQ_ORDER,
     awq_to_gptq,
@@ -17,6 +16,7 @@ from lowmem.kernels.packing import (
     to_gptq,
     unpack,
 )
+from lowmem.kernels.quantized import Quantized, consecutive, largest_code
 
 
 def codes(rows: int, columns: int, bits: int, lowest: int = 0) -> torch.Tensor:

@@ -16,11 +16,10 @@ from torch.nn import functional
 from lowmem.events import CancelToken
 from lowmem.export.graph import Graph
 from lowmem.export.weights import Matrix
-from lowmem.kernels.grid import Choice, Quantized, fit, fit_closely, nearest, quantize_rows
+from lowmem.kernels.grid import Choice, fit, fit_closely, nearest, quantize_rows
 from lowmem.kernels.int8_linear import quantize_rows as quantize_int8
-
-LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
-"""Inputs that share a scale inside MatMulNBits: powers of two."""
+from lowmem.kernels.layouts import GRAPH_BLOCK, block_size
+from lowmem.kernels.quantized import Quantized
 
 INT8_ARITHMETIC = 4
 """The accuracy level at which MatMulNBits rounds activations to int8, block by block: twice as fast as fp32."""
@@ -69,7 +68,7 @@ class Blocks:
             K=inputs,
             N=outputs,
             bits=self.bits_of(matrix),
-            block_size=block_size(self._group(matrix), inputs),
+            block_size=self._block(matrix),
             accuracy_level=self.accuracy,
         )
 
@@ -78,8 +77,8 @@ class Blocks:
         names = [f"{matrix.name}.int{self.bits_of(matrix)}{part}" for part in ("", "_scales", "_zeros")]
         if not graph.known(names[0]):
             packed = matrix.weight if isinstance(matrix.weight, Quantized) else self.quantize(matrix.weight)
-            for name, array in zip(names, block_arrays(packed, self._group(matrix)), strict=True):
-                graph.weight(name, array, inline=False)
+            for name, part in zip(names, packed.blocks(self._block(matrix)), strict=True):
+                graph.weight(name, part.numpy(), inline=False)
         return [name for name in names if graph.known(name)]
 
     def gather(self, graph: Graph, ids: str, matrix: Matrix) -> str:
@@ -87,17 +86,18 @@ class Blocks:
         codes, scales, zeros = self.store(graph, matrix)
         bits, (rows, columns) = self.bits_of(matrix), matrix.shape
         flat = graph.alias(f"{matrix.name}.rows", codes, (rows, columns * bits // 8))
-        block = block_size(self._group(matrix), columns)
         return graph.contrib(
             "GatherBlockQuantized", (flat, ids, scales, zeros),
-            bits=bits, block_size=block, gather_axis=0, quantize_axis=1,
+            bits=bits, block_size=self._block(matrix), gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def bits_of(self, matrix: Matrix) -> int:
-        return code_width(matrix.weight.bits) if isinstance(matrix.weight, Quantized) else self.bits
+        return matrix.weight.block_bits if isinstance(matrix.weight, Quantized) else self.bits
 
-    def _group(self, matrix: Matrix) -> int:
-        return matrix.group_size if isinstance(matrix.weight, Quantized) else self.group_size
+    def _block(self, matrix: Matrix) -> int:
+        """Inputs per block of MatMulNBits, 0 if it has no blocks for such groups."""
+        group = matrix.group_size if isinstance(matrix.weight, Quantized) else self.group_size
+        return block_size(matrix.shape[1] if group < 0 else group, GRAPH_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -143,39 +143,6 @@ def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tenso
         return replace(found, codes=found.codes[:, :columns], groups=found.groups[:columns])
 
     return quantize
-
-
-def code_width(bits: int) -> int:
-    """Codes of 2 and 3 bits live in 4."""
-    return max(4, bits)
-
-
-def block_size(group_size: int, inputs: int) -> int:
-    """The largest block of MatMulNBits that divides a group (a row of `inputs` for -1); 0 when there is none."""
-    size = inputs if group_size < 0 else group_size
-    power = min(size & -size, LARGEST_BLOCK)
-    return power if power >= SMALLEST_BLOCK else 0
-
-
-def block_arrays(weight: Quantized, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """MatMulNBits' inputs: codes [out, blocks, bytes], scales [out, blocks] and zero points [out, bytes].
-
-    Within a byte the first code is in the low bits. Groups become as many equal blocks.
-    """
-    outputs, inputs = weight.codes.shape
-    bits, block = code_width(weight.bits), block_size(group_size, inputs)
-    count = -(-inputs // block)
-    repeats = count if group_size < 0 else group_size // block
-    scales, zeros = (part.repeat_interleave(repeats, 1)[:, :count] for part in (weight.scales.float(), weight.zeros))
-    codes = _bytes(weight.codes, count * block, bits).view(outputs, count, -1)
-    return codes.numpy(), scales.contiguous().numpy(), _bytes(zeros, count, bits).numpy()
-
-
-def _bytes(codes: Tensor, columns: int, bits: int) -> Tensor:
-    """uint8 codes [out, n <= columns], filled up with zeros: [out, ceil(columns * bits / 8)]."""
-    lanes = 8 // bits
-    codes = functional.pad(codes, (0, columns + -columns % lanes - codes.shape[1]))
-    return codes.contiguous() if lanes == 1 else codes[:, 0::2] | codes[:, 1::2] << bits
 
 
 def _ordered(graph: Graph, x: str, matrix: Matrix) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CorruptModel
-from lowmem.kernels.grid import Quantized
-from lowmem.kernels.packed_linear import check_shapes, group_order, read
+from lowmem.kernels.packed_linear import check_shapes, read
+from lowmem.kernels.quantized import Quantized
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
 from lowmem.models.spec import PACKED_PARTS
@@ -98,9 +98,7 @@ class Source:
         rows, columns = shapes["qweight"]
         check_shapes(self._stored, layer, *self._stored.linear_shape((rows, columns)), shapes)
         weight = read(self._stored, layer, {part: self._checkpoint.read(name) for part, name in names.items()})
-        order = group_order(weight)
-        if order is not None:
-            weight = replace(weight, codes=weight.codes.index_select(1, order), groups=weight.groups[order])
+        weight, order = weight.in_group_order()
         return Matrix(layer, weight, bias, self._stored.group_size, order)
 
     def _find(self, name: str) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel, MissingDependency
-from lowmem.kernels.grid import Packed, relative_loss
+from lowmem.kernels.quantized import Packed, relative_loss
 
 OUTLIER_THRESHOLD = 6.0
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.kernels.grid import Quantized
 from lowmem.kernels.packing import to_gptq
+from lowmem.kernels.quantized import Quantized
 from lowmem.models.quantization import Quantization
 
 log = logging.getLogger("lowmem.quant")

@@ -6,16 +6,13 @@ fp16 before any code is chosen, since fp16 is what every container stores. Knows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lowmem.events import CancelToken
-
-WHOLE_ROW = -1
-"""The group size that gives a row one scale."""
+from lowmem.kernels.quantized import Quantized, consecutive, largest_code, row_slices
 
 SEARCH_STEPS = 16
 """Ranges tried per group, from the full one down to `SMALLEST_RANGE` of it."""
@@ -31,63 +28,7 @@ REFITS = 2
 Choice = tuple[Tensor, Tensor, Tensor]
 """Scale, zero point and cost of every group, [..., 1] each."""
 
-ROWS_BYTES = 1_000_000
-"""fp32 bytes of the rows that are worked on at a time: what stays in a core's cache is done three times faster."""
-
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """One quantized weight matrix, in no container's layout yet.
-
-    Args:
-        codes: uint8 [out, in].
-        scales: fp16 [out, groups].
-        zeros: uint8 [out, groups], codes that stand for 0.
-        groups: int32 [in], the group of each input.
-        bits: width of a code: 2, 3, 4 or 8.
-        loss: squared error of the layer's outputs over their squared size, on the calibration text;
-            of the weights where there was none.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    groups: Tensor
-    bits: int
-    loss: float = 0.0
-
-    def rows(self, here: slice) -> Quantized:
-        """Some of the rows, sharing memory."""
-        return replace(self, codes=self.codes[here], scales=self.scales[here], zeros=self.zeros[here])
-
-    def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """fp32 [out, in], exactly what a reader of the stored form computes; into `out` where that is given."""
-        rows, columns = self.codes.shape
-        if out is None:
-            out = torch.empty(rows, columns, device=self.codes.device)
-        index = self.groups.long()
-        for here in row_slices(rows, columns):
-            zeros = self.zeros[here].float()[:, index]
-            out[here] = self.codes[here].float().sub_(zeros).mul_(self.scales[here].float()[:, index])
-        return out
-
-
-def row_slices(rows: int, columns: int, most_bytes: int = ROWS_BYTES) -> Iterator[slice]:
-    """Runs of rows that take at most `most_bytes` in fp32."""
-    step = max(1, most_bytes // (4 * columns))
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def largest_code(bits: int) -> int:
-    return 2**bits - 1
-
-
-def consecutive(columns: int, group_size: int, device: torch.device | None = None) -> Tensor:
-    """The group of each input when groups are runs of `group_size` inputs: int32 [columns]."""
-    size = columns if group_size == WHOLE_ROW else group_size
-    return torch.arange(columns, dtype=torch.int32, device=device) // size
 
 
 def fit(
@@ -213,27 +154,3 @@ def quantize_rows(
         error += float(chosen.sub_(zero).mul_(scale).sub_(original).square_().sum())
         size += float(original.square().sum())
     return Quantized(codes, scales, zeros, groups, bits, error / max(size, 1e-30))
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A quantized layer as it is stored, made by a method that has a layout of its own.
-
-    Args:
-        tensors: by the last part of their names.
-        loss: squared error of the weights over their squared size.
-    """
-
-    tensors: dict[str, Tensor]
-    loss: float
-
-
-def relative_loss(weight: Tensor, read: Callable[[slice], Tensor]) -> float:
-    """Squared error of what `read` gives for rows of `weight` over its squared size."""
-    error = size = 0.0
-    for start in range(0, len(weight), 256):
-        rows = slice(start, start + 256)
-        original = weight[rows].float()
-        error += float((read(rows) - original).square().sum())
-        size += float(original.square().sum())
-    return error / max(size, 1e-30)

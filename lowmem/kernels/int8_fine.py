@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowmem.kernels.grid import Quantized
 from lowmem.kernels.int8_linear import Int8Linear, largest_code, quantize_rows
+from lowmem.kernels.quantized import Quantized
 
 LARGEST_DIGIT = 127
 LOW_DIGITS = 2 * LARGEST_DIGIT

@@ -16,11 +16,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from lowmem.kernels.layouts import QUANTIZED_ROWS
 from lowmem.machine.processor import has_vnni
-from lowmem.planning.estimate import QUANTIZED_ROWS
-
-ROWS_AT_ONCE = QUANTIZED_ROWS
-"""Rows quantized per step, so that the fp32 temporaries stay small beside a large embedding."""
 
 
 def largest_code() -> int:
@@ -32,11 +29,11 @@ def quantize_rows(weight: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
     """`weight` [rows, columns] of any float dtype -> (int8 codes [rows, columns], fp32 scales [rows])."""
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], dtype=torch.float32)
-    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = weight[start : start + ROWS_AT_ONCE].float()
+    for start in range(0, weight.shape[0], QUANTIZED_ROWS):
+        rows = weight[start : start + QUANTIZED_ROWS].float()
         scale = rows.abs().amax(dim=1).div_(largest).clamp_min_(torch.finfo(torch.float32).tiny)
-        scales[start : start + ROWS_AT_ONCE] = scale
-        codes[start : start + ROWS_AT_ONCE] = (rows / scale[:, None]).round_().clamp_(-largest, largest)
+        scales[start : start + QUANTIZED_ROWS] = scale
+        codes[start : start + QUANTIZED_ROWS] = (rows / scale[:, None]).round_().clamp_(-largest, largest)
     return codes, scales
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import MissingDependency
-from lowmem.kernels.grid import Quantized
+from lowmem.kernels.layouts import NBITS, block_size
 from lowmem.kernels.onnx_model import one_node
-from lowmem.planning.packed import NBITS, block_size
+from lowmem.kernels.quantized import Quantized
 
 SPLIT_WEIGHTS = 8_000_000
 """Layers of more weights than this are worth a session per core."""
@@ -43,7 +43,6 @@ class NBitsLinear(nn.Module):
     Args:
         weight: codes of at most 4 bits, held in 4.
         group_size: inputs of a group, one that `block_size` accepts.
-        order: inputs in the order of their groups, None where they are (int64 [in]).
 
     Raises:
         MissingDependency: onnxruntime is not installed.
@@ -52,13 +51,17 @@ class NBitsLinear(nn.Module):
     order: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Quantized, group_size: int, order: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(self, weight: Quantized, group_size: int, bias: Tensor | None) -> None:
         super().__init__()
+        weight, order = weight.in_group_order()
         self.out_features, self.in_features = weight.codes.shape
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
-        weights = _blocks(weight, order, group_size)
-        attributes = {"K": self.in_features, "bits": NBITS, "block_size": block_size(group_size), "accuracy_level": 1}
+        block = block_size(group_size)
+        weights = dict(
+            zip(("B", "scales", "zero_points"), (part.numpy() for part in weight.blocks(block)), strict=True)
+        )
+        attributes = {"K": self.in_features, "bits": NBITS, "block_size": block, "accuracy_level": 1}
         self._parts = [
             (columns, _session(attributes, {name: array[columns] for name, array in weights.items()}))
             for columns in _columns(self.out_features, self.in_features)
@@ -102,32 +105,6 @@ def _columns(outputs: int, inputs: int) -> list[slice]:
     parts = min(torch.get_num_threads(), MOST_PARTS) if outputs * inputs > SPLIT_WEIGHTS else 1
     step = -(-outputs // parts // 16) * 16
     return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
-
-
-def _blocks(weight: Quantized, order: Tensor | None, group_size: int) -> dict[str, np.ndarray]:
-    """The kernel's inputs: codes [out, blocks, bytes], scales [out, blocks], zero points [out, bytes].
-
-    Groups become as many equal blocks; within a byte the first code is in the low bits.
-    """
-    block = block_size(group_size)
-    codes = weight.codes if order is None else weight.codes.index_select(1, order)
-    outputs, inputs = codes.shape
-    count = -(-inputs // block)
-    repeats = count if group_size < 0 else group_size // block
-    scales, zeros = (part.repeat_interleave(repeats, 1)[:, :count] for part in (weight.scales.float(), weight.zeros))
-    return {
-        "B": _bytes(codes, count * block).view(outputs, count, -1).numpy(),
-        "scales": scales.contiguous().numpy(),
-        "zero_points": _bytes(zeros, count).numpy(),
-    }
-
-
-def _bytes(codes: Tensor, columns: int) -> Tensor:
-    """uint8 codes [out, n <= columns], filled up with zeros, two a byte: [out, ceil(columns / 2)]."""
-    if missing := columns + columns % 2 - codes.shape[1]:
-        codes = nn.functional.pad(codes, (0, missing))
-    packed = codes[:, 1::2] << NBITS
-    return packed.bitwise_or_(codes[:, 0::2])
 
 
 def _session(attributes: dict[str, int], weights: dict[str, np.ndarray]) -> Any:

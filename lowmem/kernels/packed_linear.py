@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
 from lowmem.kernels import gptqmodel_kernel
-from lowmem.kernels.grid import Quantized, consecutive
 from lowmem.kernels.int8_fine import FineInt8Linear
 from lowmem.kernels.int8_linear import Int8Linear, largest_code
+from lowmem.kernels.layouts import code_width, cpu_kernel, has_int8_kernels
 from lowmem.kernels.nbits_linear import NBitsLinear
 from lowmem.kernels.packing import from_awq, from_gptq
+from lowmem.kernels.quantized import Quantized, consecutive, dequantize_, pack_bytes, unpack_lanes
 from lowmem.models.quantization import BNB, INT8, Quantization
-from lowmem.planning.packed import cpu_kernel, rest_precision, stored_width
 
 INT8_ZERO = 128
 """What is added to int8 codes to make them unsigned."""
@@ -40,7 +40,7 @@ def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.d
     weight, bias = read(stored, name, parts), parts.get("bias")
     kernel = cpu_kernel(stored) if device.type == "cpu" else ""
     if kernel == "nbits":
-        return NBitsLinear(weight, stored.group_size, group_order(weight), bias)
+        return NBitsLinear(weight, stored.group_size, bias)
     if kernel == "int8":
         return FineInt8Linear.from_quantized(weight, bias)
     layer = PackedLinear(weight, stored.group_size, bias, device, dtype)
@@ -58,7 +58,7 @@ def _int8_linear(name: str, parts: Parts, device: torch.device, dtype: torch.dty
         groups=consecutive(codes.shape[1], -1),
         bits=8,
     )
-    if device.type != "cpu" or rest_precision("fp32") != "int8":
+    if device.type != "cpu" or not has_int8_kernels():
         return PackedLinear(weight, -1, bias, device, dtype)
     if int(codes.max()) > largest_code() or int(codes.min()) < -largest_code():
         return Int8Linear.from_weight(weight.dequantize(), bias)  # made for processors with wider products
@@ -121,12 +121,6 @@ def _inputs(stored: Quantization, parts: Parts) -> int:
     return len(parts["g_idx"]) if "g_idx" in parts else stored.linear_shape((rows, columns))[1]
 
 
-def group_order(weight: Quantized) -> Tensor | None:
-    """Inputs in the order of their groups, None where they are in order already (int64 [in])."""
-    groups = weight.groups
-    return None if bool((groups[1:] >= groups[:-1]).all()) else torch.argsort(groups, stable=True)
-
-
 class PackedLinear(nn.Module):
     """`y = x W^T + b`; x and y are [..., in] and [..., out] of the dtype it was made for.
 
@@ -146,12 +140,11 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
         self._group_size = group_size if group_size > 0 else self.in_features
-        self._bits, self._dtype = stored_width(weight.bits), dtype
-        order = group_order(weight)
-        codes = weight.codes if order is None else weight.codes.index_select(1, order)
+        self._bits, self._dtype = code_width(weight.bits), dtype
+        weight, order = weight.in_group_order()
         held = {
             "order": order,
-            "codes": _bytes(codes.t(), self._bits),
+            "codes": pack_bytes(weight.codes.t(), self._bits, dim=0),
             "zeros": weight.zeros.t().contiguous(),
             "scales": weight.scales.t().contiguous(),
             "bias": None if bias is None else bias.to(dtype),
@@ -169,22 +162,6 @@ class PackedLinear(nn.Module):
         """The weights [in, out], inputs in the order of their groups."""
         lanes = 8 // self._bits
         weight = torch.empty(len(self.codes), lanes, self.out_features, dtype=self._dtype, device=self.codes.device)
-        for lane in range(lanes):
-            weight[:, lane] = self.codes >> lane * self._bits & (1 << self._bits) - 1
+        unpack_lanes(self.codes, self._bits, [weight[:, lane] for lane in range(lanes)])
         weight = weight.view(-1, self.out_features)[: self.in_features]
-        whole = self.in_features // self._group_size
-        groups = weight[: whole * self._group_size].view(whole, self._group_size, self.out_features)
-        groups.sub_(self.zeros[:whole, None]).mul_(self.scales[:whole, None])
-        if whole < len(self.scales):
-            weight[whole * self._group_size :].sub_(self.zeros[whole:]).mul_(self.scales[whole:])
-        return weight
-
-
-def _bytes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [in, out] -> bytes [ceil(in * bits / 8), out], the first code in the lowest bits."""
-    lanes = 8 // bits
-    codes = nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % lanes))
-    packed = codes[0::lanes].clone(memory_format=torch.contiguous_format)
-    for lane in range(1, lanes):
-        packed |= codes[lane::lanes] << lane * bits
-    return packed
+        return dequantize_(weight, self.scales, self.zeros, self._group_size)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowmem.kernels.grid import Quantized, largest_code, row_slices
+from lowmem.kernels.quantized import Quantized, consecutive, largest_code, row_slices
 
 WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -82,14 +82,18 @@ def to_gptq(weight: Quantized, v2: bool) -> dict[str, Tensor]:
 
 
 def from_gptq(tensors: Mapping[str, Tensor], bits: int, v2: bool) -> Quantized:
-    """The inverse of `to_gptq`; zero points wrap around as every kernel lets them."""
+    """The inverse of `to_gptq`."""
     scales = tensors["scales"].t().contiguous()
-    zeros = unpack(tensors["qzeros"], bits, len(scales)).t().contiguous()
-    if not v2:
-        zeros = (zeros + 1) & largest_code(bits)
+    zeros = gptq_zeros(tensors["qzeros"], bits, len(scales), v2).t().contiguous()
     columns = tensors["g_idx"].shape[0]
     codes = unpack(tensors["qweight"].t(), bits, columns)
     return Quantized(codes, scales, zeros, tensors["g_idx"], bits)
+
+
+def gptq_zeros(words: Tensor, bits: int, outputs: int, v2: bool) -> Tensor:
+    """Zero points uint8 [groups, outputs] from `qzeros`; those of v1 wrap around at the width, as in every kernel."""
+    zeros = unpack(words, bits, outputs)
+    return zeros if v2 else (zeros + 1) & largest_code(bits)
 
 
 def to_awq(weight: Quantized) -> dict[str, Tensor]:
@@ -99,8 +103,8 @@ def to_awq(weight: Quantized) -> dict[str, Tensor]:
         ValueError: not 4 bits, outputs that do not fill words, or groups that are not consecutive.
     """
     rows, columns = weight.codes.shape
-    expected = torch.arange(columns, device=weight.groups.device) // (columns // weight.scales.shape[1])
-    if weight.bits != 4 or rows % 8 or not torch.equal(weight.groups, expected.int()):
+    expected = consecutive(columns, columns // weight.scales.shape[1], weight.groups.device)
+    if weight.bits != 4 or rows % 8 or not torch.equal(weight.groups, expected):
         raise ValueError(f"AWQ's layout needs 4 bits, outputs in eights and consecutive groups, not {weight.bits} bits")
     return {
         "qweight": _awq_words(weight.codes),
@@ -112,9 +116,8 @@ def to_awq(weight: Quantized) -> dict[str, Tensor]:
 def from_awq(tensors: Mapping[str, Tensor]) -> Quantized:
     """The inverse of `to_awq`."""
     scales = tensors["scales"].t().contiguous()
-    codes, zeros = _awq_codes(tensors["qweight"]), _awq_codes(tensors["qzeros"])
-    columns = codes.shape[1]
-    groups = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // scales.shape[1])
+    codes, zeros = (awq_codes(tensors[part]).t().contiguous() for part in ("qweight", "qzeros"))
+    groups = consecutive(codes.shape[1], codes.shape[1] // scales.shape[1], codes.device)
     return Quantized(codes, scales, zeros, groups, 4)
 
 
@@ -124,10 +127,9 @@ def _awq_words(codes: Tensor) -> Tensor:
     return pack(placed.t(), 4)
 
 
-def _awq_codes(words: Tensor) -> Tensor:
-    """int32 [n, out / 8] -> uint8 [out, n]."""
-    placed = unpack(words, 4, 8 * words.shape[1]).t()
-    return placed.unflatten(0, (-1, 8))[:, list(_AWQ_PLACE)].flatten(0, 1).contiguous()
+def awq_codes(words: Tensor) -> Tensor:
+    """int32 [n, out / 8] -> uint8 [n, out]."""
+    return unpack(words, 4, 8 * words.shape[1]).unflatten(1, (-1, 8))[:, :, list(_AWQ_PLACE)].flatten(1)
 
 
 def awq_to_gptq(tensors: Mapping[str, Tensor], v2: bool = True) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.kernels.layouts import TILE_BYTES
 from lowmem.kernels.packed_linear import read
-from lowmem.kernels.packing import AWQ_ORDER
+from lowmem.kernels.packing import AWQ_ORDER, awq_codes, gptq_zeros
+from lowmem.kernels.quantized import dequantize_, unpack_lanes
 from lowmem.models.quantization import Quantization
-from lowmem.planning.placement import TILE_BYTES
 
 FEW_ROWS = 64
 """Up to so many rows it is cheaper to scale the products of each group than the weights."""
@@ -165,8 +166,9 @@ class StoredPacked(nn.Module):
         rows = x.reshape(-1, self.in_features)
         y = x.new_empty(len(rows), self.out_features)
         step = _tile(self.in_features, self.out_features, x.device)
-        groups = self._scattered(x.device)
-        few = len(rows) <= FEW_ROWS and x.dtype == torch.float32 and groups is None and self._stored.bits != 3
+        groups = self._groups()
+        even = isinstance(groups, int) and self.in_features % groups == 0
+        few = len(rows) <= FEW_ROWS and x.dtype == torch.float32 and even and self._stored.bits != 3
         thin = rows / self._places(x) if few else None
         for start in range(0, self.out_features, step):
             outputs = slice(start, min(start + step, self.out_features))
@@ -178,24 +180,18 @@ class StoredPacked(nn.Module):
             y += self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _scattered(self, device: torch.device) -> Tensor | None:
-        """The group of every input (int64), None where groups are equal runs of inputs."""
+    def _groups(self) -> int | Tensor:
+        """Inputs per group, or the group of every input (int64 [in]) where act-order scatters them."""
         if self._stored.desc_act and self.g_idx is not None and self._stored.group_size > 0:
             return self.g_idx.long()
-        even = self.in_features % self._group == 0
-        return None if even else torch.arange(self.in_features, device=device) // self._group
+        return self._group
 
-    def _multiply(self, rows: Tensor, outputs: slice, groups: Tensor | None, out: Tensor) -> None:
-        """Many rows: the weights are multiplied out."""
+    def _multiply(self, rows: Tensor, outputs: slice, groups: int | Tensor, out: Tensor) -> None:
+        """Many rows: dequantize a tile of the weights, then multiply."""
         if self._stored.bits == 3:
             torch.mm(rows, self._general(outputs, rows.dtype).t(), out=out)
             return
-        codes, scales, zeros = self._codes(outputs, rows), *self._grid(outputs, rows.dtype)
-        if groups is None:
-            codes.view(len(scales), self._group, -1).sub_(zeros[:, None]).mul_(scales[:, None])
-        else:
-            codes.sub_(zeros[groups]).mul_(scales[groups])
-        torch.mm(rows, codes, out=out)
+        torch.mm(rows, dequantize_(self._codes(outputs, rows), *self._grid(outputs, rows.dtype), groups), out=out)
 
     def _multiply_few(self, rows: Tensor, thin: Tensor, outputs: slice, out: Tensor) -> None:
         """Few rows: the codes are multiplied, and then the sums of each group are scaled."""
@@ -239,26 +235,22 @@ class StoredPacked(nn.Module):
             split = tile.view(-1, lanes, width)
             targets = [split[:, lane] for lane in range(lanes)]
         spare = _scratch("words", tuple(words.shape), words)
-        for lane, target in enumerate(targets):
-            if in_place and lane < lanes - 1:
-                target.copy_(torch.bitwise_and(words, ((1 << bits) - 1) << lane * bits, out=spare))
-                continue
-            torch.bitwise_right_shift(words, lane * bits, out=spare)
-            target.copy_(spare.bitwise_and_((1 << bits) - 1))
+        if not in_place:
+            unpack_lanes(words, bits, targets, spare)
+            return tile[: self.in_features]
+        for lane, target in enumerate(targets[:-1]):
+            target.copy_(torch.bitwise_and(words, ((1 << bits) - 1) << lane * bits, out=spare))
+        torch.bitwise_right_shift(words, (lanes - 1) * bits, out=spare)
+        targets[-1].copy_(spare.bitwise_and_((1 << bits) - 1))
         return tile[: self.in_features]
 
     def _zeros(self, outputs: slice) -> Tensor:
         """Zero points [groups, outputs]."""
         bits, lanes = self._stored.bits, 32 // self._stored.bits
         words = self.qzeros[:, outputs.start // lanes : -(-outputs.stop // lanes)]
-        shifts = torch.arange(lanes, device=words.device, dtype=torch.int32) * bits
-        codes = words[:, :, None] >> shifts & (1 << bits) - 1
         if self._stored.method == "awq":
-            places = torch.tensor(AWQ_ORDER, device=words.device).argsort()
-            return codes[:, :, places].flatten(1)[:, : outputs.stop - outputs.start]
-        codes = codes.flatten(1)[:, : outputs.stop - outputs.start]
-        # The first layout stores zero points less one, wrapping around at the width.
-        return codes if self._stored.layout == "gptq_v2" else codes + 1 & (1 << bits) - 1
+            return awq_codes(words)
+        return gptq_zeros(words, bits, outputs.stop - outputs.start, v2=self._stored.layout == "gptq_v2")
 
     def _general(self, outputs: slice, dtype: torch.dtype) -> Tensor:
         """Dense weights [outputs, in] of layouts whose codes cross words."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lowmem.planning import cache, exported, packed, streaming
+from lowmem.kernels import layouts
+from lowmem.planning import cache, exported, streaming
 from lowmem.planning.estimate import (
     CUDA_RAM_BYTES,
     CUDA_WORKSPACE_BYTES,
@@ -51,7 +52,7 @@ def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     activations = attending_bytes(plan, dtype) + logits_bytes(spec, batch, dtype)
     dequantized = cache.unfolded_bytes(plan, dtype)
     loading = loading_peak(spec, plan.precision, dtype) - weights
-    dense = packed.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
+    dense = layouts.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
     scratch = max(dequantized, dense, loading - kv - activations)
     return (
         Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
@@ -78,7 +79,7 @@ def _graph_lines(plan: Plan) -> tuple[Line, ...]:
         ),
         Line("kv", kv, f"{plan.remembered:,} tokens x {batch} at {per_token} a token (fp32)."),
         Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
-        Line("weights", exported.RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
+        Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
         Line("scratch", 0, "Graphs are mapped, not copied."),
     )
 

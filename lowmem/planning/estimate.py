@@ -8,21 +8,16 @@ in this file name each of them. Nothing here is fitted to measurements; the benc
 
 from __future__ import annotations
 
-import math
-
+from lowmem.kernels import layouts
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import cache, packed
+from lowmem.planning import cache
 from lowmem.planning.plan import Line, Plan
+from lowmem.planning.precision import rest_precision
 from lowmem.units import MB
 
 SLAB_BYTES = 64 * MB
 """The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
-
-QUANTIZED_ROWS = 4096
-"""Rows that `quant.int8_linear` quantizes at a time, in fp32, twice."""
-
-NF4_BLOCK = 64
 
 CUDA_WORKSPACE_BYTES = 96 * MB
 """cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
@@ -69,13 +64,13 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         total += tensor_bytes(spec, tensor, precision, dtype)
     if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
-        total += packed.int8_bytes(spec.vocab, spec.hidden)
+        total += layouts.int8_bytes(spec.vocab, spec.hidden)
     return total
 
 
 def _rest(spec: ModelSpec, precision: str, dtype: str) -> str:
     """The precision of all that is not stored quantized."""
-    return packed.rest_precision(dtype, spec.stored) if precision == "stored" else precision
+    return rest_precision(dtype, spec.stored) if precision == "stored" else precision
 
 
 def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
@@ -84,13 +79,13 @@ def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) ->
             return tensor.nbytes  # held as they are stored
         # A layer's parts are counted together, where its weight lies.
         layer = _packed_shape(spec, tensor)
-        return packed.packed_bytes(spec.stored, *layer, dtype) if layer else 0
+        return layouts.packed_bytes(spec.stored, *layer, dtype) if layer else 0
     precision = _rest(spec, precision, dtype)
     if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
         return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
     if precision == "int8" and is_embedding(tensor):
         rows, columns = tensor.shape
-        return packed.int8_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
+        return layouts.int8_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
     return tensor.elements * DTYPE_BYTES[dtype]
 
 
@@ -113,20 +108,10 @@ def is_quantized(precision: str, columns: int) -> bool:
     NF4 keeps a layer whose inputs are no multiple of its block: bitsandbytes 0.50 decodes blocks
     that run over the end of a row wrongly on CPUs.
     """
-    return precision in ("int8", "bnb8") or (precision == "nf4" and columns % NF4_BLOCK == 0)
+    return precision in ("int8", "bnb8") or (precision == "nf4" and columns % layouts.NF4_BLOCK == 0)
 
 
-def _bnb8_bytes(rows: int, columns: int) -> int:
-    return rows * columns + 4 * rows
-
-
-def _nf4_bytes(rows: int, columns: int) -> int:
-    """Two weights a byte; per block of 64 one absmax byte, itself scaled per 256 (double quantization)."""
-    blocks = math.ceil(rows * columns / NF4_BLOCK)
-    return math.ceil(rows * columns / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (256 + 16)
-
-
-_LINEAR_BYTES = {"int8": packed.int8_bytes, "bnb8": _bnb8_bytes, "nf4": _nf4_bytes}
+_LINEAR_BYTES = {"int8": layouts.int8_bytes, "bnb8": layouts.bnb8_bytes, "nf4": layouts.nf4_bytes}
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
@@ -176,9 +161,9 @@ def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
 def kernel_lines(plan: Plan) -> tuple[Line, ...]:
     # Counted as weights: they come and stay with a model that is stored quantized.
     stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
-    if stored is None or packed.cpu_kernel(stored) != "nbits":
+    if stored is None or layouts.cpu_kernel(stored) != "nbits":
         return ()
-    return (Line("weights", packed.KERNELS_BYTES, "ONNX Runtime, whose kernels multiply packed weights."),)
+    return (Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, whose kernels multiply packed weights."),)
 
 
 def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
@@ -196,7 +181,7 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         finished += final
     if _rest(spec, precision, dtype) == "int8" and spec.tied:
         # The head is packed from the embedding's codes, of which packing takes a copy.
-        finished += packed.int8_bytes(spec.vocab, spec.hidden)
+        finished += layouts.int8_bytes(spec.vocab, spec.hidden)
         peak = max(peak, finished + spec.vocab * spec.hidden)
     return max(peak, finished)
 
@@ -205,12 +190,12 @@ def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str
     if precision == "stored" and spec.stored and spec.stored.method == BNB and tensor.packed_layer:
         return 0
     if precision == "stored" and (layer := _packed_shape(spec, tensor)):
-        return packed.repacking_bytes(*layer)
+        return layouts.repacking_bytes(*layer)
     precision = _rest(spec, precision, dtype)
     source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
     if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
         codes, columns = tensor.elements, tensor.shape[1]
-        return source + codes + 2 * 4 * min(tensor.shape[0], QUANTIZED_ROWS) * columns
+        return source + codes + 2 * 4 * min(tensor.shape[0], layouts.QUANTIZED_ROWS) * columns
     if precision in ("bnb8", "nf4") and is_linear(tensor):
         return source + tensor.elements * DTYPE_BYTES[dtype]
     return min(source, SLAB_BYTES)

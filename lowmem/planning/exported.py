@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 
+from lowmem.kernels.layouts import ONNX_RUNTIME_BYTES, nbits_bytes
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.units import MB
 
 HEAD_BITS, HEAD_GROUP = 8, 64
 """Embedding and output head of int8 and int4 graphs, and all layers of int8: blocks of 64 inputs, symmetric."""
-
-RUNTIME_BYTES = 34 * MB
-"""ONNX Runtime's code and its first session (1.32, measured)."""
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
 """What `lowmem.export.fused` writes."""
@@ -60,9 +57,7 @@ def caution(spec: ModelSpec, precision: str, fused: bool = True) -> str:
 
 
 def block_bytes(rows: int, columns: int, bits: int, group: int) -> int:
-    """MatMulNBits' codes, fp32 scales and zero points."""
-    blocks = math.ceil(columns / (columns if group < 0 else group))
-    return rows * (columns * bits // 8 + 4 * blocks + math.ceil(blocks * bits / 8))
+    return nbits_bytes(rows, columns, bits, columns if group < 0 else group)
 
 
 def matrix_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
@@ -146,7 +141,7 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
     logits = 4 * count * length * spec.vocab
     logarithms = 5 * 4 * PROOF_ROWS * spec.vocab
     session = disk_bytes(spec, precision, group_size, fast_prefill) * (2 if precision == "fp16" else 1)
-    return max(7 * largest + logits, RUNTIME_BYTES + session + 4 * logits + logarithms)
+    return max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + 4 * logits + logarithms)
 
 
 def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
@@ -167,10 +162,10 @@ def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimis
     encoder = is_encoder(spec.model_type)
     logits = 0 if encoder else 4 * count * length * spec.vocab
     # A CPU computes fp16 graphs in fp32: their weights are there twice.
-    session = RUNTIME_BYTES + generic_bytes(spec, precision, group_size) * (3 if precision == "fp16" else 1)
+    session = ONNX_RUNTIME_BYTES + generic_bytes(spec, precision, group_size) * (3 if precision == "fp16" else 1)
     whole = generic_bytes(spec, "fp32") if encoder else 0
     if optimised:
-        whole = max(whole, RUNTIME_BYTES + OPTIMISER_COPIES * generic_bytes(spec, precision, group_size))
+        whole = max(whole, ONNX_RUNTIME_BYTES + OPTIMISER_COPIES * generic_bytes(spec, precision, group_size))
     return TRACER_BYTES + max(
         7 * spec.vocab * spec.hidden, whole, session + 4 * logits + 5 * 4 * PROOF_ROWS * spec.vocab
     )

@@ -18,10 +18,6 @@ SLOTS = 2
 """Blocks in flight: one computes while the next arrives."""
 
 
-TILE_BYTES = 8_000_000
-"""Weights that are converted or multiplied out at a time on a CPU: about what its caches hold."""
-
-
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where blocks live.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 
+from lowmem.kernels.layouts import has_int8_kernels
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware
+from lowmem.models.quantization import BNB, Quantization
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.plan import PRECISIONS
@@ -65,6 +66,17 @@ def storage_refusal(spec: ModelSpec) -> str:
     return ""
 
 
+def rest_precision(dtype: str, stored: Quantization | None = None) -> str:
+    """Precision of the dense layers of a quantized checkpoint: int8 on CPUs that have it, else the compute dtype.
+
+    A tied head is a fifth of a small model, and in fp32 takes longer per token than all packed layers together. bitsandbytes'
+    layers take far longer than that on CPUs, so their checkpoints stay as they are.
+    """
+    if stored is not None and stored.method == BNB:
+        return dtype
+    return "int8" if dtype == "fp32" and has_int8_kernels() else dtype
+
+
 def candidates(hardware: Hardware, device: Device, spec: ModelSpec | None = None) -> tuple[str, ...]:
     """Precisions worth choosing automatically, best first; a quantized checkpoint has one.
 
@@ -99,7 +111,7 @@ def _half_refusal(precision: str, place: Device) -> str | None:
 def _int8_refusal(place: Device) -> str | None:
     if place.kind != "cpu":
         return "Dynamic int8 is a CPU method; on a GPU use 8-bit or 4-bit bitsandbytes."
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not has_int8_kernels():
         return "Dynamic int8 needs an x86 processor."
     return None
 

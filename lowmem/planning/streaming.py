@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lowmem.kernels.layouts import TILE_BYTES
 from lowmem.machine.direct_io import PAGE
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache, estimate
 from lowmem.planning.placement import (
     SLOTS,
-    TILE_BYTES,
     Placement,
     block_index,
     counted,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lowmem.events import CancelToken
-from lowmem.kernels.grid import WHOLE_ROW, fit, nearest
+from lowmem.kernels.grid import fit, nearest
+from lowmem.kernels.quantized import WHOLE_ROW
 from lowmem.quant.base import Options
 from lowmem.quant.moments import Moments
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
-from lowmem.kernels.grid import Packed, Quantized, as_stored
+from lowmem.kernels.grid import as_stored
+from lowmem.kernels.quantized import Packed, Quantized
 from lowmem.models.blocks import Stage
 from lowmem.quant.activations import Activations
 from lowmem.quant.balance import channel_factors

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lowmem.events import Receipt
-from lowmem.kernels.grid import Packed, Quantized
 from lowmem.kernels.packing import to_awq, to_gptq
+from lowmem.kernels.quantized import Packed, Quantized
 from lowmem.models.describe import COMPANIONS, CONFIG
 from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.serving import vllm

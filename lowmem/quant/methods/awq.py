@@ -19,7 +19,7 @@ from lowmem.quant import base
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem.kernels.grid import Quantized
+    from lowmem.kernels.quantized import Quantized
     from lowmem.quant.moments import Moments
 
 

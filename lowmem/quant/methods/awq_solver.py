@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lowmem.events import CancelToken
-from lowmem.kernels.grid import WHOLE_ROW, Quantized, consecutive, fit, nearest, row_slices
+from lowmem.kernels.grid import fit, nearest
+from lowmem.kernels.quantized import WHOLE_ROW, Quantized, consecutive, row_slices
 from lowmem.quant.base import Options
 from lowmem.quant.moments import Moments
 

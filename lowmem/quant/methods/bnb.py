@@ -19,7 +19,7 @@ from lowmem.quant import base
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem.kernels.grid import Packed
+    from lowmem.kernels.quantized import Packed
     from lowmem.quant.moments import Moments
 
 TYPES = ("nf4", "fp4")

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lowmem.background import stoppable
 from lowmem.events import CancelToken
-from lowmem.kernels.grid import WHOLE_ROW, Quantized, as_stored, consecutive, fit, largest_code
+from lowmem.kernels.grid import as_stored, fit
+from lowmem.kernels.quantized import WHOLE_ROW, Quantized, consecutive, largest_code
 from lowmem.quant.estimate import ROWS_BYTES
 from lowmem.quant.moments import Moments
 

@@ -21,7 +21,7 @@ from lowmem.quant import base
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem.kernels.grid import Packed
+    from lowmem.kernels.quantized import Packed
     from lowmem.quant.moments import Moments
 
 
@@ -57,8 +57,8 @@ class Int8Dynamic:
         options: Int8Options,  # noqa: ARG002
         cancel: CancelToken,
     ) -> list[Packed]:
-        from lowmem.kernels.grid import Packed, relative_loss
         from lowmem.kernels.int8_linear import largest_code, quantize_rows
+        from lowmem.kernels.quantized import Packed, relative_loss
 
         def packed(weight: Tensor) -> Packed:
             cancel.check()
