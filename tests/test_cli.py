@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime's own memory is measured by a child of several seconds; the default will do here."""
-    monkeypatch.setattr("lowmem.__main__.measure_runtime_bytes", lambda: 0)
+    monkeypatch.setattr("lowmem.cli.plan.measure_runtime_bytes", lambda: 0)
 
 
 def test_plan_as_json_has_the_budget_share_by_share(folder, capsys):

@@ -128,7 +128,7 @@ def test_hidden_states_and_streams_on_the_command_line(
             ["hidden", "--window", "64", "--stride", "65", "--out", "x.npy"],
             "A stride of 65 does not go with a window of 64",
         ),
-        (["hidden", "--window", "64"], "There is no file to write to."),
+        (["hidden", "--window", "64"], "No file to write to."),
         (["perplexity", "--window", "8", "--sinks", "8"], "8 sinks leave nothing of a window of 8 tokens."),
         (["perplexity", "--window", "4096", "--sinks", "4"], "A window of 4,096 tokens with 4 sinks"),
         (["stream", "--text", "nowhere.txt"], "There is no file nowhere.txt."),

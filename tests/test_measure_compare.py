@@ -400,7 +400,6 @@ def test_a_table_is_there_whole_or_not_at_all(tmp_path):
         (["--text", "absent.txt"], "absent.txt"),
         (["--csv", "no/such/folder/table.csv"], "no folder"),
         (["--tokens", "3"], "Tokens of text is 3"),
-        (["--ram", "lots"], "not a size"),
         (["--reference", "x"], "'x'"),
     ],
 )
@@ -408,6 +407,13 @@ def test_senseless_wishes_end_with_3_before_anything_starts(folder, capsys, monk
     monkeypatch.setattr(compare_module, "run_isolated", None)
     assert main(["compare", folder, *arguments]) == 3
     assert words in capsys.readouterr().err
+
+
+def test_a_budget_that_is_not_a_size_is_wrong_usage(folder, capsys, monkeypatch):
+    monkeypatch.setattr(compare_module, "run_isolated", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", folder, "--ram", "lots"])
+    assert "not a size" in capsys.readouterr().err
 
 
 @pytest.mark.real

@@ -123,7 +123,7 @@ def test_files_and_flags_that_do_not_go_together(tmp_path, capsys):
         (["--grid", str(tmp_path / "bytes")], "cannot be read"),
         (["--grid", str(tmp_path)], "cannot be read"),
         (["demo", "--grid", str(tmp_path / "grid.yaml")], "one too many"),
-        ([], "no model"),
+        ([], "No model"),
     ):
         assert main(["compare", *arguments]) == 3
         assert words in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Flags that several commands share, and the flags of an options dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lowmem.errors import BadInput
+from lowmem.fields import build
+from lowmem.units import parse_bytes
+
+Options = TypeVar("Options")
+
+MODEL_HELP = "demo, a hub id, a folder or a .gguf file"
+
+RENAMED = {"plan": {"--kv": "--cache-type"}}
+"""Command -> old flag -> new flag, for flags that are not options of a dataclass. Old ones work for one release."""
+
+
+def current_names(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with renamed flags under their new names; a line on standard error reports each."""
+    renamed, found = RENAMED.get(arguments[0] if arguments else "", {}), []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in renamed:
+            report_rename(flag, renamed[flag])
+            argument = renamed[flag] + equals + value
+        found.append(argument)
+    return found
+
+
+def report_rename(old: str, new: str) -> None:
+    print(f"{old} is now called {new}; the old name will be removed.", file=sys.stderr)
+
+
+def size(text: str) -> int:
+    """The argparse type of a memory size such as "6G"; returns bytes."""
+    try:
+        return parse_bytes(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_budget(parser: argparse.ArgumentParser, vram: bool = True) -> None:
+    """Add --ram and, unless the command never uses a GPU, --vram."""
+    parser.add_argument("--ram", metavar="SIZE", type=size, help="RAM budget, e.g. 4G")
+    if vram:
+        parser.add_argument("--vram", metavar="SIZE", type=size, help="GPU memory budget, e.g. 6G")
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="continue even if the estimate exceeds the budget")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "receipt") -> None:
+    parser.add_argument("--json", action="store_true", help=f"print only the {what}, as one JSON object")
+
+
+def add_options(parser: Any, kind: type, flags: Mapping[str, str] | None = None) -> None:
+    """Add a flag for every field of the options dataclass `kind`; `flags` overrides the names of some."""
+    for field in dataclasses.fields(kind):
+        add_option(parser, field, (flags or {}).get(field.name, ""))
+
+
+def add_option(parser: Any, field: dataclasses.Field[Any], flag: str = "", suffix: str = "") -> None:
+    """Add a flag for one field declared with `fields.option`. It is None when absent, so `build` uses the default."""
+    choices = field.metadata["choices"] or None
+    settings: dict[str, Any] = {"metavar": None if choices else "X", "choices": choices}
+    if isinstance(field.default, bool):
+        settings = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(field.default, tuple):
+        settings = {"action": "append", "metavar": "TEXT"}
+    help = f"{field.metadata['help']}{suffix}".replace("%", "%%")
+    parser.add_argument(flag or _flag(field.name), dest=field.name, help=help, **settings)
+    for old in field.metadata["aliases"]:
+        parser.add_argument(_flag(old), dest=old, **settings | {"help": argparse.SUPPRESS})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) -> dict[str, Any]:
+    """The options among `fields` that are on the command line, by name or earlier name, for `fields.build`."""
+    names = [name for field in fields for name in (field.name, *field.metadata["aliases"])]
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def options(args: argparse.Namespace, kind: type[Options]) -> Options:
+    """The options dataclass `kind` from flags added by `add_options`.
+
+    Raises:
+        BadInput: a value is out of range.
+    """
+    return build(kind, given(args, dataclasses.fields(kind)))  # type: ignore[arg-type]
+
+
+def check_parent(path: Path | None) -> None:
+    """
+    Raises:
+        BadInput: the folder that `path` is to be written to does not exist.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise BadInput(f"There is no folder {path.absolute().parent}.", "Choose a path in an existing folder.")

@@ -1,0 +1,106 @@
+"""`python -m lowmem plan`: how a model would run here, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json
+from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.machine.limits import limits_from
+from lowmem.models.choices import choices
+from lowmem.models.source import read_spec
+from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.goal import Goal
+from lowmem.planning.plan import PRECISIONS, Plan
+from lowmem.planning.planner import DEFAULT_GOAL
+from lowmem.planning.planner import plan as make_plan
+from lowmem.runtime.session import Session
+from lowmem.units import format_bytes
+
+
+def add_command(commands: Any) -> None:
+    """Add `plan` to the subparsers of the command line."""
+    parser = commands.add_parser("plan", help="how a model would run here, without loading it")
+    parser.add_argument("model", nargs="?", help=f"{MODEL_HELP}; default: the best model for this machine")
+    add_goal(parser)
+    parser.add_argument("--cache-type", choices=KV_STORAGES, default="same", help="data type of the KV cache")
+    add_json(parser, "plan")
+    parser.set_defaults(run=run)
+
+
+def add_goal(parser: argparse.ArgumentParser) -> None:
+    """Add what a plan is made for: budget, context, batch, precision and device."""
+    add_budget(parser)
+    parser.add_argument(
+        "--context", type=int, default=DEFAULT_GOAL.context, metavar="N", help="tokens of prompt and answer together"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences that run at the same time")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0 or mps")
+
+
+def plan_from(args: argparse.Namespace, session: Session, **goal: Any) -> Plan:
+    """The plan for `args.model`, or for the best model that fits when it is None; `goal` are fields of `Goal`.
+
+    Raises:
+        LowMemError: see `planner.plan` and `read_spec`.
+    """
+    measure_runtime_bytes()
+    hardware = session.hardware()
+    limits, wanted = limits_from(hardware, args.ram, args.vram), Goal(**goal)
+    if args.model:
+        return make_plan(read_spec(args.model), hardware, limits, wanted)
+    return make_plan(None, hardware, limits, wanted, choices())
+
+
+def goal_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Goal` that `add_goal` adds flags for."""
+    return {name: getattr(args, name) for name in ("context", "batch", "precision", "device")}
+
+
+def run(args: argparse.Namespace) -> int:
+    plan = plan_from(args, Session(), kv=args.cache_type, **goal_from(args))
+    if args.json:
+        print(json.dumps(_as_dict(plan)))
+        return 0
+    print(plan.hardware.line())
+    backend = " (ONNX Runtime)" if plan.backend == "onnx" else ""
+    print(f"{plan.spec.name} in {plan.precision} on {plan.device}{backend}, {plan.context:,} tokens of context")
+    print(plan.reason)
+    for budget in plan.budgets:
+        peak, limit = format_bytes(budget.peak), format_bytes(budget.limit)
+        print(f"\n{budget.memory.upper()}  {peak} of {limit}  ({budget.verdict})")
+        for line in budget.lines:
+            if line.count:
+                print(f"  {format_bytes(line.count):>9}  {line.key:<12} {line.why}")
+    if plan.declined:
+        print("\nAlternatives considered:")
+        for declined in plan.declined:
+            print(f"  {declined.choice}: {declined.reason}")
+    return 0
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "model": plan.spec.ref,
+        "precision": plan.precision,
+        "device": plan.device,
+        "backend": plan.backend,
+        "context": plan.context,
+        "batch": plan.batch,
+        "verdict": plan.verdict,
+        "reason": plan.reason,
+        "predicted": plan.predicted,
+        "budgets": {
+            b.memory: {"limit": b.limit, **{key: b.share(key) for key in dict.fromkeys(line.key for line in b.lines)}}
+            for b in plan.budgets
+        },
+        "declined": [dataclasses.asdict(declined) for declined in plan.declined],
+    }
