@@ -24,7 +24,7 @@ def tab(visit: Visit) -> Any:
     page.wait_for_selector("#message textarea", timeout=60_000)
     page.click("#tabs button[role=tab]:has-text('Long Context') >> nth=0")
     page.fill("#long-text textarea", STORY)
-    page.wait_for_selector("#long-memory :text('it knows 512 positions')")
+    page.wait_for_selector('#long-memory :text("the model\'s 512 positions")')
     fill(page, "long-window", 64)
     page.wait_for_selector("#long-memory :text('64 + 4 tokens')")
     return page
@@ -73,7 +73,7 @@ def test_a_text_without_end_and_what_can_be_measured_of_one(
     mode(page, "Hidden states")
     page.click("#long-hidden-start")
     page.wait_for_selector("#long-hidden-notice [role=alert]")
-    assert "A stride of 512 does not go with a window of 64 tokens" in page.inner_text("#long-hidden-notice")
+    assert "A stride of 512 does not work with windows of 64 tokens" in page.inner_text("#long-hidden-notice")
     fill(page, "long-stride", 32)
     page.click("#long-hidden-start")
     with page.expect_download() as download:

@@ -129,8 +129,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error: Exception) -> None:
     events = run(model, batch_size=7)
     notes = [event.note for event in events if isinstance(event, Step) and "Out of memory" in event.note]
     assert notes == [
-        "Out of memory with 7 prompts at once: going on with 3.",
-        "Out of memory with 3 prompts at once: going on with 1.",
+        "Out of memory with 7 prompts at a time: continuing with 3.",
+        "Out of memory with 3 prompts at a time: continuing with 1.",
     ]
     assert [[(c.text, c.new_tokens, c.finish)] for c in completions(events)] == [
         alone(text, GREEDY) for text in PROMPTS
@@ -139,7 +139,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error: Exception) -> None:
 
 
 def test_one_prompt_too_much_is_an_error_that_names_it() -> None:
-    with pytest.raises(OutOfMemory, match="Prompt 6 alone"):
+    with pytest.raises(OutOfMemory, match="Prompt 6 does not fit"):
         run(_crowded(0, MemoryError()), batch_size=2)
 
 

@@ -275,7 +275,7 @@ def test_a_rotation_there_and_back_is_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("window", "sinks", "message"),
-    [(16, 16, "16 sinks leave nothing of a window of 16 tokens."), (512, 4, "it knows 512 positions")],
+    [(16, 16, "16 sinks leave no room in a window of 16 tokens."), (512, 4, "the model's 512 positions")],
 )
 def test_windows_that_cannot_be_are_refused(window: int, sinks: int, message: str) -> None:
     with pytest.raises(BadInput, match=message):

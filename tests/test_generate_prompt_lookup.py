@@ -100,7 +100,7 @@ def test_where_it_could_change_a_word_it_does_nothing(other: dict[str, Any]) -> 
 def test_guesses_are_what_followed_the_longest_run() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 8)
     assert lookup.draft(9) == [4, 9]
-    lookup.accepted(2)
+    lookup.adapt(2)
     assert lookup.draft(9) == [4, 9, 2, 3]
     assert lookup.draft(1) == [4]
     lookup.add([7])

@@ -81,12 +81,12 @@ def test_an_empty_prompt_is_refused(empty: Any, raw: bool) -> None:
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "oracle", "content": "Hi"}, "no role"),
-        ({"content": "Hi"}, "no role"),
-        ("Hi", "no role"),
-        ({"role": "user"}, "something else than text"),
-        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "something else than text"),
-        ({"role": "assistant", "content": "Hi"}, "ends with an answer"),
+        ({"role": "oracle", "content": "Hi"}, "no valid role"),
+        ({"content": "Hi"}, "no valid role"),
+        ("Hi", "no valid role"),
+        ({"role": "user"}, "something other than text"),
+        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "something other than text"),
+        ({"role": "assistant", "content": "Hi"}, "ends with an assistant message"),
     ],
 )
 def test_malformed_messages_are_refused(message: Any, words: str) -> None:

@@ -18,7 +18,7 @@ from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken, Chunk, Step
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
-from lowmem.generate.text import Answer, Detokenizer, StopStrings, eos_ids, stream
+from lowmem.generate.text import Detokenizer, SequenceText, StopStrings, eos_ids, stream
 
 GREEDY = GenerateOptions(max_new_tokens=24, greedy=True)
 TEXT = "Grüße! 🙂👩‍👩‍👧 日本語 end"
@@ -98,11 +98,11 @@ def test_text_held_back_in_vain_comes_at_the_end() -> None:
     assert not stops.found
 
 
-def _answer(stops: tuple[str, ...] = (), limit: int = 100) -> Answer:
-    return Answer(tokenizer(), [], stops, frozenset({EOS}), limit)
+def _answer(stops: tuple[str, ...] = (), limit: int = 100) -> SequenceText:
+    return SequenceText(tokenizer(), [], stops, frozenset({EOS}), limit)
 
 
-def _push(answer: Answer, text: str, more: Sequence[int] = ()) -> str:
+def _push(answer: SequenceText, text: str, more: Sequence[int] = ()) -> str:
     return "".join(answer.push(token) for token in [*tokenizer()(text)["input_ids"], *more])
 
 
@@ -170,7 +170,7 @@ def test_answers_are_shortened_to_the_context_and_it_is_said() -> None:
     events = run(ascii_toy(), prompt(30), GREEDY, context=35)
     assert "limited to 5." in events[0].note
     assert len(texts(events)[0]) == 5
-    with pytest.raises(BadInput, match="30 tokens, and the context holds 30"):
+    with pytest.raises(BadInput, match="30 tokens, but prompt and answer together may have only 30"):
         run(toy("llama"), prompt(30), GREEDY, context=30)
 
 

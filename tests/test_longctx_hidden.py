@@ -83,7 +83,7 @@ def test_families_that_name_their_context_otherwise(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0].numpy()
     np.testing.assert_allclose(np.load(tmp_path / "states.npy")[:60], expected, atol=1e-5)
-    with pytest.raises(BadInput, match="it knows 512 positions"):
+    with pytest.raises(BadInput, match="the model's 512 positions"):
         run(model, [ids], 513, 8, tmp_path / "more.npy")
 
 
@@ -96,14 +96,14 @@ def test_several_layers_in_one_array(tmp_path: Path) -> None:
     ("texts", "window", "stride", "name", "layers", "message"),
     [
         ([[]], 16, 8, "s.npy", (-1,), "The text is empty."),
-        ([[1]], 16, 17, "s.npy", (-1,), "A stride of 17 does not go with a window of 16 tokens"),
+        ([[1]], 16, 17, "s.npy", (-1,), "A stride of 17 does not work with windows of 16 tokens"),
         (
             [[1]],
             513,
             8,
             "s.npy",
             (-1,),
-            "A window of 513 tokens is more than the model can see: it knows 512 positions.",
+            "A window of 513 tokens exceeds the model's 512 positions.",
         ),
         ([[1]], 16, 8, "s.bin", (-1,), "s.bin is neither"),
         ([[1]], 16, 8, "s.npy", (3,), "There is no layer 3."),

@@ -18,7 +18,7 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.curve import Curve
 from lowmem.longctx.exercise import Point, exercise, ways
 from lowmem.longctx.options import ExerciseOptions
-from lowmem.measure.scoring import Slab
+from lowmem.measure.scoring import Segment
 from lowmem.plots.drawing import Line, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
 
@@ -58,7 +58,7 @@ def test_a_curve_is_the_mean_surprise_of_each_stretch() -> None:
     for part in surprise.split([30, 1, 69]):
         log_probs = torch.full((len(part), 3), -9.0)
         log_probs[:, 1] = -part
-        curve.add(Slab(log_probs, torch.ones(len(part), dtype=torch.long)))
+        curve.add(Segment(log_probs, torch.ones(len(part), dtype=torch.long)))
     spans = curve.spans()
     assert [(span.start, span.end) for span in spans] == [(0, 25), (25, 50), (50, 75), (75, 100)]
     for span in spans:
@@ -126,10 +126,10 @@ def test_hidden_states_and_streams_on_the_command_line(
     [
         (
             ["hidden", "--window", "64", "--stride", "65", "--out", "x.npy"],
-            "A stride of 65 does not go with a window of 64",
+            "A stride of 65 does not work with windows of 64",
         ),
         (["hidden", "--window", "64"], "No file to write to."),
-        (["perplexity", "--window", "8", "--sinks", "8"], "8 sinks leave nothing of a window of 8 tokens."),
+        (["perplexity", "--window", "8", "--sinks", "8"], "8 sinks leave no room in a window of 8 tokens."),
         (["perplexity", "--window", "4096", "--sinks", "4"], "A window of 4,096 tokens with 4 sinks"),
         (["stream", "--text", "nowhere.txt"], "There is no file nowhere.txt."),
     ],

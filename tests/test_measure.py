@@ -111,9 +111,9 @@ def test_a_window_as_long_as_the_text_is_one_pass():
 def test_slabs_bound_the_logits_and_change_nothing():
     model, read = toys.toy("llama"), Passage(tuple(toys.prompt(50)), 32, 16)
     seen: list[int] = []
-    watcher = SimpleNamespace(add=lambda slab: seen.append(len(slab.log_probs)))
+    watcher = SimpleNamespace(add=lambda segment: seen.append(len(segment.log_probs)))
     total = Perplexity()
-    list(score(model, read, [total, watcher], cancel=NO_CANCEL, slab_bytes=5 * 4 * toys.VOCABULARY))
+    list(score(model, read, [total, watcher], cancel=NO_CANCEL, segment_bytes=5 * 4 * toys.VOCABULARY))
     assert max(seen) == 5
     assert sum(seen) == read.scored
     assert total.nll == pytest.approx(measured(model, read).nll, rel=1e-6)
@@ -123,7 +123,7 @@ def test_the_decoder_runs_once_a_window_and_is_left_as_it_was():
     model, read = toys.fresh("llama"), Passage(tuple(toys.prompt(50)), 32, 16)
     calls = []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    list(score(model, read, [], cancel=NO_CANCEL, slab_bytes=1))
+    list(score(model, read, [], cancel=NO_CANCEL, segment_bytes=1))
     assert len(calls) == len(list(read.windows()))
     assert "forward" not in vars(model.model)
 
@@ -226,7 +226,7 @@ def test_stop_within_a_pass_leaves_no_file_that_looks_whole(tmp_path):
 def test_numbers_that_are_not_numbers():
     model = toys.fresh("llama")
     model.lm_head.weight[7] = math.nan
-    with pytest.raises(CorruptModel, match="not numbers"):
+    with pytest.raises(CorruptModel, match="NaN"):
         measured(model, Passage(tuple(toys.prompt(20)), 16, 8))
 
 

@@ -116,16 +116,16 @@ def test_the_price_moves_with_window_and_bits(tab: LongContextTab) -> None:
         for values in (OPTIONS, (128, 4, 0.7, 1.0, "same"), (128, 4, 0.7, 1.0, "int4"), (0, 4, 0.7, 1.0, "same"))
     }
     assert len(cards) == 4
-    assert "64 sinks leave nothing" in tab._card(TEXT, None, 64, 64, 0.7, 1.0, "same")
+    assert "64 sinks leave no room" in tab._card(TEXT, None, 64, 64, 0.7, 1.0, "same")
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
         ("hidden", ("", None, "", "-1", "npy", 32, 64), "The text is empty."),
-        ("hidden", (TEXT, None, "", "-1", "npy", 65, 64), "A stride of 65 does not go with a window of 64"),
-        ("hidden", (TEXT, None, "", "-1", "npy", 32, 0), "the window is 0"),
-        ("perplexity", (TEXT, None, "", "cache", 1, 8, 8, 0.7, 1.0, "same"), "8 sinks leave nothing"),
+        ("hidden", (TEXT, None, "", "-1", "npy", 65, 64), "A stride of 65 does not work with windows of 64"),
+        ("hidden", (TEXT, None, "", "-1", "npy", 32, 0), "has 0 tokens"),
+        ("perplexity", (TEXT, None, "", "cache", 1, 8, 8, 0.7, 1.0, "same"), "8 sinks leave no room"),
         ("continue", ("", None, "/etc/passwd", *OPTIONS), "is no address of a text"),
         ("continue", (TEXT, None, "", 4096, 4, 0.7, 1.0, "same"), "A window of 4,096 tokens with 4 sinks"),
     ],

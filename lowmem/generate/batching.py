@@ -1,4 +1,4 @@
-"""Many prompts: batches of similar length, as large as memory allows, halved when it runs out."""
+"""Batched generation: prompts of similar length in batches as large as memory allows, halved when it runs out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 from lowmem.errors import BadInput, OutOfMemory
 from lowmem.events import CancelToken, Completion, Step
-from lowmem.generate.decoding import decode, drawn_seed, nothing
+from lowmem.generate.decoding import decode, no_check, resolve_seed
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length, encode_prompt
-from lowmem.generate.text import Answer, advance, eos_ids
+from lowmem.generate.text import SequenceText, advance, eos_ids
 from lowmem.machine.monitor import release_memory
 from lowmem.machine.oom import is_out_of_memory
 
@@ -24,10 +24,10 @@ log = logging.getLogger("lowmem.batching")
 LARGEST_BATCH = 64
 DEFAULT_BATCH = 8
 TOKENS_PER_STEP = 8
-"""A progress step is worth so many tokens a sequence."""
+"""Tokens per sequence between two progress steps."""
 
 Fits = Callable[[int, int], bool]
-"""(tokens of the longest prompt, prompts at once) -> does it fit the budget?"""
+"""(tokens of the longest prompt, batch size) -> whether it fits the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +46,35 @@ def run_batches(
     *,
     context: int,
     cancel: CancelToken,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = no_check,
     batch_size: int | None = None,
     fits: Fits | None = None,
     raw: bool = False,
 ) -> Iterator[Step | Completion]:
-    """Answer every prompt as it would be answered alone; completions come as each batch ends.
+    """Complete every prompt with the result it would get alone; yields completions as each batch ends.
 
-    Longest prompts go first: they show at once whether the batch is too large, and prompts
-    of similar length waste little on padding. Completions name the prompt's index.
+    The longest prompts come first: they show early whether the batch is too large, and prompts of similar length need
+    little padding. Completions carry the prompt's index.
 
     Args:
-        context: tokens the model can hold, see `stream`.
-        check: called before every forward pass, may raise.
-        batch_size: most prompts at once; by default the largest power of two that `fits`.
-        raw: complete the texts instead of answering them, see `encode_prompt`.
+        context: tokens that fit the model, see `stream`.
+        check: called before every forward pass; may raise.
+        batch_size: most prompts per batch; by default the largest power of two that `fits`.
+        raw: complete the texts without the chat template, see `encode_prompt`.
 
     Raises:
-        BadInput: no prompts, or one that is empty or too long; the message has its number.
-        OutOfMemory: a single prompt is too much.
-        Cancelled: the completions so far have been yielded.
+        BadInput: no prompts, or one that is empty or too long; the message gives its number.
+        OutOfMemory: a single prompt does not fit.
+        Cancelled: completions so far have been yielded.
     """
     waiting = sorted(_encoded(tokenizer, prompts, options, context, raw), key=lambda prompt: -len(prompt.ids))
-    options = replace(options, seed=drawn_seed(options.seed))
+    options = replace(options, seed=resolve_seed(options.seed))
     most = batch_size or LARGEST_BATCH
     while waiting:
         size = _size(waiting, min(most, len(waiting)), batch_size, fits)
         done = len(prompts) - len(waiting)
         try:
-            yield from _answers(model, tokenizer, waiting[:size], options, cancel, check, (done, len(prompts)))
+            yield from _run_batch(model, tokenizer, waiting[:size], options, cancel, check, (done, len(prompts)))
             waiting = waiting[size:]
             continue
         except Exception as error:
@@ -82,18 +82,20 @@ def run_batches(
                 raise
             if size == 1:
                 raise _too_large(waiting[0]) from error
-            log.info("out of memory with %d prompts at once", size, exc_info=True)
-        # Only here, after the handler, is the failed batch's cache garbage.
+            log.info("out of memory with a batch of %d", size, exc_info=True)
+        # Only after the handler is the failed batch's cache garbage.
         release_memory()
         most = size // 2
-        yield Step(done, len(prompts), f"Out of memory with {size} prompts at once: going on with {most}.", "prompts")
+        yield Step(
+            done, len(prompts), f"Out of memory with {size} prompts at a time: continuing with {most}.", "prompts"
+        )
 
 
 def _encoded(
     tokenizer: Any, prompts: Sequence[str], options: GenerateOptions, context: int, raw: bool
 ) -> Iterator[_Prompt]:
     if not prompts:
-        raise BadInput("There is no prompt.", "Give one prompt a line.")
+        raise BadInput("There are no prompts.", "Write one prompt per line.")
     for index, text in enumerate(prompts):
         try:
             ids = encode_prompt(tokenizer, text, raw)
@@ -114,7 +116,7 @@ def _size(waiting: Sequence[_Prompt], most: int, batch_size: int | None, fits: F
     return min(size, most)
 
 
-def _answers(
+def _run_batch(
     model: nn.Module,
     tokenizer: Any,
     batch: Sequence[_Prompt],
@@ -123,13 +125,13 @@ def _answers(
     check: Callable[[], None],
     progress: tuple[int, int],
 ) -> Iterator[Step | Completion]:
-    """Progress of one batch, then its completions."""
+    """Yields the progress of one batch, then its completions."""
     copies = options.num_return_sequences
     ends = frozenset[int]() if options.unbounded else eos_ids(model, tokenizer)
     owners = [prompt for prompt in batch for _ in range(copies)]
     seeds = [options.seed + prompt.index * copies + copy for prompt in batch for copy in range(copies)]
-    answers = [Answer(tokenizer, prompt.ids, options.stop, ends, prompt.limit) for prompt in owners]
-    texts = [""] * len(answers)
+    sequences = [SequenceText(tokenizer, prompt.ids, options.stop, ends, prompt.limit) for prompt in owners]
+    texts = [""] * len(sequences)
     ended: set[int] = set()
     options = replace(options, max_new_tokens=max(prompt.limit for prompt in batch))
     ids = [prompt.ids for prompt in batch]
@@ -138,18 +140,18 @@ def _answers(
     with closing(run):
         for event in run:
             if isinstance(event, Step):
-                yield Step(*progress, f"{len(batch)} at once: read {event.done} of {event.total} tokens", "prompts")
+                yield Step(*progress, f"Batch of {len(batch)}: {event.done} of {event.total} prompt tokens", "prompts")
                 continue
-            for sequence, text in advance(answers, event, ended):
+            for sequence, text in advance(sequences, event, ended):
                 texts[sequence] += text
             made += 1
             if made % TOKENS_PER_STEP == 0:
-                yield Step(*progress, f"{len(batch)} at once: {made} tokens each", "prompts")
+                yield Step(*progress, f"Batch of {len(batch)}: {made} new tokens each", "prompts")
     for sequence, prompt in enumerate(owners):
-        yield _completion(prompt, sequence % copies, answers[sequence], texts[sequence])
+        yield _completion(prompt, sequence % copies, sequences[sequence], texts[sequence])
 
 
-def _completion(prompt: _Prompt, sequence: int, answer: Answer, text: str) -> Completion:
+def _completion(prompt: _Prompt, sequence: int, answer: SequenceText, text: str) -> Completion:
     return Completion(
         index=prompt.index,
         prompt=prompt.text,
@@ -162,8 +164,7 @@ def _completion(prompt: _Prompt, sequence: int, answer: Answer, text: str) -> Co
 
 
 def _too_large(prompt: _Prompt) -> OutOfMemory:
-    size = f"{len(prompt.ids):,} tokens and up to {prompt.limit:,} new ones"
     return OutOfMemory(
-        f"Prompt {prompt.index + 1} alone, {size}, is too much for the memory.",
-        "Lower the new tokens, store the KV cache in int8, or load the model in a smaller precision.",
+        f"Prompt {prompt.index + 1} does not fit in memory even alone, with {len(prompt.ids):,} tokens and up to {prompt.limit:,} new ones.",
+        "Generate fewer tokens, use an int8 KV cache, or load the model in a smaller precision.",
     )

@@ -1,8 +1,7 @@
-"""The decode loop: prompts of token ids in, one token per sequence and step out.
+"""The decode loop: token ids of prompts in, one token per sequence and step out.
 
-Knows token ids, a transformers causal model and its cache; nothing of text. Under greedy
-decoding the tokens are those of `transformers.generate`, and each row of a batch gets what
-it would get alone.
+Works on token ids, a transformers causal language model and its cache, not on text. With greedy decoding the tokens equal
+those of transformers' `generate`, and every row of a batch gets the tokens it would get on its own.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from lowmem.generate.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The new token of each sequence, the one that ends it included; None for those that ended before."""
+    """The new token of each sequence, including the one that ends it; None for sequences that have ended before."""
 
     ids: tuple[int | None, ...]
 
 
-def nothing() -> None:
-    """The check that never objects."""
+def no_check() -> None:
+    """The default `check`, which does nothing."""
 
 
-def drawn_seed(seed: int) -> int:
-    """`seed`, or a new one for -1."""
+def resolve_seed(seed: int) -> int:
+    """`seed`, or a random one for -1."""
     return seed if seed >= 0 else SystemRandom().randrange(2**31)
 
 
@@ -47,57 +46,61 @@ def decode(
     *,
     eos_ids: frozenset[int],
     cancel: CancelToken,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = no_check,
     seeds: Sequence[int] | None = None,
     ended: Collection[int] = (),
 ) -> Generator[Step | Tokens, None, None]:
     """Continue every prompt by up to `options.max_new_tokens` tokens.
 
-    Sequence `p * num_return_sequences + s` is answer s to prompt p. A prompt is processed once for
-    all its answers. Prompt and answer together must fit the model's context.
+    Sequence `p * num_return_sequences + s` is continuation s of prompt p. Each prompt is processed once for all its
+    continuations. Prompt and continuation together must fit the model's context.
 
     Args:
         eos_ids: tokens that end a sequence.
-        cancel: looked at between the parts of a forward pass, so that Stop need not wait for a long one.
-        check: called before every forward pass; what it raises ends the generation.
-        seeds: one for each sequence; by default `options.seed` plus the sequence's number, so
-            that a sequence is drawn alike alone and in a batch.
-        ended: sequences the caller wants no more of; it may add to the collection between steps.
+        cancel: checked between the modules of a forward pass, so that Stop does not wait for a long one.
+        check: called before every forward pass; an exception it raises ends the generation.
+        seeds: one per sequence; by default `options.seed` plus the sequence's index, so that a sequence is sampled the
+            same way alone and in a batch.
+        ended: sequences the caller needs no more tokens of; it may add to the collection between steps.
+
+    Yields:
+        `Step`s while prompts are processed, then `Tokens` for every decoding step.
 
     Raises:
-        BadInput: no prompt, an empty one, or ids the model does not have.
+        BadInput: no prompt, an empty prompt, or ids outside the model's vocabulary.
         CorruptModel: NaN or infinite logits.
         Unsupported: the model has no KV cache.
         Cancelled: `cancel` was set.
     """
-    _check_prompts(prompts, _decoder_config(model).vocab_size)
+    _check_prompts(prompts, decoder_config(model).vocab_size)
     rows = Rows(model, prompts, options)
     blocks = decoder_blocks(model)
     parts = [part for block in blocks for part in block.modules()]
-    with _stoppable(parts, cancel):
-        logits = yield from _read(rows, options, cancel, check)
+    with cancellable(parts, cancel):
+        logits = yield from _prefill(rows, options, cancel, check)
     count = len(prompts) * options.num_return_sequences
     if options.num_return_sequences > 1:
         rows.branch(options.num_return_sequences)
         logits = logits.repeat_interleave(options.num_return_sequences, dim=0)
-    first = drawn_seed(options.seed)
+    first = resolve_seed(options.seed)
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
-    # One token through one block is quick, and every hook costs a little of each token.
-    with _stoppable(blocks if options.use_cache else parts, cancel):
+    # With a cache, one token passes a block quickly, and hooks on every module would slow down each token.
+    with cancellable(blocks if options.use_cache else parts, cancel):
         if prompt_lookup.applies(options, count, model) and rows.can_crop:
             yield from _decode_with_lookup(rows, logits, options, eos_ids, cancel, check, ended)
             return
-        yield from _write(rows, logits, randoms, options, eos_ids, cancel, check, ended)
+        yield from _decode(rows, logits, randoms, options, eos_ids, cancel, check, ended)
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder's blocks in order: the outermost list as long as the configuration says; else the model itself."""
+    """The decoder's blocks in order: the first module list of `num_hidden_layers` modules, else the model itself."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = _decoder_config(model).num_hidden_layers
+    layers = decoder_config(model).num_hidden_layers
     return list(next((blocks for blocks in lists if len(blocks) == layers), [model]))
 
 
-def _decoder_config(model: Any) -> Any:
+def decoder_config(model: Any) -> Any:
+    """The transformers configuration of the model's text decoder."""
     return model.config.get_text_config(decoder=True)
 
 
@@ -107,14 +110,14 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     largest = max(map(max, prompts))
     if largest >= vocabulary:
         raise BadInput(
-            f"The tokenizer produced token {largest:,}, but the model knows only {vocabulary:,}.",
-            "The tokenizer belongs to another model: fetch the model again together with its own.",
+            f"The tokenizer produced token {largest:,}, but the model's vocabulary has only {vocabulary:,} tokens.",
+            "The tokenizer belongs to another model: download the model again with its own tokenizer.",
         )
 
 
 @contextmanager
-def _stoppable(modules: Sequence[nn.Module], cancel: CancelToken) -> Iterator[None]:
-    """Let Stop break off a forward pass in front of any of `modules`."""
+def cancellable(modules: Sequence[nn.Module], cancel: CancelToken) -> Iterator[None]:
+    """Let Stop interrupt a forward pass before any of `modules`."""
 
     def stop(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
         cancel.check()
@@ -127,10 +130,10 @@ def _stoppable(modules: Sequence[nn.Module], cancel: CancelToken) -> Iterator[No
             handle.remove()
 
 
-def _read(
+def _prefill(
     rows: Rows, options: GenerateOptions, cancel: CancelToken, check: Callable[[], None]
 ) -> Generator[Step, None, Tensor]:
-    """Process the prompts chunk by chunk; returns the logits [rows, vocab] after them."""
+    """Process the prompts in chunks; returns the logits [rows, vocab] after their last tokens."""
     total = rows.length
     yield Step(0, total, "Reading the prompt", "tokens")
     for start, end in rows.parts(options.prefill_chunk):
@@ -141,7 +144,7 @@ def _read(
     return logits
 
 
-def _write(
+def _decode(
     rows: Rows,
     logits: Tensor,
     randoms: list[Random],
@@ -151,7 +154,7 @@ def _write(
     check: Callable[[], None],
     ended: Collection[int],
 ) -> Iterator[Tokens]:
-    """Append token after token to every row until all have ended; row i belongs to sequence `live[i]`."""
+    """Decode token by token until all sequences have ended; row i holds sequence `live[i]`."""
     count = len(randoms)
     live = list(range(count))
     for made in range(1, options.max_new_tokens + 1):
@@ -186,7 +189,7 @@ def _decode_with_lookup(
     check: Callable[[], None],
     ended: Collection[int],
 ) -> Iterator[Tokens]:
-    """`_write` for one greedy row, several tokens a pass where a guess holds."""
+    """`_decode` for one greedy row, with several tokens per pass where draft tokens are accepted."""
     lookup = prompt_lookup.PromptLookup(rows.text[0, : rows.length].tolist(), options.prompt_lookup_num_tokens)
     draft, made = list[int](), 0
     while True:
@@ -204,16 +207,16 @@ def _decode_with_lookup(
         rows.accept(found)
         lookup.add(found)
         if draft:
-            lookup.accepted(len(found) - 1)
+            lookup.adapt(len(found) - 1)
         draft = lookup.draft(options.max_new_tokens - made - 1) if found else []
         logits = rows.draft_logits(draft)
 
 
 @contextmanager
 def _one_thread(model: Any) -> Iterator[None]:
-    """Keep torch to one thread beside a model that brings its own.
+    """Limit torch to one thread if the model runs on threads of its own (ONNX Runtime).
 
-    Two pools that wait for work on the same cores halve each other's speed.
+    Two thread pools that spin on the same cores halve each other's speed.
     """
     threads = torch.get_num_threads()
     if threads == 1 or not getattr(model, "own_threads", False):
@@ -229,6 +232,6 @@ def _one_thread(model: Any) -> Iterator[None]:
 def _check_numbers(ids: list[int], made: int) -> None:
     if sampling.NOT_A_TOKEN in ids:
         raise CorruptModel(
-            f"The model produced numbers that are not numbers at token {made} of its answer.",
-            "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+            f"The model produced NaN or infinite logits at token {made} of its answer.",
+            "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
         )

@@ -1,4 +1,4 @@
-"""From a prompt or a conversation to token ids, and whether they fit the model's context."""
+"""Turns a prompt or a conversation into token ids and checks that they fit the model's context."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ ROLES = ("system", "user", "assistant")
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], raw: bool = False) -> list[int]:
-    """Token ids of what the model shall continue.
+    """Token ids of the prompt that the model is to continue.
 
-    A conversation goes through the tokenizer's chat template, and so does a plain text, as
-    the one message of a user, unless `raw`. Without a template a text is continued as it is,
-    and a conversation is laid out as "User: ...", "Assistant:" for the model to continue.
+    A conversation is rendered with the tokenizer's chat template, and so is a plain text (as a single user message)
+    unless `raw`. Without a template, a text is continued as is, and a conversation is laid out as "User: ...",
+    "Assistant:".
 
     Args:
-        prompt: a text, or messages with "role" (system, user, assistant) and "content", a
-            text or a list of {"type": "text", "text": ...}; the last one is not the assistant's.
+        prompt: a text, or messages with "role" (system, user or assistant) and "content" (a text, or a list of
+            {"type": "text", "text": ...}); the last message must not be the assistant's.
 
     Raises:
-        BadInput: an empty prompt, a malformed message, or one the template refuses.
+        BadInput: an empty prompt, a malformed message, or one that the template rejects.
     """
     messages = [_message(m) for m in ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
     _check_messages(messages)
     if tokenizer.chat_template and not raw:
-        # The template has written the special tokens itself.
+        # The template includes the special tokens.
         ids = token_ids(tokenizer, _templated(tokenizer, messages))
     else:
         ids = with_special(tokenizer, prompt if isinstance(prompt, str) else _layout(messages))
     if not ids:
-        raise BadInput("The tokenizer finds no token in the prompt.", "Write it in a script that the model knows.")
+        raise BadInput("The tokenizer produces no tokens for the prompt.", "Use a script that the model supports.")
     return ids
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple[int, str]:
-    """How many tokens the answer may have, and why when these are fewer than `max_new_tokens`.
+    """The most tokens the answer may have, and a note if they are fewer than `max_new_tokens` (else "").
 
     Raises:
         BadInput: the prompt leaves no room for an answer.
@@ -52,13 +52,13 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple
     room = context - prompt_tokens
     if room < 1:
         raise BadInput(
-            f"The prompt has {prompt_tokens:,} tokens, and the context holds {context:,}, prompt and answer together.",
-            f"Shorten the prompt by at least {1 - room:,} tokens, or use a model or setting with a longer context.",
+            f"The prompt has {prompt_tokens:,} tokens, but prompt and answer together may have only {context:,}.",
+            f"Shorten the prompt by at least {1 - room:,} tokens, or use a longer context.",
         )
     if max_new_tokens <= room:
         return max_new_tokens, ""
     note = (
-        f"The prompt has {prompt_tokens:,} tokens and the context holds {context:,}: the answer is limited to {room:,}."
+        f"The prompt has {prompt_tokens:,} of the context's {context:,} tokens, so the answer is limited to {room:,}."
     )
     return room, note
 
@@ -66,13 +66,13 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple
 def _message(message: Message) -> dict[str, str]:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
-        raise BadInput("A message of the conversation has no role that is known.", f"Give each a role of {roles}.")
+        raise BadInput("A message of the conversation has no valid role.", f"Use one of the roles {roles}.")
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         texts: list[Any] = [block.get("text") if isinstance(block, Mapping) else None for block in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
-        raise BadInput("A message of the conversation holds something else than text.", "Send text only.")
+        raise BadInput("A message of the conversation contains something other than text.", "Send text only.")
     return {"role": message["role"], "content": content}
 
 
@@ -80,7 +80,7 @@ def _check_messages(messages: Sequence[dict[str, str]]) -> None:
     if not messages or not messages[-1]["content"].strip():
         raise BadInput("The prompt is empty.", "Write something for the model to answer.")
     if messages[-1]["role"] == "assistant":
-        raise BadInput("The conversation ends with an answer.", "End it with a message of the user.")
+        raise BadInput("The conversation ends with an assistant message.", "End it with a user message.")
 
 
 def _layout(messages: Sequence[dict[str, str]]) -> str:
@@ -95,14 +95,17 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         refusal = error
     folded = _without_system(messages)
     if folded != messages:
-        log.info("the chat template refused a system message, which now opens the first user message: %s", refusal)
+        log.info(
+            "the chat template rejected the system message, which is now put in front of the first user message: %s",
+            refusal,
+        )
         try:
             return _render(tokenizer, folded)
         except TemplateError as error:
             refusal = error
     raise BadInput(
-        f"The model's chat template refuses this conversation: {refusal}.",
-        "Let user and assistant take turns, beginning with the user.",
+        f"The model's chat template rejects this conversation: {refusal}.",
+        "Alternate user and assistant messages, starting with the user.",
     ) from refusal
 
 
@@ -111,7 +114,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Move leading system messages to the top of the first user message, for templates that know no system."""
+    """Move system messages to the top of the first user message, for templates without a system role."""
     system = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
     if not system or not others:

@@ -1,6 +1,6 @@
-"""The text of the live rows, and the forward pass over a stretch of it.
+"""The token ids of the rows being generated, and the forward pass over a chunk of them.
 
-Knows padding, windows, caches and what a model's forward accepts; nothing of how a token is chosen.
+Handles padding, windows, caches and the arguments a model's `forward` accepts; choosing tokens is `sampling`'s part.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lowmem.generate.options import GenerateOptions
 
 
 class Rows:
-    """The text of the live rows, left-padded to one length, and the forward pass over a stretch of it.
+    """Token ids of the active rows, left-padded to one length, with their cache.
 
-    With a window only the end of the text is kept, and what the window has left behind is not looked at again.
+    With a window, tokens that the window has passed are evicted from `text` too.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
@@ -32,14 +32,13 @@ class Rows:
         self._window = options.window
         if options.window:
             capacity = min(capacity, max(longest, options.window) + options.window)
-        # Of each row, the first token in `text` that it may look at; what is in front is padding, or forgotten.
+        # The first column of `text` that each row attends to; in front of it is padding, or evicted text.
         self._first = [longest - len(prompt) for prompt in prompts]
-        # A pad repeats the row's own first token: attention does not see it, and the repetition
-        # penalty counts that token already.
+        # Padding repeats the row's first token: attention masks it, and the repetition penalty counts that token anyway.
         padded = [[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, self._first, strict=True)]
         self.text = torch.empty(len(prompts), capacity, dtype=torch.long, device=model.device)
         self.text[:, :longest] = torch.tensor(padded)
-        self._begin = 0  # of what the cache holds, or of what is computed anew
+        self._begin = 0  # first column that is in the cache, or that is recomputed
         self._cache = None
         if options.use_cache:
             if not hasattr(model, "make_cache"):
@@ -50,7 +49,7 @@ class Rows:
         self._accepted = set(inspect.signature(model.forward).parameters)
 
     def parts(self, chunk: int) -> Iterator[tuple[int, int]]:
-        """The stretches in which to read the prompt."""
+        """The (start, end) columns of the passes that process the prompt."""
         if self._cache is None:
             yield 0, self.length
         elif isinstance(self._cache, WindowCache):
@@ -65,7 +64,7 @@ class Rows:
                 yield start, min(start + chunk, self.length)
 
     def logits(self, start: int, end: int) -> Tensor:
-        """Logits [rows, vocab] in float32 after token `end - 1`, where tokens before `start` are in the cache."""
+        """Logits [rows, vocab] in float32 after column `end - 1`; columns before `start` are in the cache."""
         if self._recomputes or self._cache is None:
             start = self._recomputed_from(start, end)
         inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "use_cache": False}
@@ -76,20 +75,20 @@ class Rows:
         if isinstance(self._cache, WindowCache):
             inputs.update(self._cache.inputs(end - start, self.model.device, self.model.dtype))
         elif any(first > self._begin for first in self._first):
-            # Without pads neither mask nor positions: the model takes its fast causal path.
+            # Without padding, pass neither mask nor positions: the model then takes its fast causal path.
             inputs.update(self._padding(start, end))
         return self.model(**inputs).logits[:, -1].float()
 
     @property
     def can_crop(self) -> bool:
-        """Can the cache forget its latest tokens and nothing else?"""
+        """Whether the latest tokens can be dropped from the cache."""
         layers = getattr(self._cache, "layers", None)
         return hasattr(self._cache, "crop") and (
             layers is None or all(type(layer) is factory.FullLayer for layer in layers)
         )
 
     def draft_logits(self, draft: list[int]) -> Tensor:
-        """Logits [1 + draft, vocab] in float32 after the only row's last token and after every guess behind it."""
+        """Logits [1 + draft, vocab] in float32 after the last token of the only row and after every draft token."""
         start, end = self.length - 1, self.length + len(draft)
         self.text[0, self.length : end] = torch.tensor(draft, dtype=torch.long)
         inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "past_key_values": self._cache}
@@ -98,14 +97,14 @@ class Rows:
         return self.model(**inputs, use_cache=True).logits[0, start - end :].float()
 
     def accept(self, tokens: list[int]) -> None:
-        """Append what is certain, and let the cache forget every guess that is not."""
+        """Append verified tokens, and drop rejected draft tokens from the cache."""
         self.text[0, self.length : self.length + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         self.length += len(tokens)
-        assert self._cache is not None, "only a cache goes back"
+        assert self._cache is not None, "prompt lookup needs a cache"
         self._cache.crop(self.length - 1)
 
     def _recomputed_from(self, start: int, end: int) -> int:
-        """Where the pass begins when the window is computed anew: for every token, or with a cache when a row fills it."""
+        """Where the pass begins if the window is recomputed: at every token without a cache, else when a row fills it."""
         if self._cache is None:
             if self._recomputes:
                 self._look_back(self._window)
@@ -117,7 +116,7 @@ class Rows:
         return self._begin
 
     def _look_back(self, tokens: int) -> None:
-        """Forget all but the last `tokens` of rows that look back over more than the window."""
+        """Limit rows that exceed the window to their last `tokens` tokens."""
         full = self.length - self._window
         self._first = [first if first >= full else self.length - tokens for first in self._first]
         self._begin = min(self._first)
@@ -131,25 +130,26 @@ class Rows:
         return inputs
 
     def append(self, tokens: Tensor) -> None:
+        """Append one token to every row, int64 [rows]."""
         if self.length == self.text.shape[1]:
-            self._forget(self.length - self._window)
+            self._evict(self.length - self._window)
         self.text[:, self.length] = tokens
         self.length += 1
 
-    def _forget(self, tokens: int) -> None:
+    def _evict(self, tokens: int) -> None:
         self.text[:, : self._window] = self.text[:, tokens:].clone()
         self._first = [max(0, first - tokens) for first in self._first]
         self._begin = max(0, self._begin - tokens)
         self.length -= tokens
 
     def branch(self, copies: int) -> None:
-        """Continue every row `copies` times, side by side."""
+        """Repeat every row `copies` times."""
         self._index([row for row in range(len(self._first)) for _ in range(copies)])
         if self._cache is not None:
             self._cache.batch_repeat_interleave(copies)
 
     def select(self, keep: list[int]) -> None:
-        """Drop all rows but `keep`: later passes do not compute them."""
+        """Drop all rows but `keep`, so that later passes do not compute them."""
         self._index(keep)
         if self._cache is not None:
             self._cache.batch_select_indices(torch.tensor(keep))

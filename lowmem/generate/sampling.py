@@ -1,9 +1,8 @@
 """From logits to the next token: pure functions on float32 logits [rows, vocab].
 
-Knows nothing of models, caches or text. Order and meaning of the steps are those of
-transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p. The last
-three all keep the tokens above some value, so here they become one cut per row; tokens
-that tie with the last one kept stay with it.
+The steps and their order are those of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p. The
+last three each keep the tokens above some logit, so they are applied as one threshold per row; tokens that tie with the
+last one kept are kept as well.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from torch import Tensor
 from lowmem.generate.options import GenerateOptions
 
 NOT_A_TOKEN = -1
-"""Stands for a row whose best logit is not a finite number."""
+"""Marks a row whose largest logit is NaN or infinite."""
 
 
 def next_tokens(logits: Tensor, text: Tensor, options: GenerateOptions, randoms: Sequence[Random]) -> Tensor:
     """The next token of every row, int64 [rows]; `NOT_A_TOKEN` where the logits are NaN or infinite.
 
     Args:
-        logits: float32 [rows, vocab]; -inf entries are fine, a row of nothing else is not.
-        text: int64 [rows, tokens], what each row consists of so far, for the repetition penalty.
-        randoms: one source of randomness a row, unused when greedy.
+        logits: float32 [rows, vocab]; entries may be -inf, but not all of a row.
+        text: int64 [rows, tokens], the tokens so far, for the repetition penalty.
+        randoms: one random generator per row; unused if greedy.
     """
     if options.repetition_penalty != 1.0:
         logits = penalized(logits, text, options.repetition_penalty)
-    # The mark travels with the tokens, so that a GPU is waited for once and not twice.
+    # The mark is returned with the tokens, so that the host waits for the GPU only once.
     usable = logits.amax(dim=-1).isfinite()
     tokens = logits.argmax(dim=-1) if options.greedy else sample(filtered_logits(logits, options), randoms)
     return torch.where(usable, tokens, NOT_A_TOKEN)
@@ -40,7 +39,7 @@ def next_tokens(logits: Tensor, text: Tensor, options: GenerateOptions, randoms:
 def penalized(logits: Tensor, text: Tensor, penalty: float) -> Tensor:
     """Make every token of `text` [rows, tokens] less likely by `penalty` > 1 (CTRL, arXiv 1909.05858).
 
-    How often a token occurs makes no difference.
+    The penalty does not depend on how often a token occurs.
     """
     scores = logits.gather(1, text)
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)
@@ -55,7 +54,7 @@ def filtered_logits(logits: Tensor, options: GenerateOptions) -> Tensor:
     best = _best(scaled, options.top_k)
     lowest = best[:, -1:]
     if options.top_p < 1.0:
-        # Over all survivors of top-k, ties of its last one included.
+        # Over all tokens that top-k keeps, including those that tie with its last one.
         total = _cut(scaled, lowest).logsumexp(dim=-1, keepdim=True)
         probabilities = (best - total).exp_()
         above = probabilities.cumsum(dim=-1) - probabilities
@@ -66,11 +65,11 @@ def filtered_logits(logits: Tensor, options: GenerateOptions) -> Tensor:
 
 
 def sample(logits: Tensor, randoms: Sequence[Random]) -> Tensor:
-    """Draw one token a row, int64 [rows], with one number from each row's own source.
+    """Sample one token per row, int64 [rows], with one random number from the row's own generator.
 
-    So a row's draw depends neither on the rows beside it nor on the device.
+    A row's token therefore depends neither on the other rows nor on the device.
     """
-    # Double precision: in float32 the sum over a large vocabulary could round a draw past its end.
+    # float64: in float32 the sum over a large vocabulary could round a draw past the last token.
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=precision)
     draws = torch.tensor([random.random() for random in randoms], dtype=precision).to(logits.device)
@@ -79,7 +78,7 @@ def sample(logits: Tensor, randoms: Sequence[Random]) -> Tensor:
 
 
 def _best(scaled: Tensor, top_k: int) -> Tensor:
-    """The `top_k` largest values a row (all for 0), largest first."""
+    """The `top_k` largest values of each row (all if 0), in descending order."""
     if 0 < top_k < scaled.shape[-1]:
         return scaled.topk(top_k, dim=-1).values
     return scaled.sort(dim=-1, descending=True).values

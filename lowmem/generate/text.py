@@ -1,7 +1,4 @@
-"""From tokens to text: the stream of one answer, or of several to the same prompt.
-
-Knows the tokenizer; the way from text to tokens is `prompts.py`.
-"""
+"""From tokens to text: streams one sequence, or several for the same prompt. `prompts` goes from text to tokens."""
 
 from __future__ import annotations
 
@@ -15,23 +12,23 @@ from torch import nn
 
 from lowmem.errors import Cancelled
 from lowmem.events import CancelToken, Chunk, Step
-from lowmem.generate.decoding import Tokens, decode, nothing
+from lowmem.generate.decoding import Tokens, decode, no_check
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _PREFIX_TOKENS = 6
 _LONGEST_CHARACTER = 8
-"""Tokens of which one character can consist, with room: UTF-8 has up to 4 bytes."""
+"""Upper bound of the tokens that make up one character; UTF-8 has up to 4 bytes per character."""
 
 
 class Detokenizer:
-    """Tokens of one sequence to text, piece by piece, without its special tokens.
+    """Incremental detokenizer of one sequence, without special tokens.
 
-    A token's text depends on its neighbours: leading spaces vanish at the beginning of a
-    decoded text, and a character may be spread over several tokens. So each piece is what
-    a short window of tokens reads with the new token more than it reads without, and a
-    piece that ends within a character waits (as in text-generation-inference and vLLM).
+    A token's text depends on its neighbours: tokenizers drop leading spaces at the beginning of a decoded text, and a
+    character may span several tokens. So the new text is the difference between a short window of tokens decoded with
+    and without the new token, and it is held back while it ends within a character, as in text-generation-inference
+    and vLLM.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
@@ -41,7 +38,7 @@ class Detokenizer:
         self._shown_text = self._decode(self._window)
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, perhaps none."""
+        """The text that `token` completes, possibly empty."""
         self._window.append(token)
         text = self._decode(self._window)
         waiting = len(self._window) - self._shown
@@ -54,7 +51,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What waited for a token that never came, without the broken end."""
+        """The text held back so far, without an incomplete character at its end."""
         return self._decode(self._window)[len(self._shown_text) :].rstrip(_BROKEN)
 
     def _decode(self, ids: list[int]) -> str:
@@ -62,7 +59,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of `stops`; holds back what may be the beginning of one."""
+    """Cuts a stream of text before the first stop string; holds back text that may be the beginning of one."""
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -70,7 +67,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that can be shown; nothing after a stop string was found."""
+        """The text that is safe to show; empty once a stop string has been found."""
         if self.found:
             return ""
         text = self._held + text
@@ -83,20 +80,20 @@ class StopStrings:
         return text[:keep]
 
     def flush(self) -> str:
-        """What was held back in vain."""
+        """The text held back that turned out to be no stop string."""
         held, self._held = self._held, ""
         return "" if self.found else held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, short of all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class Answer:
-    """One sequence on its way to text; decides when it is over.
+class SequenceText:
+    """Turns the tokens of one sequence into text and decides when the sequence ends.
 
-    `finish` is None until "eos", "stop" (a stop string), "length" or what `end` was told.
+    `finish` is None until then; afterwards "eos", "stop" (a stop string), "length", or the argument of `end`.
     """
 
     def __init__(
@@ -110,7 +107,7 @@ class Answer:
         self.finish: str | None = None
 
     def push(self, token: int) -> str:
-        """The text to show for `token`, perhaps none."""
+        """The text to show for `token`, possibly empty."""
         self.tokens += 1
         if token in self._eos_ids:
             return self.end("eos")
@@ -122,24 +119,24 @@ class Answer:
         return text
 
     def end(self, finish: str) -> str:
-        """Finish now; the text that was held back."""
+        """End the sequence; returns the text that was held back."""
         text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
         self.finish = "stop" if self._stops.found else finish
         return text
 
 
-def advance(answers: Sequence[Answer], tokens: Tokens, ended: set[int]) -> Iterator[tuple[int, str]]:
-    """Give every answer its new token: (its number, text to show). Those that are over join `ended`."""
+def advance(sequences: Sequence[SequenceText], tokens: Tokens, ended: set[int]) -> Iterator[tuple[int, str]]:
+    """Pass every sequence its new token; yields (index, text to show) and adds finished sequences to `ended`."""
     for index, token in enumerate(tokens.ids):
         if token is not None:
-            text = answers[index].push(token)
-            if answers[index].finish:
+            text = sequences[index].push(token)
+            if sequences[index].finish:
                 ended.add(index)
             yield index, text
 
 
 def eos_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, by the model's generation settings and the tokenizer."""
+    """The end-of-sequence tokens of the model's generation config and of the tokenizer."""
     named = [getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer.eos_token_id]
     ids = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named]
     return frozenset(token for group in ids for token in group if token is not None)
@@ -153,16 +150,17 @@ def stream(
     *,
     context: int,
     cancel: CancelToken,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = no_check,
 ) -> Iterator[Step | Chunk]:
-    """Answer one prompt `options.num_return_sequences` times, text as it comes.
+    """Stream `options.num_return_sequences` continuations of one prompt.
 
-    The last chunk of every sequence has its `finish`. Stop before the first token raises
-    `Cancelled`; later it finishes the sequences with "cancelled" and returns.
+    The last chunk of every sequence has its `finish`. Stop before the first token raises `Cancelled`; later it ends the
+    sequences with "cancelled" and returns.
 
     Args:
-        context: tokens the model can hold; the answer is shortened to it, with a `Step` that says so.
-        check: called before every forward pass, may raise.
+        context: tokens of prompt and continuation together that fit; a longer `max_new_tokens` is reduced, and a `Step`
+            says so.
+        check: called before every forward pass; may raise.
 
     Raises:
         BadInput: the prompt is empty or longer than the context.
@@ -173,7 +171,9 @@ def stream(
         yield Step(0, len(prompt_ids), note, "tokens")
     options = replace(options, max_new_tokens=limit)
     ends = frozenset[int]() if options.unbounded else eos_ids(model, tokenizer)
-    answers = [Answer(tokenizer, prompt_ids, options.stop, ends, limit) for _ in range(options.num_return_sequences)]
+    sequences = [
+        SequenceText(tokenizer, prompt_ids, options.stop, ends, limit) for _ in range(options.num_return_sequences)
+    ]
     ended: set[int] = set()
     clock = _Clock(len(prompt_ids), context)
     run = decode(model, [prompt_ids], options, eos_ids=ends, cancel=cancel, check=check, ended=ended)
@@ -184,20 +184,20 @@ def stream(
                     yield event
                     continue
                 clock.tick()
-                for index, text in advance(answers, event, ended):
-                    if text or answers[index].finish:
-                        yield clock.chunk(index, answers[index], text)
+                for index, text in advance(sequences, event, ended):
+                    if text or sequences[index].finish:
+                        yield clock.chunk(index, sequences[index], text)
     except Cancelled:
         if not clock.started:
             raise
-        for index, answer in enumerate(answers):
+        for index, answer in enumerate(sequences):
             if not answer.finish:
                 text = answer.end("cancelled")
                 yield clock.chunk(index, answer, text)
 
 
 class _Clock:
-    """Times one generation, and stamps its chunks."""
+    """Measures the speed of one generation for its chunks."""
 
     def __init__(self, prompt_tokens: int, context: int) -> None:
         self._prompt_tokens, self._context = prompt_tokens, context
@@ -206,15 +206,15 @@ class _Clock:
 
     @property
     def started(self) -> bool:
-        """Has there been a token?"""
+        """Whether a token has been generated."""
         return self._first > 0
 
     def tick(self) -> None:
-        """New tokens are there."""
+        """Record the arrival of new tokens."""
         self._latest = time.perf_counter()
         self._first = self._first or self._latest
 
-    def chunk(self, index: int, answer: Answer, text: str) -> Chunk:
+    def chunk(self, index: int, answer: SequenceText, text: str) -> Chunk:
         to_first, since = self._first - self._start, self._latest - self._first
         return Chunk(
             text=text,

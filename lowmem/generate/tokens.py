@@ -1,8 +1,7 @@
-"""Token ids of texts of any length, in memory that does not grow with them.
+"""Tokenizes long texts in pieces, so that the tokenizer's memory does not grow with the text.
 
-A tokenizer holds some 500 bytes for each token of the text at hand, far more than the ids. So a long text goes
-through it piece by piece. Pieces overlap, and one is joined to the next where a word begins and where both give
-the same tokens; where they do not, the text is tokenized whole.
+A tokenizer holds about 500 bytes per token of its input, far more than the ids. Pieces overlap, and consecutive pieces are
+joined at the beginning of a word after which both have the same tokens. If they disagree, the text is tokenized as a whole.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 PIECE, OVERLAP = 32_768, 512
-"""Characters."""
+"""In characters."""
 
 AGREEING = 16
-"""Tokens that two pieces must share before they are taken for the same."""
+"""Tokens after the join on which two pieces must agree."""
 
 
 def token_ids(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
-    """The first `most` token ids of `text`, without special ones: those that tokenizing the whole would give."""
+    """The first `most` token ids of `text` without special tokens, equal to those of tokenizing it as a whole."""
     if len(text) <= PIECE or not getattr(tokenizer, "is_fast", False):
         return _whole(tokenizer, text)[:most]
     ids: list[int] = []
@@ -40,7 +39,7 @@ def token_ids(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
 
 
 def with_special(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text` between the special tokens that the tokenizer puts around every text."""
+    """Token ids of `text` with the special tokens that the tokenizer puts around every text."""
     if len(text) <= PIECE:
         return list(tokenizer(text)["input_ids"])
     around, bare = list(tokenizer("a")["input_ids"]), _whole(tokenizer, "a")
@@ -56,7 +55,7 @@ def _whole(tokenizer: Any, text: str) -> list[int]:
 
 
 def _placed(tokenizer: Any, text: str, begin: int, end: int) -> list[tuple[int, int]]:
-    """Tokens of text[begin:end], each with the place in `text` where its characters begin."""
+    """Tokens of text[begin:end], each with the position in `text` where it begins."""
     found = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
     return [
         (token, begin + first) for token, (first, _) in zip(found["input_ids"], found["offset_mapping"], strict=True)
@@ -64,7 +63,7 @@ def _placed(tokenizer: Any, text: str, begin: int, end: int) -> list[tuple[int, 
 
 
 def _last_word(text: str, placed: list[tuple[int, int]], before: int) -> int | None:
-    """Where the last word behind a space begins that is a token's beginning, too."""
+    """Start of the last word, at or before `before`, that follows a space and begins a token."""
     for _, place in reversed(placed):
         if place <= before and place > placed[0][1] and text[place].isalnum() and text[place - 1].isspace():
             return place

@@ -1,4 +1,4 @@
-"""What a window may be; no torch."""
+"""Limits of windows over a text; imports no torch."""
 
 from __future__ import annotations
 
@@ -6,67 +6,69 @@ from lowmem.errors import BadInput
 from lowmem.generate.options import GenerateOptions
 
 UNBOUNDED = 2**40
-"""The context, in tokens, of a generation that forgets what leaves its window."""
+"""The context, in tokens, of a windowed generation, which has no limit."""
 
 
 def pass_tokens(device: str) -> int:
-    """Tokens up to which short windows over a text share a pass: a GPU is idle with few, a CPU is slower with more.
+    """Tokens per pass when short windows are batched: a GPU needs many to be busy, while a CPU slows down with more.
 
     Args:
-        device: its kind, "cpu" or "cuda".
+        device: the device type, "cpu" or "cuda".
     """
     return 512 if device == "cpu" else 2048
 
 
 def check_window(options: GenerateOptions, limit: int) -> None:
-    """
+    """Check the options `window` and `sinks` of a windowed KV cache.
+
     Args:
-        limit: positions that the model knows.
+        limit: number of positions the model supports.
 
     Raises:
-        BadInput: sinks that fill the window, or a window beyond the model's limit.
+        BadInput: the sinks fill the window, or the window exceeds `limit`.
     """
     if not options.window:
         return
     if options.sinks >= options.window:
         raise BadInput(
-            f"{options.sinks:,} sinks leave nothing of a window of {options.window:,} tokens.",
-            f"Use fewer sinks, 4 are enough, or a window above {options.sinks:,}.",
+            f"{options.sinks:,} sinks leave no room in a window of {options.window:,} tokens.",
+            f"Use fewer sinks (4 are enough) or a window larger than {options.sinks:,}.",
         )
     if options.window + options.sinks >= limit:
-        with_sinks = f" with {options.sinks:,} sinks" if options.sinks else ""
-        raise BadInput(
-            f"A window of {options.window:,} tokens{with_sinks} is more than the model can see: it knows {limit:,} positions.",
-            f"Use a window of {max(1, limit - options.sinks - 1):,} or less.",
-        )
+        message = f"A window of {options.window:,} tokens exceeds the model's {limit:,} positions."
+        if options.sinks:
+            message = f"A window of {options.window:,} tokens with {options.sinks:,} sinks exceeds the model's {limit:,} positions."
+        raise BadInput(message, f"Use a window of {max(1, limit - options.sinks - 1):,} or less.")
 
 
 def context_of(model_context: int, options: GenerateOptions) -> int:
-    """The most tokens of prompt and answer together: without end where a window forgets."""
+    """The most tokens of prompt and answer together; practically unlimited with a window."""
     return UNBOUNDED if options.window else model_context
 
 
 def check_stride(window: int, stride: int) -> None:
-    """
+    """Check overlapping windows over a text.
+
     Raises:
-        BadInput: windows that leave tokens out, or none.
+        BadInput: an empty window, or a stride that skips tokens.
     """
     if window < 1:
-        raise BadInput("Windows over a text need a length, and the window is 0.", "Use a window of 1 token or more.")
+        raise BadInput("The window over the text has 0 tokens.", "Use a window of at least 1 token.")
     if not 1 <= stride <= window:
         raise BadInput(
-            f"A stride of {stride:,} does not go with a window of {window:,} tokens: every token must be in a window.",
+            f"A stride of {stride:,} does not work with windows of {window:,} tokens.",
             f"Use a stride from 1 to {window:,}; half the window is usual.",
         )
 
 
 def check_token_window(window: int, limit: int) -> None:
-    """
+    """Check that a window fits into one forward pass.
+
     Raises:
-        BadInput: a window that the model cannot read at once.
+        BadInput: the window exceeds the model's positions.
     """
     if window > limit:
         raise BadInput(
-            f"A window of {window:,} tokens is more than the model can see: it knows {limit:,} positions.",
+            f"A window of {window:,} tokens exceeds the model's {limit:,} positions.",
             f"Use a window of {limit:,} or less.",
         )

@@ -107,10 +107,12 @@ def sliding_perplexity(
         from lowmem.longctx.curve import Curve
         from lowmem.measure.perplexity import Perplexity
         from lowmem.measure.scoring import score
-        from lowmem.measure.windows import Passage, _prefix
+        from lowmem.measure.windows import Passage, text_prefix
 
         check_token_window(window, plan.spec.context)
-        passage = Passage(tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, _prefix(loaded.tokenizer))
+        passage = Passage(
+            tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, text_prefix(loaded.tokenizer)
+        )
         action = pass_plan(plan, window)
         refuse_if_over(action, force, "Use a shorter window.")
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
@@ -255,9 +257,9 @@ def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
 
 def with_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
     """`ids` behind the special tokens that the tokenizer puts before every text."""
-    from lowmem.measure.windows import _prefix
+    from lowmem.measure.windows import text_prefix
 
-    return [*_prefix(tokenizer), *ids]
+    return [*text_prefix(tokenizer), *ids]
 
 
 def _perplexity(nll: float, tokens: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowmem.measure.scoring import Slab
+    from lowmem.measure.scoring import Segment
 
 LEAST_SPAN = 16
 
@@ -30,8 +30,8 @@ class Curve:
         self._sums: list[float] = []
         self._tokens = 0
 
-    def add(self, slab: Slab) -> None:
-        surprise = -slab.log_probs.gather(1, slab.targets[:, None])[:, 0]
+    def add(self, segment: Segment) -> None:
+        surprise = -segment.log_probs.gather(1, segment.targets[:, None])[:, 0]
         while len(surprise):
             room = self._span - self._tokens % self._span
             if room == self._span:

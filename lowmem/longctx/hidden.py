@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
 from lowmem.generate.cache.rotary import context_limit
-from lowmem.generate.decoding import _decoder_config, _stoppable, decoder_blocks, nothing
+from lowmem.generate.decoding import cancellable, decoder_blocks, decoder_config, no_check
 from lowmem.generate.window_limits import check_stride, check_token_window, pass_tokens
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
@@ -71,7 +71,7 @@ def hidden_states(
     layers: Sequence[int] = (LAST,),
     at_once: int | None = None,
     cancel: CancelToken | None = None,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = no_check,
 ) -> Generator[Step, None, Written]:
     """Write the states of `texts`, token ids of any length, one after the other; returns a `Written`.
 
@@ -94,10 +94,10 @@ def hidden_states(
     offsets = [0]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
-    hidden = _decoder_config(model).hidden_size
+    hidden = decoder_config(model).hidden_size
     pieces = _pieces(texts, offsets, window, stride)
     windows_at_once = max(1, (at_once or pass_tokens(model.device.type)) // window)
-    with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, _stoppable(list(model.modules()), cancel):
+    with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, cancellable(list(model.modules()), cancel):
         done = windows = size = 0
         yield Step(0, offsets[-1], "Computing hidden states", "tokens")
         for batch in _batches(pieces, windows_at_once):
@@ -124,7 +124,7 @@ def _check(
     check_token_window(window, context_limit(model.config))
     if out.suffix not in FORMATS:
         raise BadInput(f"{out.name} is neither a .npy nor a .safetensors file.", "End its name in one of the two.")
-    count = _decoder_config(model).num_hidden_layers
+    count = decoder_config(model).num_hidden_layers
     for layer in layers:
         if not -count - 1 <= layer <= count:
             raise BadInput(f"There is no layer {layer}.", f"Use 0, the embeddings, to {count}, or {LAST} for the last.")
@@ -204,8 +204,8 @@ class _File:
         """`states` [tokens, hidden] from `row` on."""
         if not bool(states.isfinite().all()):
             raise CorruptModel(
-                f"The model produced numbers that are not numbers at token {row:,}.",
-                "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+                f"The model produced NaN or infinite hidden states at token {row:,}.",
+                "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
             )
         self._file.seek(self._start + (layer * self._tokens + row) * self._hidden * self._dtype.itemsize)
         data = states.to(self._dtype).contiguous().cpu()

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
-from lowmem.generate.decoding import nothing
+from lowmem.generate.decoding import no_check
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.reading import Reader
 
@@ -54,7 +54,7 @@ def recall(
     *,
     trials: int = 3,
     cancel: CancelToken | None = None,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = no_check,
 ) -> Recall:
     """Hide a word `distance` tokens before it is asked for, with the cache that `options` name.
 

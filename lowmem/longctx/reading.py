@@ -17,7 +17,7 @@ from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken
 from lowmem.generate.cache import policy
 from lowmem.generate.cache.window import WindowCache
-from lowmem.generate.decoding import _decoder_config, _stoppable, nothing
+from lowmem.generate.decoding import cancellable, decoder_config, no_check
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
@@ -47,12 +47,12 @@ class Reader:
         self._recomputes = bool(options.window) and not isinstance(self.cache, WindowCache)
         if self._recomputes:
             self.cache = None
-        vocabulary = _decoder_config(model).vocab_size
+        vocabulary = decoder_config(model).vocab_size
         self._chunk = max(1, min(CHUNK, LOGITS_BYTES // (4 * vocabulary)))
 
     @torch.inference_mode()
     def read(
-        self, until: int, cancel: CancelToken | None = None, check: Callable[[], None] = nothing
+        self, until: int, cancel: CancelToken | None = None, check: Callable[[], None] = no_check
     ) -> Iterator[Tensor]:
         """-log p in nats, fp32 [tokens], of what comes after each token read, pass by pass; the last has no successor.
 
@@ -60,7 +60,7 @@ class Reader:
             CorruptModel, Cancelled.
         """
         cancel = cancel or CancelToken()
-        with _stoppable(list(self.model.modules()), cancel):
+        with cancellable(list(self.model.modules()), cancel):
             while self.at < until:
                 check()
                 # Logits of passes of different sizes leave holes, in which the next do not fit.
@@ -100,8 +100,8 @@ class Reader:
         nll = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
         if bool(nll.isnan().any()):
             raise CorruptModel(
-                f"The model produced numbers that are not numbers within the first {end:,} tokens of the text.",
-                "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+                f"The model produced NaN logits within the first {end:,} tokens of the text.",
+                "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
             )
         return nll.cpu()
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, DiskFull
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import nothing
+from lowmem.generate.decoding import no_check
 from lowmem.measure.perplexity import Perplexity
-from lowmem.measure.scoring import Slab, score
+from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
 from lowmem.units import format_bytes
 
@@ -42,7 +42,7 @@ def reference_bytes(tokens: int, vocabulary: int) -> int:
 
 
 class Reference:
-    """Writes an original's log-probabilities, slab by slab: a header line, then rows of codes and best token.
+    """Writes an original's log-probabilities, segment by segment: a header line, then rows of codes and best token.
 
     Raises:
         DiskFull: before the first byte where it shows in advance, else when it happens.
@@ -58,9 +58,9 @@ class Reference:
         self._file = path.open("wb")
         self._file.write(json.dumps({"identity": passage.identity, "vocabulary": vocabulary}).encode() + b"\n")
 
-    def add(self, slab: Slab) -> None:
-        codes = slab.log_probs.mul(-STEPS_PER_NAT).round_().clamp_(max=_LARGEST_CODE).to(torch.uint16)
-        best = slab.log_probs.argmax(dim=1).to(torch.int32)
+    def add(self, segment: Segment) -> None:
+        codes = segment.log_probs.mul(-STEPS_PER_NAT).round_().clamp_(max=_LARGEST_CODE).to(torch.uint16)
+        best = segment.log_probs.argmax(dim=1).to(torch.int32)
         rows = np.empty(len(codes), _row_type(codes.shape[1]))
         rows["codes"], rows["best"] = codes.cpu().numpy(), best.cpu().numpy()
         try:
@@ -101,17 +101,17 @@ class Divergence:
             )
         self._row = _row_type(vocabulary)
 
-    def add(self, slab: Slab) -> None:
-        rows = np.frombuffer(self._file.read(len(slab.targets) * self._row.itemsize), self._row)
+    def add(self, segment: Segment) -> None:
+        rows = np.frombuffer(self._file.read(len(segment.targets) * self._row.itemsize), self._row)
         # In place, since each of these is as large as the logits: with P = p / Z the divergence is
         # sum(p * (log p - log q)) / Z - log Z.
-        ratio = _decoded(rows["codes"], slab.log_probs.device)
+        ratio = _decoded(rows["codes"], segment.log_probs.device)
         p = ratio.exp()
         z = p.sum(dim=1)
-        p.mul_(ratio.sub_(slab.log_probs))
+        p.mul_(ratio.sub_(segment.log_probs))
         self.kl += (p.sum(dim=1) / z - z.log()).sum(dtype=torch.float64).item()
-        best = torch.from_numpy(rows["best"].copy()).to(slab.log_probs.device)
-        self.agreed += int((slab.log_probs.argmax(dim=1) == best).sum())
+        best = torch.from_numpy(rows["best"].copy()).to(segment.log_probs.device)
+        self.agreed += int((segment.log_probs.argmax(dim=1) == best).sum())
         self.tokens += len(rows)
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Divergence:
 
 
 def write_reference(
-    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = nothing
+    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = no_check
 ) -> Generator[Step, None, Perplexity]:
     """Write what `model`, the original, predicts to `path`, which is there only when it is whole; returns its perplexity.
 
@@ -144,7 +144,7 @@ def write_reference(
 
 
 def divergence(
-    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = nothing
+    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = no_check
 ) -> Generator[Step, None, tuple[Perplexity, Divergence]]:
     """Compare `model` with the original that wrote `path`, over the same windows of the same text.
 

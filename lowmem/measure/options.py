@@ -49,6 +49,6 @@ def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:
     )
     peaks = {memory: max(count, talking.predicted[memory]) for memory, count in scoring.predicted.items()}
     memory = scoring.main.memory
-    slab_bytes = min(LOGITS_BYTES, 4 * window * plan.spec.vocab)
-    peaks[memory] = max(talking.main.peak, scoring.main.peak + LOGITS_COPIES * slab_bytes)
+    segment_bytes = min(LOGITS_BYTES, 4 * window * plan.spec.vocab)
+    peaks[memory] = max(talking.main.peak, scoring.main.peak + LOGITS_COPIES * segment_bytes)
     return peaks

@@ -11,8 +11,8 @@ from torch import nn
 
 from lowmem.errors import CorruptModel
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import nothing
-from lowmem.measure.scoring import Slab, score
+from lowmem.generate.decoding import no_check
+from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
 
 
@@ -23,18 +23,18 @@ class Perplexity:
     nll: float = 0.0
     tokens: int = 0
 
-    def add(self, slab: Slab) -> None:
+    def add(self, segment: Segment) -> None:
         """
         Raises:
             CorruptModel: a probability is not a number.
         """
-        chosen = slab.log_probs.gather(1, slab.targets[:, None])
+        chosen = segment.log_probs.gather(1, segment.targets[:, None])
         self.nll -= chosen.sum(dtype=torch.float64).item()
-        self.tokens += len(slab.targets)
+        self.tokens += len(segment.targets)
         if math.isnan(self.nll):
             raise CorruptModel(
-                f"The model produced numbers that are not numbers within the first {self.tokens:,} tokens of the text.",
-                "Choose another precision, for example fp32; if that does not help, its weights are damaged.",
+                f"The model produced NaN logits within the first {self.tokens:,} tokens of the text.",
+                "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
             )
 
     @property
@@ -45,7 +45,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module, passage: Passage, *, cancel: CancelToken, check: Callable[[], None] = nothing
+    model: nn.Module, passage: Passage, *, cancel: CancelToken, check: Callable[[], None] = no_check
 ) -> Generator[Step, None, Perplexity]:
     """Measure `model` on `passage`; the generator's return value is the `Perplexity`.
 

@@ -1,4 +1,4 @@
-"""A model's log-probabilities over a passage, window by window, a slab of tokens at a time.
+"""A model's log-probabilities over a passage, window by window, a segment of tokens at a time.
 
 The decoder runs once over a window; its output head, whose logits are the largest tensor there is,
 runs over a few tokens at a time. It stays the model's own `forward` that does so, with whatever the
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import _stoppable, nothing
+from lowmem.generate.decoding import cancellable, no_check
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 from lowmem.measure.windows import Passage, Window
 
 
 @dataclass(frozen=True, slots=True)
-class Slab:
+class Segment:
     """Consecutive scored tokens: `targets` [rows], and the log-probabilities before each, fp32 [rows, vocab]."""
 
     log_probs: Tensor
@@ -34,7 +34,7 @@ class Slab:
 class Consumer(Protocol):
     """Takes slabs in the order of the text and must not change them."""
 
-    def add(self, slab: Slab) -> None: ...
+    def add(self, segment: Segment) -> None: ...
 
 
 @torch.inference_mode()
@@ -44,19 +44,19 @@ def score(
     consumers: Sequence[Consumer],
     *,
     cancel: CancelToken,
-    check: Callable[[], None] = nothing,
-    slab_bytes: int = LOGITS_BYTES,
+    check: Callable[[], None] = no_check,
+    segment_bytes: int = LOGITS_BYTES,
 ) -> Iterator[Step]:
     """Give every scored token of `passage` to each of `consumers`.
 
     Args:
         cancel: looked at within the forward pass too.
         check: called before every window, may raise.
-        slab_bytes: the most bytes of fp32 logits at a time.
+        segment_bytes: the most bytes of fp32 logits at a time.
     """
     yield Step(0, len(passage.ids), "Scoring the text", "tokens")
-    rows = max(1, slab_bytes // (4 * _vocabulary(model)))
-    with _stoppable(list(model.modules()), cancel):
+    rows = max(1, segment_bytes // (4 * _vocabulary(model)))
+    with cancellable(list(model.modules()), cancel):
         for window in passage.windows():
             check()
             # Logits, codes and activations of different sizes leave holes, in which the next do not fit.
@@ -64,9 +64,9 @@ def score(
             targets = torch.tensor(passage.ids[window.first : window.end], device=_device(model))
             for log_probs in _log_probs(model, passage, window, rows):
                 count = log_probs.shape[0]
-                slab, targets = Slab(log_probs, targets[:count]), targets[count:]
+                segment, targets = Segment(log_probs, targets[:count]), targets[count:]
                 for consumer in consumers:
-                    consumer.add(slab)
+                    consumer.add(segment)
             yield Step(window.end, len(passage.ids), "Scoring the text", "tokens")
 
 

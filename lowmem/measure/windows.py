@@ -61,7 +61,7 @@ class Passage:
     def __post_init__(self) -> None:
         if not 1 <= self.stride < self.window:
             raise BadInput(
-                f"A stride of {self.stride:,} does not go with a window of {self.window:,} tokens.",
+                f"A stride of {self.stride:,} does not work with windows of {self.window:,} tokens.",
                 f"Use a stride from 1 to {max(1, self.window - 1):,}.",
             )
         if len(self.prefix) >= self.window:
@@ -88,9 +88,9 @@ def passage(tokenizer: Any, text: str, *, tokens: int, window: int, stride: int)
     """The first `tokens` tokens of `text`; windows begin with what the tokenizer puts before every text."""
     text = text[: CHARACTERS_PER_TOKEN * tokens]
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
-    return Passage(ids, window, stride, _prefix(tokenizer))
+    return Passage(ids, window, stride, text_prefix(tokenizer))
 
 
-def _prefix(tokenizer: Any) -> tuple[int, ...]:
+def text_prefix(tokenizer: Any) -> tuple[int, ...]:
     first: Sequence[int] = tokenizer("a")["input_ids"][:1]
     return tuple(first) if first and first[0] == tokenizer.bos_token_id else ()
