@@ -63,7 +63,7 @@ from lowmem.generate.decoding import decode, Tokens
 session = lowmem.Session()
 hardware = session.hardware()
 goal = lowmem.Goal(context=1024, precision=sys.argv[1], backend="torch")
-list(session.load(lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.limits_from(hardware), goal)))
+list(session.load(lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.MemoryBudget.detect(hardware), goal)))
 model = session._resident()[0].model
 options = lowmem.GenerateOptions(greedy=True, max_new_tokens=NEW + 1, prefill_chunk=512)
 def run(ids):

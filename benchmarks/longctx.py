@@ -32,8 +32,8 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.hidden import hidden_states
 from lowmem.longctx.reading import Reader
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import limits_from
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.models.source import read_spec
 from lowmem.planning.cache import BLOCK as PACKED_BLOCK
@@ -72,7 +72,7 @@ def resident(precision: str) -> Session:
     session = Session()
     hardware = session.hardware()
     for _ in session.load(
-        plan(read_spec("demo"), hardware, limits_from(hardware), Goal(precision=precision, backend="torch"))
+        plan(read_spec("demo"), hardware, MemoryBudget.detect(hardware), Goal(precision=precision, backend="torch"))
     ):
         pass
     return session

@@ -20,7 +20,7 @@ from benchmarks.common import median, save, table, text_of
 from benchmarks.memory import demo_folder
 from lowmem.events import Receipt
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
@@ -87,7 +87,7 @@ def lowmem_run(precision: str, prompt: str) -> Callable[[], tuple[float, float]]
     session = Session()
     hardware = session.hardware()
     goal = Goal(context=1024, precision=precision)
-    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), goal), force=True):
+    for _ in session.load(plan(read_spec("demo"), hardware, MemoryBudget.detect(hardware), goal), force=True):
         pass
     options = GenerateOptions(max_new_tokens=NEW_TOKENS + 1, greedy=True)
 

@@ -3,7 +3,7 @@
     import lowmem
     session = lowmem.Session()
     hardware = session.hardware()
-    plan = lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.limits_from(hardware))
+    plan = lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.MemoryBudget.detect(hardware))
     for event in session.load(plan): ...
     for event in session.generate("Hello", lowmem.GenerateOptions()): ...
 
@@ -24,14 +24,13 @@ _HOME_OF = {
     "GenerateOptions": "lowmem.generate.options",
     "Goal": "lowmem.planning.goal",
     "Hardware": "lowmem.machine.hardware",
-    "Limits": "lowmem.machine.limits",
     "LowMemError": "lowmem.errors",
+    "MemoryBudget": "lowmem.machine.budget",
     "ModelSpec": "lowmem.models.spec",
     "Plan": "lowmem.planning.plan",
     "Receipt": "lowmem.events",
     "Session": "lowmem.runtime.session",
     "Step": "lowmem.events",
-    "limits_from": "lowmem.machine.limits",
     "plan": "lowmem.planning.planner",
     "probe": "lowmem.machine.hardware",
     "read_spec": "lowmem.models.source",
@@ -43,8 +42,8 @@ if TYPE_CHECKING:
     from lowmem.errors import LowMemError
     from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
     from lowmem.generate.options import GenerateOptions
+    from lowmem.machine.budget import MemoryBudget
     from lowmem.machine.hardware import Hardware, probe
-    from lowmem.machine.limits import Limits, limits_from
     from lowmem.models.source import read_spec
     from lowmem.models.spec import ModelSpec
     from lowmem.planning.goal import Goal

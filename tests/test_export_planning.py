@@ -15,11 +15,11 @@ from lowmem.errors import BadInput, Cancelled, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.export.pipeline import export_model
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.limits import Limits, detected_limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning import exported, planner
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.ladder import fewer_bits, quantized_kv
@@ -54,12 +54,12 @@ def test_writing_keeps_the_budget_too(made_up) -> None:
 def test_what_a_graph_cannot_do_makes_a_plan_for_torch(made_up) -> None:
     best = chosen(made_up())
     for change in ({"window": 512}, {"kv": "int4"}, {"placement": all_at_home(DEMO, "cpu")}):
-        assert priced(best, **change).backend == "torch"
-    assert priced(best, kv="none").backend == "onnx"
+        assert reestimate(best, **change).backend == "torch"
+    assert reestimate(best, kv="none").backend == "onnx"
 
 
 def chosen(hardware, spec=DEMO, **goal) -> Plan:
-    return plan(spec, hardware, detected_limits(hardware), Goal(**goal))
+    return plan(spec, hardware, MemoryBudget.detect(hardware), Goal(**goal))
 
 
 def test_on_a_cpu_the_fastest_backend_that_fits_is_chosen_and_said(made_up) -> None:
@@ -126,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(session: Session, ref: str, **goal) -> list[Step | Receipt]:
     hardware = session.hardware()
-    best = plan(read_spec(ref), hardware, detected_limits(hardware), Goal(context=256, **goal))
+    best = plan(read_spec(ref), hardware, MemoryBudget.detect(hardware), Goal(context=256, **goal))
     return list(session.load(best))
 
 
@@ -234,8 +234,8 @@ def test_torch_takes_over_where_only_torch_can(folder: Path) -> None:
 
 def test_a_graph_is_written_within_the_budget_or_not_at_all(folder: Path) -> None:
     hardware, session = Session().hardware(), Session()
-    best = plan(read_spec(str(folder)), hardware, detected_limits(hardware), Goal(context=256))
-    tight = dataclasses.replace(best, limits=Limits(hardware.process_bytes + 100 * MB))
+    best = plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(context=256))
+    tight = dataclasses.replace(best, budget=MemoryBudget(hardware.process_bytes + 100 * MB))
     receipt = list(session.load(tight))[-1]
     assert session.plan is not None
     assert session.plan.backend == "torch"
@@ -244,7 +244,7 @@ def test_a_graph_is_written_within_the_budget_or_not_at_all(folder: Path) -> Non
 
 def test_stop_while_a_graph_is_written_is_heard_and_leaves_nothing(folder: Path) -> None:
     hardware, session, cancel = Session().hardware(), Session(), CancelToken()
-    best = plan(read_spec(str(folder)), hardware, detected_limits(hardware), Goal(context=256))
+    best = plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(context=256))
     stopped: list[float] = []
 
     def load_until_it_is_half_written() -> None:
@@ -266,7 +266,7 @@ def test_stop_while_a_graph_is_written_is_heard_and_leaves_nothing(folder: Path)
 
 def test_who_wants_a_graph_that_another_is_writing_waits_for_it(folder: Path) -> None:
     hardware, session = Session().hardware(), Session()
-    best = plan(read_spec(str(folder)), hardware, detected_limits(hardware), Goal(context=256))
+    best = plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(context=256))
     cancel = CancelToken()
     writing = onnx_loader.graph_folder(best, folder, cancel)
     next(writing)

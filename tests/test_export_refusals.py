@@ -25,7 +25,7 @@ from lowmem.export import generic, pipeline
 from lowmem.export.graph import WeightFile
 from lowmem.export.pipeline import export_model
 from lowmem.export.run import export_isolated
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
@@ -80,7 +80,7 @@ def loading(folder: Path, damage: Act) -> Act:
     """Load what was planned while the folder was whole, and damaged since."""
     session = Session()
     hardware = session.hardware()
-    best = plan(read_spec(str(folder)), hardware, limits_from(hardware), Goal(context=256))
+    best = plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(context=256))
     damage()
     return lambda: list(session.load(best))
 
@@ -237,7 +237,7 @@ def test_what_only_torch_can_do_is_refused_for_an_exported_folder(made: Path) ->
 
     session = Session()
     hardware = session.hardware()
-    best = plan(read_spec(str(made)), hardware, limits_from(hardware), Goal(context=256))
+    best = plan(read_spec(str(made)), hardware, MemoryBudget.detect(hardware), Goal(context=256))
     assert (best.precision, best.or_torch) == ("int8", False)
     list(session.load(best))
     options = GenerateOptions(max_new_tokens=4, window=32)

@@ -14,8 +14,8 @@ from lowmem.events import CancelToken
 from lowmem.generate.cache.cpu_offload import LayerPrefetcher, OffloadedLayer
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.device import Device
-from lowmem.machine.limits import Limits
 from lowmem.models.catalog import synthetic
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
@@ -66,7 +66,7 @@ def test_a_gpus_cache_in_ram_is_counted_in_ram() -> None:
     gpu = Device("cuda:0", "T4", 15_000_000_000, 15_000_000_000, ("fp16", "fp32"))
     hardware = dataclasses.replace(machine(), gpus=(gpu,))
     spec = synthetic(layers=16, hidden=1024, intermediate=2048, heads=16)
-    limits = Limits(12_000_000_000, 14_000_000_000)
+    limits = MemoryBudget(12_000_000_000, 14_000_000_000)
     here, there = (plan(spec, hardware, limits, Goal(context=4096, precision="fp16", kv=kv)) for kv in ("same", "ram"))
-    assert there.budget("vram").share("kv") == here.budget("vram").share("kv") // 8  # type: ignore[union-attr]
-    assert there.budget("ram").share("kv") == here.budget("vram").share("kv")  # type: ignore[union-attr]
+    assert there.estimate("vram").share("kv") == here.estimate("vram").share("kv") // 8  # type: ignore[union-attr]
+    assert there.estimate("ram").share("kv") == here.estimate("vram").share("kv")  # type: ignore[union-attr]

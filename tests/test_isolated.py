@@ -18,8 +18,8 @@ import pytest
 
 from lowmem.errors import BadInput, Cancelled, DiskFull, OutOfMemory
 from lowmem.events import CancelToken, Step
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import Limits
 from lowmem.machine.monitor import PeakMeter
 from lowmem.units import MB
 
@@ -187,7 +187,7 @@ def test_the_peak_is_the_childs_own_whatever_meters_run_within():
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's high-water mark")
 def test_the_limit_ends_a_job_that_holds_more():
     with pytest.raises(OutOfMemory, match="more than the budget of 120 MB"):
-        list(run_isolated(f"{__name__}:filling", {"megabytes": 200}, limits=Limits(ram=120 * MB)))
+        list(run_isolated(f"{__name__}:filling", {"megabytes": 200}, budget=MemoryBudget(ram=120 * MB)))
 
 
 def test_what_json_cannot_carry_is_refused_before_anything_starts():

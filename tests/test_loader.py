@@ -13,15 +13,15 @@ from conftest import machine
 from lowmem.errors import BadInput, Cancelled, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken
 from lowmem.kernels.int8_linear import Int8Embedding, Int8Linear
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
-from lowmem.planning.estimate import loading_peak, weight_bytes
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import loading_peak, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.runtime.loader import Loaded, _inputs, load
 
-LIMITS = Limits(ram=4_000_000_000)
+LIMITS = MemoryBudget(ram=4_000_000_000)
 
 
 def planned(folder: Path, precision: str) -> Plan:

@@ -12,11 +12,11 @@ from lowmem.generate.cache import policy
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import context_of
 from lowmem.longctx.pricing import sliding_plan
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.budgets import priced
 from lowmem.planning.cache import kv_bytes
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 
@@ -51,20 +51,20 @@ def test_packed_caches_cost_what_their_layers_hold(kv: str, spec: ModelSpec) -> 
 
 def test_plans_with_a_window_do_not_grow_with_the_text(spec: ModelSpec) -> None:
     hardware = machine()
-    first = plan(spec, hardware, limits_from(hardware), Goal(precision="fp32"))
-    peaks = [priced(first, context=context, window=64, sinks=4).main.peak for context in (10_000, 10_000_000)]
-    assert peaks[0] == peaks[1] < priced(first, context=10_000).main.peak
+    first = plan(spec, hardware, MemoryBudget.detect(hardware), Goal(precision="fp32"))
+    peaks = [reestimate(first, context=context, window=64, sinks=4).main.peak for context in (10_000, 10_000_000)]
+    assert peaks[0] == peaks[1] < reestimate(first, context=10_000).main.peak
     assert context_of(512, GREEDY) == 512
     assert context_of(512, GenerateOptions(window=64)) > 10**9
 
 
 def test_windows_share_a_pass_where_memory_allows(spec: ModelSpec) -> None:
     hardware = machine()
-    roomy = plan(spec, hardware, limits_from(hardware), Goal(precision="fp32", backend="torch"))
+    roomy = plan(spec, hardware, MemoryBudget.detect(hardware), Goal(precision="fp32", backend="torch"))
     shared, alone = sliding_plan(roomy, 64, 5000), sliding_plan(roomy, 64, 64)
     assert (shared.context, alone.context) == (512, 64)
     between = (shared.main.peak + alone.main.peak) // 2
-    limits = limits_from(hardware, between)
+    limits = MemoryBudget(between).bounded(hardware)
     tight = sliding_plan(plan(spec, hardware, limits, Goal(precision="fp32", backend="torch")), 64, 5000)
     assert (tight.context, tight.verdict) != (512, "over")
     assert tight.context == 64

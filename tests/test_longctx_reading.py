@@ -15,7 +15,7 @@ from lowmem.events import CancelToken
 from lowmem.longctx import actions
 from lowmem.longctx.needle import Recall, recall
 from lowmem.longctx.reading import Reader, stored_bytes
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
@@ -83,7 +83,7 @@ def test_the_demo_model_recalls_what_is_in_its_window_and_nothing_beyond() -> No
     session = Session()
     hardware = session.hardware()
     goal = Goal(precision="int8", backend="torch")
-    for _ in session.load(plan(read_spec("demo"), hardware, limits_from(hardware), goal)):
+    for _ in session.load(plan(read_spec("demo"), hardware, MemoryBudget.detect(hardware), goal)):
         pass
     options = replace(GREEDY, window=512, cache_type="int8")
     *_, receipt = actions.recall(session, tail().text, options, distances=(256, 1024))

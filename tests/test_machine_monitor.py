@@ -14,6 +14,7 @@ import pytest
 
 from lowmem.errors import OutOfMemory
 from lowmem.machine import gpu, monitor
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import PeakMeter, release_memory, snapshot
 from lowmem.units import MB
@@ -106,7 +107,7 @@ def fill(held: list[mmap.mmap], meter: PeakMeter) -> None:
 @pytest.mark.usefixtures("source")
 def test_a_limit_stops_the_loop_that_checks() -> None:
     held: list[mmap.mmap] = []
-    with PeakMeter({"ram": process_bytes() + 40 * MB}) as meter:
+    with PeakMeter(MemoryBudget(ram=process_bytes() + 40 * MB)) as meter:
         meter.check()
         with pytest.raises(OutOfMemory, match="more than the budget of") as caught:
             fill(held, meter)
@@ -116,7 +117,7 @@ def test_a_limit_stops_the_loop_that_checks() -> None:
 
 
 def test_the_sampler_remembers_a_limit_passed_between_two_checks() -> None:
-    with PeakMeter({"ram": process_bytes() + 40 * MB}) as meter:
+    with PeakMeter(MemoryBudget(ram=process_bytes() + 40 * MB)) as meter:
         spike(100 * MB, "sampled")
         with pytest.raises(OutOfMemory, match="RAM"):
             meter.check()
@@ -127,13 +128,13 @@ def test_no_thread_without_need(source: str) -> None:
         pytest.skip("samples need a thread")
     with PeakMeter():
         assert not [thread for thread in threading.enumerate() if thread.name == "lowmem-peak-meter"]
-    with PeakMeter({"ram": 10**15}):
+    with PeakMeter(MemoryBudget(ram=10**15)):
         assert [thread for thread in threading.enumerate() if thread.name == "lowmem-peak-meter"]
     assert not [thread for thread in threading.enumerate() if thread.name == "lowmem-peak-meter"]
 
 
 def test_an_error_closes_the_meter() -> None:
-    with pytest.raises(ValueError, match="inside"), PeakMeter({"ram": 10**15}):
+    with pytest.raises(ValueError, match="inside"), PeakMeter(MemoryBudget(ram=10**15)):
         raise ValueError("inside")
     assert monitor._open == []
 
@@ -172,7 +173,7 @@ def test_vram_peaks_nest_and_are_enforced(monkeypatch: pytest.MonkeyPatch) -> No
     with PeakMeter() as outer:
         cuda.allocate(400 * MB)
         cuda.allocate(-300 * MB)
-        with PeakMeter({"vram": 600 * MB}) as inner:
+        with PeakMeter(MemoryBudget(vram=600 * MB)) as inner:
             cuda.allocate(100 * MB)
             inner.check()
             assert inner.peak["vram"] == 300 * MB

@@ -295,15 +295,15 @@ def test_calibrated_methods_on_their_own_calibration_text_are_marked(folder, job
 def test_the_quantizing_job_hands_over_what_the_variant_says(folder, monkeypatch, tmp_path):
     calls = []
 
-    def quantize_model(source, out, method, options, calibration, *, device, ram_limit, cancel):
-        calls.append((source, out, method.name, options.bits, options.group_size, calibration.text, ram_limit))
+    def quantize_model(source, out, method, options, calibration, *, device, budget, cancel):
+        calls.append((source, out, method.name, options.bits, options.group_size, calibration.text, budget.ram))
         yield Step(1, 4, "Block 1 of 4")
         yield Receipt("quantize", "toy", "gptq", device, 1.0)
 
     pipeline = ModuleType("pipeline")
     pipeline.quantize_model = quantize_model
     monkeypatch.setitem(sys.modules, "lowmem.quant.pipeline", pipeline)
-    steps = list(job.quantize(folder, str(tmp_path / "out"), "gptq", {"bits": 3, "group_size": 32}, {}, ram=10**9))
+    steps = list(job.quantize(folder, str(tmp_path / "out"), "gptq", {"bits": 3, "group_size": 32}, {}, {"ram": 10**9}))
     assert steps == [Step(25, 100, "Block 1 of 4", "%")]
     assert calls == [(Path(folder), tmp_path / "out", "gptq", 3, 32, "manual", 10**9)]
 

@@ -18,8 +18,8 @@ from lowmem.errors import DiskFull
 from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.direct_io import Shard
-from lowmem.machine.limits import Limits
 from lowmem.models.catalog import synthetic
 from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.models.source import read_spec
@@ -109,7 +109,9 @@ def test_a_prediction_names_what_it_waits_for(disk: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp32", vocab=1000)
     block = sum(tensor.nbytes for tensor in spec.tensors if ".layers.0." in tensor.name)
-    slow_disk = placed(plan(spec, machine(), Limits(10**10), Goal(precision="fp32")), Placement(("disk",) * 4), False)
+    slow_disk = placed(
+        plan(spec, machine(), MemoryBudget(10**10), Goal(precision="fp32")), Placement(("disk",) * 4), False
+    )
     figures = {"ram 256 inputs 2 threads": 1e10, "blocks cpu 2 threads": 1e6, f"disk {disk.stat().st_dev}": 1e6}
     speed = predict(slow_disk, disk, None)
     assert speed.bound_by == "the disk"
@@ -128,7 +130,7 @@ def test_a_gpu_waits_for_bus_disk_or_its_own_memory(disk: Path, monkeypatch: pyt
     monkeypatch.setattr(bandwidth, "_figures", lambda: figures)
     monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp16", vocab=1000)
-    base = plan(spec, machine(vram_gb=4), Limits(10**10, 4 * 10**9), Goal(precision="fp16"))
+    base = plan(spec, machine(vram_gb=4), MemoryBudget(10**10, 4 * 10**9), Goal(precision="fp16"))
     for places, bound in ((("gpu",) * 4, "the computation"), (("ram",) * 4, "the bus")):
         assert predict(placed(base, Placement(places)), disk, None).bound_by == bound
     figures = figures | {f"disk {disk.stat().st_dev}": 1e8}

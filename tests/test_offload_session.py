@@ -19,7 +19,7 @@ from lowmem.errors import BadInput, CorruptModel, DoesNotFit
 from lowmem.events import Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.run import Where, plan_for, run
@@ -150,7 +150,7 @@ def test_a_file_cut_short_ends_the_answer_and_the_session_goes_on(session: Sessi
 
 
 def big(made: Plan, ram: int) -> Plan:
-    return dataclasses.replace(made, limits=Limits(ram))
+    return dataclasses.replace(made, budget=MemoryBudget(ram))
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def seven_billion(session: Session) -> Plan:
     from lowmem.planning.planner import plan
 
     spec = synthetic(layers=32, hidden=4096, intermediate=11008, heads=32, dtype="fp16", vocab=32_000)
-    return plan(spec, session.hardware(), Limits(3_000_000_000), Goal(context=64, precision="fp32"))
+    return plan(spec, session.hardware(), MemoryBudget(3_000_000_000), Goal(context=64, precision="fp32"))
 
 
 def test_as_many_blocks_stay_as_the_budget_holds(seven_billion: Plan) -> None:

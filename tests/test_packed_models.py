@@ -23,20 +23,20 @@ from lowmem.kernels.int8_linear import Int8Embedding
 from lowmem.kernels.layouts import int8_bytes, packed_bytes
 from lowmem.kernels.nbits_linear import NBitsLinear
 from lowmem.kernels.packed_linear import PackedLinear
-from lowmem.machine.limits import Limits, limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.fetch import fetch
 from lowmem.models.quantization import Quantization
 from lowmem.models.source import read_spec
-from lowmem.planning.estimate import loading_peak, weight_bytes
 from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import other_memory, smaller_model
+from lowmem.planning.model_bytes import loading_peak, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import available, candidates
 from lowmem.runtime import loader
 from lowmem.runtime.session import Session
 
-LIMITS = Limits(ram=4_000_000_000)
+LIMITS = MemoryBudget(ram=4_000_000_000)
 IDS = torch.tensor([toys.prompt(40, seed=3)])
 
 RECIPES = [
@@ -177,7 +177,7 @@ def test_a_session_loads_one_and_answers(tmp_path: Path) -> None:
     packed_toys.save("llama", tmp_path, Recipe(group=32))
     session = Session()
     hardware = session.hardware()
-    chosen = plan(read_spec(str(tmp_path)), hardware, limits_from(hardware), Goal(context=256))
+    chosen = plan(read_spec(str(tmp_path)), hardware, MemoryBudget.detect(hardware), Goal(context=256))
     assert chosen.precision == "stored"
     assert "GPTQ, 4 bits" in chosen.reason
     receipt = list(session.load(chosen))[-1]
@@ -256,7 +256,9 @@ def test_a_quantized_checkpoint_runs_as_stored_and_in_no_other_way(tmp_path: Pat
 
 def test_the_ladder_keeps_to_what_is_stored(tmp_path: Path) -> None:
     packed_toys.save("llama", tmp_path, Recipe())
-    on_gpu = plan(read_spec(str(tmp_path)), machine(vram_gb=15), Limits(LIMITS.ram, LIMITS.ram), Goal(context=256))
+    on_gpu = plan(
+        read_spec(str(tmp_path)), machine(vram_gb=15), MemoryBudget(LIMITS.ram, LIMITS.ram), Goal(context=256)
+    )
     assert on_gpu.precision == "stored"
     moved = other_memory(on_gpu)
     assert (moved.precision, moved.device) == ("stored", "cpu")

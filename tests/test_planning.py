@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from lowmem.errors import BadInput
-from lowmem.machine.limits import detected_limits, limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.catalog import CATALOG, find, synthetic
 from lowmem.planning import exported
-from lowmem.planning.budgets import priced
 from lowmem.planning.cache import kv_bytes
-from lowmem.planning.estimate import weight_bytes
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import LADDER, descend, next_rung, remedies
+from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import available, candidates
@@ -25,7 +25,7 @@ LLAMA7B = find("meta-llama/Llama-2-7b-hf").spec()
 
 
 def chosen(hardware, spec=None, **goal) -> Plan:
-    return plan(spec, hardware, detected_limits(hardware), Goal(**goal))
+    return plan(spec, hardware, MemoryBudget.detect(hardware), Goal(**goal))
 
 
 # --- estimates -------------------------------------------------------------------------------
@@ -81,11 +81,11 @@ def test_sliding_layers_stop_growing():
 @pytest.mark.parametrize("change", [{"context": 8192}, {"batch": 4}, {"precision": "fp32"}, {"prefill_chunk": 1024}])
 def test_more_of_anything_costs_more(made_up, change):
     base = chosen(made_up(ram_gb=64), DEMO, precision="bf16", context=4096, batch=2)
-    assert priced(base, **change).main.peak > base.main.peak
+    assert reestimate(base, **change).main.peak > base.main.peak
 
 
 def test_every_line_of_a_budget_is_explained(made_up):
-    for budget in chosen(made_up(vram_gb=8), LLAMA7B).budgets:
+    for budget in chosen(made_up(vram_gb=8), LLAMA7B).estimates:
         assert all(line.why.endswith(".") and line.count >= 0 for line in budget.lines)
         assert budget.peak == sum(line.count for line in budget.lines)
 
@@ -148,7 +148,7 @@ def test_nothing_fits_is_said_with_the_smallest_plan(made_up):
 
 def test_what_fits_with_less_context_is_not_said_not_to_fit(made_up):
     hardware = made_up(ram_gb=2, process_mb=50)
-    found = [plan(None, hardware, limits_from(hardware, megabytes * MB)) for megabytes in range(400, 900, 10)]
+    found = [plan(None, hardware, MemoryBudget(megabytes * MB).bounded(hardware)) for megabytes in range(400, 900, 10)]
     shortened = [best for best in found if best.verdict != "over" and "shortened" in best.reason]
     assert shortened
     assert not [best for best in shortened if "Nothing fits" in best.reason]
@@ -210,18 +210,18 @@ def test_refused_precisions_say_why(made_up):
 
 def test_limits_leave_a_reserve_and_can_only_be_lowered(made_up):
     machine = made_up(vram_gb=15, ram_gb=12.7)
-    detected = detected_limits(machine)
+    detected = MemoryBudget.detect(machine)
     assert 0.9 * 15 * GB < detected.vram < 15 * GB
-    assert limits_from(machine, vram=4 * GB).vram == 4 * GB
-    assert limits_from(machine, vram=400 * GB) == detected
+    assert MemoryBudget(vram=4 * GB).bounded(machine).vram == 4 * GB
+    assert MemoryBudget(vram=400 * GB).bounded(machine) == detected
     with pytest.raises(BadInput, match="100 MB"):
-        limits_from(machine, ram=5 * MB)
+        MemoryBudget.parse("5M")
 
 
 def test_what_the_process_holds_already_is_ours_to_use(made_up):
     """The resident model makes room for the next one, so it must not count as taken."""
     idle, loaded = made_up(process_mb=100), made_up(process_mb=4000)
-    assert detected_limits(loaded).ram == detected_limits(idle).ram
+    assert MemoryBudget.detect(loaded).ram == MemoryBudget.detect(idle).ram
 
 
 # --- the ladder ------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_what_the_process_holds_already_is_ours_to_use(made_up):
 
 def test_rungs_come_in_order_and_each_saves_memory(made_up):
     machine = made_up(vram_gb=15)
-    current = priced(chosen(machine, LLAMA7B, precision="fp16", context=4096), batch=1)
+    current = reestimate(chosen(machine, LLAMA7B, precision="fp16", context=4096), batch=1)
     seen = []
     while (lower := next_rung(current)) is not None and len(seen) < 40:
         seen.append(lower.reason)

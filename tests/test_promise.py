@@ -95,7 +95,7 @@ def test_unloading_returns_at_least_95_percent_of_what_loading_took(demo):
         "for precision in ('fp32', 'bf16', 'int8'):\n"
         "    hardware = session.hardware()\n"
         "    goal = lowmem.Goal(context=512, precision=precision)\n"
-        "    plan = lowmem.plan(lowmem.read_spec('demo'), hardware, lowmem.limits_from(hardware), goal)\n"
+        "    plan = lowmem.plan(lowmem.read_spec('demo'), hardware, lowmem.MemoryBudget.detect(hardware), goal)\n"
         "    list(session.load(plan))\n"
         "    list(session.generate('Hello', lowmem.GenerateOptions(max_new_tokens=8)))\n"
         "    shares[precision] = session.unload().details['returned_share']\n"

@@ -18,10 +18,10 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
 from lowmem.kernels import packed_linear
 from lowmem.kernels.packed_linear import PackedLinear
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
-from lowmem.planning.estimate import weight_bytes
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import storage_refusal
 from lowmem.quant import get
@@ -62,7 +62,7 @@ def quantize(folder: Path, out: Path, case: tuple[str, dict[str, Any]]) -> Recei
 
 def loaded(folder: Path, precision: str = "auto") -> Any:
     hardware = machine()
-    made = plan(read_spec(str(folder)), hardware, limits_from(hardware), Goal(context=128, precision=precision))
+    made = plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(context=128, precision=precision))
     steps = load(made, folder, CancelToken())
     while True:
         try:

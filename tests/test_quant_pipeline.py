@@ -19,6 +19,7 @@ from lowmem.errors import BadInput, Cancelled, CorruptModel, DiskFull, DoesNotFi
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
 from lowmem.kernels.packing import from_awq, from_gptq
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.quant import METHODS, get, job, shards
@@ -42,7 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def events(folder: Path, out: Path, method: str = "rtn", **given: Any) -> Iterator[Step | Receipt]:
-    keywords = {name: given.pop(name) for name in ("cancel", "ram_limit", "device") if name in given}
+    keywords = {name: given.pop(name) for name in ("cancel", "budget", "device") if name in given}
     calibration = given.pop("calibration", FEW)
     chosen = get(method)
     options = build(chosen.Options, {"group_size": 32} | given)
@@ -336,7 +337,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(saved: Path, tmp_path: Path, mo
 
 def test_a_budget_below_the_prediction_is_refused(saved: Path, tmp_path: Path) -> None:
     refused(DoesNotFit, "is predicted to take .* the budget is 10.0 MB", saved / "llama", tmp_path / "out",
-            method="gptq", ram_limit=10_000_000)  # fmt: skip
+            method="gptq", budget=MemoryBudget(ram=10_000_000))  # fmt: skip
 
 
 def test_an_output_that_is_there_is_refused(saved: Path, tmp_path: Path) -> None:

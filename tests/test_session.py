@@ -15,9 +15,9 @@ import toys
 from lowmem.errors import BadInput, Cancelled, CorruptModel, DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.limits import Limits, limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
@@ -43,7 +43,10 @@ def session(folder: Path) -> Session:
 def planned(session: Session, folder: Path, **goal: object) -> Plan:
     hardware = session.hardware()
     return plan(
-        read_spec(str(folder)), hardware, limits_from(hardware), Goal(**{"context": 256, "precision": "fp32", **goal})
+        read_spec(str(folder)),
+        hardware,
+        MemoryBudget.detect(hardware),
+        Goal(**{"context": 256, "precision": "fp32", **goal}),
     )
 
 
@@ -107,7 +110,7 @@ def test_an_answer_beyond_the_context_is_shortened_with_a_note(session):
 def test_a_plan_over_its_budget_is_refused_unless_forced(folder):
     session = Session()
     over = planned(session, folder)
-    tiny = priced(over, limits=Limits(ram=100 * MB))
+    tiny = reestimate(over, budget=MemoryBudget(ram=100 * MB))
     assert tiny.verdict == "over"
     with pytest.raises(DoesNotFit, match="more than the budget of 100 MB"):
         list(session.load(tiny))
@@ -128,7 +131,7 @@ def test_the_budget_is_enforced_while_running(folder, monkeypatch):
 
     assert session._loaded is not None
     assert session._plan is not None
-    session._plan = replace(session._plan, limits=Limits(ram=limit))
+    session._plan = replace(session._plan, budget=MemoryBudget(ram=limit))
     monkeypatch.setattr(Session, "price", lambda self, *_, **__: self._plan)
     session._loaded.model.register_forward_pre_hook(hungry)
     events = list(session.generate("Hello", replace(GREEDY, max_new_tokens=100)))

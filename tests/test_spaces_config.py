@@ -215,7 +215,7 @@ from lowmem.runtime.zerogpu import predicted_seconds
 from dataclasses import replace
 hardware = replace(lowmem.probe(), gpus=(ZEROGPU,))
 for ref in ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
-    plan = lowmem.plan(find(ref).spec(), hardware, lowmem.limits_from(hardware), lowmem.Goal(device="cuda:0"))
+    plan = lowmem.plan(find(ref).spec(), hardware, lowmem.MemoryBudget.detect(hardware), lowmem.Goal(device="cuda:0"))
     for tokens in (64, 1024, 100000):
         print(predicted_seconds(plan, "Hello", lowmem.GenerateOptions(max_new_tokens=tokens)))
 """

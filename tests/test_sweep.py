@@ -22,15 +22,15 @@ from lowmem.__main__ import main
 from lowmem.datasets.texts import tail
 from lowmem.errors import BadInput, Cancelled, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
 from lowmem.machine.isolated import Finished
-from lowmem.machine.limits import Limits
 from lowmem.measure import compare as compare_module
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
-from lowmem.planning.estimate import weight_bytes
+from lowmem.planning.model_bytes import weight_bytes
 from lowmem.quant import METHODS, get
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.pipeline import quantize_model
@@ -393,7 +393,7 @@ def test_the_forecast_knows_the_checkpoint_that_will_be_made(folder, tmp_path, n
 
 
 def test_peaks_of_every_method_are_known_beforehand(folder):
-    hardware, limits = probe(), Limits(4 * GB)
+    hardware, limits = probe(), MemoryBudget(4 * GB)
     usual = {"int8_dynamic": "int8_dynamic:8:-1", "bnb": "bnb:4:64"}
     for method in METHODS:
         found = peaks(
@@ -405,8 +405,8 @@ def test_peaks_of_every_method_are_known_beforehand(folder):
 
 
 def test_a_pool_gives_a_cell_without_a_forecast_the_whole_budget(folder):
-    pool = LocalPool(Limits(2 * GB), 4, 1, CancelToken())
+    pool = LocalPool(MemoryBudget(2 * GB), 4, 1, CancelToken())
     cell = grid_of(folder).cells()[0]
     task = Task(cell, read_spec(folder), Path(folder), MeasureOptions(), None)
-    assert pool._allotment(task) == Limits(2 * GB)
-    assert pool._allotment(replace(task, peaks={"ram": 800 * MB})) == Limits(900 * MB)
+    assert pool._allotment(task) == MemoryBudget(2 * GB)
+    assert pool._allotment(replace(task, peaks={"ram": 800 * MB})) == MemoryBudget(900 * MB)

@@ -16,7 +16,7 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.exercise import Point
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
@@ -40,7 +40,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = save_toy("llama", tmp_path_factory.mktemp("toy"))
     session = Session()
     hardware = session.hardware()
-    for _ in session.load(plan(read_spec(str(folder)), hardware, limits_from(hardware), Goal(precision="fp32"))):
+    for _ in session.load(
+        plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(precision="fp32"))
+    ):
         pass
     return Engine(lambda: session)
 

@@ -16,6 +16,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.rows import Row
 from lowmem.plots.weights import by_block, losses
 from lowmem.quant import METHODS, get
@@ -134,11 +135,11 @@ def test_bad_input_gets_a_sentence(client: Client, call: tuple[Any, ...], senten
 
 
 def test_what_needs_more_than_the_budget_is_said_with_the_number(workshop: StubWorkshop) -> None:
-    big = Ask("Qwen/Qwen2.5-7B-Instruct", "gptq", budgets={"ram": "2G"})
+    big = Ask("Qwen/Qwen2.5-7B-Instruct", "gptq", budget=MemoryBudget.parse("2G"))
     expected = workshop.forecast(big)
     assert expected.verdict == "over"
     assert "more than the" in expected.sentence()
-    small = workshop.forecast(Ask("Qwen/Qwen2.5-7B-Instruct", "rtn", budgets={"ram": "4G"}))
+    small = workshop.forecast(Ask("Qwen/Qwen2.5-7B-Instruct", "rtn", budget=MemoryBudget.parse("4G")))
     assert small.verdict == "fits"
     assert 3.5 * GB < small.estimate.output_bytes < 6 * GB
 

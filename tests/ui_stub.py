@@ -77,10 +77,10 @@ class StubSession:
         return receipt
 
     def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
-        from lowmem.planning.budgets import priced
+        from lowmem.planning.estimate import reestimate
 
         assert self.plan is not None
-        return priced(
+        return reestimate(
             self.plan,
             context=prompt_tokens + options.max_new_tokens,
             kv=options.cache_type if options.use_cache else "none",

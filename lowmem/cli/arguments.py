@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lowmem.errors import BadInput
 from lowmem.fields import build
+from lowmem.machine.budget import MemoryBudget
 from lowmem.units import parse_bytes
 
 Options = TypeVar("Options")
@@ -50,6 +51,15 @@ def add_budget(parser: argparse.ArgumentParser, vram: bool = True) -> None:
     parser.add_argument("--ram", metavar="SIZE", type=size, help="RAM budget, e.g. 4G")
     if vram:
         parser.add_argument("--vram", metavar="SIZE", type=size, help="GPU memory budget, e.g. 6G")
+
+
+def budget(args: argparse.Namespace) -> MemoryBudget:
+    """The memory budget from flags added by `add_budget`.
+
+    Raises:
+        BadInput: below 100 MB.
+    """
+    return MemoryBudget.parse(args.ram, getattr(args, "vram", None))
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

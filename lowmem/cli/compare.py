@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_options, check_parent, options
+from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_options, budget, check_parent, options
 from lowmem.cli.console import finish, follow
 from lowmem.datasets.texts import MANUAL, NAMES
 from lowmem.errors import BadInput
 from lowmem.events import Receipt
 from lowmem.machine.baseline import measure_runtime_bytes
-from lowmem.machine.hardware import probe
-from lowmem.machine.limits import limits_from
 from lowmem.measure.compare import compare
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
@@ -86,16 +84,15 @@ def _compare(args: argparse.Namespace) -> Any:
     if not args.model:
         raise BadInput("No model to compare.", "Name one, such as demo, or a grid with --grid grid.yaml.")
     variants, chosen = parse_variants(args.variants), options(args, MeasureOptions)
-    limits = None if args.ram is None and args.vram is None else limits_from(probe(), args.ram, args.vram)
     measure_runtime_bytes()
-    return compare(args.model, variants, args.text, reference=args.reference, options=chosen, limits=limits)
+    return compare(args.model, variants, args.text, reference=args.reference, options=chosen, budget=budget(args))
 
 
 def _sweep(args: argparse.Namespace) -> Any:
     if args.model:
         raise BadInput(f"The grid names its models, so {args.model[:40]} is one too many.", "Remove it.")
     grid = read_grid(args.grid)
-    grid = replace(grid, ram=args.ram or grid.ram, vram=args.vram or grid.vram)
+    grid = replace(grid, budget=replace(grid.budget, **budget(args).as_dict()))
     measure_runtime_bytes()
     return sweep(grid, args.out, workers=args.workers, ray=args.ray)
 

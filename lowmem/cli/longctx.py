@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lowmem.cli.arguments import MODEL_HELP, add_budget, add_force, add_json, report_rename
+from lowmem.cli.arguments import MODEL_HELP, add_budget, add_force, add_json, budget, report_rename
 from lowmem.cli.console import finish, follow
 from lowmem.cli.plan import add_device
 from lowmem.datasets.long_text import long_text
@@ -21,7 +21,6 @@ from lowmem.longctx import actions
 from lowmem.longctx.curve import Span
 from lowmem.longctx.exercise import Point, exercise
 from lowmem.longctx.options import ExerciseOptions
-from lowmem.machine.limits import limits_from
 from lowmem.measure.rows import write_atomically
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -100,10 +99,10 @@ def _stream(args: argparse.Namespace) -> int:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
-    session, limits = _load(args), {"tokens": args.tokens, "force": args.force}
+    session, settings = _load(args), {"tokens": args.tokens, "force": args.force}
     if args.stride is not None or (args.sinks is None and args.kv_bits is None):
-        return _finish(args, actions.sliding_perplexity(session, _text(args), *_window(args), **limits))
-    return _finish(args, actions.reading_perplexity(session, _text(args), _cache_options(args), **limits))
+        return _finish(args, actions.sliding_perplexity(session, _text(args), *_window(args), **settings))
+    return _finish(args, actions.reading_perplexity(session, _text(args), _cache_options(args), **settings))
 
 
 def _hidden(args: argparse.Namespace) -> int:
@@ -113,9 +112,11 @@ def _hidden(args: argparse.Namespace) -> int:
         layers = [int(layer) for layer in args.layers.split(",")]
     except ValueError:
         raise BadInput(f"{args.layers!r} is not a list of layers.", "Write it like 0,6,-1.") from None
-    limits = {"tokens": args.tokens, "force": args.force}
+    settings = {"tokens": args.tokens, "force": args.force}
     session = _load(args)
-    return _finish(args, actions.hidden_states(session, _text(args), *_window(args), args.out, layers=layers, **limits))
+    return _finish(
+        args, actions.hidden_states(session, _text(args), *_window(args), args.out, layers=layers, **settings)
+    )
 
 
 def _recall(args: argparse.Namespace) -> int:
@@ -134,7 +135,7 @@ def _compare(args: argparse.Namespace) -> int:
         if not args.json:
             print(point.line(), flush=True)
 
-    events = exercise(args.model, _source(args), options, precision=args.precision, ram=args.ram, vram=args.vram)
+    events = exercise(args.model, _source(args), options, precision=args.precision, budget=budget(args))
     receipt = follow(events, show)
     if args.png:
         sheet = picture(points, receipt.model)
@@ -171,7 +172,7 @@ def _load(args: argparse.Namespace) -> Session:
     session = Session()
     hardware = session.hardware()
     goal = Goal(precision=args.precision, device=args.device, backend="torch")
-    plan = make_plan(read_spec(args.model), hardware, limits_from(hardware, args.ram, args.vram), goal)
+    plan = make_plan(read_spec(args.model), hardware, budget(args).bounded(hardware), goal)
     follow(session.load(plan, force=args.force))
     return session
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lowmem.cli.arguments import MODEL_HELP, add_budget, add_force, add_json
+from lowmem.cli.arguments import MODEL_HELP, add_budget, add_force, add_json, budget
 from lowmem.cli.console import finish, follow
 from lowmem.cli.plan import add_device
 from lowmem.errors import BadInput
@@ -60,7 +60,7 @@ def run_command(args: argparse.Namespace) -> int:
         session, largest = Session(), args.batch == "max"
         batch = 1 if largest else _batch(args.batch)
         goal = Goal(context=args.context, batch=batch, precision=args.precision, device=args.device)
-        plan = plan_for(session, args.model, goal, args.ram, args.vram, places, largest)
+        plan = plan_for(session, args.model, goal, budget(args), places, largest)
         if not args.json:
             print(f"{plan.reason} {plan.sentence()}", file=sys.stderr)
         receipt = follow(_events(session, plan, args), None if args.json else _print)
@@ -87,7 +87,7 @@ def _print(event: Chunk | Completion) -> None:
 def _reference(args: argparse.Namespace) -> Iterator[Step | Receipt]:
     arguments = {
         "model": args.model, "method": args.reference, "prompt": args.prompt, "new_tokens": args.max_new_tokens,
-        "ram": args.ram, "vram": args.vram, "context": args.context,
+        "budget": budget(args).as_dict(), "context": args.context,
     }  # fmt: skip
     for event in run_isolated("offload", arguments):
         yield Receipt(**event.value) if isinstance(event, Finished) else event

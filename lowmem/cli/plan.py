@@ -7,9 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
-from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json
+from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, budget
 from lowmem.machine.baseline import measure_runtime_bytes
-from lowmem.machine.limits import limits_from
 from lowmem.models.choices import choices
 from lowmem.models.source import read_spec
 from lowmem.planning.cache import KV_STORAGES
@@ -54,10 +53,10 @@ def plan_from(args: argparse.Namespace, session: Session, **goal: Any) -> Plan:
     """
     measure_runtime_bytes()
     hardware = session.hardware()
-    limits, wanted = limits_from(hardware, args.ram, args.vram), Goal(**goal)
+    limit, wanted = budget(args).bounded(hardware), Goal(**goal)
     if args.model:
-        return make_plan(read_spec(args.model), hardware, limits, wanted)
-    return make_plan(None, hardware, limits, wanted, choices())
+        return make_plan(read_spec(args.model), hardware, limit, wanted)
+    return make_plan(None, hardware, limit, wanted, choices())
 
 
 def goal_from(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     backend = " (ONNX Runtime)" if plan.backend == "onnx" else ""
     print(f"{plan.spec.name} in {plan.precision} on {plan.device}{backend}, {plan.context:,} tokens of context")
     print(plan.reason)
-    for budget in plan.budgets:
-        peak, limit = format_bytes(budget.peak), format_bytes(budget.limit)
-        print(f"\n{budget.memory.upper()}  {peak} of {limit}  ({budget.verdict})")
-        for line in budget.lines:
+    for estimate in plan.estimates:
+        peak, limit = format_bytes(estimate.peak), format_bytes(estimate.limit)
+        print(f"\n{estimate.memory.upper()}  {peak} of {limit}  ({estimate.verdict})")
+        for line in estimate.lines:
             if line.count:
                 print(f"  {format_bytes(line.count):>9}  {line.key:<12} {line.why}")
     if plan.declined:
@@ -100,7 +99,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "predicted": plan.predicted,
         "budgets": {
             b.memory: {"limit": b.limit, **{key: b.share(key) for key in dict.fromkeys(line.key for line in b.lines)}}
-            for b in plan.budgets
+            for b in plan.estimates
         },
         "declined": [dataclasses.asdict(declined) for declined in plan.declined],
     }

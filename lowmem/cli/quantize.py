@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_option, add_options, check_parent, given
+from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_option, add_options, budget, check_parent, given
 from lowmem.cli.console import finish, follow
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import probe
-from lowmem.machine.limits import limits_from
 from lowmem.quant import METHODS, get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
@@ -54,10 +54,10 @@ def _method_fields() -> dict[str, tuple[dataclasses.Field[Any], list[str]]]:
 def run(args: argparse.Namespace) -> int:
     check_parent(args.out)
     measure_runtime_bytes()
-    ram = None if args.ram is None else limits_from(probe(), args.ram).ram
+    limit = budget(args).bounded(probe()) if args.ram else UNLIMITED
     method_options = given(args, [field for field, _ in _method_fields().values()])
     calibration = given(args, dataclasses.fields(Calibration))
-    receipt = follow(quantize(args.model, args.out, args.method, method_options, calibration, ram))
+    receipt = follow(quantize(args.model, args.out, args.method, method_options, calibration, limit))
     if not args.json:
         details = receipt.details
         row = {

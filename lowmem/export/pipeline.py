@@ -17,6 +17,7 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
 from lowmem.kernels.int8_linear import largest_code
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.models.config import is_encoder
@@ -36,7 +37,7 @@ def export_model(
     options: ExportOptions,
     *,
     ref: str = "",
-    ram_limit: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
     """Export the model in `folder` into the new folder `out`; the last event is the receipt.
@@ -45,7 +46,7 @@ def export_model(
 
     Args:
         ref: what the model was asked for by, for the card; the folder when left out.
-        ram_limit: bytes that the process may hold, what it holds already included; None is no limit.
+        budget: for this process, with what it holds already.
 
     Raises:
         BadInput: `out` is there already, or a precision that does not go with the model.
@@ -56,14 +57,14 @@ def export_model(
     started = time.perf_counter()
     job = _Job.make(folder, out, options, ref or str(folder))
     predicted = job.predicted_ram()
-    if ram_limit is not None and predicted > ram_limit:
+    if predicted > (limit := budget.limit("ram")):
         raise DoesNotFit(
-            f"Exporting {job.name} is predicted to take {format_bytes(predicted)} of RAM, the budget is {format_bytes(ram_limit)}.",
+            f"Exporting {job.name} is predicted to take {format_bytes(predicted)} of RAM, the budget is {format_bytes(limit)}.",
             "Raise the budget or choose a smaller model.",
         )
     try:
         part = _begun(out)
-        with PeakMeter({} if ram_limit is None else {"ram": ram_limit}) as meter:
+        with PeakMeter(budget) as meter:
             for step in job.run(part, cancel):
                 meter.check()
                 yield step

@@ -19,8 +19,8 @@ from lowmem.datasets.texts import tail
 from lowmem.events import Receipt, Step
 from lowmem.export.run import RACE_NEW, RACE_PROMPTS, RACE_RUNS
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
-from lowmem.machine.limits import limits_from
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -42,7 +42,9 @@ def job(ref: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
         yield Step(0, 0, f"Loading {name}")
         session = sessions[name] = Session()
         hardware = probe()
-        yield from _steps(session.load(plan(read_spec(model), hardware, limits_from(hardware), goal), force=True))
+        yield from _steps(
+            session.load(plan(read_spec(model), hardware, MemoryBudget.detect(hardware), goal), force=True)
+        )
     context = min(session.plan.spec.context for session in sessions.values() if session.plan)
     lengths = [length for length in RACE_PROMPTS if length + RACE_NEW < context] or [max(1, context // 2)]
     found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": []} for name in sessions}

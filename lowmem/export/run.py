@@ -10,8 +10,8 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import Limits
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
@@ -97,7 +97,7 @@ def export_isolated(
     out: Path,
     options: Mapping[str, Any],
     *,
-    ram_limit: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     allow_paths: bool = True,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
@@ -107,10 +107,15 @@ def export_isolated(
         LowMemError: see `pipeline.export_model` and `models.fetch.fetch`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {"ref": ref, "out": str(out), "options": dict(options), "ram": ram_limit, "allow_paths": allow_paths}
-    limits = None if ram_limit is None else Limits(ram_limit)
+    arguments = {
+        "ref": ref,
+        "out": str(out),
+        "options": dict(options),
+        "budget": budget.as_dict(),
+        "allow_paths": allow_paths,
+    }
     try:
-        for event in run_isolated("export", arguments, cancel, limits):
+        for event in run_isolated("export", arguments, cancel, budget):
             yield _receipt(event, out) if isinstance(event, Finished) else event
     finally:
         discard(out)  # Stop is a kill, which leaves the child no time to
@@ -124,10 +129,10 @@ def _receipt(end: Finished, out: Path) -> Receipt:
 
 
 def job(
-    ref: str, out: str, options: Mapping[str, Any], ram: int | None = None, allow_paths: bool = True
+    ref: str, out: str, options: Mapping[str, Any], budget: Mapping[str, int], allow_paths: bool = True
 ) -> Generator[Step, None, dict[str, Any]]:
     """The child's part: fetch `ref` where it must be, export it, return the receipt as a dict."""
-    for event in export(ref, Path(out), ExportOptions(**options), ram, allow_paths):
+    for event in export(ref, Path(out), ExportOptions(**options), MemoryBudget(**budget), allow_paths):
         if isinstance(event, Receipt):
             return event.as_dict()
         yield event
@@ -135,12 +140,12 @@ def job(
 
 
 def graph_job(
-    folder: str, out: str, options: dict[str, object], ref: str, ram: int | None = None
+    folder: str, out: str, options: dict[str, Any], ref: str, budget: Mapping[str, int]
 ) -> Generator[Step, None, dict[str, object]]:
     """The child's part of a graph that the runtime wants: `folder` is there already; returns the receipt as a dict."""
     from lowmem.export.pipeline import export_model
 
-    events = export_model(Path(folder), Path(out), ExportOptions(**options), ref=ref, ram_limit=ram)  # type: ignore[arg-type]
+    events = export_model(Path(folder), Path(out), ExportOptions(**options), ref=ref, budget=MemoryBudget(**budget))
     for event in events:
         if isinstance(event, Receipt):
             return event.as_dict()
@@ -149,19 +154,19 @@ def graph_job(
 
 
 def race(
-    ref: str, folder: Path, cancel: CancelToken | None = None, limits: Limits | None = None
+    ref: str, folder: Path, cancel: CancelToken | None = None, budget: MemoryBudget = UNLIMITED
 ) -> Iterator[Step | dict[str, Any]]:
     """Time the graph in `folder` against PyTorch in fp32, the model `ref`, in turns.
 
     The last event is {"prompts": [tokens, ...], "torch": {"prefill_tps": [...], "token_ms": [...]}, "onnx": {...}}.
     """
     arguments = {"ref": ref, "folder": str(folder)}
-    for event in run_isolated("benchmark_graph", arguments, cancel, limits):
+    for event in run_isolated("benchmark_graph", arguments, cancel, budget):
         yield event.value if isinstance(event, Finished) else event
 
 
 def export(
-    ref: str, out: Path, options: ExportOptions, ram: int | None = None, allow_paths: bool = True
+    ref: str, out: Path, options: ExportOptions, budget: MemoryBudget = UNLIMITED, allow_paths: bool = True
 ) -> Iterator[Step | Receipt]:
     """Fetch `ref` if need be and export it; the last event is the receipt."""
     from lowmem.models.fetch import fetch
@@ -170,8 +175,8 @@ def export(
     if options.format == "tensorrt":
         from lowmem.export.tensorrt import export_engine
 
-        yield from export_engine(folder, out, options, ref=ref, ram_limit=ram)
+        yield from export_engine(folder, out, options, ref=ref, budget=budget)
         return
     from lowmem.export.pipeline import export_model
 
-    yield from export_model(folder, out, options, ref=ref, ram_limit=ram)
+    yield from export_model(folder, out, options, ref=ref, budget=budget)

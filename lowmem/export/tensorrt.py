@@ -24,6 +24,7 @@ from typing import Any
 from lowmem.errors import DiskFull, MissingDependency, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.segments import Segment, cut, segments
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.models.source import read_spec
@@ -229,7 +230,7 @@ def export_engine(
     options: ExportOptions,
     *,
     ref: str = "",
-    ram_limit: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
     """The fp16 graph of a model, proven, in `out`, and its engines in the cache; the last event is the receipt.
@@ -247,7 +248,7 @@ def export_engine(
     runs = model_segments(read_spec(str(folder)), gpu)
     options = replace(options, precision="fp16", fused=False)
     receipt: Receipt | None = None
-    for event in export_model(folder, out, options, ref=ref, ram_limit=ram_limit, cancel=cancel):
+    for event in export_model(folder, out, options, ref=ref, budget=budget, cancel=cancel):
         if isinstance(event, Receipt):
             receipt = event
         else:

@@ -18,8 +18,8 @@ from lowmem.datasets.texts import MANUAL, Text, tail
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.longctx.options import ExerciseOptions
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import Limits
 from lowmem.models.source import read_spec
 from lowmem.units import format_bytes
 
@@ -78,8 +78,7 @@ def exercise(
     options: ExerciseOptions = DEFAULT_OPTIONS,
     *,
     precision: str = "auto",
-    ram: int | None = None,
-    vram: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Point | Receipt]:
     """Read `text` in every way; points come as each way ends, a receipt with all of them last.
@@ -93,7 +92,6 @@ def exercise(
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
     spec, chosen = read_spec(ref), text if isinstance(text, Text) else tail(text, cancel)
-    limits = Limits(ram, vram) if ram is not None else None
     points: list[Point] = []
     device, chosen_precision = "", precision
     with tempfile.TemporaryDirectory(prefix="lowmem-exercise-") as work:
@@ -106,10 +104,9 @@ def exercise(
                 "text": str(copy),
                 "fields": fields,
                 "options": asdict(options),
-                "ram": ram,
-                "vram": vram,
+                "budget": budget.as_dict(),
             }
-            for event in _isolated(arguments, cancel, limits):
+            for event in _isolated(arguments, cancel, budget):
                 if isinstance(event, Step):
                     done = 100 * number + event.done
                     yield Step(done, 100 * len(ways(options)), f"{way}: {event.note}", "%")
@@ -134,10 +131,10 @@ def exercise(
     )
 
 
-def _isolated(arguments: dict[str, Any], cancel: CancelToken, limits: Limits | None) -> Iterator[Step | Finished | str]:
+def _isolated(arguments: dict[str, Any], cancel: CancelToken, budget: MemoryBudget) -> Iterator[Step | Finished | str]:
     """A way's events; a sentence in place of its result when it fails."""
     try:
-        yield from run_isolated("read_long_text", arguments, cancel, limits)
+        yield from run_isolated("read_long_text", arguments, cancel, budget)
     except Cancelled:
         raise
     except LowMemError as error:

@@ -14,7 +14,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.actions import tokens_of, with_beginning
 from lowmem.longctx.options import ExerciseOptions
 from lowmem.longctx.pricing import reading_plan
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.models.source import read_spec
@@ -34,8 +34,7 @@ def read(
     text: str,
     fields: Mapping[str, Any],
     options: Mapping[str, Any],
-    ram: int | None = None,
-    vram: int | None = None,
+    budget: Mapping[str, int],
 ) -> Generator[Step, None, dict[str, Any]]:
     """Load a model and read a text with one cache, as far as it goes.
 
@@ -49,7 +48,7 @@ def read(
     session, cancel = Session(), CancelToken()  # nobody sets it: the parent kills the process
     hardware = session.hardware()
     goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision, backend="torch")
-    plan = make_plan(read_spec(ref), hardware, limits_from(hardware, ram, vram), goal)
+    plan = make_plan(read_spec(ref), hardware, MemoryBudget(**budget).bounded(hardware), goal)
     for event in session.load(plan, cancel):
         if isinstance(event, Step):
             share = LOADED * event.done // event.total if event.total else 0

@@ -5,14 +5,14 @@ from __future__ import annotations
 from lowmem.errors import DoesNotFit
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import pass_tokens
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 
 
 def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
     """`plan` re-priced for reading `tokens` with the cache that `options` name."""
     recomputes = bool(options.window) and not options.use_cache
-    return priced(
+    return reestimate(
         plan,
         context=min(tokens, options.window) if recomputes else tokens,
         batch=1,
@@ -31,7 +31,7 @@ def sliding_plan(plan: Plan, window: int, tokens: int) -> Plan:
 
 def pass_plan(plan: Plan, tokens: int) -> Plan:
     """`plan` re-priced for passes of `tokens` without a cache."""
-    return priced(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
+    return reestimate(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
 
 
 def refuse_if_over(plan: Plan, force: bool, hint: str) -> None:

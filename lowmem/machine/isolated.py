@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ import lowmem.errors as errors
 from lowmem.background import interruptible
 from lowmem.errors import LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Step
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.monitor import PeakMeter
 from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import packed, unpacked
@@ -69,7 +69,7 @@ class Finished:
 
 
 def run_isolated(
-    job: str, arguments: Mapping[str, Any], cancel: CancelToken | None = None, limits: Limits | None = None
+    job: str, arguments: Mapping[str, Any], cancel: CancelToken | None = None, budget: MemoryBudget = UNLIMITED
 ) -> Iterator[Step | Finished]:
     """Run a job of `lowmem.jobs` (or "package.module:function") with JSON-able keyword `arguments` in a new process.
 
@@ -77,7 +77,7 @@ def run_isolated(
     generator, and with this process.
 
     Args:
-        limits: the most memory the job may hold; it is checked between its steps.
+        budget: the most memory the child may hold, checked between the job's steps.
 
     Raises:
         LowMemError: the job raised it; kind, message and hint are the same.
@@ -87,7 +87,7 @@ def run_isolated(
     """
     cancel = cancel or CancelToken()
     cancel.check()
-    request = {"job": job, "arguments": dict(arguments), "limits": limits and asdict(limits)}
+    request = {"job": job, "arguments": dict(arguments), "budget": budget.as_dict()}
     started = time.perf_counter()
     with tempfile.TemporaryFile() as printed:
         child = _start(printed)
@@ -211,9 +211,8 @@ def serve(find: Callable[[str], Callable[..., Job]]) -> None:
         request = json.loads(requests.readline())
     threading.Thread(target=_die_with_parent, daemon=True, name="lowmem-parent").start()
     _offer_to_be_killed_first()
-    limits = {memory: count for memory, count in (request["limits"] or {}).items() if count is not None}
     # Outermost of all meters: what those within reset, this one has noted.
-    with PeakMeter(limits) as meter:
+    with PeakMeter(MemoryBudget(**request["budget"])) as meter:
         answer = _run(find, request, meter, say)
     say({**answer, "peak": meter.peak})
     # Python would take a second and more to tear torch down; the system does it at once.

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from lowmem.errors import OutOfMemory
 from lowmem.machine import gpu, memory_limits
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.settings import settings
@@ -64,12 +65,11 @@ class PeakMeter:
     sampled every 10 ms. VRAM is what torch's tensors held. Meters nest.
 
     Args:
-        limit_bytes: the most bytes by memory ("ram", "vram"), counted like `peak`: RAM of
-            the whole process, with what it held before.
+        budget: the limits, counted like `peak`: RAM of the whole process, with what it held before.
     """
 
-    def __init__(self, limit_bytes: Mapping[str, int] | None = None) -> None:
-        self._limits = dict(limit_bytes or {})
+    def __init__(self, budget: MemoryBudget = UNLIMITED) -> None:
+        self._limits = budget.as_dict()
         self._peak: dict[str, int] = {}
         self._exact = False
         self._done = threading.Event()

@@ -22,8 +22,8 @@ from typing import Any
 from lowmem.datasets.texts import MANUAL, Text, head, tail
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import Limits
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
@@ -49,7 +49,7 @@ def compare(
     *,
     reference: str = "fp32",
     options: MeasureOptions = DEFAULT_OPTIONS,
-    limits: Limits | None = None,
+    budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Row | Receipt]:
     """Measure every variant of `ref`; rows come as they finish, a receipt with all of them comes last.
@@ -57,7 +57,7 @@ def compare(
     Args:
         text: "manual", "wikitext2" or a file, see `measure.texts.tail`.
         reference: the variant that the others are held against; it is measured first in any case.
-        limits: memory budgets for each process; what the machine has free when None.
+        budget: for each process; what is free on this machine where it sets no limit.
 
     Raises:
         BadInput, ModelNotFound, Offline: model or text cannot be had.
@@ -69,7 +69,7 @@ def compare(
     ordered = list(dict.fromkeys([first, *variants]))
     rows: list[Row] = []
     with workspace() as work:
-        setting = Setting(spec, work, options, limits, cancel)
+        setting = Setting(spec, work, options, budget, cancel)
         setting.text.write_text(chosen.text, encoding="utf-8")
         for index, variant in enumerate(ordered):
             part = setting.measured(variant, is_reference=index == 0)
@@ -92,7 +92,7 @@ class Setting:
     spec: ModelSpec
     work: Path
     options: MeasureOptions
-    limits: Limits | None
+    budget: MemoryBudget
     cancel: CancelToken
     threads: int = 0
     device: str = ""
@@ -171,8 +171,7 @@ class Setting:
             "reference": str(self.reference),
             "is_reference": is_reference,
             "options": asdict(self.options),
-            "ram": self.limits and self.limits.ram,
-            "vram": self.limits and self.limits.vram,
+            "budget": self.budget.as_dict(),
             "threads": self.threads,
         }
         return (yield from self._isolated("measure", arguments))
@@ -184,13 +183,13 @@ class Setting:
             "method": variant.method,
             "options": variant.options,
             "calibration": variant.calibration,
-            "ram": self.limits and self.limits.ram,
+            "budget": self.budget.as_dict(),
             "threads": self.threads,
         }
         return (yield from self._isolated("quantize", arguments))
 
     def _isolated(self, job: str, arguments: dict[str, Any]) -> Generator[Step, None, Finished]:
-        for event in run_isolated(f"{job}_variant", arguments, self.cancel, self.limits):
+        for event in run_isolated(f"{job}_variant", arguments, self.cancel, self.budget):
             if isinstance(event, Finished):
                 return event
             yield event

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from lowmem.errors import DoesNotFit, OutOfMemory
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.models.source import read_spec
-from lowmem.planning.estimate import compute_dtype, weight_bytes
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
 from lowmem.quant import run
@@ -38,8 +38,7 @@ def measure(
     reference: str,
     is_reference: bool,
     options: Mapping[str, Any],
-    ram: int | None = None,
-    vram: int | None = None,
+    budget: Mapping[str, int],
     threads: int = 0,
 ) -> Generator[Step, None, dict[str, Any]]:
     """Load a model and measure quality, speed and memory.
@@ -51,7 +50,7 @@ def measure(
         reference: file of the original's predictions, to write when `is_reference`, else to compare with
             when it is there.
         options: fields of `MeasureOptions`.
-        ram, vram: budgets in bytes.
+        budget: fields of `MemoryBudget`.
         threads: cores to use, 0 for all.
 
     Returns:
@@ -63,7 +62,7 @@ def measure(
     chosen = build(MeasureOptions, options)
     _use_threads(threads)
     session, cancel = Session(), CancelToken()
-    plan = _plan(session, ref, precision, chosen, ram, vram)
+    plan = _plan(session, ref, precision, chosen, MemoryBudget(**budget))
     predicted = predicted_bytes(plan, chosen)
     _refuse_if_over(plan, predicted)
     yield from _share(session.load(plan, cancel), 0, LOADED)
@@ -87,23 +86,19 @@ def _use_threads(count: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def _plan(
-    session: Session, ref: str, precision: str, options: MeasureOptions, ram: int | None, vram: int | None
-) -> Plan:
+def _plan(session: Session, ref: str, precision: str, options: MeasureOptions, budget: MemoryBudget) -> Plan:
     hardware = session.hardware()
     context = options.prompt_tokens + options.new_tokens
-    return make_plan(
-        read_spec(ref), hardware, limits_from(hardware, ram, vram), Goal(context=context, precision=precision)
-    )
+    return make_plan(read_spec(ref), hardware, budget.bounded(hardware), Goal(context=context, precision=precision))
 
 
 def _refuse_if_over(plan: Plan, predicted: dict[str, int]) -> None:
-    for budget in plan.budgets:
-        if (peak := predicted[budget.memory]) > budget.limit:
-            over = format_bytes(peak - budget.limit)
+    for estimate in plan.estimates:
+        if (peak := predicted[estimate.memory]) > estimate.limit:
+            over = format_bytes(peak - estimate.limit)
             raise DoesNotFit(
-                f"Measuring {plan.spec.name} in {plan.precision} needs {format_bytes(peak)} of {budget.memory.upper()}, "
-                f"{over} more than the budget of {format_bytes(budget.limit)}.",
+                f"Measuring {plan.spec.name} in {plan.precision} needs {format_bytes(peak)} of {estimate.memory.upper()}, "
+                f"{over} more than the budget of {format_bytes(estimate.limit)}.",
                 "Choose fewer bits, a shorter window or a smaller model.",
             )
 
@@ -180,7 +175,7 @@ def quantize(
     method: str,
     options: Mapping[str, Any],
     calibration: Mapping[str, Any],
-    ram: int | None = None,
+    budget: Mapping[str, int],
     threads: int = 0,
 ) -> Generator[Step, None, dict[str, Any]]:
     """Quantize `ref` into the new folder `out`, calibrated on the manual's head unless `calibration` says otherwise.
@@ -192,7 +187,7 @@ def quantize(
         LowMemError: whatever the method refuses or fails with.
     """
     _use_threads(threads)
-    events = run.quantize(ref, Path(out), method, options, calibration, ram)
+    events = run.quantize(ref, Path(out), method, options, calibration, MemoryBudget(**budget))
     receipt = yield from _share(_until_receipt(events), 0, 100)
     return receipt.as_dict()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 from lowmem.units import MB
 
@@ -39,8 +39,8 @@ class MeasureOptions:
 def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:
     """Peak bytes by memory ("ram", "vram") of measuring `plan`: of a pass over one window, or of the timed runs."""
     window = min(options.window, plan.spec.context)
-    scoring = priced(plan, context=window, batch=1, kv="none", prefill_chunk=window)
-    talking = priced(
+    scoring = reestimate(plan, context=window, batch=1, kv="none", prefill_chunk=window)
+    talking = reestimate(
         plan,
         context=min(options.prompt_tokens + options.new_tokens, plan.spec.context),
         batch=1,

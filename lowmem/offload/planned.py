@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem.errors import BadInput, DoesNotFit, Unsupported
-from lowmem.planning.budgets import priced
-from lowmem.planning.estimate import compute_dtype
+from lowmem.planning.estimate import reestimate
+from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.offloading import offload_precision, offloaded, smallest
 from lowmem.planning.placement import Placement, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
@@ -33,7 +33,7 @@ def by_budget(plan: Plan) -> Plan:
         reason = "All blocks fit." if not streams else f"{found.placement.sentence()}: what the budget holds stays."
         return replace(found, reason=reason)
     least = smallest(plan)
-    over = next((budget for budget in least.budgets if budget.verdict == "over"), None)
+    over = next((estimate for estimate in least.estimates if estimate.verdict == "over"), None)
     if over is None:
         raise Unsupported(f"{plan.spec.name} cannot run block by block on {plan.place.name}.", "Choose another model.")
     memory = "GPU memory" if over.memory == "vram" else "RAM"
@@ -48,11 +48,11 @@ def placed(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
     """`plan` with the blocks where somebody wants them; on disk in place where that is allowed and the RAM budget holds them."""
     chosen = replace(plan, precision=offload_precision(plan), reason=f"As chosen: {placement.sentence()}.")
     if may_map and _may_map(chosen) and placement.indices("disk"):
-        mapped = priced(chosen, placement=replace(placement, mapped=True))
+        mapped = reestimate(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
             why = "The RAM budget holds them, so they are used in place and count as RAM."
             return replace(mapped, reason=f"{mapped.reason} {why}")
-    return priced(chosen, placement=placement)
+    return reestimate(chosen, placement=placement)
 
 
 def _may_map(plan: Plan) -> bool:
@@ -72,11 +72,11 @@ def most_answers(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:
     Raises:
         DoesNotFit, Unsupported: see `place`; not even one sequence fits.
     """
-    best = place(priced(plan, batch=1))
+    best = place(reestimate(plan, batch=1))
     size = 2
     while size <= LARGEST_BATCH:
         try:
-            tried = place(priced(plan, batch=size))
+            tried = place(reestimate(plan, batch=size))
         except DoesNotFit:
             break
         if tried.verdict == "over":

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem.machine import bandwidth
 from lowmem.models.spec import ModelSpec, Tensor
-from lowmem.planning import estimate
+from lowmem.planning import model_bytes
 from lowmem.planning.placement import block_index, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
 
@@ -94,13 +94,13 @@ def _gpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
 
 def _cpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
     """Every weight passes through the processor once a token, at the rate of the form it is held in."""
-    dtype = estimate.compute_dtype(plan.precision, plan.place.dtypes)
+    dtype = model_bytes.compute_dtype(plan.precision, plan.place.dtypes)
     streamed = set(plan.placement.streamed("cpu")) if plan.placement else set()
     held: dict[str, int] = {}
     for tensor in _multiplied(plan.spec):
         kind = _kind(plan, block_index(tensor.name) in streamed, tensor, dtype)
         # Dense weights that are loaded for good are held in another dtype, or in int8.
-        size = estimate.tensor_bytes(plan.spec, tensor, plan.precision, dtype) if kind == PLAIN else tensor.nbytes
+        size = model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype) if kind == PLAIN else tensor.nbytes
         held[kind] = held.get(kind, 0) + size
     rates = {kind: _rate(kind, plan, again) for kind in held}
     return sum(size / rates[kind] for kind, size in held.items()) + plan.spec.layers / _blocks("cpu", again)

@@ -58,7 +58,7 @@ def _pace(receipt: Receipt) -> dict[str, float]:
 def repeating(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool) -> str:
     """Python that makes this plan again and answers the same prompts."""
     changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-    budget = f"ram={plan.limits.ram}" + (f", vram={plan.limits.vram}" if plan.limits.vram is not None else "")
+    budget = ", ".join(f"{memory}={limit}" for memory, limit in plan.budget.as_dict().items())
     asked = list(prompts) if sum(map(len, prompts)) <= LONGEST_PROMPT else ["..."]
     return (
         "import lowmem\n"
@@ -66,7 +66,7 @@ def repeating(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw:
         "session = lowmem.Session()\n"
         f"goal = lowmem.Goal(context={plan.context}, batch={plan.batch}, precision={_precision(plan)!r}, "
         f"device={plan.device!r})\n"
-        f"plan = plan_for(session, {plan.spec.ref!r}, goal, {budget}, where={_where(plan)})\n"
+        f"plan = plan_for(session, {plan.spec.ref!r}, goal, lowmem.MemoryBudget({budget}), where={_where(plan)})\n"
         f"options = lowmem.GenerateOptions({_arguments(changed)})\n"
         f"for event in run(session, plan, {asked!r}, options, raw={raw}):\n"
         "    if isinstance(event, lowmem.Chunk):\n"

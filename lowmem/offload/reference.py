@@ -24,7 +24,7 @@ from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import PeakMeter
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.fetch import fetch
-from lowmem.planning.estimate import compute_dtype
+from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
 from lowmem.runtime.loader import Loaded

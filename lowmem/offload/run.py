@@ -5,7 +5,7 @@ The command line, the tab and the benchmark run this; `job` is the same in a pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.limits import limits_from
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.predict import predict, weights
 from lowmem.offload.receipt import completed, repeating
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.offloading import offload_precision
 from lowmem.planning.placement import all_at_home, chosen
@@ -60,8 +60,7 @@ def plan_for(
     session: Session,
     model: str | ModelSpec,
     goal: Goal,
-    ram: int | None = None,
-    vram: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     where: Where | None = None,
     most: bool = False,
 ) -> Plan:
@@ -72,16 +71,16 @@ def plan_for(
 
     Raises:
         DoesNotFit: the budget is below what one block at a time takes; says which would do.
-        BadInput: blocks that there are not, a budget below 100 MB.
+        BadInput: blocks that there are not.
     """
     hardware = session.hardware()
     # The precision of a resident model is another question: what streams is what is stored.
     spec = read_spec(model) if isinstance(model, str) else model
-    base = make_plan(spec, hardware, limits_from(hardware, ram, vram), replace(goal, backend="torch"))
+    base = make_plan(spec, hardware, budget.bounded(hardware), replace(goal, backend="torch"))
     if goal.precision == "auto":
         # What a small budget made the planner choose is no wish.
         precision = offload_precision(replace(base, precision=goal.precision))
-        base = priced(base, precision=precision, reason="Everything at home, as without offloading.")
+        base = reestimate(base, precision=precision, reason="Everything at home, as without offloading.")
     if where is not None and where.resident:
         return base
     place: Callable[[Plan], Plan] = by_budget
@@ -136,7 +135,9 @@ def run(
     yield Step(0, 0, "Measuring how fast this machine reads")
     speed = predict(plan, weights(folder) or folder, again)
     loading: dict[str, int] = {}
-    if session.plan is None or replace(session.plan, budgets=(), hardware=plan.hardware) != replace(plan, budgets=()):
+    if session.plan is None or replace(session.plan, estimates=(), hardware=plan.hardware) != replace(
+        plan, estimates=()
+    ):
         for event in session.load(plan, cancel, force=force):
             if isinstance(event, Receipt):
                 loading = event.measured
@@ -168,8 +169,7 @@ def job(
     method: str,
     prompt: str,
     new_tokens: int,
-    ram: int | None = None,
-    vram: int | None = None,
+    budget: Mapping[str, int],
     context: int = 512,
     batch: int = 1,
     disk: list[int] | None = None,
@@ -189,7 +189,7 @@ def job(
     places = where(method, layers)
     if method == "auto" and (disk is not None or in_ram is not None):
         places = Where(None if in_ram is None else tuple(in_ram), None if disk is None else tuple(disk))
-    plan = plan_for(session, model, Goal(context=context, batch=batch), ram, vram, places)
+    plan = plan_for(session, model, Goal(context=context, batch=batch), MemoryBudget(**budget), places)
     options = GenerateOptions(max_new_tokens=new_tokens, greedy=True)
     if method == "accelerate":
         from lowmem.offload import reference

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem.planning import exported, offloading
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import candidates
 
@@ -24,14 +24,14 @@ def shorter_context(plan: Plan) -> Plan | None:
     if plan.context <= MINIMUM_CONTEXT:
         return None
     context = max(MINIMUM_CONTEXT, plan.context // 2)
-    return priced(plan, context=context, reason=f"Context shortened to {context:,} tokens.")
+    return reestimate(plan, context=context, reason=f"Context shortened to {context:,} tokens.")
 
 
 def quantized_kv(plan: Plan) -> Plan | None:
     """The KV cache in int8."""
     if plan.kv != "same" or plan.backend == "onnx":  # whose cache is fp32
         return None
-    return priced(plan, kv="int8", reason="KV cache stored in int8.")
+    return reestimate(plan, kv="int8", reason="KV cache stored in int8.")
 
 
 def fewer_bits(plan: Plan) -> Plan | None:
@@ -40,7 +40,7 @@ def fewer_bits(plan: Plan) -> Plan | None:
         return None
     device = plan.place
     for precision in candidates(plan.hardware, device, plan.spec):
-        smaller = priced(
+        smaller = reestimate(
             plan, precision=precision, backend="torch", reason=f"Weights in {precision} instead of {plan.precision}."
         )
         if smaller.main.share("weights") < 0.9 * plan.main.share("weights"):
@@ -64,7 +64,7 @@ def other_memory(plan: Plan) -> Plan | None:
     if plan.device == cpu.key:
         return None
     precision = candidates(plan.hardware, cpu, plan.spec)[0]
-    return priced(
+    return reestimate(
         plan,
         device=cpu.key,
         precision=precision,
@@ -81,7 +81,7 @@ def smaller_model(plan: Plan) -> Plan | None:
     if not smaller:
         return None
     spec = max(smaller, key=lambda s: s.parameters)
-    return priced(
+    return reestimate(
         plan,
         spec=spec,
         # What a quantized checkpoint runs in, others do not.
@@ -94,7 +94,7 @@ def smaller_model(plan: Plan) -> Plan | None:
 
 def without_graph(plan: Plan, why: str) -> Plan | None:
     """The same on torch; None where the graph was asked for, or is all there is."""
-    return priced(plan, backend="torch", or_torch=False, reason=why) if plan.or_torch else None
+    return reestimate(plan, backend="torch", or_torch=False, reason=why) if plan.or_torch else None
 
 
 LADDER: tuple[Rung, ...] = (shorter_context, quantized_kv, fewer_bits, offload, other_memory, smaller_model)

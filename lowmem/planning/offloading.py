@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.placement import (
     Placement,
     all_at_home,
@@ -39,13 +39,13 @@ def further(plan: Plan) -> Plan | None:
         return None
     count = plan.placement.blocks.count(home(plan.place.kind))
     place = _on_cpu if plan.place.kind == "cpu" else _on_gpu
-    return priced(plan, placement=place(plan, count // 2)) if count else None
+    return reestimate(plan, placement=place(plan, count // 2)) if count else None
 
 
 def smallest(plan: Plan) -> Plan:
     """`plan` with every block on disk: nothing takes less memory."""
     precision = offload_precision(plan)
-    return priced(plan, precision=precision, placement=Placement(("disk",) * plan.spec.layers))
+    return reestimate(plan, precision=precision, placement=Placement(("disk",) * plan.spec.layers))
 
 
 def offload_precision(plan: Plan) -> str:
@@ -78,7 +78,7 @@ def _on_gpu(plan: Plan, count: int) -> Placement:
     while low < high:
         middle = (low + high + 1) // 2
         tried = _in_ram(blocks, others, middle)
-        ram = priced(plan, placement=tried).budget("ram")
+        ram = reestimate(plan, placement=tried).estimate("ram")
         low, high = (middle, high) if ram and ram.verdict != "over" else (low, middle - 1)
     return _in_ram(blocks, others, low)
 
@@ -90,12 +90,12 @@ def _in_ram(blocks: list[str], others: list[int], count: int) -> Placement:
 
 def _most(plan: Plan, place: Callable[[int], Placement]) -> Plan | None:
     """The plan with most blocks at home that is not over its budgets."""
-    everything = priced(plan, placement=all_at_home(plan.spec, plan.place.kind))
+    everything = reestimate(plan, placement=all_at_home(plan.spec, plan.place.kind))
     if everything.verdict != "over":
         return everything
     low, high = -1, plan.spec.layers - 1
     while low < high:
         middle = (low + high + 1) // 2
-        tried = priced(plan, placement=place(middle))
+        tried = reestimate(plan, placement=place(middle))
         low, high = (middle, high) if tried.verdict != "over" else (low, middle - 1)
-    return priced(plan, placement=place(low)) if low >= 0 else None
+    return reestimate(plan, placement=place(low)) if low >= 0 else None

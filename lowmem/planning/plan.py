@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware
-from lowmem.machine.limits import Limits
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.placement import Placement
 from lowmem.units import format_bytes
@@ -35,7 +35,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryEstimate:
     """Predicted peak bytes in one memory ("ram" or "vram"), share by share, against a limit."""
 
     memory: str
@@ -71,7 +71,7 @@ class Plan:
 
     Args:
         spec: the model.
-        hardware, limits: the machine and the bytes the plan was made for.
+        hardware, budget: the machine, and the memory budget the plan was made for.
         precision: one of `PRECISIONS`.
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
@@ -79,7 +79,7 @@ class Plan:
         kv: storage of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
         placement: where the blocks live; None when all of them are in the memory of the device that computes.
-        budgets: predicted peak per memory: always "ram", and "vram" on a GPU.
+        estimates: predicted peak per memory: always "ram", and "vram" on a GPU.
         reason: why this choice, for a person.
         declined: what was looked at and not taken.
         backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
@@ -89,14 +89,14 @@ class Plan:
 
     spec: ModelSpec
     hardware: Hardware
-    limits: Limits
+    budget: MemoryBudget
     precision: str
     device: str
     context: int
     batch: int
     kv: str
     prefill_chunk: int
-    budgets: tuple[Budget, ...] = ()
+    estimates: tuple[MemoryEstimate, ...] = ()
     reason: str = ""
     declined: tuple[Declined, ...] = ()
     backend: str = "torch"
@@ -110,8 +110,9 @@ class Plan:
         """Tokens of a sequence that the KV cache has room for."""
         return min(self.context, self.window + self.sinks) if self.window else self.context
 
-    def budget(self, memory: str) -> Budget | None:
-        return next((budget for budget in self.budgets if budget.memory == memory), None)
+    def estimate(self, memory: str) -> MemoryEstimate | None:
+        """The estimate for "ram" or "vram"; None for "vram" on a CPU."""
+        return next((estimate for estimate in self.estimates if estimate.memory == memory), None)
 
     @property
     def place(self) -> Device:
@@ -120,19 +121,19 @@ class Plan:
         return next(device for device in devices if device.key == self.device)
 
     @property
-    def main(self) -> Budget:
-        """The budget of the device that computes."""
-        return self.budget("vram") or self.budgets[0]
+    def main(self) -> MemoryEstimate:
+        """The estimate for the memory of the device that computes."""
+        return self.estimate("vram") or self.estimates[0]
 
     @property
     def verdict(self) -> str:
-        """The worst verdict of all budgets."""
-        verdicts = {budget.verdict for budget in self.budgets}
+        """The worst verdict of all estimates."""
+        verdicts = {estimate.verdict for estimate in self.estimates}
         return next(v for v in ("over", "tight", "fits") if v in verdicts)
 
     @property
     def predicted(self) -> dict[str, int]:
-        return {budget.memory: budget.peak for budget in self.budgets}
+        return {estimate.memory: estimate.peak for estimate in self.estimates}
 
     @property
     def precision_label(self) -> str:
@@ -142,13 +143,11 @@ class Plan:
 
     def sentence(self) -> str:
         """The verdict for a person, naming the number."""
-        budget = max(self.budgets, key=lambda b: b.peak / max(b.limit, 1))
-        memory = "GPU memory" if budget.memory == "vram" else "RAM"
-        peak, limit = format_bytes(budget.peak), format_bytes(budget.limit)
-        if budget.verdict == "over":
-            return (
-                f"Needs {peak} of {memory}, {format_bytes(budget.peak - budget.limit)} more than the budget of {limit}."
-            )
-        if budget.verdict == "tight":
-            return f"Tight: {peak} of the {limit} {memory} budget, {format_bytes(budget.limit - budget.peak)} to spare."
+        tightest = max(self.estimates, key=lambda estimate: estimate.peak / max(estimate.limit, 1))
+        memory = "GPU memory" if tightest.memory == "vram" else "RAM"
+        peak, limit = format_bytes(tightest.peak), format_bytes(tightest.limit)
+        if tightest.verdict == "over":
+            return f"Needs {peak} of {memory}, {format_bytes(tightest.peak - tightest.limit)} more than the budget of {limit}."
+        if tightest.verdict == "tight":
+            return f"Tight: {peak} of the {limit} {memory} budget, {format_bytes(tightest.limit - tightest.peak)} to spare."
         return f"Fits: {peak} of the {limit} {memory} budget."

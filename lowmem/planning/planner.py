@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lowmem.errors import BadInput, Unsupported
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
-from lowmem.machine.limits import Limits
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
-from lowmem.planning.budgets import priced
 from lowmem.planning.cache import KV_STORAGES
-from lowmem.planning.estimate import weight_bytes
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.ladder import descend
+from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal
 from lowmem.units import GB, format_bytes
@@ -39,7 +39,7 @@ DEFAULT_GOAL = Goal()
 def plan(
     spec: ModelSpec | None,
     hardware: Hardware,
-    limits: Limits,
+    budget: MemoryBudget,
     goal: Goal = DEFAULT_GOAL,
     choices: Sequence[ModelSpec] | None = None,
 ) -> Plan:
@@ -56,8 +56,8 @@ def plan(
     """
     _check(goal, hardware, spec)
     if spec is not None:
-        return _plan_model(spec, hardware, limits, goal)
-    return _recommend(_catalog() if choices is None else choices, hardware, limits, goal)
+        return _plan_model(spec, hardware, budget, goal)
+    return _recommend(_catalog() if choices is None else choices, hardware, budget, goal)
 
 
 def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
@@ -109,7 +109,7 @@ def _exported_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | 
     return _graph_refusal(spec, hardware, replace(goal, precision="auto"))
 
 
-def _unasked_refusal(spec: ModelSpec, hardware: Hardware, limits: Limits) -> str | None:
+def _unasked_refusal(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget) -> str | None:
     """Why nobody who did not ask for a graph gets one: its writing, beside this process, must keep the budget too."""
     if spec.exported:
         return None
@@ -117,15 +117,15 @@ def _unasked_refusal(spec: ModelSpec, hardware: Hardware, limits: Limits) -> str
         return "It is small enough for torch."
     precision = "stored" if spec.quantization else "int8"
     needed = 2 * hardware.runtime_bytes + exported.writing_bytes(spec, precision)
-    return f"Writing its graph takes {format_bytes(needed)}." if needed > limits.ram else None
+    return f"Writing its graph takes {format_bytes(needed)}." if needed > budget.limit("ram") else None
 
 
-def _choices(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal) -> list[tuple[str, str]]:
+def _choices(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal) -> list[tuple[str, str]]:
     """(precision, backend) worth choosing automatically, best first: on CPUs a graph decodes several times as fast."""
     on_torch = [(precision, "torch") for precision in candidates(hardware, device_of(hardware, goal.device), spec)]
     if spec.exported:
         return [(spec.exported, "onnx")]
-    unasked = goal.backend == "auto" and _unasked_refusal(spec, hardware, limits)
+    unasked = goal.backend == "auto" and _unasked_refusal(spec, hardware, budget)
     if goal.backend == "torch" or unasked or _graph_refusal(spec, hardware, goal):
         return on_torch
     graphs = ["stored"] if spec.quantization else ["int8"] if goal.backend == "auto" else ["int8", "int4"]
@@ -134,13 +134,13 @@ def _choices(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal) ->
 
 
 def _draft(
-    spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal, precision: str, backend: str = "torch"
+    spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal, precision: str, backend: str = "torch"
 ) -> Plan:
     device = device_of(hardware, goal.device)
     draft = Plan(
         spec=spec,
         hardware=hardware,
-        limits=limits,
+        budget=budget,
         precision=precision,
         device=device.key,
         context=min(goal.context, spec.context),
@@ -150,18 +150,18 @@ def _draft(
         backend=backend,
         or_torch=backend == "onnx" and goal.backend == "auto" and precision != "int4" and not spec.exported,
     )
-    return priced(draft)
+    return reestimate(draft)
 
 
-def _plan_model(spec: ModelSpec, hardware: Hardware, limits: Limits, goal: Goal) -> Plan:
+def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:
     """The first precision that fits; the smallest one when none does."""
     if goal.precision != "auto":
         # A precision by name means what it always meant: graphs have to be asked for, but for the one only they have.
         backend = "onnx" if goal.backend == "onnx" or goal.precision == "int4" or spec.exported else "torch"
-        chosen = _draft(spec, hardware, limits, goal, goal.precision, backend)
+        chosen = _draft(spec, hardware, budget, goal, goal.precision, backend)
         caution = exported.caution(spec, chosen.precision)
         return replace(chosen, reason=f"Precision as asked for. {caution}" if caution else "Precision as asked for.")
-    drafts = [_draft(spec, hardware, limits, goal, *choice) for choice in _choices(spec, hardware, limits, goal)]
+    drafts = [_draft(spec, hardware, budget, goal, *choice) for choice in _choices(spec, hardware, budget, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
@@ -207,18 +207,18 @@ def _precision_reason(plan: Plan) -> str:
     return f"{plan.precision_label} keeps as many bits as fit."
 
 
-def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, limits: Limits, goal: Goal) -> Plan:
+def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:
     """The best model that fits with room to spare, and then as much context as stays comfortable."""
     if not choices:
         raise BadInput("There is no model to choose from.", "Name one: a hub id, a folder or a .gguf file.")
     declined: list[Declined] = []
     for spec in choices:
-        draft = _plan_model(spec, hardware, limits, goal)
+        draft = _plan_model(spec, hardware, budget, goal)
         refusal = _too_slow(draft) or ("" if draft.verdict == "fits" else draft.sentence())
         if not refusal:
             return _with_context(draft, goal, tuple(declined))
         declined.append(Declined(_title(draft), refusal))
-    drafts = [_plan_model(spec, hardware, limits, goal) for spec in choices]
+    drafts = [_plan_model(spec, hardware, budget, goal) for spec in choices]
     least = min(drafts, key=lambda d: d.main.peak)
     smallest = descend(replace(least, reason=""))
     # "Nothing fits" was said of it as it was before.
@@ -243,7 +243,7 @@ def _too_slow(plan: Plan) -> str:
 def _with_context(draft: Plan, goal: Goal, declined: tuple[Declined, ...]) -> Plan:
     grown = draft
     while grown.context * 2 <= min(draft.spec.context, COMFORTABLE_CONTEXT):
-        longer = priced(grown, context=grown.context * 2)
+        longer = reestimate(grown, context=grown.context * 2)
         if longer.verdict != "fits":
             break
         grown = longer

@@ -11,7 +11,7 @@ from lowmem.kernels.layouts import TILE_BYTES
 from lowmem.machine.direct_io import PAGE
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning import cache, estimate
+from lowmem.planning import cache, model_bytes
 from lowmem.planning.placement import (
     SLOTS,
     Placement,
@@ -20,12 +20,12 @@ from lowmem.planning.placement import (
     home,
     stored_block_bytes,
 )
-from lowmem.planning.plan import Budget, Line, Plan
+from lowmem.planning.plan import Line, MemoryEstimate, Plan
 
 
-def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
+def estimate(plan: Plan, placement: Placement) -> tuple[MemoryEstimate, ...]:
     """Predicted peak per memory, as `estimate.estimate` gives it for a plan without a placement."""
-    dtype = estimate.compute_dtype(plan.precision, plan.place.dtypes)
+    dtype = model_bytes.compute_dtype(plan.precision, plan.place.dtypes)
     on_gpu = plan.place.kind == "cuda"
     kind = "cuda" if on_gpu else "cpu"
     at_home = home(kind)
@@ -45,7 +45,7 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
     loading = _loading_bytes(plan, placement, dtype) - sum(line.count for line in running)
     lines = (
         Line("weights", here, f"{count} of {plan.spec.layers} blocks, and what is no block: {plan.precision_label}."),
-        *(estimate.kernel_lines(plan) if count else ()),
+        *(model_bytes.kernel_lines(plan) if count else ()),
         *running,
         Line("scratch", max(0, loading), "What loading needs beyond that."),
     )
@@ -53,19 +53,19 @@ def budgets(plan: Plan, placement: Placement) -> tuple[Budget, ...]:
         "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
     )
     if not on_gpu:
-        return (Budget("ram", (*lines, runtime), plan.limits.ram),)
-    workspace = Line("overhead", estimate.CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
-    vram = Budget("vram", (*lines, workspace), plan.limits.vram or 0)
+        return (MemoryEstimate("ram", (*lines, runtime), plan.budget.limit("ram")),)
+    workspace = Line("overhead", model_bytes.CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
+    vram = MemoryEstimate("vram", (*lines, workspace), plan.budget.limit("vram"))
     sizes = stored_block_bytes(plan.spec)
     waiting = placement.indices("ram")
     ram_lines = (
         *cache.ram_lines(plan, dtype),
         Line("weights", sum(sizes[index] for index in waiting), f"{len(waiting)} blocks in RAM, as they are stored."),
         Line("scratch", _ring_bytes(plan.spec, placement.indices("disk")), f"{SLOTS} blocks on their way from disk."),
-        Line("overhead", estimate.CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
-        Line("scratch", 2 * estimate.SLAB_BYTES, "Weights on their way from disk to the GPU."),
+        Line("overhead", model_bytes.CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
+        Line("scratch", 2 * model_bytes.SLAB_BYTES, "Weights on their way from disk to the GPU."),
     )
-    return (Budget("ram", (*ram_lines, runtime), plan.limits.ram), vram)
+    return (MemoryEstimate("ram", (*ram_lines, runtime), plan.budget.limit("ram")), vram)
 
 
 def _home_tensors(plan: Plan, placement: Placement) -> list[Tensor]:
@@ -80,7 +80,9 @@ def _loading_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
     if plan.place.kind == "cpu":
         tensors = [tensor for tensor in tensors if tensor.packed_layer]
     at_home = replace(plan.spec, tensors=tuple(tensors), tied=False)
-    return estimate.loading_peak(at_home, plan.precision, dtype) - estimate.weight_bytes(at_home, plan.precision, dtype)
+    return model_bytes.loading_peak(at_home, plan.precision, dtype) - model_bytes.weight_bytes(
+        at_home, plan.precision, dtype
+    )
 
 
 def _home_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
@@ -96,7 +98,7 @@ def _described_bytes(plan: Plan, placement: Placement) -> int:
 def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
     packed = plan.precision == "stored" and tensor.packed_layer
     if packed or plan.place.kind != "cpu":
-        return estimate.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
+        return model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
     # Beside streamed blocks a CPU keeps matrices as they are stored.
     return tensor.nbytes if len(tensor.shape) > 1 else tensor.elements * DTYPE_BYTES[dtype]
 
@@ -104,12 +106,12 @@ def _held_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
 def _action_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     spec, batch = plan.spec, plan.batch
     chunk = min(plan.prefill_chunk, plan.context)
-    activations = estimate.attending_bytes(plan, dtype)
+    activations = model_bytes.attending_bytes(plan, dtype)
     return (
         Line("kv", cache.device_bytes(plan, dtype), cache.sentence(plan, dtype)),
         Line(
             "activations",
-            activations + estimate.logits_bytes(spec, batch, dtype),
+            activations + model_bytes.logits_bytes(spec, batch, dtype),
             f"One block at work on {chunk:,} tokens x {batch}, and the logits.",
         ),
         Line("scratch", cache.unfolded_bytes(plan, dtype), "A layer of the quantized cache, unfolded."),

@@ -33,7 +33,7 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
     from lowmem.models.checkpoint import Checkpoint
     from lowmem.models.fetch import fetch
     from lowmem.models.source import read_spec
-    from lowmem.planning.estimate import is_linear, linear_shape
+    from lowmem.planning.model_bytes import is_linear, linear_shape
     from lowmem.quant import get
 
     folder = yield from fetch(ref, None, allow_paths)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem.errors import BadInput, Unsupported
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning.estimate import SLAB_BYTES, activation_bytes, is_linear, linear_shape
+from lowmem.planning.model_bytes import SLAB_BYTES, activation_bytes, is_linear, linear_shape
 from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.calibration import Calibration
 from lowmem.units import GB, MB, MiB

@@ -14,7 +14,7 @@ from lowmem.machine.figures import figures, keep
 from lowmem.machine.hardware import Hardware
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.estimate import is_linear, linear_shape
+from lowmem.planning.model_bytes import is_linear, linear_shape
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.estimate import Estimate, check_shapes, estimate

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from lowmem.errors import CorruptModel, DiskFull, DoesNotFit
 from lowmem.events import CancelToken
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
 from lowmem.models.blocks import Layout, block_layout
@@ -66,7 +67,7 @@ class Job:
         expected = estimate(spec, method, options, calibration, probe().runtime_bytes)
         return cls(folder, method, options, calibration, torch.device(device), cancel, layout, spec, expected)
 
-    def check_room(self, out: Path, ram_limit: int | None) -> None:
+    def check_room(self, out: Path, budget: MemoryBudget) -> None:
         """Refuse what cannot end well.
 
         Raises:
@@ -80,10 +81,10 @@ class Job:
                 f"Quantizing {self.spec.name} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free.",
                 "Delete something, choose fewer bits or samples, or another disk.",
             )
-        if ram_limit is not None and self.estimate.ram_bytes > ram_limit:
+        if self.estimate.ram_bytes > (limit := budget.limit("ram")):
             raise DoesNotFit(
                 f"Quantizing {self.spec.name} with {self.method.label} is predicted to take "
-                f"{format_bytes(self.estimate.ram_bytes)} of RAM, the budget is {format_bytes(ram_limit)}.",
+                f"{format_bytes(self.estimate.ram_bytes)} of RAM, the budget is {format_bytes(limit)}.",
                 "Raise the budget, or choose round to nearest or HQQ, which need less.",
             )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lowmem.errors import DiskFull
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.monitor import PeakMeter
 from lowmem.models.source import record
 from lowmem.quant.base import Options, Quantizer
@@ -32,7 +33,7 @@ def quantize_model(
     calibration: Calibration,
     *,
     device: str = "cpu",
-    ram_limit: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
     """Quantize the model in `folder` into the new folder `out`; the last event is the receipt.
@@ -43,7 +44,7 @@ def quantize_model(
         options: of `method.Options`.
         calibration: ignored by methods that need none.
         device: where blocks are computed: "cpu", "cuda:0".
-        ram_limit: bytes that the process may hold, what it holds already included; None is no limit.
+        budget: for this process, with what it holds already.
 
     Raises:
         Unsupported, BadInput: the model or the options cannot be quantized; `out` is there already.
@@ -53,10 +54,9 @@ def quantize_model(
     """
     job = Job.make(folder, method, options, calibration, device, cancel or CancelToken())
     check_output(out)
-    job.check_room(out, ram_limit)
+    job.check_room(out, budget)
     samples = job.samples()
-    limits = {} if ram_limit is None else {"ram": ram_limit}
-    with PeakMeter(limits) as meter, opened(out, job.settings(samples)) as (part, journal):
+    with PeakMeter(budget) as meter, opened(out, job.settings(samples)) as (part, journal):
         resumed = journal.blocks
         try:
             for step in Stream(job, part, journal, samples).run():

@@ -15,9 +15,9 @@ from typing import Any
 from lowmem.errors import Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import Limits
 from lowmem.quant import get
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration
@@ -53,7 +53,7 @@ def quantize_isolated(
     options: Mapping[str, Any],
     calibration: Mapping[str, Any],
     *,
-    ram_limit: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     allow_paths: bool = True,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
@@ -69,11 +69,10 @@ def quantize_isolated(
         "method": method,
         "options": dict(options),
         "calibration": dict(calibration),
-        "ram": ram_limit,
+        "budget": budget.as_dict(),
         "allow_paths": allow_paths,
     }
-    limits = None if ram_limit is None else Limits(ram_limit)
-    for event in run_isolated("quantize", arguments, cancel, limits):
+    for event in run_isolated("quantize", arguments, cancel, budget):
         if isinstance(event, Finished):
             yield replace(_receipt(event.value), measured=_of(event.peak_bytes, event.value["predicted"]))
         else:
@@ -95,13 +94,14 @@ def job(
     out: str,
     method: str,
     options: Mapping[str, Any],
-    calibration: Mapping[str, Any] | None = None,
-    ram: int | None = None,
+    calibration: Mapping[str, Any],
+    budget: Mapping[str, int],
     allow_paths: bool = True,
 ) -> Generator[Step, None, dict[str, Any]]:
     """The child's part: fetch `ref` where it must be, quantize it, return the receipt as a dict."""
     cancel = CancelToken()  # nobody sets it: the parent kills the process
-    for event in quantize(ref, Path(out), method, options, calibration or {}, ram, allow_paths, cancel):
+    limit = MemoryBudget(**budget)
+    for event in quantize(ref, Path(out), method, options, calibration, limit, allow_paths, cancel):
         if isinstance(event, Receipt):
             return event.as_dict()
         yield event
@@ -114,7 +114,7 @@ def quantize(
     method: str,
     options: Mapping[str, Any],
     calibration: Mapping[str, Any],
-    ram: int | None = None,
+    budget: MemoryBudget = UNLIMITED,
     allow_paths: bool = True,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
@@ -128,4 +128,4 @@ def quantize(
     from lowmem.quant.pipeline import quantize_model
 
     device = hardware.device.key if hardware.device.kind == "cuda" else "cpu"
-    yield from quantize_model(folder, out, chosen, made, text, device=device, ram_limit=ram, cancel=cancel)
+    yield from quantize_model(folder, out, chosen, made, text, device=device, budget=budget, cancel=cancel)

@@ -30,7 +30,7 @@ from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.quantization import BNB, INT8
 from lowmem.models.spec import CODE_DTYPES
-from lowmem.planning.estimate import compute_dtype, is_quantized
+from lowmem.planning.model_bytes import compute_dtype, is_quantized
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, rest_precision, storage_refusal
 from lowmem.runtime.streaming.attach import as_stored, can_map, elsewhere, stream

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from lowmem.events import Chunk, Completion, Receipt
 from lowmem.generate.options import GenerateOptions
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
 
 
 def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[str], folder: Path) -> Receipt:
     # Loading holds no cache yet: the weights and one tensor on its way.
-    predicted = priced(plan, context=1, batch=1, prefill_chunk=1).predicted
+    predicted = reestimate(plan, context=1, batch=1, prefill_chunk=1).predicted
     return Receipt(
         action="load",
         model=plan.spec.name,
@@ -107,7 +107,7 @@ def _load_snippet(plan: Plan) -> str:
         "session = lowmem.Session()\n"
         "hardware = session.hardware()\n"
         f"goal = {goal}\n"
-        f"plan = lowmem.plan(lowmem.read_spec({plan.spec.ref!r}), hardware, lowmem.limits_from(hardware), goal)\n"
+        f"plan = lowmem.plan(lowmem.read_spec({plan.spec.ref!r}), hardware, lowmem.MemoryBudget.detect(hardware), goal)\n"
         "for event in session.load(plan):\n"
         "    pass\n"
     )

@@ -20,9 +20,10 @@ from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMem
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
+from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
-from lowmem.planning.budgets import priced
+from lowmem.planning.estimate import reestimate
 from lowmem.planning.ladder import lower_load, quantized_kv, without_graph
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
@@ -123,7 +124,7 @@ class Session:
     def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
         """The resident plan re-priced for one action, whose context is prompt + max_new_tokens."""
         plan = self._planned()
-        return priced(
+        return reestimate(
             plan,
             hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
             context=min(prompt_tokens + options.max_new_tokens, context_of(plan.spec.context, options)),
@@ -303,10 +304,7 @@ class Session:
         self._load_receipt = yield from self._load(on_torch, cancel, force)
 
     def _meter(self, plan: Plan, force: bool) -> PeakMeter:
-        limits = {"ram": plan.limits.ram}
-        if plan.limits.vram is not None and plan.device != "cpu":
-            limits["vram"] = plan.limits.vram
-        return PeakMeter({} if force else limits)
+        return PeakMeter(UNLIMITED if force else plan.budget)
 
     def _drop(self) -> None:
         if self._loaded is not None:
@@ -358,7 +356,7 @@ class Session:
         if plan.backend == "onnx":
             from lowmem.runtime.onnx import loader as onnx_loader
 
-            folder = yield from onnx_loader.graph_folder(plan, folder, cancel, None if force else plan.limits.ram)
+            folder = yield from onnx_loader.graph_folder(plan, folder, cancel, UNLIMITED if force else plan.budget)
         with self._meter(plan, force) as meter:
             on_onnx = plan.backend == "onnx"
             loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)

@@ -107,7 +107,7 @@ def lent(
 
 def _pretend(plan: Plan) -> dict[str, Any]:
     """Let torch have no more of the card than the budget, as on a card of that size."""
-    gpu, limit = _real_memory(), plan.limits.vram
+    gpu, limit = _real_memory(), plan.budget.vram
     if gpu and limit is not None:
         import torch
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import BadInput, MissingDependency, Unsupported
 from lowmem.events import CancelToken
 from lowmem.fields import build
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
-from lowmem.machine.limits import Limits, limits_from
 from lowmem.measure.compare import Setting, workspace
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
@@ -59,7 +59,7 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
     variant, is_reference = parse_variant(task["variant"]), task["is_reference"]
     spec, options = read_spec(task["model"]), build(MeasureOptions, task["options"])
     with workspace() as work:
-        setting = Setting(spec, work, options, _limits(spec, variant, options), CancelToken())
+        setting = Setting(spec, work, options, _budget(spec, variant, options), CancelToken())
         setting.text.write_text(task["text"], encoding="utf-8")
         if reference is not None:
             reference.tofile(setting.reference)
@@ -68,10 +68,10 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
     return asdict(row), found
 
 
-def _limits(spec: ModelSpec, variant: Variant, options: MeasureOptions) -> Limits:
+def _budget(spec: ModelSpec, variant: Variant, options: MeasureOptions) -> MemoryBudget:
     """What a cell may hold here; all that is free where it cannot be planned."""
     hardware = probe()
-    free = limits_from(hardware)
+    free = MemoryBudget.detect(hardware)
     found = peaks(spec, variant, options, hardware, free)
     return free if found is None else allotment(found, free)
 

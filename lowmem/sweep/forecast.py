@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowmem.errors import LowMemError
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
-from lowmem.machine.limits import Limits
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.variants import Variant
 from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.models.spec import ModelSpec, Tensor
-from lowmem.planning.estimate import is_linear, linear_shape
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import is_linear, linear_shape
 from lowmem.planning.planner import plan
 from lowmem.quant import get
 from lowmem.quant.base import Options
@@ -24,17 +24,17 @@ Peaks = dict[str, int]
 
 
 def peaks(
-    spec: ModelSpec, variant: Variant, options: MeasureOptions, hardware: Hardware, limits: Limits
+    spec: ModelSpec, variant: Variant, options: MeasureOptions, hardware: Hardware, budget: MemoryBudget
 ) -> Peaks | None:
     """The predicted peaks of making and measuring `variant`; None when it cannot be planned, as its own run will say."""
     goal = Goal(context=options.prompt_tokens + options.new_tokens, precision=variant.precision or "stored")
     try:
         if variant.precision:
-            return predicted_bytes(plan(spec, hardware, limits, goal), options)
+            return predicted_bytes(plan(spec, hardware, budget, goal), options)
         method = get(variant.method)
         chosen = method.Options(**variant.options)
         making = estimate(spec, method, chosen, Calibration(**variant.calibration), hardware.runtime_bytes)
-        measuring = predicted_bytes(plan(quantized(spec, chosen), hardware, limits, goal), options)
+        measuring = predicted_bytes(plan(quantized(spec, chosen), hardware, budget, goal), options)
     except LowMemError:
         return None
     return measuring | {"ram": max(measuring["ram"], making.ram_bytes)}

@@ -24,12 +24,13 @@ from typing import Any
 from lowmem.datasets.texts import MANUAL
 from lowmem.errors import BadInput
 from lowmem.fields import build
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.compare import DEFAULT_OPTIONS
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.variants import Variant, make_variant, parse_variant
 from lowmem.planning.plan import PRECISIONS
 from lowmem.quant import METHODS
-from lowmem.units import MB, format_bytes, parse_bytes
+from lowmem.units import MB, format_bytes
 
 KEYS = ("models", "precisions", "methods", "text", "reference", "measure", "ram", "vram")
 MOST_CELLS = 500
@@ -58,7 +59,7 @@ class Grid:
     Args:
         reference: the variant that the others of a model are held against; it is measured first in any case.
         text: what quality is measured on, see `measure.texts.tail`.
-        ram, vram: budgets in bytes for all processes together; all that is free when None.
+        budget: for all processes together.
     """
 
     models: tuple[str, ...]
@@ -66,8 +67,7 @@ class Grid:
     reference: Variant
     text: str = MANUAL
     options: MeasureOptions = DEFAULT_OPTIONS
-    ram: int | None = None
-    vram: int | None = None
+    budget: MemoryBudget = UNLIMITED
 
     def cells(self) -> list[Cell]:
         """Every variant of every model, each model's reference first."""
@@ -128,8 +128,7 @@ def make_grid(content: Any) -> Grid:
         reference=reference,
         text=str(content.get("text") or MANUAL),
         options=build(MeasureOptions, _mapping(content.get("measure") or {}, "measure")),
-        ram=_size(content.get("ram")),
-        vram=_size(content.get("vram")),
+        budget=MemoryBudget.parse(content.get("ram"), content.get("vram")),
     )
 
 
@@ -175,7 +174,3 @@ def _count(settings: Mapping[str, Any]) -> int:
 def _product(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*map(_values, settings.values())):
         yield dict(zip(settings, values, strict=True))
-
-
-def _size(given: Any) -> int | None:
-    return None if given is None else parse_bytes(str(given))

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 
 from lowmem.errors import Cancelled, LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Step
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.compare import Setting
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
@@ -54,10 +54,10 @@ class Report:
     row: Row | None = None
 
 
-def allotment(peaks: Peaks, budget: Limits) -> Limits:
+def allotment(peaks: Peaks, budget: MemoryBudget) -> MemoryBudget:
     """What a cell with such peaks may hold, on a machine with this budget."""
     enough = {memory: int(peak * (1 + MARGIN)) for memory, peak in peaks.items()}
-    return Limits(enough["ram"], None if budget.vram is None else enough.get("vram", 0))
+    return MemoryBudget(enough["ram"], None if budget.vram is None else enough.get("vram", 0))
 
 
 class LocalPool:
@@ -69,9 +69,9 @@ class LocalPool:
         threads: cores for each.
     """
 
-    def __init__(self, budget: Limits, workers: int, threads: int, cancel: CancelToken) -> None:
+    def __init__(self, budget: MemoryBudget, workers: int, threads: int, cancel: CancelToken) -> None:
         self.budget, self.workers, self.threads, self.cancel = budget, workers, threads, cancel
-        self._running: dict[str, Limits] = {}
+        self._running: dict[str, MemoryBudget] = {}
         self._alone: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._reports: SimpleQueue[Report | BaseException] = SimpleQueue()
@@ -81,36 +81,34 @@ class LocalPool:
         allotment = self._allotment(task)
         if self._running and (len(self._running) >= self.workers or not self._fits(allotment)):
             return False
-        limits = allotment if self._fits(allotment) else self.budget
-        self._running[task.cell.name] = limits
-        thread = threading.Thread(target=self._work, args=(task, limits), daemon=True, name="lowmem-cell")
+        budget = allotment if self._fits(allotment) else self.budget
+        self._running[task.cell.name] = budget
+        thread = threading.Thread(target=self._work, args=(task, budget), daemon=True, name="lowmem-cell")
         self._threads.append(thread)
         thread.start()
         return True
 
-    def _allotment(self, task: Task) -> Limits:
+    def _allotment(self, task: Task) -> MemoryBudget:
         if task.peaks is None or task.cell.name in self._alone:
             return self.budget
         return allotment(task.peaks, self.budget)
 
-    def _fits(self, allotment: Limits) -> bool:
-        used = list(self._running.values())
-        ram = sum(one.ram for one in used) + allotment.ram <= self.budget.ram
-        vram = sum(one.vram or 0 for one in used) + (allotment.vram or 0) <= (self.budget.vram or 0)
-        return ram and (vram or self.budget.vram is None)
+    def _fits(self, allotment: MemoryBudget) -> bool:
+        used = [budget.as_dict() for budget in (*self._running.values(), allotment)]
+        return all(sum(one.get(memory, 0) for one in used) <= limit for memory, limit in self.budget.as_dict().items())
 
-    def _work(self, task: Task, limits: Limits) -> None:
+    def _work(self, task: Task, budget: MemoryBudget) -> None:
         try:
-            self._reports.put(self._report(task, limits))
+            self._reports.put(self._report(task, budget))
         except Cancelled:
             pass
         except BaseException as error:
             self._reports.put(error)
 
-    def _report(self, task: Task, limits: Limits) -> Report:
+    def _report(self, task: Task, budget: MemoryBudget) -> Report:
         """Run a task to its end, its steps reported on the way."""
         started, cell = time.perf_counter(), task.cell
-        setting = Setting(task.spec, task.work, task.options, limits, self.cancel, self.threads)
+        setting = Setting(task.spec, task.work, task.options, budget, self.cancel, self.threads)
         steps = setting.row(cell.variant, cell.is_reference)
         try:
             while True:
@@ -120,7 +118,7 @@ class LocalPool:
         except Cancelled:
             raise
         except (LowMemError, RuntimeError) as error:
-            if isinstance(error, OutOfMemory) and limits != self.budget:
+            if isinstance(error, OutOfMemory) and budget != self.budget:
                 self._alone.add(cell.name)
                 return Report(task)
             return Report(task, row=setting.failed(cell.variant, error, time.perf_counter() - started))

@@ -11,8 +11,8 @@ from typing import Protocol
 from lowmem.datasets.texts import tail
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.machine.limits import Limits, limits_from
 from lowmem.measure.compare import against, notes_on
 from lowmem.measure.rows import Row
 from lowmem.models.source import read_spec
@@ -51,7 +51,7 @@ def sweep(
     *,
     workers: int = 0,
     ray: str = "",
-    limits: Limits | None = None,
+    budget: MemoryBudget | None = None,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Row | Receipt]:
     """Measure every cell of `grid`; rows come as cells finish, those of an earlier run first, the receipt last.
@@ -60,7 +60,7 @@ def sweep(
         folder: where the table is kept, see `table`; one named after the grid when None.
         workers: most cells side by side; as many as fit when 0.
         ray: address of a Ray cluster that runs the cells, see `cluster`; this machine when "".
-        limits: budget for all cells on this machine together; that of the grid, less this process, when None.
+        budget: for all cells on this machine together; that of the grid, less this process, when None.
 
     Raises:
         BadInput, ModelNotFound, Offline: models, text or folder cannot be used.
@@ -71,12 +71,11 @@ def sweep(
     text = tail(grid.text, cancel)
     specs = {model: read_spec(model) for model in grid.models}
     hardware = probe()
-    if limits is None:
-        whole = limits_from(hardware, grid.ram, grid.vram)
-        limits = Limits(max(0, whole.ram - hardware.process_bytes), whole.vram)  # this process goes on holding its own
+    if budget is None:
+        budget = grid.budget.bounded(hardware).for_child_process()
     inner = CancelToken()
     with opened(folder or default_folder(grid, text), grid, text) as table:
-        run = _Run(grid, specs, table, hardware, limits)
+        run = _Run(grid, specs, table, hardware, budget)
         pool = _pool(run, workers, ray, inner)
         try:
             yield from run.rows_so_far()
@@ -96,16 +95,16 @@ def _pool(run: _Run, workers: int, ray: str, cancel: CancelToken) -> Pool:
 
         return RayPool(ray, workers, cancel)
     most = max(1, min(run.hardware.cores, len(run.pending), workers or run.side_by_side()))
-    return LocalPool(run.limits, most, max(1, run.hardware.cores // most), cancel)
+    return LocalPool(run.budget, most, max(1, run.hardware.cores // most), cancel)
 
 
 class _Run:
     """One pass over the cells that are missing."""
 
     def __init__(
-        self, grid: Grid, specs: dict[str, ModelSpec], table: Table, hardware: Hardware, limits: Limits
+        self, grid: Grid, specs: dict[str, ModelSpec], table: Table, hardware: Hardware, budget: MemoryBudget
     ) -> None:
-        self.grid, self.specs, self.table, self.hardware, self.limits = grid, specs, table, hardware, limits
+        self.grid, self.specs, self.table, self.hardware, self.budget = grid, specs, table, hardware, budget
         self.cells = grid.cells()
         self.rows: list[Row] = []
         self.pending = self._missing()
@@ -122,10 +121,10 @@ class _Run:
         """How many cells of average size fit into the budget."""
         sizes = [int(found["ram"] * (1 + MARGIN)) for cell in self.pending if (found := self._peaks(cell))]
         average = sum(sizes) // len(sizes) if sizes else SMALLEST_CELL_BYTES
-        return self.limits.ram // max(1, average)
+        return self.budget.limit("ram") // max(1, average)
 
     def _peaks(self, cell: Cell) -> dict[str, int] | None:
-        return peaks(self.specs[cell.model], cell.variant, self.grid.options, self.hardware, self.limits)
+        return peaks(self.specs[cell.model], cell.variant, self.grid.options, self.hardware, self.budget)
 
     def rows_so_far(self) -> Iterator[Row]:
         """Of an earlier run."""

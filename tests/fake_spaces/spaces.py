@@ -58,7 +58,7 @@ class Worker:
 def _on_cpu(plan: Any) -> Any:
     from lowmem.machine.device import CPU
 
-    return replace(plan, device=CPU, precision="fp32", budgets=(plan.budget("ram"),))
+    return replace(plan, device=CPU, precision="fp32", estimates=(plan.estimate("ram"),))
 
 
 def GPU(task: Any = None, *, duration: Any = None) -> Any:  # noqa: N802  its name there

@@ -19,9 +19,8 @@ import torch
 from lowmem.background import locked
 from lowmem.errors import LowMemError
 from lowmem.events import CancelToken, Step
-from lowmem.machine.hardware import probe
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.limits import Limits
 from lowmem.models.stored import graph_prefix
 from lowmem.planning.exported import runtime_version
 from lowmem.planning.graph_options import ExportOptions
@@ -52,12 +51,12 @@ def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
 
 
 def graph_folder(
-    plan: Plan, folder: Path, cancel: CancelToken, ram_limit: int | None = None
+    plan: Plan, folder: Path, cancel: CancelToken, budget: MemoryBudget = UNLIMITED
 ) -> Generator[Step, None, Path]:
     """The exported model for `plan`: `folder` itself where it is one, else one in the cache, written when it is not there.
 
     Args:
-        ram_limit: bytes that this process and the one that writes may hold together; None is no limit.
+        budget: for this process and the one that writes the graph together.
 
     Raises:
         Unsupported: there is no graph for the model, or it fails its proof.
@@ -70,8 +69,7 @@ def graph_folder(
     with locked(kept, cancel, "Waiting for another writing of the same graph") as waiting:
         yield from waiting
         if not _is_whole(kept):
-            left = None if ram_limit is None else max(0, ram_limit - probe().process_bytes)
-            yield from _write(folder, kept, options, plan.spec.ref, cancel, left)
+            yield from _write(folder, kept, options, plan.spec.ref, cancel, budget.for_child_process())
     return kept
 
 
@@ -89,13 +87,18 @@ def _is_whole(kept: Path) -> bool:
 
 
 def _write(
-    folder: Path, kept: Path, options: ExportOptions, ref: str, cancel: CancelToken, ram: int | None
+    folder: Path, kept: Path, options: ExportOptions, ref: str, cancel: CancelToken, budget: MemoryBudget
 ) -> Generator[Step, None, None]:
-    arguments = {"folder": str(folder), "out": str(kept), "options": asdict(options), "ref": ref, "ram": ram}
+    arguments = {
+        "folder": str(folder),
+        "out": str(kept),
+        "options": asdict(options),
+        "ref": ref,
+        "budget": budget.as_dict(),
+    }
     yield Step(0, 0, "Writing its graph, once")
-    limits = None if ram is None else Limits(ram)
     try:
-        for event in run_isolated("export_graph", arguments, cancel, limits):
+        for event in run_isolated("export_graph", arguments, cancel, budget):
             if not isinstance(event, Finished):
                 yield event
     finally:

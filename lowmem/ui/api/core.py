@@ -7,7 +7,7 @@ Client("http://127.0.0.1:7860").predict("The sky is", api_name="/generate")
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import wraps
 from typing import Any
 
@@ -17,6 +17,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.budget import MemoryBudget
 from lowmem.planning.plan import Plan
 from lowmem.ui.api.arguments import documented
 from lowmem.ui.parts.bind import ENGINE, bounded, explain, pump
@@ -36,7 +37,7 @@ def as_json(plan: Plan) -> Json:
             "verdict": one.verdict,
             "lines": [asdict(line) for line in one.lines],
         }
-        for one in plan.budgets
+        for one in plan.estimates
     }
     return {
         "model": plan.spec.ref,
@@ -103,14 +104,15 @@ def _plan(engine: Engine) -> Callable[..., Json]:
         vram: str = "",
     ) -> dict:
         """The plan for a model and a budget ("4G"; empty is all that is free), without loading anything."""
-        return as_json(engine.plan(build(Choice, _named(model, precision, context, device, kv, ram, vram))))
+        return as_json(
+            engine.plan(_choice(ram, vram, model=model, precision=precision, context=context, device=device, kv=kv))
+        )
 
     return plan
 
 
-def _named(*values: Any) -> Json:
-    """Positional values of a set-up by the names of `Choice`."""
-    return dict(zip(Choice.__slots__, values, strict=True))
+def _choice(ram: str, vram: str, **values: Any) -> Choice:
+    return replace(build(Choice, values), budget=MemoryBudget.parse(ram, vram))
 
 
 def _models(engine: Engine) -> Callable[..., Json]:
@@ -184,7 +186,7 @@ def _load(engine: Engine) -> Callable[..., Iterator[Json]]:
     ) -> Iterator[dict]:
         """Load a model; yields progress, last of all {"receipt": ...}. `force` goes over the budget."""
         token = CancelToken()
-        plan = engine.plan(build(Choice, _named(model, precision, context, device, kv, ram, vram)))
+        plan = engine.plan(_choice(ram, vram, model=model, precision=precision, context=context, device=device, kv=kv))
         for events in pump(engine.load(plan, token, force=force), token):
             for event in events:
                 yield {"receipt": event.as_dict()} if isinstance(event, Receipt) else asdict(event)

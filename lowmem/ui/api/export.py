@@ -12,7 +12,7 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.export.run import export_isolated, forecast, output_folder, race
 from lowmem.fields import build
 from lowmem.machine.baseline import runtime_bytes
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.ui.api.core import told, told_stream
 from lowmem.ui.parts.bind import ENGINE, pump
@@ -38,9 +38,9 @@ def _forecast(workshop: Workshop) -> Callable[..., Json]:
         model: str, format: str = "onnx", precision: str = "int8", options: dict | None = None, ram: str = ""
     ) -> dict:
         """What an export would make and cost, in bytes and seconds; writes nothing."""
-        limit = workshop.limit({"ram": ram})
+        budget = workshop.engine.child_budget(MemoryBudget.parse(ram))
         spec = workshop.engine.exportable(model.strip())
-        expected = forecast(spec, _chosen(format, precision, options), runtime_bytes(), limit)
+        expected = forecast(spec, _chosen(format, precision, options), runtime_bytes(), budget.limit("ram"))
         return asdict(expected) | {"verdict": expected.verdict, "sentence": expected.sentence()}
 
     return export_forecast
@@ -54,8 +54,8 @@ def _export(workshop: Workshop) -> Callable[..., Iterator[Json]]:
         engine, chosen, token = workshop.engine, _chosen(format, precision, options), CancelToken()
         ref = model.strip()
         out = output_folder(engine.exportable(ref).name, chosen)
-        limit = workshop.limit({"ram": ram})
-        events = export_isolated(ref, out, asdict(chosen), ram_limit=limit, allow_paths=not engine.public, cancel=token)
+        budget = workshop.engine.child_budget(MemoryBudget.parse(ram))
+        events = export_isolated(ref, out, asdict(chosen), budget=budget, allow_paths=not engine.public, cancel=token)
         for gathered in pump(events, token):
             for event in gathered:
                 if isinstance(event, Receipt):
@@ -72,7 +72,9 @@ def _race(workshop: Workshop) -> Callable[..., Iterator[Json]]:
         """Time an exported graph against PyTorch; yields progress, last of all {"prompts", "torch", "onnx"}."""
         token = CancelToken()
         workshop.engine.spec(model.strip())  # refuses models that whoever asks may not name
-        events = race(model.strip(), workshop.result(folder), token, Limits(workshop.limit({"ram": ram})))
+        events = race(
+            model.strip(), workshop.result(folder), token, workshop.engine.child_budget(MemoryBudget.parse(ram))
+        )
         for gathered in pump(events, token):
             for event in gathered:
                 yield event if isinstance(event, dict) else asdict(event)

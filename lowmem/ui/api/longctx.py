@@ -16,6 +16,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.exercise import exercise
 from lowmem.longctx.options import ExerciseOptions
+from lowmem.machine.budget import MemoryBudget
 from lowmem.ui.api.core import told_stream
 from lowmem.ui.parts.bind import ENGINE, pump
 from lowmem.ui.parts.runner import new_folder
@@ -94,9 +95,8 @@ def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
         token, chosen = CancelToken(), build(ExerciseOptions, options or {})
         engine.access.check_reading(chosen.tokens)
         read = long_text(text, source=address, cancel=token) if text.strip() or address else MANUAL
-        budget = engine.budget_bytes({"ram": ram})
-        bounds = {"ram": budget["ram"], "vram": budget["vram"]}
-        events = exercise(model, read, chosen, precision=precision, cancel=token, **bounds)
+        budget = engine.child_budget(MemoryBudget.parse(ram))
+        events = exercise(model, read, chosen, precision=precision, budget=budget, cancel=token)
         yield from _as_json(engine, events, token)
 
     exercise_.__name__ = "exercise"

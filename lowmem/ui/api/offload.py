@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import CancelToken, Receipt
+from lowmem.machine.budget import MemoryBudget
 from lowmem.ui.api.core import as_json, told, told_stream
 from lowmem.ui.parts.bind import ENGINE, bounded, pump
 from lowmem.ui.service.offloading import EXERCISE, Ask, Depot
@@ -35,7 +36,7 @@ def _plan(depot: Depot) -> Callable[..., Json]:
         again: bool = False,
     ) -> dict:
         """Where the blocks would live, and seconds per token where this machine was measured; loads nothing."""
-        plan = depot.plan(Ask(model.strip(), ram, vram, disk_blocks, ram_blocks, answers))
+        plan = depot.plan(Ask(model.strip(), disk_blocks, ram_blocks, answers, MemoryBudget.parse(ram, vram)))
         speed = depot.measure(plan, again)
         placement = {"blocks": list(plan.placement.blocks), "mapped": plan.placement.mapped} if plan.placement else None
         pace = (
@@ -61,7 +62,7 @@ def _offload(depot: Depot) -> Callable[..., Iterator[Json]]:
     ) -> Iterator[dict]:
         """Load with blocks where the budget, or a list like "0-5,9", says, and continue a text; last {"receipt": ...}."""
         bounded(prompt)
-        ask, token = Ask(model.strip(), ram, vram, disk_blocks, ram_blocks, answers), CancelToken()
+        ask, token = Ask(model.strip(), disk_blocks, ram_blocks, answers, MemoryBudget.parse(ram, vram)), CancelToken()
         yield from _as_json(depot.run(ask, prompt, new_tokens, token), token)
 
     return offload
@@ -78,7 +79,7 @@ def _compare(depot: Depot) -> Callable[..., Iterator[Json]]:
     ) -> Iterator[dict]:
         """One prompt by every method, each in a process of its own; yields steps, and a receipt or "error" for each."""
         bounded(prompt)
-        ask, token = Ask(model.strip(), ram, vram), CancelToken()
+        ask, token = Ask(model.strip(), budget=MemoryBudget.parse(ram, vram)), CancelToken()
         chosen = EXERCISE if methods is None else [str(method) for method in methods]
         yield from _as_json(depot.compare(ask, prompt, new_tokens, token, chosen), token)
 

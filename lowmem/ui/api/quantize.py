@@ -11,6 +11,7 @@ import gradio as gr
 from lowmem.datasets.texts import MANUAL
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
+from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.api.core import told, told_stream
@@ -56,7 +57,7 @@ def _ask(
     model: str, method: str, bits: int, group: int, symmetric: bool, options: Json | None, text: Json, ram: str
 ) -> Ask:
     main = {"bits": bits, "group_size": group, "symmetric": symmetric}
-    return Ask(model.strip(), method, main | (options or {}), text, {"ram": ram})
+    return Ask(model.strip(), method, main | (options or {}), text, MemoryBudget.parse(ram))
 
 
 def _forecast(workshop: Workshop) -> Callable[..., Json]:
@@ -86,7 +87,9 @@ def _compare(workshop: Workshop) -> Callable[..., Iterator[Json]]:
         """Measure variants such as "fp32", "int8", "gptq:4:64"; yields steps and rows, last of all the receipt."""
         token = CancelToken()
         chosen = build(MeasureOptions, options or {})
-        events = workshop.compare(model.strip(), [str(v) for v in variants], text, chosen, token, {"ram": ram})
+        events = workshop.compare(
+            model.strip(), [str(v) for v in variants], text, chosen, token, MemoryBudget.parse(ram)
+        )
         yield from _as_json(events, token)
 
     return compare
@@ -106,7 +109,7 @@ def _sweep(workshop: Workshop) -> Callable[..., Iterator[Json]]:
         content = {"models": models, "precisions": precisions or [], "methods": methods or {}}
         grid = make_grid(content | {"text": text, "measure": options or {}, "reference": workshop.reference()})
         token = CancelToken()
-        yield from _as_json(workshop.sweep(grid, token, {"ram": ram}, int(workers)), token)
+        yield from _as_json(workshop.sweep(grid, token, MemoryBudget.parse(ram), int(workers)), token)
 
     return sweep
 

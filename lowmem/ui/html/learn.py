@@ -9,7 +9,7 @@ from lowmem.events import Receipt
 from lowmem.fields import build
 from lowmem.machine.bandwidth import Unmeasured, ram_bandwidth
 from lowmem.planning import exported
-from lowmem.planning.estimate import compute_dtype, weight_bytes
+from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.placement import stored_block_bytes
 from lowmem.planning.plan import Plan
 from lowmem.plots.drawing import Bar, Label, Shape, Sheet, to_svg

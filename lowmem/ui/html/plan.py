@@ -9,7 +9,7 @@ from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.window_limits import UNBOUNDED
 from lowmem.machine.monitor import Snapshot
 from lowmem.planning.ladder import remedies
-from lowmem.planning.plan import PRECISION_LABELS, Budget, Line, Plan
+from lowmem.planning.plan import PRECISION_LABELS, Line, MemoryEstimate, Plan
 from lowmem.ui.i18n.strings import name, say
 from lowmem.units import format_bytes, format_seconds
 
@@ -31,7 +31,7 @@ def header() -> str:
 
 def budget(plan: Plan, caption: str = "") -> str:
     """Every budget of a plan as a stacked bar, the computing device's first and with its legend open; the verdict."""
-    others = [one for one in plan.budgets if one is not plan.main]
+    others = [one for one in plan.estimates if one is not plan.main]
     bars = "".join(_budget_bar(one, opened=one is plan.main) for one in (plan.main, *others))
     pill = f'<span class="lm-pill" data-verdict="{plan.verdict}">{escape(name("verdicts", plan.verdict))}</span>'
     note = f'<p class="lm-muted lm-small">{escape(caption)}</p>' if caption else ""
@@ -42,7 +42,7 @@ def budget(plan: Plan, caption: str = "") -> str:
     )
 
 
-def _budget_bar(one: Budget, *, opened: bool) -> str:
+def _budget_bar(one: MemoryEstimate, *, opened: bool) -> str:
     memory, lines = name("memory", one.memory), _merged(one)
     scale = max(one.peak, one.limit, 1)
     segments = "".join(
@@ -61,7 +61,7 @@ def _budget_bar(one: Budget, *, opened: bool) -> str:
     )
 
 
-def _merged(one: Budget) -> list[Line]:
+def _merged(one: MemoryEstimate) -> list[Line]:
     """One line per share, in the order of their first appearance."""
     merged: dict[str, Line] = {}
     for line in one.lines:

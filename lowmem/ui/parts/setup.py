@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -170,7 +171,7 @@ class Setup:
             "device": device,
             "kv": kv,
         }
-        return build(Choice, asked | self.sidebar.budgets(tuple(limits)))
+        return replace(build(Choice, asked), budget=self.sidebar.budget_of(limits))
 
     def price(self, *values: Any) -> list[Any]:
         """Card, buttons and budget bar for the controls as they stand."""

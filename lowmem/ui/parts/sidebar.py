@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
-from lowmem.machine.limits import detected_limits
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs
@@ -66,10 +67,7 @@ class Sidebar:
         gr.Timer(TICK_SECONDS).tick(self.refresh, self.seen, self.outputs, **QUICK)
 
     def _build_sliders(self, hardware: Hardware, cap_bytes: int | None) -> None:
-        detected = detected_limits(hardware)
-        most = {"ram": detected.ram / GB}
-        if detected.vram is not None:
-            most["vram"] = detected.vram / GB
+        most = {memory: limit / GB for memory, limit in MemoryBudget.detect(hardware).as_dict().items()}
         main = "vram" if "vram" in most else "ram"
         sizes = ZEROGPU_PRESETS_GB if hardware.host == "zerogpu" else PRESETS_GB
         presets = [size for size in sizes if size < most[main]]
@@ -95,10 +93,10 @@ class Sidebar:
         preset_of = {float(size): size for size in presets} | {float(top): 0}
         sliders[main].input(preset_of.get, sliders[main], pretend, **QUICK)
 
-    def budgets(self, values: tuple[float, ...]) -> dict[str, str]:
-        """The sliders as sizes; a slider at its end means all that the machine has."""
-        pairs = zip(("ram", "vram"), values, self._top.values(), strict=False)
-        return {memory: "" if value >= top else f"{value:.2f}G" for memory, value, top in pairs}
+    def budget_of(self, values: Sequence[float]) -> MemoryBudget:
+        """What the sliders say; a slider at its end sets no limit."""
+        pairs = zip(self._top.items(), values, strict=False)
+        return MemoryBudget(**{memory: round(value * GB) for (memory, top), value in pairs if value < top})
 
     def refresh(self, seen: Seen) -> list[Any]:
         """Meters always; resident model and receipt only when they changed: each tick costs the browser."""

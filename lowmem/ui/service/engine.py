@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
-from lowmem.fields import build, option
+from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware
-from lowmem.machine.limits import Limits, limits_from
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal
@@ -21,7 +21,6 @@ from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
 from lowmem.settings import settings
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.service.access import Access
-from lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,8 +42,7 @@ class Choice:
     context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
     device: str = option(AUTO, "Device", "Where the model computes.")
     kv: str = option("same", "KV cache type", "Fewer bits take less memory.", choices=KV_STORAGES)
-    ram: str = option("", "RAM budget", "Such as 4G; empty for all that is free.")
-    vram: str = option("", "GPU memory budget", "Such as 4G; empty for all that is free.")
+    budget: MemoryBudget = UNLIMITED
 
 
 class Engine:
@@ -157,10 +155,6 @@ class Engine:
 
         return {key: available(key, self.hardware(), device) for key in PRECISIONS}
 
-    def limits(self, choice: Choice) -> Limits:
-        ram, vram = (parse_bytes(text) if text else None for text in (choice.ram, choice.vram))
-        return limits_from(self.hardware(), ram, vram)
-
     def plan(self, choice: Choice) -> Plan:
         """The plan for a choice; it may be over budget, see its `verdict`."""
         hardware = self.hardware()
@@ -170,13 +164,13 @@ class Engine:
         spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
         context = min(choice.context, spec.context) if spec and spec.context else choice.context
         goal = Goal(context=context, precision=choice.precision, device=choice.device, kv=choice.kv)
-        return self._plan(spec, self.limits(choice), goal)
+        return self._plan(spec, choice.budget.bounded(hardware), goal)
 
-    def _plan(self, spec: ModelSpec | None, limits: Limits, goal: Goal) -> Plan:
+    def _plan(self, spec: ModelSpec | None, budget: MemoryBudget, goal: Goal) -> Plan:
         from lowmem.models.choices import choices
         from lowmem.planning.planner import plan
 
-        return plan(spec, self.hardware(), limits, goal, None if spec else choices())
+        return plan(spec, self.hardware(), budget, goal, None if spec else choices())
 
     def download_bytes(self, spec: ModelSpec) -> int:
         """Bytes that loading would fetch, 0 when the model is here. Asks no network: controls move fast."""
@@ -230,15 +224,14 @@ class Engine:
 
     def price_whole(self, tokens: int) -> Plan | None:
         """The resident plan with a cache of all of `tokens`, whatever the model's context."""
-        from lowmem.planning.budgets import priced
+        from lowmem.planning.estimate import reestimate
 
         plan = self.resident
-        return priced(plan, context=tokens, batch=1, kv="same") if plan else None
+        return reestimate(plan, context=tokens, batch=1, kv="same") if plan else None
 
-    def budget_bytes(self, budgets: Mapping[str, str]) -> dict[str, int | None]:
-        """ "ram" and "vram" budgets in bytes for a process of its own: the RAM that this one holds is not to be had."""
-        limits = self.limits(build(Choice, dict(budgets)))
-        return {"ram": max(0, limits.ram - self.snapshot().process_bytes), "vram": limits.vram}
+    def child_budget(self, budget: MemoryBudget) -> MemoryBudget:
+        """What a child process may use while this one keeps what it holds, a resident model included."""
+        return budget.bounded(self.hardware()).for_child_process()
 
     def generate(
         self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False

@@ -12,6 +12,7 @@ from lowmem.errors import BadInput, Cancelled, LowMemError
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.bandwidth import Unmeasured
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.models.source import local_folder
 from lowmem.models.spec import ModelSpec
@@ -21,7 +22,6 @@ from lowmem.offload.run import METHODS, Where, plan_for, run, together
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.ui.service.engine import Engine
-from lowmem.units import parse_bytes
 
 EXERCISE = tuple(method for method in METHODS if method != "auto")
 
@@ -35,17 +35,15 @@ class Ask:
     """A visitor's wish.
 
     Args:
-        ram, vram: budgets as sizes, "" for all that is free.
-        disk_blocks, ram_blocks: lists like "0-5,9" or "all"; both "" leaves the placement to the budgets.
-        answers: at once; 0 for as many as pay within the budgets.
+        disk_blocks, ram_blocks: lists like "0-5,9" or "all"; both "" leaves the placement to the budget.
+        answers: at once; 0 for as many as pay within the budget.
     """
 
     model: str = "demo"
-    ram: str = ""
-    vram: str = ""
     disk_blocks: str = ""
     ram_blocks: str = ""
     answers: int = 1
+    budget: MemoryBudget = UNLIMITED
 
 
 class Depot:
@@ -65,9 +63,8 @@ class Depot:
         if not 0 <= ask.answers <= MOST_ANSWERS:
             raise BadInput(f"{ask.answers:,} answers at once are not possible here.", f"Choose 0 to {MOST_ANSWERS}.")
         spec = self.engine.spec(ask.model)
-        ram, vram = (parse_bytes(size) if size else None for size in (ask.ram, ask.vram))
         goal = Goal(context=CONTEXT, batch=max(1, ask.answers))
-        return plan_for(self.engine.session, spec, goal, ram, vram, _where(ask, spec), most=not ask.answers)
+        return plan_for(self.engine.session, spec, goal, ask.budget, _where(ask, spec), most=not ask.answers)
 
     def here(self, plan: Plan) -> bool:
         """Is the model on this machine?"""
@@ -125,7 +122,7 @@ class Depot:
         self.engine.spec(ask.model)  # refuses paths that strangers may not name
         given = {"model": ask.model, "prompt": prompt, "new_tokens": _checked(new_tokens), "context": CONTEXT}
         for method in dict.fromkeys(methods):
-            yield from _one(method, given | self.engine.budget_bytes({"ram": ask.ram, "vram": ask.vram}), cancel)
+            yield from _one(method, given | {"budget": self.engine.child_budget(ask.budget).as_dict()}, cancel)
 
 
 def _one(method: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Step | dict[str, Any]]:

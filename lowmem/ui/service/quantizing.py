@@ -12,7 +12,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
 from lowmem.machine.baseline import runtime_bytes
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import parse_variant, parse_variants
@@ -23,7 +23,7 @@ from lowmem.quant.forecast import Forecast, forecast, remember
 from lowmem.quant.run import checked, output_folder, quantize_isolated
 from lowmem.settings import settings
 from lowmem.sweep.grid import MOST_CELLS, Grid
-from lowmem.ui.service.engine import Choice, Engine
+from lowmem.ui.service.engine import Engine
 
 MOST_VARIANTS = 12
 LARGEST_TEXT_TOKENS = 65_536
@@ -35,14 +35,14 @@ class Ask:
 
     Args:
         options: fields of the method's `Options`; calibration: fields of `Calibration`.
-        budgets: "ram" and "vram" as sizes, "" for all that is free.
+        budget: for this process and the one that quantizes.
     """
 
     model: str
     method: str = "gptq"
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    budgets: Mapping[str, str] = field(default_factory=dict)
+    budget: MemoryBudget = UNLIMITED
 
 
 class Workshop:
@@ -54,11 +54,6 @@ class Workshop:
     def methods(self) -> dict[str, str | None]:
         """Every method with None, or with the reason why it does not run here."""
         return usable(self.engine.hardware())
-
-    def limit(self, budgets: Mapping[str, str]) -> int:
-        """Bytes that a new process may hold: the RAM budget less what this one holds, a resident model included."""
-        limits = self.engine.limits(build(Choice, dict(budgets)))
-        return max(0, limits.ram - self.engine.snapshot().process_bytes)
 
     def _checked(self, ask: Ask) -> tuple[Quantizer, Options, Calibration]:
         method, options = checked(ask.method, ask.options, self.engine.hardware())
@@ -76,7 +71,7 @@ class Workshop:
         # A process of its own holds what a fresh one does, whatever this one holds.
         hardware = replace(self.engine.hardware(), runtime_bytes=runtime_bytes())
         spec = self.engine.spec(ask.model)
-        return forecast(spec, method, options, calibration, hardware, self.limit(ask.budgets))
+        return forecast(spec, method, options, calibration, hardware, self.engine.child_budget(ask.budget).limit("ram"))
 
     def output(self, ask: Ask) -> Path:
         """The folder to make: below `settings().outputs`, and never one that is there."""
@@ -95,7 +90,7 @@ class Workshop:
             ask.method,
             ask.options,
             ask.calibration,
-            ram_limit=self.limit(ask.budgets),
+            budget=self.engine.child_budget(ask.budget),
             allow_paths=not self.engine.public,
             cancel=cancel,
         )
@@ -122,7 +117,7 @@ class Workshop:
 
     def compare(
         self, ref: str, variants: Sequence[str], text: str, options: MeasureOptions, cancel: CancelToken,
-        budgets: Mapping[str, str],
+        budget: MemoryBudget,
     ) -> Iterator[Step | Row | Receipt]:  # fmt: skip
         """Measure variants of a model, each in a process of its own."""
         from lowmem.measure.compare import compare
@@ -132,12 +127,12 @@ class Workshop:
             raise BadInput(f"{len(chosen)} variants are more than {MOST_VARIANTS}.", "Tick fewer.")
         self._check_measuring(text, options)
         self.engine.spec(ref)  # refuses paths that strangers may not name
-        limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
+        budget = self.engine.child_budget(budget)
         first = "fp32" if "fp32" in self.variants() else chosen[0].name
-        return self._noted(compare(ref, chosen, text, reference=first, options=options, limits=limits, cancel=cancel))
+        return self._noted(compare(ref, chosen, text, reference=first, options=options, budget=budget, cancel=cancel))
 
     def sweep(
-        self, grid: Grid, cancel: CancelToken, budgets: Mapping[str, str], workers: int = 0
+        self, grid: Grid, cancel: CancelToken, budget: MemoryBudget, workers: int = 0
     ) -> Iterator[Step | Row | Receipt]:
         """Measure a grid of models and variants, as many side by side as the budget holds; its table is kept."""
         from lowmem.sweep.run import sweep
@@ -150,8 +145,8 @@ class Workshop:
         self._check_measuring(grid.text, grid.options)
         for model in grid.models:
             self.engine.spec(model)  # refuses models that whoever asks may not name
-        limits = Limits(self.limit(budgets), self.engine.limits(build(Choice, dict(budgets))).vram)
-        return self._noted(sweep(grid, workers=workers, limits=limits, cancel=cancel))
+        budget = self.engine.child_budget(budget)
+        return self._noted(sweep(grid, workers=workers, budget=budget, cancel=cancel))
 
     def reference(self) -> str:
         """The precision that others are held against: the original's own where it runs."""

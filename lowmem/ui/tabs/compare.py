@@ -120,8 +120,8 @@ class CompareView:
                 if not variants:
                     raise BadInput("No variant is ticked.", "Tick two or more.")
                 options = read(MeasureOptions, tuple(self.options), given)
-                budgets = self.sidebar.budgets(tuple(limits))
-                events = self.workshop.compare((model or "").strip(), variants, text, options, token, budgets)
+                budget = self.sidebar.budget_of(limits)
+                events = self.workshop.compare((model or "").strip(), variants, text, options, token, budget)
                 for gathered in pump(events, token):
                     fresh = [event for event in gathered if isinstance(event, Row)]
                     steps = [event for event in gathered if isinstance(event, Step)]

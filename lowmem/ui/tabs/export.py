@@ -14,7 +14,7 @@ from lowmem.export import tensorrt
 from lowmem.export.run import export_isolated, forecast, output_folder, race
 from lowmem.fields import build
 from lowmem.machine.baseline import runtime_bytes
-from lowmem.machine.limits import Limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import local_folder
 from lowmem.planning.graph_options import LABELS, ExportOptions
 from lowmem.plots.drawing import to_svg
@@ -135,8 +135,8 @@ class ExportTab:
         self.push.shown(event)
         return event.then(self._price, self.controls, [self.card, self.runner.run, self.problem], **QUICK)
 
-    def _options(self, values: Sequence[Any]) -> tuple[str, ExportOptions, int]:
-        """Model, options, and the bytes that a process may hold."""
+    def _options(self, values: Sequence[Any]) -> tuple[str, ExportOptions, MemoryBudget]:
+        """Model, options, and the budget of the process that exports."""
         model, kind, precision, group, fast, fused, optimise, *limits = values
         options = build(
             ExportOptions,
@@ -149,23 +149,23 @@ class ExportTab:
                 "optimise": optimise,
             },
         )
-        return (model or "").strip(), options, self.workshop.limit(self.sidebar.budgets(tuple(limits)))
+        return (model or "").strip(), options, self.engine.child_budget(self.sidebar.budget_of(limits))
 
     def _price(self, *values: Any) -> list[Any]:
         try:
-            model, options, limit = self._options(values)
+            model, options, budget = self._options(values)
             spec = self.engine.exportable(model)
-            expected = forecast(spec, options, runtime_bytes(), limit)
+            expected = forecast(spec, options, runtime_bytes(), budget.limit("ram"))
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
         card = export_render.card(expected, spec.size_on_disk)
         return [card, gr.Button(interactive=expected.verdict != "over"), ""]
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
-        model, options, limit = self._options(values)
+        model, options, budget = self._options(values)
         out = output_folder(self.engine.exportable(model).name, options)
         asked = {name: getattr(options, name) for name in options.__slots__}
-        events = export_isolated(model, out, asked, ram_limit=limit, allow_paths=not self.engine.public, cancel=token)
+        events = export_isolated(model, out, asked, budget=budget, allow_paths=not self.engine.public, cancel=token)
         made: list[Receipt] = []
 
         def view(gathered: Sequence[Any]) -> list[Any]:
@@ -183,8 +183,7 @@ class ExportTab:
     ) -> tuple[Iterator[Any], View]:
         if not receipt:
             raise BadInput("There is no exported model to race.", "Export one first.")
-        limits = Limits(self._options(values)[2])
-        events = race(receipt["ref"], _own_result(receipt), token, limits)
+        events = race(receipt["ref"], _own_result(receipt), token, self._options(values)[2])
         found: list[dict[str, Any]] = []
 
         def view(gathered: Sequence[Any]) -> list[Any]:

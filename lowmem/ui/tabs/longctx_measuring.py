@@ -194,14 +194,13 @@ class ExerciseMode:
         self.engine.access.check_reading(options.tokens)
         plan = self.engine.resident
         ref, precision = (plan.spec.ref, plan.precision) if plan else ("demo", "auto")
-        budgets = self.engine.budget_bytes(self.sidebar.budgets(tuple(values[len(self.controls) :])))
+        budget = self.engine.child_budget(self.sidebar.budget_of(values[len(self.controls) :]))
         points: list[Point] = []
 
         def events() -> Iterator[Any]:
             given = text.strip() or file or address
             chosen = Text("text", self.tab.given(text, file, address, token)) if given else MANUAL
-            ram, vram = budgets["ram"], budgets["vram"]
-            yield from exercise(ref, chosen, options, precision=precision, ram=ram, vram=vram, cancel=token)
+            yield from exercise(ref, chosen, options, precision=precision, budget=budget, cancel=token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             points.extend(event for event in gathered if isinstance(event, Point))

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
-from lowmem.machine.limits import detected_limits
+from lowmem.machine.budget import MemoryBudget
 from lowmem.offload.predict import Speed
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import offload as render_offload
@@ -51,7 +51,7 @@ class OffloadTab:
         self._wire(sidebar)
 
     def _build_controls(self) -> None:
-        limits = detected_limits(self.depot.engine.hardware())
+        limits = MemoryBudget.detect(self.depot.engine.hardware())
         self.model = gr.Dropdown(
             self.depot.engine.catalog(),
             value="demo",
@@ -136,8 +136,7 @@ class OffloadTab:
         disk, in_ram = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
         return Ask(
             model=(model or "").strip(),
-            ram=_size(ram, self.ram.maximum),
-            vram=_size(vram, self.vram.maximum),
+            budget=MemoryBudget(_limit(ram, self.ram.maximum), _limit(vram, self.vram.maximum)),
             disk_blocks=disk,
             ram_blocks=in_ram,
             answers=int(answers),
@@ -224,6 +223,6 @@ def _list(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
     return gr.Textbox("", label=label, info=say("offload_list_help"), visible=visible, elem_id=elem_id)
 
 
-def _size(gigabytes: float, top: float) -> str:
-    """ "" at the slider's end: all that is free."""
-    return "" if gigabytes >= top else f"{gigabytes:.2f}G"
+def _limit(gigabytes: float, top: float) -> int | None:
+    """None at the slider's end: all that is free."""
+    return None if gigabytes >= top else round(gigabytes * GB)

@@ -177,7 +177,7 @@ class QuantizeForm:
             method=method,
             options={"bits": bits, "group_size": group, "symmetric": symmetric} | own,
             calibration={"text": source, "samples": samples, "length": length},
-            budgets=self.sidebar.budgets(tuple(limits)),
+            budget=self.sidebar.budget_of(limits),
         )
 
 

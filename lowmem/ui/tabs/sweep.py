@@ -134,7 +134,7 @@ class SweepView:
             text=text,
             options=read(MeasureOptions, self._fields, given),
         )
-        return self.workshop.sweep(grid, token, self.sidebar.budgets(tuple(limits))), _view(grid)
+        return self.workshop.sweep(grid, token, self.sidebar.budget_of(limits)), _view(grid)
 
 
 def _variants(

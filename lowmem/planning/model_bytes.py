@@ -1,0 +1,201 @@
+"""Predicted peak memory of a plan, by exact accounting from shapes.
+
+Weights and KV cache are counted to the byte from the checkpoint's header. Activations are
+the tensors that are alive together at the widest point of one decoder block; the constants
+in this file name each of them. Nothing here is fitted to measurements; the benchmark
+`benchmarks/memory.py` shows how far the prediction is from the truth.
+"""
+
+from __future__ import annotations
+
+from lowmem.kernels import layouts
+from lowmem.models.quantization import BNB
+from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.planning import cache
+from lowmem.planning.plan import Line, Plan
+from lowmem.planning.precision import rest_precision
+from lowmem.units import MB
+
+SLAB_BYTES = 64 * MB
+"""The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
+
+CUDA_WORKSPACE_BYTES = 96 * MB
+"""cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
+
+CUDA_RAM_BYTES = 900 * MB
+"""RAM that the CUDA driver and torch's kernels take in the process once a GPU is used."""
+
+HEAP_OF_A_PASS = 2
+"""What glibc's heap grows to in a pass over a whole window, over the tensors that live at once: those that are freed leave holes
+into which the next do not fit (measured for 512 to 4,096 tokens: 2.0 to 2.2 times in int8, 1.3 to 1.8 in fp32)."""
+
+EAGER_ATTENTION = frozenset({"gemma2", "gpt_neo", "gptj", "mpt"})
+"""Families whose attention has no fused kernel in transformers: the score matrix exists."""
+
+
+def compute_dtype(precision: str, device_dtypes: tuple[str, ...]) -> str:
+    """The dtype of activations and KV cache: the precision itself, or what the device does best."""
+    return precision if precision in ("fp32", "fp16", "bf16") else device_dtypes[0]
+
+
+def is_linear(tensor: Tensor) -> bool:
+    """Is this the weight of a linear layer inside a decoder block, which is what gets quantized?"""
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight") and _in_block(tensor) and not tensor.is_buffer
+
+
+def is_embedding(tensor: Tensor) -> bool:
+    """Is this a token or position embedding, or the output head?"""
+    return len(tensor.shape) == 2 and tensor.name.endswith("weight") and not _in_block(tensor)
+
+
+def _in_block(tensor: Tensor) -> bool:
+    return any(part.isdigit() for part in tensor.name.split("."))
+
+
+def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
+    """Bytes of the loaded weights, exact for each precision's layout.
+
+    `dtype` is the compute dtype: what is not quantized is kept in it.
+    """
+    total = 0
+    for tensor in spec.tensors:
+        if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
+            continue
+        total += tensor_bytes(spec, tensor, precision, dtype)
+    if _rest(spec, precision, dtype) == "int8" and spec.tied:
+        # The packed output head cannot be indexed, so a tied embedding exists twice.
+        total += layouts.int8_bytes(spec.vocab, spec.hidden)
+    return total
+
+
+def _rest(spec: ModelSpec, precision: str, dtype: str) -> str:
+    """The precision of all that is not stored quantized."""
+    return rest_precision(dtype, spec.stored) if precision == "stored" else precision
+
+
+def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if precision == "stored" and spec.stored and tensor.packed_layer:
+        if spec.stored.method == BNB:
+            return tensor.nbytes  # held as they are stored
+        # A layer's parts are counted together, where its weight lies.
+        layer = _packed_shape(spec, tensor)
+        return layouts.packed_bytes(spec.stored, *layer, dtype) if layer else 0
+    precision = _rest(spec, precision, dtype)
+    if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
+        return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
+    if precision == "int8" and is_embedding(tensor):
+        rows, columns = tensor.shape
+        return layouts.int8_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
+    return tensor.elements * DTYPE_BYTES[dtype]
+
+
+def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
+    """(outputs, inputs) where `tensor` is a packed weight, None for the other parts of a packed layer."""
+    if not spec.stored or not tensor.is_packed_weight:
+        return None
+    return spec.stored.linear_shape((tensor.shape[0], tensor.shape[1]))
+
+
+def linear_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer; GPT-2 stores its own the other way round."""
+    first, second = tensor.shape
+    return (second, first) if spec.model_type == "gpt2" else (first, second)
+
+
+def is_quantized(precision: str, columns: int) -> bool:
+    """Does `precision` quantize linear layers of so many inputs?
+
+    NF4 keeps a layer whose inputs are no multiple of its block: bitsandbytes 0.50 decodes blocks
+    that run over the end of a row wrongly on CPUs.
+    """
+    return precision in ("int8", "bnb8") or (precision == "nf4" and columns % layouts.NF4_BLOCK == 0)
+
+
+_LINEAR_BYTES = {"int8": layouts.int8_bytes, "bnb8": layouts.bnb8_bytes, "nf4": layouts.nf4_bytes}
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
+    """Peak of one decoder block over `tokens` = chunk x batch new tokens that see `context` tokens.
+
+    Counted: the residual stream and its normed fp32 copy; then the larger of attention
+    (q, k, v, their rotated copies, the output) and the MLP (gate, its activation, up, their
+    product); and the attention mask and repeated keys and values of a chunk that does not
+    start the sequence.
+    """
+    size = DTYPE_BYTES[dtype]
+    residual = tokens * spec.hidden * (3 * size + 2 * 4)
+    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    attention = tokens * (4 * q_width + 4 * kv_width) * size
+    mlp = tokens * 4 * spec.intermediate * size
+    return residual + max(attention, mlp) + _masked_attention_bytes(spec, tokens, context, size)
+
+
+def attending_bytes(plan: Plan, dtype: str) -> int:
+    """Activations of the widest pass over a prompt, or of a token, that `plan` makes."""
+    chunk = min(plan.prefill_chunk, plan.context)
+    alive = max(
+        activation_bytes(plan.spec, min(chunk, most) * plan.batch, seen, dtype) for most, seen in cache.passes(plan)
+    )
+    # With a cache, chunks are short, and the cache is not full yet when they are read.
+    return alive * HEAP_OF_A_PASS if plan.kv == "none" and plan.place.kind == "cpu" else alive
+
+
+def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
+    if context <= tokens and spec.model_type not in EAGER_ATTENTION:
+        return 0
+    # The boolean mask, its two factors while it is made, and its copy in the compute dtype.
+    mask = tokens * context * (3 + size)
+    history = 2 * spec.heads * spec.head_dim * context * size
+    repeated = history if spec.heads != spec.kv_heads else 0
+    if size == 2:
+        repeated += history  # half precision is packed for the matrix kernels
+    scores = 2 * spec.heads * tokens * context * 4 if spec.model_type in EAGER_ATTENTION else 0
+    return mask + repeated + scores
+
+
+def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
+    """One row of logits a sequence, in fp32, sorted with its indices and summed for top-p."""
+    return batch * spec.vocab * (DTYPE_BYTES[dtype] + 4 * 4 + 2 * 8)
+
+
+def kernel_lines(plan: Plan) -> tuple[Line, ...]:
+    # Counted as weights: they come and stay with a model that is stored quantized.
+    stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
+    if stored is None or layouts.cpu_kernel(stored) != "nbits":
+        return ()
+    return (Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, whose kernels multiply packed weights."),)
+
+
+def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
+    """Most bytes the loader holds: what is finished, and the tensor at work with its temporaries.
+
+    Follows the loader through the file: a large embedding at the beginning costs little, since
+    nothing else is there yet.
+    """
+    finished = peak = 0
+    for tensor in spec.tensors:
+        if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
+            continue
+        final = tensor_bytes(spec, tensor, precision, dtype)
+        peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
+        finished += final
+    if _rest(spec, precision, dtype) == "int8" and spec.tied:
+        # The head is packed from the embedding's codes, of which packing takes a copy.
+        finished += layouts.int8_bytes(spec.vocab, spec.hidden)
+        peak = max(peak, finished + spec.vocab * spec.hidden)
+    return max(peak, finished)
+
+
+def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
+    if precision == "stored" and spec.stored and spec.stored.method == BNB and tensor.packed_layer:
+        return 0
+    if precision == "stored" and (layer := _packed_shape(spec, tensor)):
+        return layouts.repacking_bytes(*layer)
+    precision = _rest(spec, precision, dtype)
+    source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
+    if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
+        codes, columns = tensor.elements, tensor.shape[1]
+        return source + codes + 2 * 4 * min(tensor.shape[0], layouts.QUANTIZED_ROWS) * columns
+    if precision in ("bnb8", "nf4") and is_linear(tensor):
+        return source + tensor.elements * DTYPE_BYTES[dtype]
+    return min(source, SLAB_BYTES)
