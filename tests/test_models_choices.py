@@ -6,7 +6,7 @@ import pytest
 import toys
 
 from lowmem.errors import LowMemError
-from lowmem.models import choices
+from lowmem.models import choices, hub
 from lowmem.models.catalog import CATALOG
 from lowmem.settings import settings
 from lowmem.ui.service.access import Access
@@ -18,12 +18,12 @@ def refs() -> list[str]:
 
 
 def test_without_the_hub_only_the_demo_can_be_had():
-    assert not choices.hub_reachable()
+    assert not hub.reachable()
     assert refs() == ["demo"]
 
 
 def test_with_the_hub_the_best_comes_first_and_no_licence_is_in_the_way(monkeypatch):
-    monkeypatch.setattr(choices, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     quality = {entry.ref: entry.quality for entry in CATALOG}
     gated = {entry.ref for entry in CATALOG if entry.gated}
     assert len(refs()) > 10
@@ -34,21 +34,21 @@ def test_with_the_hub_the_best_comes_first_and_no_licence_is_in_the_way(monkeypa
 @pytest.mark.usefixtures("online")
 def test_a_hub_that_refuses_the_connection_is_not_reachable(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert not choices.hub_reachable()
+    assert not hub.reachable()
 
 
 @pytest.mark.usefixtures("online")
 def test_a_hub_that_comes_back_is_seen_after_a_while_and_is_not_asked_in_between(monkeypatch):
     answers, now = [False, False, True], 1000.0
     monkeypatch.setenv("HF_ENDPOINT", "http://a.hub")
-    monkeypatch.setattr(choices, "_asked", lambda endpoint: answers.pop(0))
-    monkeypatch.setattr(choices.time, "monotonic", lambda: now)
-    assert [choices.hub_reachable(), choices.hub_reachable()] == [False, False]
+    monkeypatch.setattr(hub, "_answers", lambda endpoint: answers.pop(0))
+    monkeypatch.setattr(hub.time, "monotonic", lambda: now)
+    assert [hub.reachable(), hub.reachable()] == [False, False]
     assert len(answers) == 2
-    now += choices.AGAIN_SECONDS + 1
-    assert not choices.hub_reachable()
-    now += choices.AGAIN_SECONDS + 1
-    assert [choices.hub_reachable(), choices.hub_reachable()] == [True, True]
+    now += hub.RETRY_SECONDS + 1
+    assert not hub.reachable()
+    now += hub.RETRY_SECONDS + 1
+    assert [hub.reachable(), hub.reachable()] == [True, True]
     assert answers == []
 
 

@@ -15,6 +15,7 @@ from fake_hub import COMMIT, FakeHub
 
 from lowmem import background
 from lowmem.errors import (
+    BadInput,
     Cancelled,
     CorruptModel,
     DiskFull,
@@ -29,6 +30,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.models import catalog, demo, download
 from lowmem.models.fetch import download_size, fetch
 from lowmem.models.source import is_local, local_folder, local_models, read_spec
+from lowmem.models.spec import ModelSource
 from lowmem.models.synthetic import write_random_model
 from lowmem.settings import settings
 
@@ -57,7 +59,7 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def run(ref: str, cancel: CancelToken | None = None) -> tuple[Path, list[Step]]:
+def run(ref: str | ModelSource, cancel: CancelToken | None = None) -> tuple[Path, list[Step]]:
     steps: list[Step] = []
     fetching = fetch(ref, cancel)
     while True:
@@ -381,3 +383,58 @@ def test_errors_cross_the_thread() -> None:
     assert next(items) == 1
     with pytest.raises(LowMemError, match="broken"):
         next(items)
+
+
+# --- one resolution: what was planned is what is loaded
+
+
+def test_a_model_has_the_same_fingerprint_before_and_after_it_is_fetched(hub: FakeHub, toy_files: Files) -> None:
+    hub.add(REPO, toy_files)
+    planned = read_spec(REPO).source
+    assert (planned.name, planned.revision, planned.folder) == ("toy", COMMIT, None)
+    assert planned.fingerprint
+    folder, _ = run(planned)
+    fetched = read_spec(REPO).source
+    assert (fetched, fetched.folder) == (planned, folder)
+    assert run(planned) == (folder, [])
+
+
+def test_the_demo_has_the_same_fingerprint_before_and_after(hub: FakeHub, toy_files: Files) -> None:
+    hub.add(demo.HUB_ID, toy_files)
+    planned = read_spec("demo").source
+    assert (planned.name, planned.detail, planned.revision) == (demo.NAME, "", COMMIT)
+    run(planned)
+    assert read_spec("demo").source == planned
+
+
+def test_the_packaged_demo_is_resolved_without_a_network() -> None:
+    assert read_spec("demo").source == demo.PACKAGED
+    assert (demo.PACKAGED.name, demo.PACKAGED.detail) == ("SmolLM2-135M-Instruct", "from Q4_1")
+
+
+def test_the_revision_that_was_planned_is_fetched(hub: FakeHub, toy_files: Files) -> None:
+    hub.add(REPO, toy_files)
+    planned = read_spec(REPO).source
+    hub.requests.clear()
+    run(planned)
+    assert f"/api/models/{REPO}/revision/{COMMIT}" in [path for path, _ in hub.requests]
+    assert local_folder(REPO) is not None
+
+
+def test_files_that_changed_since_planning_are_refused(hub: FakeHub, toy_files: Files) -> None:
+    hub.add(REPO, toy_files)
+    folder, _ = run(REPO)
+    planned = read_spec(REPO).source
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"The files of toy have changed since it was planned\. Plan it again"):
+        run(planned)
+    assert read_spec(REPO).source.fingerprint != planned.fingerprint
+    assert run(read_spec(REPO).source) == (folder, [])
+
+
+def test_files_that_changed_on_the_hub_since_planning_are_refused(hub: FakeHub, toy_files: Files) -> None:
+    hub.add(REPO, toy_files)
+    planned = read_spec(REPO).source
+    hub.add(REPO, toy_files | {"tokenizer_config.json": b"{}"})
+    with pytest.raises(BadInput, match="have changed since it was planned"):
+        run(planned)

@@ -7,7 +7,7 @@ import pytest
 from lowmem.errors import CorruptModel, LowMemError, UnsafeModel, Unsupported
 from lowmem.models.catalog import CATALOG, find, synthetic
 from lowmem.models.config import SUPPORTED, check_supported, read_shape
-from lowmem.models.spec import ModelSpec, Tensor
+from lowmem.models.spec import ModelSource, ModelSpec, Tensor
 
 LLAMA = {
     "model_type": "llama",
@@ -198,7 +198,9 @@ def test_a_tied_head_and_buffers_do_not_count_as_parameters() -> None:
 
     def parameters(tied: bool) -> int:
         about = {"layers": 1, "hidden": 4, "intermediate": 4, "heads": 1, "kv_heads": 1, "head_dim": 4}
-        spec = ModelSpec("r", "n", "llama", tensors, **about, vocab=10, context=8, layer_types=("full",), tied=tied)
+        spec = ModelSpec(
+            ModelSource("r", "n"), "llama", tensors, **about, vocab=10, context=8, layer_types=("full",), tied=tied
+        )
         return spec.parameters
 
     assert parameters(tied=True) == 52

@@ -228,7 +228,7 @@ def notes_on(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterat
     methods = {variant.method for variant in variants if variant.method}
     if any(get(method).calibrated for method in methods) and (warning := overlap_warning(head().text, text.text)):
         yield warning
-    if methods and spec.name == demo.PACKAGED_NAME:
+    if methods and spec.source.detail == demo.DETAIL:
         yield "These weights were once rounded to 4 bits in groups of 32: groups of 32 restore them, judge 64 or 128."
 
 

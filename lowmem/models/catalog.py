@@ -13,7 +13,7 @@ from typing import Any
 from lowmem.models.config import Shape, read_shape
 from lowmem.models.reference import DEMO
 from lowmem.models.shapes import inventory
-from lowmem.models.spec import ModelSpec
+from lowmem.models.spec import ModelSource, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,23 @@ def synthetic(
 ) -> ModelSpec:
     """The spec of a Llama of any size: for benchmarks, tests and made-up machines."""
     config = _config("llama", layers, hidden, intermediate, heads, kv_heads or heads, vocab, context, tied=tied)
-    return _assemble(read_shape(config | ({"head_dim": head_dim} if head_dim else {})), name, name, dtype)
+    shape = read_shape(config | ({"head_dim": head_dim} if head_dim else {}))
+    return _assemble(shape, ModelSource(name, name), dtype)
 
 
 @functools.cache
 def _spec(entry: Entry) -> ModelSpec:
     shape = read_shape(entry.config, entry.label)
-    about = {"licence": entry.licence, "gated": entry.gated, "has_chat_template": entry.chat}
-    return _assemble(shape, entry.ref, entry.label, entry.dtype, entry.stored_head, **about)
+    source = ModelSource(entry.ref, entry.label, licence=entry.licence, gated=entry.gated)
+    return _assemble(shape, source, entry.dtype, entry.stored_head, entry.chat)
 
 
 def _assemble(
-    shape: Shape, ref: str, name: str, dtype: str, stored_head: bool | None = None, **about: Any
+    shape: Shape, source: ModelSource, dtype: str, stored_head: bool | None = None, chat: bool = False
 ) -> ModelSpec:
     tensors = inventory(shape, dtype, stored_head)
     size = sum(tensor.nbytes for tensor in tensors)
-    return ModelSpec(ref=ref, name=name, tensors=tensors, **asdict(shape), size_on_disk=size, **about)
+    return ModelSpec(source=source, tensors=tensors, **asdict(shape), size_on_disk=size, has_chat_template=chat)
 
 
 def _config(

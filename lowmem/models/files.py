@@ -5,8 +5,9 @@ What reads models asks for names, small files, and byte ranges, and never knows 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from lowmem.errors import CorruptModel, ModelNotFound
 
 MAX_TEXT = 64 * 2**20
 """Bytes of the largest file that is read whole into memory (an index or a tokenizer)."""
+
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 class Ranged(Protocol):
@@ -42,6 +45,20 @@ class Files(Protocol):
 
     def ranged(self, name: str) -> Ranged: ...
 
+    def identity(self, name: str) -> str:
+        """A text that changes whenever the content of the file does."""
+        ...
+
+
+def fingerprint(files: Files, names: Iterable[str]) -> str:
+    """A hex digest over the content of the files `names`. Reads no more of them than `Files.identity` does."""
+    return digest({name: files.identity(name) for name in names})
+
+
+def digest(identities: Mapping[str, str]) -> str:
+    """The fingerprint of files with these identities."""
+    return hashlib.sha256(json.dumps(sorted(identities.items())).encode()).hexdigest()
+
 
 class LocalFile:
     """A `Ranged` on disk. Opened per read: headers take two or three."""
@@ -61,6 +78,20 @@ class LocalFile:
         if len(data) < length:
             raise ends_early(self, offset + length)
         return data
+
+    def identity(self) -> str:
+        """Size, time of the last change, and a hash of samples of the content.
+
+        Hashing gigabytes of weights would take longer than loading them. The samples tell apart fine-tunes of one
+        model whose files carry the same time, as files unpacked from some archives do; the time tells apart files
+        that differ only between the samples.
+        """
+        samples = hashlib.sha256()
+        with self.path.open("rb") as file:
+            for index in range(_SAMPLES):
+                file.seek(index * max(_SAMPLE_BYTES, self.size // _SAMPLES))
+                samples.update(file.read(_SAMPLE_BYTES))
+        return f"{self.size}:{self.path.stat().st_mtime_ns}:{samples.hexdigest()}"
 
 
 class LocalFolder:
@@ -82,6 +113,9 @@ class LocalFolder:
 
     def ranged(self, name: str) -> LocalFile:
         return LocalFile(self.folder / name)
+
+    def identity(self, name: str) -> str:
+        return self.ranged(name).identity()
 
 
 def read_object(files: Files, name: str) -> dict[str, Any]:

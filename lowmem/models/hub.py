@@ -7,6 +7,8 @@ Only `settings().hub_endpoint` ever sees the token: redirects to other hosts dro
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,11 @@ from lowmem.settings import settings
 from lowmem.version import __version__
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+REACHABLE_SECONDS = 2.0
+RETRY_SECONDS = 60.0
+
+_ask_again: dict[str, float] = {}
+"""Endpoint -> the time (`time.monotonic`) from which it is contacted again; infinity once it has answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,30 @@ class Repository:
     def ranged(self, name: str) -> HubFile:
         return HubFile(self, self.files[name])
 
+    def identity(self, name: str) -> str:
+        file = self.files[name]
+        return file.digest or f"{self.commit}:{file.size}"
+
     def address(self, name: str) -> str:
         return f"/{self.repo}/resolve/{self.commit}/{quote(name)}"
+
+
+def reachable() -> bool:
+    """Does the hub answer? Checked once per process and endpoint, and again after a minute while it does not."""
+    endpoint = settings().hub_endpoint
+    if settings().hub_offline:
+        return False
+    if time.monotonic() > _ask_again.get(endpoint, 0.0):
+        _ask_again[endpoint] = math.inf if _answers(endpoint) else time.monotonic() + RETRY_SECONDS
+    return _ask_again[endpoint] == math.inf
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        httpx.head(endpoint, timeout=REACHABLE_SECONDS)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
 
 
 def repository(repo: str, revision: str = "main") -> Repository:

@@ -13,6 +13,7 @@ from lowmem.errors import BadInput
 from lowmem.settings import settings
 
 DEMO = "demo"
+DEMO_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_LENGTH = 400
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -46,7 +47,7 @@ class Reference:
         """A short name for people."""
         if self.kind in ("folder", "gguf"):
             return self.path.name.split("@")[0].split("--")[-1].removesuffix(".gguf")
-        return (self.file or self.repo).split("/")[-1].removesuffix(".gguf")
+        return (self.file or self.repo or DEMO_REPO).split("/")[-1].removesuffix(".gguf")
 
 
 def parse_ref(ref: str, allow_paths: bool = True) -> Reference:

@@ -1,24 +1,24 @@
-"""Where a model comes from: a reference read as a spec, and what is on this machine already.
+"""Resolving model references: which checkpoint a reference names, what it contains, and what is on this machine.
 
-Reads configuration and headers only; `fetch.py` brings the weights.
+Reads configuration and headers only; `fetch.py` downloads the weights.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import BadInput, CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
-from lowmem.models import catalog, hub
-from lowmem.models.describe import CONFIG, describe, describe_gguf
-from lowmem.models.files import LocalFile, LocalFolder
+from lowmem.models import catalog, demo, hub
+from lowmem.models.describe import CONFIG, describe, describe_gguf, model_files
+from lowmem.models.files import LocalFile, LocalFolder, digest, fingerprint
 from lowmem.models.reference import DEMO, Reference, parse_ref
-from lowmem.models.spec import ModelSpec
+from lowmem.models.spec import ModelSource, ModelSpec
 from lowmem.settings import settings
 from lowmem.units import format_bytes
 
@@ -27,7 +27,11 @@ __all__ = ["LocalModel", "Reference", "is_local", "local_folder", "local_models"
 logger = logging.getLogger("lowmem.models")
 
 RECORD = "source.json"
-"""Written into every fetched or converted folder: where it came from."""
+"""Written into every fetched or converted folder.
+
+Holds what `ModelSource` says of the model, and `files`: the fingerprint of the folder as it was written. While that
+still matches, the folder is the checkpoint that `fingerprint` identified on the hub or in the GGUF file.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,13 @@ class LocalModel:
 
 
 def read_spec(ref: str, allow_paths: bool = True, encoders: bool = False) -> ModelSpec:
-    """The model behind `ref`, from its configuration and headers; no weight is read or fetched.
+    """Resolve `ref` and describe the model from its configuration and headers; no weights are read or downloaded.
 
-    A hub model that cannot be asked about (offline, or gated) is described from the catalog if it is there,
-    so that planning goes on; fetching it raises the reason.
+    When the hub cannot be reached, or the model is gated, a model of the catalog is described from there so that it
+    can still be planned; fetching it raises the reason.
 
     Args:
-        encoders: describe models that only read text too.
+        encoders: accept encoder models such as BERT too.
 
     Raises:
         BadInput, ModelNotFound, GatedModel, UnsafeModel, CorruptModel, Unsupported, Offline.
@@ -56,12 +60,13 @@ def read_spec(ref: str, allow_paths: bool = True, encoders: bool = False) -> Mod
     if folder := find_folder(reference):
         return _read_folder(folder, reference, encoders)
     if reference.kind == "gguf":
-        return describe_gguf(LocalFile(reference.path), reference.text, reference.name)
+        source = ModelSource(reference.text, reference.name, fingerprint=gguf_fingerprint(reference))
+        return describe_gguf(LocalFile(reference.path), source)
     if reference.kind == "folder":
         raise _no_model(reference.path)
+    if reference.kind == "demo":
+        return _read_demo(reference)
     entry = catalog.find(reference.text)
-    if entry and reference.kind == "demo":
-        return entry.spec()
     try:
         return _read_hub(reference, encoders)
     except (Offline, GatedModel) as error:
@@ -104,14 +109,35 @@ def record(folder: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def resolve_folder(folder: Path, ref: str) -> ModelSource:
+    """The checkpoint in `folder`, under the reference that led there.
+
+    Raises:
+        CorruptModel, ModelNotFound: files are missing.
+    """
+    files = LocalFolder(folder)
+    return _as_recorded(replace(_source_in(folder, ref), fingerprint=fingerprint(files, model_files(files))))
+
+
+def is_current(source: ModelSource) -> bool:
+    """Are the files of a resolved model still the same? Models that are not on this machine count as unchanged."""
+    try:
+        return source.folder is None or resolve_folder(source.folder, source.ref).fingerprint == source.fingerprint
+    except LowMemError:
+        return False
+
+
+def gguf_fingerprint(reference: Reference) -> str:
+    """The fingerprint of a GGUF file, before and after its conversion."""
+    return digest({"gguf": LocalFile(reference.path).identity()})
+
+
 def folder_name(reference: Reference, commit: str = "") -> str:
-    """The name under `settings().models` of what `reference` is fetched or converted to."""
+    """The name below `settings().models` of the folder that `reference` is fetched or converted to."""
     if reference.kind == "demo":
         return DEMO
     if reference.kind == "gguf":
-        stat = reference.path.stat()
-        identity = f"{reference.path}|{stat.st_size}|{stat.st_mtime_ns}"
-        return f"gguf--{reference.path.stem}@{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        return f"gguf--{reference.path.stem}@{gguf_fingerprint(reference)[:12]}"
     parts = [reference.repo, reference.file] if reference.file else [reference.repo]
     return f"{'--'.join(parts).replace('/', '--')}@{commit}"
 
@@ -124,8 +150,12 @@ def gguf_in(repository: hub.Repository, reference: Reference) -> str:
     return reference.file
 
 
-def find_folder(reference: Reference) -> Path | None:
-    """The finished folder of a reference, None when there is none on this machine."""
+def find_folder(reference: Reference, commit: str = "") -> Path | None:
+    """The finished folder of a reference, None when there is none on this machine.
+
+    Args:
+        commit: of a hub reference only this commit will do.
+    """
     models = settings().models
     if reference.kind == "folder":
         return reference.path if (reference.path / CONFIG).is_file() else None
@@ -135,7 +165,7 @@ def find_folder(reference: Reference) -> Path | None:
     if reference.kind == "gguf":
         return None
     fetched = [folder for folder in _models_in(models) if folder.name.startswith(folder_name(reference))]
-    wanted = [folder for folder in fetched if _is_revision(folder, reference.revision)]
+    wanted = [folder for folder in fetched if _is_revision(folder, commit or reference.revision)]
     return max(wanted, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
@@ -170,17 +200,60 @@ def _leads_to(ref: str, folder: Path) -> bool:
 
 
 def _read_folder(folder: Path, reference: Reference, encoders: bool) -> ModelSpec:
-    source = record(folder)
-    name, licence = str(source.get("name") or reference.name), str(source.get("licence") or "")
-    return describe(LocalFolder(folder), reference.text, name, licence, bool(source.get("gated")), encoders)
+    spec = describe(LocalFolder(folder), _source_in(folder, reference.text), encoders)
+    return replace(spec, source=_as_recorded(spec.source))
+
+
+def _as_recorded(source: ModelSource) -> ModelSource:
+    """With the fingerprint that the files had where they were fetched from, unless the folder has changed since."""
+    about = record(source.folder) if source.folder else {}
+    return replace(source, fingerprint=about["fingerprint"]) if about.get("files") == source.fingerprint else source
+
+
+def _source_in(folder: Path, ref: str) -> ModelSource:
+    """What the record of a folder says, without a fingerprint."""
+    about = record(folder)
+    packaged = about.get("origin") == demo.WHEEL
+    return ModelSource(
+        ref=ref,
+        name=demo.NAME if packaged else str(about.get("name") or Reference("folder", ref, path=folder).name),
+        folder=folder,
+        revision=str(about.get("commit") or ""),
+        detail=demo.DETAIL if packaged else "",
+        licence=str(about.get("licence") or ""),
+        gated=bool(about.get("gated")),
+    )
 
 
 def _read_hub(reference: Reference, encoders: bool) -> ModelSpec:
-    repository = hub.repository(reference.repo, reference.revision)
-    about = (reference.text, reference.name, repository.licence, repository.gated)
-    if reference.kind == "hub":
-        return describe(repository, *about, encoders)
-    return describe_gguf(repository.ranged(gguf_in(repository, reference)), *about)
+    repository = hub.repository(reference.repo or demo.HUB_ID, reference.revision)
+    return describe_hub(repository, reference, encoders)
+
+
+def describe_hub(repository: hub.Repository, reference: Reference, encoders: bool = False) -> ModelSpec:
+    """The model that `reference` names in a repository. Raises what `describe` and `describe_gguf` raise."""
+    source = ModelSource(
+        ref=reference.text,
+        name=reference.name,
+        revision=repository.commit,
+        licence=repository.licence,
+        gated=repository.gated,
+    )
+    if reference.kind != "hub_gguf":
+        return describe(repository, source, encoders)
+    name = gguf_in(repository, reference)
+    source = replace(source, fingerprint=fingerprint(repository, [name]))
+    return describe_gguf(repository.ranged(name), source)
+
+
+def _read_demo(reference: Reference) -> ModelSpec:
+    """The demo of the hub, whose weights are the originals, else the one of the package index."""
+    if hub.reachable():
+        with contextlib.suppress(Offline, GatedModel, ModelNotFound):
+            return _read_hub(reference, encoders=False)
+    entry = catalog.find(DEMO)
+    assert entry is not None
+    return replace(entry.spec(), source=demo.PACKAGED)
 
 
 def _no_model(path: Path) -> LowMemError:

@@ -5,7 +5,8 @@ Pure data and arithmetic; no torch, no network. `source.py` reads the files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from lowmem.models.quantization import Quantization, Shape
 
@@ -82,12 +83,39 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """Everything planning needs to know of a model.
+class ModelSource:
+    """The immutable checkpoint that a model reference was resolved to.
+
+    A reference is resolved once, when the model is planned. Loading, the graph cache and the quantization journal
+    identify the model by `fingerprint`, so a plan made before a download still describes what is loaded after it.
 
     Args:
-        ref: what the person asked for: "demo", a hub id, a folder, a .gguf file.
-        name: short name for people.
+        ref: the reference as typed: "demo", a hub id, a folder, a .gguf file.
+        name: short display name.
+        folder: where the files are; None until they have been fetched.
+        revision: commit on the hub, "" for local files.
+        fingerprint: hex digest that identifies the content of the files, "" while it is unknown: a model
+            described from the catalog is resolved when it is fetched.
+        detail: what the weights were converted from, such as "from Q4_1"; "" for an original checkpoint.
+        licence, gated: from the hub or the catalog, "" and False when unknown.
+    """
+
+    ref: str
+    name: str
+    folder: Path | None = field(default=None, compare=False)
+    revision: str = ""
+    fingerprint: str = ""
+    detail: str = ""
+    licence: str = ""
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything that planning needs to know about a model.
+
+    Args:
+        source: the checkpoint it describes.
         model_type: `config.json`'s model_type ("llama", "gpt2", ...).
         tensors: every stored tensor, in file order.
         layers, hidden, intermediate, heads, kv_heads, head_dim, vocab: the shape.
@@ -98,13 +126,11 @@ class ModelSpec:
         quantization: the checkpoint's own quantization method ("gptq", "awq", ...), or "".
         stored: the details of that quantization, None without one.
         size_on_disk: bytes of the weight files.
-        licence, gated: from the catalog or the hub, "" and False when unknown.
         has_chat_template: the tokenizer knows how to format a conversation.
         exported: the precision of the graph that is all there is of the model, "" where there are weights.
     """
 
-    ref: str
-    name: str
+    source: ModelSource
     model_type: str
     tensors: tuple[Tensor, ...]
     layers: int
@@ -121,10 +147,24 @@ class ModelSpec:
     quantization: str = ""
     stored: Quantization | None = None
     size_on_disk: int = 0
-    licence: str = ""
-    gated: bool = False
     has_chat_template: bool = False
     exported: str = ""
+
+    @property
+    def ref(self) -> str:
+        return self.source.ref
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def licence(self) -> str:
+        return self.source.licence
+
+    @property
+    def gated(self) -> bool:
+        return self.source.gated
 
     @property
     def parameters(self) -> int:

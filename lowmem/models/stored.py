@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, LowMemError
+from lowmem.models.describe import MANIFEST
+from lowmem.models.files import LocalFolder, read_object
 from lowmem.models.source import record
+from lowmem.models.spec import ModelSource
 from lowmem.settings import settings
 
 KINDS = {"models": "fetched", "outputs": "made here", "graphs": "graph"}
@@ -69,9 +73,9 @@ def delete(doomed: Stored) -> None:
         ) from error
 
 
-def graph_prefix(model: str) -> str:
-    """What the folders of a model's graphs begin with, by the name of the model."""
-    return f"{model.replace('/', '--')}-"
+def graph_prefix(source: ModelSource) -> str:
+    """What the names of the folders of a model's graphs begin with."""
+    return f"{source.fingerprint[:16]}-"
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -84,4 +88,7 @@ def _folders(root: Path) -> Iterator[Path]:
 def _stored(root: str, folder: Path) -> Stored:
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
     name = str(record(folder).get("name") or folder.name) if root == "models" else folder.name
+    if root == "graphs" and (folder / MANIFEST).is_file():
+        with contextlib.suppress(LowMemError):
+            name = str(read_object(LocalFolder(folder), MANIFEST).get("model") or name)
     return Stored(f"{root}/{folder.name}", name, KINDS[root], size)

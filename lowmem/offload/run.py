@@ -99,7 +99,7 @@ def measure(
     yield Step(0, 0, "Measuring how fast this machine reads")
     places = Where(tuple(in_ram), tuple(disk), may_map=mapped)
     plan = plan_for(Session(), model, Goal(batch=batch), where=places)
-    folder = yield from fetch(plan.spec.ref, CancelToken())
+    folder = yield from fetch(plan.spec.source, CancelToken())
     predict(plan, weights(folder) or folder, again)
 
 
@@ -131,7 +131,7 @@ def run(
     The receipt's details say where the blocks were, bytes read, and seconds per token, predicted and measured.
     """
     cancel = cancel or CancelToken()
-    folder = yield from fetch(plan.spec.ref, cancel)
+    folder = yield from fetch(plan.spec.source, cancel)
     yield Step(0, 0, "Measuring how fast this machine reads")
     speed = predict(plan, weights(folder) or folder, again)
     loading: dict[str, int] = {}

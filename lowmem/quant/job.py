@@ -17,9 +17,9 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
 from lowmem.models.blocks import Layout, block_layout
-from lowmem.models.describe import CONFIG, describe
+from lowmem.models.describe import CONFIG
 from lowmem.models.files import LocalFolder, read_object
-from lowmem.models.source import record
+from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.quant.base import Options, Quantizer
 from lowmem.quant.calibration import Calibration, Samples, token_samples
@@ -61,8 +61,7 @@ class Job:
         options.check()
         config = read_object(LocalFolder(folder), CONFIG)
         layout = block_layout(config)
-        name = str(record(folder).get("name") or folder.resolve().name)
-        spec = describe(LocalFolder(folder), str(folder), name)
+        spec = read_spec(str(folder))
         check_shapes(spec, options.group_size)
         expected = estimate(spec, method, options, calibration, probe().runtime_bytes)
         return cls(folder, method, options, calibration, torch.device(device), cancel, layout, spec, expected)
@@ -110,14 +109,12 @@ class Job:
 
     def settings(self, samples: Samples) -> dict[str, Any]:
         """Everything that the resulting bytes depend on."""
-        files = sorted([*self.folder.glob("*.safetensors"), self.folder / CONFIG])
         return {
             "version": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
-            "folder": str(self.folder.resolve()),
-            "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            "model": self.spec.source.fingerprint,
             "method": self.method.name,
             "options": asdict(self.options),
             "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),

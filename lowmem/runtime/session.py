@@ -316,10 +316,12 @@ class Session:
         """Try `plan`, then lower rungs; the return value is the receipt."""
         from lowmem.machine.oom import is_out_of_memory
         from lowmem.models.fetch import fetch
+        from lowmem.models.source import resolve_folder
 
         notes: list[str] = []
         while True:
-            folder = yield from fetch(plan.spec.ref, cancel)
+            folder = yield from fetch(plan.spec.source, cancel)
+            plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
             self._drop()
             started = time.perf_counter()
             try:

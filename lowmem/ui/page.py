@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from lowmem.models.choices import hub_reachable
+from lowmem.models.hub import reachable as hub_reachable
 from lowmem.ui.api.core import add_endpoints
 from lowmem.ui.api.export import add_export_endpoints
 from lowmem.ui.api.longctx import add_longctx_endpoints

@@ -65,7 +65,7 @@ def graph_folder(
     if is_exported(folder):
         return folder
     options = _options(plan)
-    kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.name)}{_key(folder, options)}"
+    kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.source)}{_key(options)}"
     with locked(kept, cancel, "Waiting for another writing of the same graph") as waiting:
         yield from waiting
         if not _is_whole(kept):
@@ -112,11 +112,6 @@ def _options(plan: Plan) -> ExportOptions:
     return ExportOptions(precision=plan.precision)
 
 
-def _key(folder: Path, options: ExportOptions) -> str:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    content = {
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "options": asdict(options),
-        "versions": [__version__, runtime_version().split(".")[:2]],
-    }
+def _key(options: ExportOptions) -> str:
+    content = {"options": asdict(options), "versions": [__version__, runtime_version().split(".")[:2]]}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

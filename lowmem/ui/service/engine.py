@@ -106,14 +106,13 @@ class Engine:
         return doomed.nbytes
 
     def _is_resident(self, folder: Path) -> bool:
-        from lowmem.models.source import local_folder
         from lowmem.models.stored import graph_prefix
 
         plan = self.resident
         if plan is None:
             return False
-        graph = plan.backend == "onnx" and folder.name.startswith(graph_prefix(plan.spec.name))
-        return graph or local_folder(plan.spec.ref) == folder
+        graph = plan.backend == "onnx" and folder.name.startswith(graph_prefix(plan.spec.source))
+        return graph or plan.spec.source.folder == folder
 
     # --- planning
 
@@ -132,8 +131,10 @@ class Engine:
         Raises:
             NotAllowed: not for whoever asks. And what `read_spec` raises.
         """
+        from lowmem.models.source import is_current
+
         self.access.check_model(ref)
-        if ref not in self._specs:
+        if ref not in self._specs or not is_current(self._specs[ref].source):
             self._specs[ref] = self._read_spec(ref)
         return self._specs[ref]
 
