@@ -23,6 +23,11 @@ class LowMemError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to be part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class BadInput(LowMemError):
     """An option, prompt or file that cannot be used as given."""
 

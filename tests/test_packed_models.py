@@ -33,6 +33,7 @@ from lowmem.planning.model_bytes import loading_peak, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import available, candidates
+from lowmem.precisions import stored as stored_precision
 from lowmem.runtime import loader
 from lowmem.runtime.session import Session
 
@@ -69,7 +70,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel that rounds: packed layers multiplied out in fp32, the rest in fp32."""
     monkeypatch.setattr(packed_linear, "cpu_kernel", lambda _: "plain")
-    monkeypatch.setattr(loader, "rest_precision", lambda *_: "fp32")
+    monkeypatch.setattr(stored_precision, "has_int8_kernels", lambda: False)
 
 
 @pytest.mark.usefixtures("exact")
@@ -228,8 +229,7 @@ def test_on_a_gpu_the_weights_are_counted_to_the_byte(
 ) -> None:
     packed_toys.save("qwen2", tmp_path, recipe)
     # A CPU that computes in fp16 stands in for the GPU.
-    monkeypatch.setattr(loader, "rest_precision", lambda *_: "fp16")
-    monkeypatch.setitem(loader.TORCH_DTYPES, "fp32", torch.float16)
+    monkeypatch.setattr(loader, "TORCH_DTYPES", {"fp32": torch.float16})
     model, spec = loaded(tmp_path), read_spec(str(tmp_path))
     held = {t.data_ptr(): t.nbytes for m in model.modules() if isinstance(m, PackedLinear) for t in m.buffers()}
     held |= {p.data_ptr(): p.nbytes for p in model.parameters()}
@@ -332,7 +332,7 @@ def test_the_demo_model_keeps_its_distributions(tmp_path: Path, monkeypatch: pyt
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :1024]
     fast = loaded(folder)(ids).logits
     monkeypatch.setattr(packed_linear, "cpu_kernel", lambda _: "plain")
-    monkeypatch.setattr(loader, "rest_precision", lambda *_: "fp32")
+    monkeypatch.setattr(stored_precision, "has_int8_kernels", lambda: False)
     exact = loaded(folder)(ids).logits
     p, q = exact.log_softmax(-1), fast.log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).mean()) <= 0.003

@@ -24,10 +24,10 @@ from lowmem.longctx.options import ExerciseOptions
 from lowmem.measure.rows import write_atomically
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
-from lowmem.planning.plan import PRECISIONS
 from lowmem.planning.planner import plan as make_plan
 from lowmem.plots.drawing import to_png, to_svg
 from lowmem.plots.longctx import picture, to_csv
+from lowmem.precisions import PRECISIONS
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes, format_seconds
 

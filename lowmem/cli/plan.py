@@ -13,9 +13,10 @@ from lowmem.models.choices import choices
 from lowmem.models.source import read_spec
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal
-from lowmem.planning.plan import PRECISIONS, Plan
+from lowmem.planning.plan import Plan
 from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.planning.planner import plan as make_plan
+from lowmem.precisions import PRECISIONS
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
 

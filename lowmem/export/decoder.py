@@ -18,10 +18,10 @@ from lowmem.kernels.int8_linear import largest_code
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.describe import CONFIG
+from lowmem.models.modules import empty_model
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
 from lowmem.planning.graph_options import ExportOptions
-from lowmem.quant.skeleton import empty_model
 from lowmem.runtime.onnx.manifest import DATA, GRAPH, PREFILL
 
 

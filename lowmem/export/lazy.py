@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.matching import match_names, tied_parameters
-from lowmem.quant.skeleton import empty_model
+from lowmem.models.modules import empty_model, set_tensor
 
 Reader = Callable[[], Tensor]
 
@@ -45,21 +45,17 @@ class LazyModel:
             self._fill(name, _reader(checkpoint, source, name in turned, dtype), dtype)
         for name, source in tied_parameters(self.model).items():
             if name not in stored:
-                _set(self.model, name, self.model.get_parameter(source))
+                set_tensor(self.model, name, self.model.get_parameter(source))
                 if source in self.readers:  # the exporter may call it by either name
                     self.readers[name] = self.readers[source]
 
     def _fill(self, name: str, read: Reader, dtype: torch.dtype) -> None:
         shape = self.model.get_parameter(name).shape
         if shape.numel() < LARGE:
-            _set(self.model, name, nn.Parameter(read(), requires_grad=False))
+            set_tensor(self.model, name, read())
         else:
             self.readers[name] = read
-            _set(
-                self.model,
-                name,
-                nn.Parameter(torch.full((1,), STANDING_IN, dtype=dtype).expand(shape), requires_grad=False),
-            )
+            set_tensor(self.model, name, torch.full((1,), STANDING_IN, dtype=dtype).expand(shape))
 
 
 def _reader(checkpoint: Checkpoint, name: str, turned: bool, dtype: torch.dtype) -> Reader:
@@ -68,11 +64,6 @@ def _reader(checkpoint: Checkpoint, name: str, turned: bool, dtype: torch.dtype)
         return values.t().contiguous() if turned else values
 
     return read
-
-
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, member = name.rpartition(".")
-    model.get_submodule(owner)._parameters[member] = parameter
 
 
 def _plain_linears(model: nn.Module) -> set[str]:

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.kernels.packed_linear import read
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.matching import by_module, match_names, tied_parameters
+from lowmem.models.modules import empty_model, set_tensor
 from lowmem.models.quantization import Quantization
-from lowmem.quant.skeleton import empty_model
 
 
 def streamed_model(folder: Path, checkpoint: Checkpoint, stored: Quantization | None) -> Any:
@@ -46,21 +46,14 @@ def _stream(module: nn.Module, checkpoint: Checkpoint, members: Mapping[str, str
 
     def come(_module: nn.Module, _inputs: object) -> None:
         for member, name in members.items():
-            _set(module, member, checkpoint.read(name, torch.float32))
+            set_tensor(module, member, checkpoint.read(name, torch.float32))
 
     def go(_module: nn.Module, _inputs: object, _output: object) -> None:
         for member, tensor in empty.items():
-            _set(module, member, tensor)
+            set_tensor(module, member, tensor)
 
     module.register_forward_pre_hook(come)
     module.register_forward_hook(go)
-
-
-def _set(module: nn.Module, member: str, tensor: Tensor) -> None:
-    if member in module._buffers:
-        module._buffers[member] = tensor
-    else:
-        module._parameters[member] = nn.Parameter(tensor, requires_grad=False)
 
 
 class _PackedLayer(nn.Module):

@@ -70,18 +70,18 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """Rows of an embedding in int8 with one fp32 scale a row: ids [...] -> float32 [..., hidden]."""
+    """An embedding in int8 with one fp32 scale per row, times `factor` (Gemma's): ids [...] -> float32 [..., hidden]."""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, factor: float = 1.0) -> None:
         super().__init__()
         codes, scales = quantize_rows(weight, largest_code())
         self.num_embeddings, self.embedding_dim = weight.shape
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
-        self.factor = 1.0
+        self.factor = factor
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.codes[ids].float() * self.scales[ids].unsqueeze(-1)

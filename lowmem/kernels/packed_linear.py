@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel
-from lowmem.kernels import gptqmodel_kernel
+from lowmem.kernels import bnb_linear, gptqmodel_kernel
 from lowmem.kernels.int8_fine import FineInt8Linear
 from lowmem.kernels.int8_linear import Int8Linear, largest_code
 from lowmem.kernels.layouts import code_width, cpu_kernel, has_int8_kernels
@@ -27,6 +27,26 @@ INT8_ZERO = 128
 
 Parts = dict[str, Tensor]
 """The tensors of one layer: "qweight", "qzeros", "scales", perhaps "g_idx" and "bias"."""
+
+
+def stored_linear(
+    stored: Quantization, name: str, parts: Parts, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The fastest layer that computes with the tensors of a quantized layer, whatever its method.
+
+    Args:
+        name: of the layer, for errors.
+        parts: its tensors, whose shapes have been checked by `check_shapes`.
+        shape: (outputs, inputs).
+
+    Raises:
+        CorruptModel: the tensors hold impossible values.
+    """
+    if stored.method != BNB:
+        return packed_linear(stored, name, parts, device, dtype)
+    if stored.bits == 8:
+        return bnb_linear.stored8(parts, device, dtype)
+    return bnb_linear.stored4(name, parts, *shape, device, dtype)
 
 
 def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.device, dtype: torch.dtype) -> nn.Module:

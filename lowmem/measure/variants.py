@@ -9,7 +9,7 @@ from typing import Any
 from lowmem.datasets.texts import NAMES
 from lowmem.errors import BadInput
 from lowmem.fields import build
-from lowmem.planning.plan import PRECISIONS
+from lowmem.precisions import PRECISIONS
 from lowmem.quant import METHODS, get
 from lowmem.quant.base import Options
 from lowmem.quant.calibration import Calibration

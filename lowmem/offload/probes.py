@@ -15,6 +15,7 @@ from lowmem.kernels import bnb_linear, packed_linear
 from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked
 from lowmem.machine import bandwidth
 from lowmem.models.checkpoint import TORCH_DTYPES
+from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, INT8, Quantization
 
 INPUTS, OUTPUTS = 2048, 8192
@@ -52,19 +53,14 @@ def streamed_rate(stored: Quantization, rows: int = 1) -> float:
         return _rate(StoredNf4(made.weight.data, made.weight.quant_state, INPUTS, OUTPUTS), rows, parts["weight"])
     layer = StoredPacked(stored, "probe", INPUTS, OUTPUTS)
     for part, tensor in parts.items():
-        setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
+        set_tensor(layer, part, tensor)
     return _rate(layer, rows, parts["qweight"])
 
 
 def home_rate(stored: Quantization, rows: int = 1) -> float:
     """Of the codes of a layer that is loaded for good, in whatever form the fastest kernel wants them."""
     parts = _parts(stored)
-    if stored.method != BNB:
-        layer = packed_linear.packed_linear(stored, "probe", parts, CPU, torch.float32)
-    elif stored.bits == 8:
-        layer = bnb_linear.stored8(parts, CPU, torch.float32)
-    else:
-        layer = bnb_linear.stored4("probe", parts, OUTPUTS, INPUTS, CPU, torch.float32)
+    layer = packed_linear.stored_linear(stored, "probe", parts, (OUTPUTS, INPUTS), CPU, torch.float32)
     return _rate(layer, rows, parts["qweight" if "qweight" in parts else "weight"])
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem.errors import DiskFull, Unsupported
 from lowmem.events import CancelToken, Chunk, Receipt, Step
@@ -24,6 +23,7 @@ from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import PeakMeter
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.fetch import fetch
+from lowmem.models.modules import empty_model
 from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
@@ -110,9 +110,7 @@ def loaded(plan: Plan, folder: Path) -> Iterator[Loaded]:
 
 
 def _load(plan: Plan, folder: Path, dtype: torch.dtype, spill: Path) -> Loaded:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights(include_buffers=True):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    empty = empty_model(folder)
     # Modules with nothing but buffers, such as rotary frequencies, want a place too.
     names = [name for name, _ in (*empty.named_parameters(remove_duplicate=False), *empty.named_buffers())]
     model = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache
 from lowmem.planning.plan import Line, Plan
-from lowmem.planning.precision import rest_precision
+from lowmem.precisions import PRECISIONS
 from lowmem.units import MB
 
 SLAB_BYTES = 64 * MB
@@ -35,7 +35,7 @@ EAGER_ATTENTION = frozenset({"gemma2", "gpt_neo", "gptj", "mpt"})
 
 def compute_dtype(precision: str, device_dtypes: tuple[str, ...]) -> str:
     """The dtype of activations and KV cache: the precision itself, or what the device does best."""
-    return precision if precision in ("fp32", "fp16", "bf16") else device_dtypes[0]
+    return PRECISIONS[precision].dtype or device_dtypes[0]
 
 
 def is_linear(tensor: Tensor) -> bool:
@@ -62,30 +62,26 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
             continue
         total += tensor_bytes(spec, tensor, precision, dtype)
-    if _rest(spec, precision, dtype) == "int8" and spec.tied:
+    dense = PRECISIONS[precision].dense(dtype, spec.stored)
+    if dense.covers_embeddings and spec.tied:
         # The packed output head cannot be indexed, so a tied embedding exists twice.
-        total += layouts.int8_bytes(spec.vocab, spec.hidden)
+        total += dense.linear_bytes(spec.vocab, spec.hidden)
     return total
 
 
-def _rest(spec: ModelSpec, precision: str, dtype: str) -> str:
-    """The precision of all that is not stored quantized."""
-    return rest_precision(dtype, spec.stored) if precision == "stored" else precision
-
-
 def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
-    if precision == "stored" and spec.stored and tensor.packed_layer:
+    if spec.stored and tensor.packed_layer:
         if spec.stored.method == BNB:
             return tensor.nbytes  # held as they are stored
         # A layer's parts are counted together, where its weight lies.
         layer = _packed_shape(spec, tensor)
         return layouts.packed_bytes(spec.stored, *layer, dtype) if layer else 0
-    precision = _rest(spec, precision, dtype)
-    if is_linear(tensor) and is_quantized(precision, columns := linear_shape(spec, tensor)[1]):
-        return _LINEAR_BYTES[precision](tensor.elements // columns, columns)
-    if precision == "int8" and is_embedding(tensor):
+    dense = PRECISIONS[precision].dense(dtype, spec.stored)
+    if is_linear(tensor) and dense.quantizes((shape := linear_shape(spec, tensor))[1]):
+        return dense.linear_bytes(*shape)
+    if dense.covers_embeddings and is_embedding(tensor):
         rows, columns = tensor.shape
-        return layouts.int8_bytes(rows, columns) if tensor.is_output_embedding else rows * (columns + 4)
+        return (dense.linear_bytes if tensor.is_output_embedding else dense.embedding_bytes)(rows, columns)
     return tensor.elements * DTYPE_BYTES[dtype]
 
 
@@ -100,18 +96,6 @@ def linear_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer; GPT-2 stores its own the other way round."""
     first, second = tensor.shape
     return (second, first) if spec.model_type == "gpt2" else (first, second)
-
-
-def is_quantized(precision: str, columns: int) -> bool:
-    """Does `precision` quantize linear layers of so many inputs?
-
-    NF4 keeps a layer whose inputs are no multiple of its block: bitsandbytes 0.50 decodes blocks
-    that run over the end of a row wrongly on CPUs.
-    """
-    return precision in ("int8", "bnb8") or (precision == "nf4" and columns % layouts.NF4_BLOCK == 0)
-
-
-_LINEAR_BYTES = {"int8": layouts.int8_bytes, "bnb8": layouts.bnb8_bytes, "nf4": layouts.nf4_bytes}
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
@@ -179,23 +163,23 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         final = tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
-    if _rest(spec, precision, dtype) == "int8" and spec.tied:
+    dense = PRECISIONS[precision].dense(dtype, spec.stored)
+    if dense.covers_embeddings and spec.tied:
         # The head is packed from the embedding's codes, of which packing takes a copy.
-        finished += layouts.int8_bytes(spec.vocab, spec.hidden)
+        finished += dense.linear_bytes(spec.vocab, spec.hidden)
         peak = max(peak, finished + spec.vocab * spec.hidden)
     return max(peak, finished)
 
 
 def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
-    if precision == "stored" and spec.stored and spec.stored.method == BNB and tensor.packed_layer:
+    if spec.stored and spec.stored.method == BNB and tensor.packed_layer:
         return 0
-    if precision == "stored" and (layer := _packed_shape(spec, tensor)):
+    if layer := _packed_shape(spec, tensor):
         return layouts.repacking_bytes(*layer)
-    precision = _rest(spec, precision, dtype)
     source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
-    if precision == "int8" and (is_linear(tensor) or is_embedding(tensor)):
-        codes, columns = tensor.elements, tensor.shape[1]
-        return source + codes + 2 * 4 * min(tensor.shape[0], layouts.QUANTIZED_ROWS) * columns
-    if precision in ("bnb8", "nf4") and is_linear(tensor):
-        return source + tensor.elements * DTYPE_BYTES[dtype]
+    dense = PRECISIONS[precision].dense(dtype, spec.stored)
+    quantized = is_linear(tensor) and dense.quantizes(linear_shape(spec, tensor)[1])
+    if quantized or (dense.covers_embeddings and is_embedding(tensor)):
+        rows, columns = tensor.shape
+        return source + dense.temporary_bytes(rows, columns, dtype)
     return min(source, SLAB_BYTES)

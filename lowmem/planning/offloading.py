@@ -16,6 +16,7 @@ from lowmem.planning.placement import (
 )
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available
+from lowmem.precisions import PRECISIONS
 
 
 def offloaded(plan: Plan) -> Plan | None:
@@ -53,7 +54,7 @@ def offload_precision(plan: Plan) -> str:
     if plan.spec.quantization:
         return "stored"
     stored = {tensor.dtype for tensor in counted(plan.spec) if len(tensor.shape) > 1}
-    if plan.precision in ("fp32", "fp16", "bf16"):
+    if PRECISIONS[plan.precision].dtype:
         return plan.precision
     best = plan.place.dtypes[0]
     if plan.place.kind == "cpu" and stored == {"bf16"} and "bf16" in plan.place.dtypes:

@@ -9,20 +9,10 @@ from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.placement import Placement
+from lowmem.precisions import PRECISIONS
 from lowmem.units import format_bytes
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "bnb8", "nf4", "stored")
 BACKENDS = ("torch", "onnx")
-PRECISION_LABELS = {
-    "fp32": "fp32 (full precision)",
-    "fp16": "fp16 (half precision)",
-    "bf16": "bf16 (half precision)",
-    "int8": "int8 (dynamic, for CPU)",
-    "int4": "int4 (ONNX Runtime, for CPU)",
-    "bnb8": "8-bit (bitsandbytes LLM.int8)",
-    "nf4": "4-bit (bitsandbytes NF4)",
-    "stored": "as stored (already quantized)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +62,7 @@ class Plan:
     Args:
         spec: the model.
         hardware, budget: the machine, and the memory budget the plan was made for.
-        precision: one of `PRECISIONS`.
+        precision: a key of `PRECISIONS`.
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
         batch: sequences at once.
@@ -139,7 +129,7 @@ class Plan:
     def precision_label(self) -> str:
         """The precision for a person; of a quantized checkpoint, what it holds."""
         stored = self.spec.stored if self.precision == "stored" else None
-        return stored.label if stored else PRECISION_LABELS[self.precision]
+        return stored.label if stored else PRECISIONS[self.precision].label
 
     def sentence(self) -> str:
         """The verdict for a person, naming the number."""

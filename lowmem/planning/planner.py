@@ -17,6 +17,7 @@ from lowmem.planning.ladder import descend
 from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal
+from lowmem.precisions import PRECISIONS
 from lowmem.units import GB, format_bytes
 
 COMFORTABLE_CONTEXT = 8192
@@ -26,7 +27,7 @@ CPU_WEIGHTS_CEILING = 2 * GB
 """Every token reads all weights once. At the 20 GB/s of an ordinary two-channel memory this is ten
 tokens a second, about reading speed; a larger model fits many CPUs but nobody wants to wait for it."""
 
-GRAPH_PRECISIONS = ("fp32", "int8", "int4")
+GRAPH_PRECISIONS = tuple(key for key, precision in PRECISIONS.items() if "onnx" in precision.backends)
 """What a graph for CPUs is written in."""
 
 GRAPH_PARAMETERS = 50_000_000
@@ -148,7 +149,10 @@ def _draft(
         kv=goal.kv,
         prefill_chunk=goal.prefill_chunk,
         backend=backend,
-        or_torch=backend == "onnx" and goal.backend == "auto" and precision != "int4" and not spec.exported,
+        or_torch=backend == "onnx"
+        and goal.backend == "auto"
+        and "torch" in PRECISIONS[precision].backends
+        and not spec.exported,
     )
     return reestimate(draft)
 
@@ -157,7 +161,11 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal:
     """The first precision that fits; the smallest one when none does."""
     if goal.precision != "auto":
         # A precision by name means what it always meant: graphs have to be asked for, but for the one only they have.
-        backend = "onnx" if goal.backend == "onnx" or goal.precision == "int4" or spec.exported else "torch"
+        backend = (
+            "onnx"
+            if goal.backend == "onnx" or "torch" not in PRECISIONS[goal.precision].backends or spec.exported
+            else "torch"
+        )
         chosen = _draft(spec, hardware, budget, goal, goal.precision, backend)
         caution = exported.caution(spec, chosen.precision)
         return replace(chosen, reason=f"Precision as asked for. {caution}" if caution else "Precision as asked for.")

@@ -19,6 +19,7 @@ from lowmem.errors import CorruptModel
 from lowmem.kernels.grid import as_stored
 from lowmem.kernels.quantized import Packed, Quantized
 from lowmem.models.blocks import Stage
+from lowmem.models.modules import set_tensor
 from lowmem.quant.activations import Activations
 from lowmem.quant.balance import channel_factors
 from lowmem.quant.block_run import BlockRun
@@ -26,7 +27,7 @@ from lowmem.quant.estimate import AT_ONCE
 from lowmem.quant.job import Job
 from lowmem.quant.moments import Moments
 from lowmem.quant.saving import layer_tensors
-from lowmem.quant.skeleton import Call, Weights, below, empty, fill, matrix, oriented, set_parameter
+from lowmem.quant.skeleton import Call, Weights, below, empty, fill, matrix, oriented
 
 Progress = tuple[float, str]
 
@@ -175,7 +176,7 @@ class _Calibrated:
 
     def _set(self, name: str, values: Tensor) -> None:
         """A tensor that is not quantized, as it reads back."""
-        set_parameter(self._block, name, values.to(self._dtypes[name]).float())
+        set_tensor(self._block, name, values.to(self._dtypes[name]).float())
 
     def quantize(self, stage: Stage, moments: Moments) -> float:
         """Choose codes for all layers of a stage; their mean loss."""

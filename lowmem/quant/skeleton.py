@@ -1,46 +1,24 @@
-"""The empty model of a folder, and its weights by the model's own names, read when they are needed.
+"""A model's weights by its own names, read when they are needed, and its blocks run one by one.
 
 Knows transformers' models and safetensors names; knows nothing of quantization.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.errors import CorruptModel, Unsupported
+from lowmem.errors import CorruptModel
 from lowmem.models.blocks import Layout
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
-
-log = logging.getLogger("lowmem.quant")
-
-
-def empty_model(folder: Path) -> Any:
-    """The model without weights (on the meta device), computing in fp32.
-
-    Raises:
-        Unsupported: transformers cannot build it.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:
-        log.info("cannot build the model of %s", folder, exc_info=True)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise Unsupported(f"transformers cannot build this model: {reason}", "Choose another model.") from error
-    return model.eval().requires_grad_(False)
+from lowmem.models.modules import set_tensor
 
 
 class Weights:
@@ -124,13 +102,8 @@ def fill(
         values = weights.read(name) if local in exact else weights.read_kept(name)
         if local not in exact:
             dtypes[local] = values.dtype
-        set_parameter(module, local, values.to(device, torch.float32))
+        set_tensor(module, local, values.to(device, torch.float32))
     return dtypes
-
-
-def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
-    owner, _, member = name.rpartition(".")
-    module.get_submodule(owner)._parameters[member] = nn.Parameter(values, requires_grad=False)
 
 
 def empty(module: nn.Module) -> None:
@@ -138,7 +111,7 @@ def empty(module: nn.Module) -> None:
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                owner._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                set_tensor(owner, name, parameter.detach().to("meta"))
 
 
 def matrix(linear: nn.Module) -> Tensor:

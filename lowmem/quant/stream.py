@@ -20,13 +20,14 @@ from lowmem.errors import CorruptModel
 from lowmem.events import Step
 from lowmem.machine.monitor import release_memory
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.modules import empty_model
 from lowmem.quant.activations import Activations
 from lowmem.quant.block import Progress, QuantizedBlock, calibrated_block, plain_block
 from lowmem.quant.calibration import Samples
 from lowmem.quant.job import Job
 from lowmem.quant.journal import Journal
 from lowmem.quant.shards import Shards
-from lowmem.quant.skeleton import Call, Entrance, Weights, empty_model
+from lowmem.quant.skeleton import Call, Entrance, Weights
 from lowmem.units import format_seconds
 
 Events = Generator[Step, None, None]

@@ -14,25 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.errors import BadInput, CorruptModel, LowMemError, Unsupported
+from lowmem.errors import BadInput, CorruptModel, Unsupported, first_line
 from lowmem.events import CancelToken, Step
-from lowmem.kernels import bnb_linear, packed_linear
-from lowmem.kernels.int8_fine import FineInt8Linear
-from lowmem.kernels.int8_linear import Int8Embedding, Int8Linear
+from lowmem.kernels import packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
 from lowmem.machine.monitor import trim_heap
-from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.matching import by_module, match_names, tied_parameters
-from lowmem.models.quantization import BNB, INT8
+from lowmem.models.modules import empty_model, set_tensor
 from lowmem.models.spec import CODE_DTYPES
-from lowmem.planning.model_bytes import compute_dtype, is_quantized
+from lowmem.planning.model_bytes import compute_dtype
+from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
-from lowmem.planning.precision import available, rest_precision, storage_refusal
+from lowmem.planning.precision import available, storage_refusal
+from lowmem.precisions import PRECISIONS, Precision
 from lowmem.runtime.streaming.attach import as_stored, can_map, elsewhere, stream
 from lowmem.runtime.streaming.streamer import Streamer
 from lowmem.units import MB
@@ -40,8 +39,6 @@ from lowmem.units import MB
 log = logging.getLogger("lowmem.loader")
 
 TRIM_BYTES = 8 * MB
-
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -74,7 +71,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
         raise Unsupported(refusal, "Let the planner choose the precision, or choose the original model.")
     device = torch.device(plan.device)
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
-    model = _skeleton(folder, dtype)
+    model = _empty_model(folder, dtype)
     yield Step(0, 0, "Building the empty model")
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
@@ -84,7 +81,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
         streamed = {name for block in away.values() for name in block}
         yield from _fill(model, checkpoint, {n: names[n] for n in names if n not in streamed}, place, cancel)
         streamer = _stream(model, checkpoint, away, plan, device, dtype)
-    _settle(model, device, place.int8)
+    _settle(model, device, place.precision)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _spare_the_heads_copy(model)
     _check_vocabulary(tokenizer, model, plan)
@@ -108,22 +105,11 @@ def _stream(
     return stream(model, checkpoint, away, plan.placement, device, dtype, plan.spec.stored)
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except LowMemError:
-        raise
-    except Exception as error:
-        log.info("cannot build the model of %s", folder, exc_info=True)
-        raise Unsupported(
-            f"transformers cannot build this model: {_first_line(error)}",
-            "Choose a causal language model of a known family.",
-        ) from error
+def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model = empty_model(folder, dtype)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -132,13 +118,9 @@ def _tokenizer(folder: Path) -> Any:
     except Exception as error:
         log.info("cannot read the tokenizer of %s", folder, exc_info=True)
         raise CorruptModel(
-            f"The tokenizer in {folder.name} cannot be read: {_first_line(error)}",
+            f"The tokenizer in {folder.name} cannot be read: {first_line(error)}",
             "Fetch the model again, or add its tokenizer.json.",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _fill(
@@ -168,32 +150,29 @@ class _Placer:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
         # What shares the machine with streamed blocks stays as small as they are.
         self.as_stored = plan.placement is not None and device.type == "cpu"
-        rest = rest_precision(compute_dtype(plan.precision, plan.place.dtypes), self.stored)
-        self.precision = rest if plan.precision == "stored" else plan.precision
-        # Beside exact packed layers the head would be what loses most; int8 ones lose as much themselves.
-        exact = self.stored is not None and self.stored.method != INT8
-        self.int8 = FineInt8Linear if plan.precision == "stored" and exact else Int8Linear
+        computed = compute_dtype(plan.precision, plan.place.dtypes)
+        self.precision = PRECISIONS[plan.precision].dense(computed, self.stored)
 
     def __call__(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         if "qweight" in members or ("weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES):
             return self._packed(module, checkpoint, members)
         if self.as_stored:
             return self._as_stored(module, checkpoint, members)
-        in_block = any(part.isdigit() for part in next(iter(members.values())).split("."))
-        if self.precision == "int8" and isinstance(module, nn.Embedding):
-            return self._int8_embedding(module, checkpoint, members)
-        linear = isinstance(module, (nn.Linear, Conv1D)) and is_quantized(self.precision, _inputs(module))
-        if linear and (in_block or self.precision == "int8"):
+        everywhere = self.precision.covers_embeddings
+        if everywhere and isinstance(module, nn.Embedding):
+            return self._embedding(module, checkpoint, members)
+        covered = everywhere or block_index(next(iter(members.values()))) is not None
+        if covered and isinstance(module, (nn.Linear, Conv1D)) and self.precision.quantizes(_shape(module)[1]):
             return self._quantized(module, checkpoint, members)
         for member, name in members.items():
-            self._assign(module, member, self._read(module, member, checkpoint, name))
+            set_tensor(module, member, self._read(module, member, checkpoint, name))
         return module
 
     def _as_stored(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         runner = as_stored(module, checkpoint, members, self.dtype)
         for member, name in members.items():
             keeps = isinstance(runner, (StoredLinear, StoredEmbedding))
-            self._assign(runner, member, checkpoint.read(name, None if keeps else self.dtype))
+            set_tensor(runner, member, checkpoint.read(name, None if keeps else self.dtype))
         return runner
 
     def _quantized(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
@@ -201,32 +180,24 @@ class _Placer:
         if isinstance(module, Conv1D):
             weight = weight.t()
         bias = checkpoint.read(members["bias"]) if "bias" in members else None
-        if self.precision == "int8":
-            return self.int8.from_weight(weight, bias)
-        make = bnb_linear.linear8 if self.precision == "bnb8" else bnb_linear.linear4
-        return make(weight.contiguous(), bias, self.device, self.dtype)
+        return self.precision.linear(weight, bias, self.device, self.dtype)
 
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]
         if self.stored is None or not isinstance(module, (nn.Linear, Conv1D)):
             raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
         shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
-        outputs, inputs = _outputs(module), _inputs(module)
-        packed_linear.check_shapes(self.stored, layer, outputs, inputs, shapes)
+        packed_linear.check_shapes(self.stored, layer, *_shape(module), shapes)
         parts = {part: checkpoint.read(name) for part, name in members.items()}
-        if self.stored.method == BNB and self.stored.bits == 8:
-            return bnb_linear.stored8(parts, self.device, self.dtype)
-        if self.stored.method == BNB:
-            return bnb_linear.stored4(layer, parts, outputs, inputs, self.device, self.dtype)
-        return packed_linear.packed_linear(self.stored, layer, parts, self.device, self.dtype)
+        return packed_linear.stored_linear(self.stored, layer, parts, _shape(module), self.device, self.dtype)
 
-    def _int8_embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
-        replacement = Int8Embedding(checkpoint.read(members["weight"]))
-        replacement.factor = float(getattr(module, "embed_scale", 1.0))
+    def _embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         # GPT-style position embeddings of some families shift their ids.
         if type(module) is not nn.Embedding and not hasattr(module, "embed_scale"):
-            raise Unsupported(f"{type(module).__name__} cannot be stored in int8.", "Choose fp32 or bf16.")
-        return replacement
+            raise Unsupported(
+                f"{type(module).__name__} cannot be stored in {self.precision.key}.", "Choose fp32 or bf16."
+            )
+        return self.precision.embedding(checkpoint.read(members["weight"]), float(getattr(module, "embed_scale", 1.0)))
 
     def _read(self, module: nn.Module, member: str, checkpoint: Checkpoint, name: str) -> Tensor:
         shape = checkpoint.tensors[name].shape
@@ -242,26 +213,18 @@ class _Placer:
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
         return on_cpu and member == "weight" and isinstance(module, (nn.Linear, nn.Embedding))
 
-    @staticmethod
-    def _assign(module: nn.Module, member: str, tensor: Tensor) -> None:
-        if member in module._buffers:
-            module._buffers[member] = tensor
-        else:
-            module._parameters[member] = nn.Parameter(tensor, requires_grad=False)
+
+def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(outputs, inputs)."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
 
 
-def _inputs(module: nn.Linear | Conv1D) -> int:
-    return module.nx if isinstance(module, Conv1D) else module.in_features
-
-
-def _outputs(module: nn.Linear | Conv1D) -> int:
-    return module.nf if isinstance(module, Conv1D) else module.out_features
-
-
-def _settle(model: PreTrainedModel, device: torch.device, int8: type[Int8Linear]) -> None:
+def _settle(model: PreTrainedModel, device: torch.device, precision: Precision) -> None:
     """Tie what is tied, move the small buffers, and make sure that nothing was left empty."""
     for parameter, source in tied_parameters(model).items():
-        _tie(model, parameter, source, int8)
+        _tie(model, parameter, source, precision)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta and buffer.device != device:
@@ -286,19 +249,17 @@ def _spare_the_heads_copy(model: PreTrainedModel) -> None:
         )
 
 
-def _tie(model: PreTrainedModel, parameter: str, source: str, int8: type[Int8Linear]) -> None:
-    head_name, _, member = parameter.rpartition(".")
+def _tie(model: PreTrainedModel, parameter: str, source: str, precision: Precision) -> None:
+    """Let `parameter`, the head's weight, be that of the embedding, in whatever form this was loaded."""
+    head_name, _, _ = parameter.rpartition(".")
     embedding = model.get_submodule(source.rpartition(".")[0])
-    if isinstance(embedding, Int8Embedding):
-        head = model.get_submodule(head_name)
-        bias = head.bias if isinstance(head, nn.Linear) else None
-        model.set_submodule(head_name, int8(embedding.codes, embedding.scales, bias))
-    elif isinstance(embedding, StoredEmbedding):
-        model.set_submodule(
-            head_name, StoredLinear(embedding.weight, getattr(model.get_submodule(head_name), "bias", None))
-        )
+    bias = getattr(model.get_submodule(head_name), "bias", None)
+    if isinstance(embedding, StoredEmbedding):
+        model.set_submodule(head_name, StoredLinear(embedding.weight, bias))
+    elif isinstance(embedding, nn.Embedding):
+        set_tensor(model, parameter, model.get_parameter(source))
     else:
-        setattr(model.get_submodule(head_name), member, getattr(embedding, source.rpartition(".")[2]))
+        model.set_submodule(head_name, precision.tied_head(embedding, bias))
 
 
 def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> None:

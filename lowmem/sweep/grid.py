@@ -28,7 +28,7 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.compare import DEFAULT_OPTIONS
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.variants import Variant, make_variant, parse_variant
-from lowmem.planning.plan import PRECISIONS
+from lowmem.precisions import PRECISIONS
 from lowmem.quant import METHODS
 from lowmem.units import MB, format_bytes
 

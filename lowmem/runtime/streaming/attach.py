@@ -21,6 +21,7 @@ from lowmem.kernels import bnb_linear, packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.matching import by_module, match_names
+from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, Quantization
 from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning.placement import Placement, block_index, home
@@ -184,8 +185,7 @@ class Offloaded:
         for owner, module in self._modules.items():
             self.model.set_submodule(owner, module)
         for name, tensor in whole.items():
-            owner, _, member = name.rpartition(".")
-            self.model.get_submodule(owner)._parameters[member] = nn.Parameter(tensor, requires_grad=False)
+            set_tensor(self.model, name, tensor)
 
 
 def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offloaded:
@@ -216,10 +216,8 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         members = {name: model.get_parameter(name) for name in moved}
         kept = {name: _outline(parameter) for name, parameter in members.items()}
         modules = {owner: model.get_submodule(owner) for owner in by_module(moved)}
-        for owner, parts in by_module(moved).items():
-            for member in parts:
-                old = modules[owner]._parameters[member]
-                modules[owner]._parameters[member] = nn.Parameter(old.to("meta"), requires_grad=False)  # type: ignore[union-attr]
+        for name, parameter in members.items():
+            set_tensor(model, name, parameter.to("meta"))
         streamer = stream(model, checkpoint, blocks, placement, device, dtype)
     return Offloaded(model, streamer, modules, kept, folder, moved)
 

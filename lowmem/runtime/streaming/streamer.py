@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked, forget_scratch
 from lowmem.machine.direct_io import Shard
 from lowmem.models.checkpoint import TORCH_DTYPES
+from lowmem.models.modules import set_tensor
 from lowmem.runtime.streaming.blocks import BlockFile, Weight
 from lowmem.runtime.streaming.ring import Check, Ring, nothing
 
@@ -119,7 +120,7 @@ class _Bound:
 
     def unbind(self) -> None:
         for weight, stand_in in zip(self._weights, self._stand_ins, strict=True):
-            _put(weight.module, weight.member, stand_in)
+            set_tensor(weight.module, weight.member, stand_in)
 
 
 def _stand_in(weight: Weight, device: torch.device) -> nn.Parameter:
@@ -135,13 +136,7 @@ def assign(weight: Weight, tensor: Tensor, dtype: torch.dtype) -> None:
     """Make `tensor` a member of its module, in `dtype` unless the module takes what is stored."""
     if not isinstance(weight.module, AS_STORED) and tensor.is_floating_point() and tensor.dtype != dtype:
         tensor = tensor.to(dtype)
-    is_buffer = weight.member in weight.module._buffers
-    _put(weight.module, weight.member, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
-
-
-def _put(module: nn.Module, member: str, value: Any) -> None:
-    # Past nn.Module.__setattr__, which is slow and checks types that are known here.
-    (module._buffers if member in module._buffers else module._parameters)[member] = value
+    set_tensor(weight.module, weight.member, tensor)
 
 
 class Disk:

@@ -9,7 +9,8 @@ from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.window_limits import UNBOUNDED
 from lowmem.machine.monitor import Snapshot
 from lowmem.planning.ladder import remedies
-from lowmem.planning.plan import PRECISION_LABELS, Line, MemoryEstimate, Plan
+from lowmem.planning.plan import Line, MemoryEstimate, Plan
+from lowmem.precisions import PRECISIONS
 from lowmem.ui.i18n.strings import name, say
 from lowmem.units import format_bytes, format_seconds
 
@@ -111,7 +112,7 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
     eyebrow = say("recommended") if recommended else say("chosen")
     on_onnx = plan.backend == "onnx"
     facts = [
-        (say("precision"), plan.precision if on_onnx else PRECISION_LABELS.get(plan.precision, plan.precision)),
+        (say("precision"), plan.precision if on_onnx else PRECISIONS[plan.precision].label),
         (say("context"), f"{plan.context:,} tokens"),
         (say("device"), f"{plan.place.name}, ONNX Runtime" if on_onnx else plan.place.name),
         (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),

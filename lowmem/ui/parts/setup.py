@@ -11,7 +11,7 @@ import gradio as gr
 from lowmem.events import Step
 from lowmem.fields import build
 from lowmem.planning.cache import KV_STORAGES
-from lowmem.planning.plan import PRECISIONS, Plan
+from lowmem.planning.plan import Plan
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
 from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs, notice, pump, stops
@@ -124,7 +124,7 @@ class Setup:
 
     def _precisions(self, device: str) -> list[tuple[str, str]]:
         refused = self.engine.precisions(device)
-        return [(precision_label(key), key) for key in (AUTO, *PRECISIONS) if refused.get(key) is None]
+        return [(precision_label(key), key) for key in (AUTO, *refused) if refused.get(key) is None]
 
     # --- pricing
 

@@ -17,7 +17,8 @@ from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import KV_STORAGES
 from lowmem.planning.goal import Goal
-from lowmem.planning.plan import PRECISION_LABELS, PRECISIONS, Plan
+from lowmem.planning.plan import Plan
+from lowmem.precisions import PRECISIONS
 from lowmem.settings import settings
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.service.access import Access
@@ -152,7 +153,7 @@ class Engine:
 
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:
         """Every precision with None, or with the reason why it does not run here."""
-        from lowmem.planning.planner import available
+        from lowmem.planning.precision import available
 
         return {key: available(key, self.hardware(), device) for key in PRECISIONS}
 
@@ -261,7 +262,7 @@ class Engine:
 
 
 def precision_label(key: str) -> str:
-    return say("automatic") if key == AUTO else PRECISION_LABELS.get(key, key)
+    return say("automatic") if key == AUTO else PRECISIONS[key].label
 
 
 def _real_session() -> Session:

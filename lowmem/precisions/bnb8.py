@@ -1,0 +1,44 @@
+"""LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339), by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from lowmem.kernels import layouts
+from lowmem.machine.device import Device
+from lowmem.precisions.base import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class BitsAndBytes(Precision):
+    """What both precisions of bitsandbytes share."""
+
+    def refusal(self, device: Device) -> str | None:
+        if device.kind == "mps":
+            return "bitsandbytes does not support Apple GPUs."
+        if importlib.util.find_spec("bitsandbytes") is None:
+            return "bitsandbytes is not installed: pip install bitsandbytes."
+        return None
+
+
+class Bnb8(BitsAndBytes):
+    def rank(self, device: Device) -> int | None:
+        return 1 if device.kind == "cuda" else None
+
+    def quantizes(self, inputs: int) -> bool:  # noqa: ARG002
+        return True
+
+    def linear_bytes(self, outputs: int, inputs: int) -> int:
+        return layouts.bnb8_bytes(outputs, inputs)
+
+    def linear(self, weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        from lowmem.kernels.bnb_linear import linear8
+
+        return linear8(weight.contiguous(), bias, device, dtype)
+
+
+PRECISION = Bnb8("bnb8", "8-bit (bitsandbytes LLM.int8)")

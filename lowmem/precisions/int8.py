@@ -1,0 +1,68 @@
+"""Dynamic int8 on CPUs, by FBGEMM: a scale per output channel for weights, one per token for activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowmem.kernels import layouts
+from lowmem.machine.device import Device
+from lowmem.precisions.base import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lowmem.kernels.int8_linear import Int8Linear
+
+
+@dataclass(frozen=True)
+class Int8(Precision):
+    """Embeddings and head are quantized as well: in a small model they are a third of the weights.
+
+    Args:
+        fine: linear layers keep 16 bits of their activations (`FineInt8Linear`).
+    """
+
+    fine: bool = False
+
+    def refusal(self, device: Device) -> str | None:
+        if device.kind != "cpu":
+            return "Dynamic int8 is a CPU method; on a GPU use 8-bit or 4-bit bitsandbytes."
+        return None if layouts.has_int8_kernels() else "Dynamic int8 needs an x86 processor."
+
+    def rank(self, device: Device) -> int | None:
+        return 0 if device.kind == "cpu" else None
+
+    def quantizes(self, inputs: int) -> bool:  # noqa: ARG002
+        return True
+
+    def linear_bytes(self, outputs: int, inputs: int) -> int:
+        return layouts.int8_bytes(outputs, inputs)
+
+    def embedding_bytes(self, rows: int, columns: int) -> int:
+        return rows * (columns + 4)
+
+    def temporary_bytes(self, rows: int, columns: int, dtype: str) -> int:  # noqa: ARG002
+        """The codes before they are packed, and two fp32 copies of the rows at work."""
+        return rows * columns + 2 * 4 * min(rows, layouts.QUANTIZED_ROWS) * columns
+
+    def linear(self, weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002
+        return self._layer().from_weight(weight, bias)
+
+    def embedding(self, weight: Tensor, factor: float) -> nn.Module:
+        from lowmem.kernels.int8_linear import Int8Embedding
+
+        return Int8Embedding(weight, factor)
+
+    def tied_head(self, embedding: nn.Module, bias: Tensor | None) -> nn.Module:
+        return self._layer()(embedding.get_buffer("codes"), embedding.get_buffer("scales"), bias)
+
+    def _layer(self) -> type[Int8Linear]:
+        from lowmem.kernels.int8_fine import FineInt8Linear
+        from lowmem.kernels.int8_linear import Int8Linear
+
+        return FineInt8Linear if self.fine else Int8Linear
+
+
+PRECISION = Int8("int8", "int8 (dynamic, for CPU)", backends=("torch", "onnx"), covers_embeddings=True)
