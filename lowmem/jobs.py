@@ -19,7 +19,7 @@ JOBS = {
     "quantize_variant": "lowmem.measure.job:quantize",
     "measure_variant": "lowmem.measure.job:measure",
     "draw_weights": "lowmem.plots.weights:job",
-    "read_long_text": "lowmem.longctx.job:read",
+    "measure_strategy": "lowmem.longctx.job:measure_strategy",
     "offload": "lowmem.offload.run:job",
     "measure_offload": "lowmem.offload.run:measure",
 }

@@ -11,7 +11,7 @@ from toys import prompt, save_toy, toy
 from lowmem.generate.cache import policy
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import context_of
-from lowmem.longctx.pricing import sliding_plan
+from lowmem.longctx.estimates import window_plan
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
@@ -61,10 +61,10 @@ def test_plans_with_a_window_do_not_grow_with_the_text(spec: ModelSpec) -> None:
 def test_windows_share_a_pass_where_memory_allows(spec: ModelSpec) -> None:
     hardware = machine()
     roomy = plan(spec, hardware, MemoryBudget.detect(hardware), Goal(precision="fp32", backend="torch"))
-    shared, alone = sliding_plan(roomy, 64, 5000), sliding_plan(roomy, 64, 64)
+    shared, alone = window_plan(roomy, 64, 5000), window_plan(roomy, 64, 64)
     assert (shared.context, alone.context) == (512, 64)
     between = (shared.main.peak + alone.main.peak) // 2
     limits = MemoryBudget(between).bounded(hardware)
-    tight = sliding_plan(plan(spec, hardware, limits, Goal(precision="fp32", backend="torch")), 64, 5000)
+    tight = window_plan(plan(spec, hardware, limits, Goal(precision="fp32", backend="torch")), 64, 5000)
     assert (tight.context, tight.verdict) != (512, "over")
     assert tight.context == 64

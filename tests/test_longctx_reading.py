@@ -14,7 +14,7 @@ from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken
 from lowmem.longctx import actions
 from lowmem.longctx.needle import Recall, recall
-from lowmem.longctx.reading import Reader, stored_bytes
+from lowmem.longctx.reading import Reader, cache_bytes
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -57,7 +57,7 @@ def test_bytes_of_a_window_stop_growing() -> None:
         sizes.append(reader.cache_bytes())
     per_token = 2 * 2 * 2 * 16 * 4
     assert sizes[0] == 18 * (36 * per_token + 2 * 2 * 4 * 2 * 16 * 4) // 36
-    assert sizes[1] == sizes[2] == sizes[3] == stored_bytes(reader.cache, 36)
+    assert sizes[1] == sizes[2] == sizes[3] == cache_bytes(reader.cache, 36)
 
 
 def test_stop_and_short_texts() -> None:
@@ -69,9 +69,9 @@ def test_stop_and_short_texts() -> None:
         Reader(toy("llama"), [1], GREEDY)
 
 
-def test_what_is_remembered_is_likelier_than_chance() -> None:
-    assert Recall(10, 0.3, 0.01).remembered
-    assert not Recall(10, 0.02, 0.01).remembered
+def test_a_recalled_word_is_likelier_than_the_control() -> None:
+    assert Recall(10, 0.3, 0.01).recalled
+    assert not Recall(10, 0.02, 0.01).recalled
     found = recall(toy("llama"), tokenizer(), prompt(100), replace(GREEDY, window=32), 50, trials=1)
     assert 0 <= found.probability <= 1
     with pytest.raises(BadInput, match="fewer than 200"):
@@ -88,6 +88,6 @@ def test_the_demo_model_recalls_what_is_in_its_window_and_nothing_beyond() -> No
     options = replace(GREEDY, window=512, cache_type="int8")
     *_, receipt = actions.recall(session, tail().text, options, distances=(256, 1024))
     within, beyond = receipt.details["recalls"]
-    assert within["remembered"]
+    assert within["recalled"]
     assert within["probability"] > 10 * beyond["probability"]
-    assert not beyond["remembered"]
+    assert not beyond["recalled"]

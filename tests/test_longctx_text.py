@@ -16,8 +16,8 @@ from lowmem.datasets.long_text import MOST_CHARACTERS, long_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.curve import Curve
-from lowmem.longctx.exercise import Point, exercise, ways
-from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.options import StrategyOptions
+from lowmem.longctx.strategies import Point, compare_strategies, strategies
 from lowmem.measure.scoring import Segment
 from lowmem.plots.drawing import Line, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
@@ -143,15 +143,15 @@ def test_bad_input_gets_one_sentence(
 
 
 def test_the_exercise_reads_every_way_in_a_process_of_its_own(toy_folder: Path) -> None:
-    options = ExerciseOptions(tokens=400, window=64, points=2)
-    events = list(exercise(str(toy_folder), options=options, precision="fp32"))
+    options = StrategyOptions(tokens=400, window=64, points=2)
+    events = list(compare_strategies(str(toy_folder), options=options, precision="fp32"))
     points = [event for event in events if isinstance(event, Point)]
     assert [point.error for point in points] == [""] * 10
-    assert [point.way for point in points[::2]] == list(ways(options))
+    assert [point.strategy for point in points[::2]] == list(strategies(options))
     receipt = events[-1]
     assert isinstance(receipt, Receipt)
     assert len(receipt.details["points"]) == 10
-    windowed = [point.kv_bytes for point in points if point.way == "window with sinks"]
+    windowed = [point.kv_bytes for point in points if point.strategy == "window with sinks"]
     assert windowed[0] == windowed[1]
 
 
@@ -159,4 +159,4 @@ def test_the_exercise_stops(toy_folder: Path) -> None:
     cancel = CancelToken()
     cancel.set()
     with pytest.raises(Exception, match="Stopped"):
-        list(exercise(str(toy_folder), options=ExerciseOptions(tokens=400, window=64), cancel=cancel))
+        list(compare_strategies(str(toy_folder), options=StrategyOptions(tokens=400, window=64), cancel=cancel))

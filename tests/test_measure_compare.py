@@ -236,7 +236,7 @@ def test_a_failing_variant_is_a_row_and_the_others_go_on(folder, jobs):
     assert [row.error for row in rows] == [
         "",
         "It was killed. Take less.",
-        "An error that was not foreseen: ZeroDivisionError: oops",
+        "Unexpected error: ZeroDivisionError: oops",
         "",
     ]
     assert rows[3].perplexity_change == pytest.approx(0.2)

@@ -217,7 +217,7 @@ def test_a_cell_that_cannot_be_done_is_a_row_and_the_others_go_on(folder, jobs):
         list(sweep(grid_of(folder, methods={"rtn": {"group_size": 32}})))
     jobs.fail = {"int8": Unsupported("Not here.", "Go."), "rtn": RuntimeError("Trace\nboom")}
     rows = {row.variant: row for row in rows_of(sweep(grid_of(folder, methods={"rtn": {"group_size": 32}})))}
-    assert rows["rtn:4:32"].error == "An error that was not foreseen: boom"
+    assert rows["rtn:4:32"].error == "Unexpected error: boom"
     assert len(rows) == 3
 
 

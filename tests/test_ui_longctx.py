@@ -15,7 +15,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.events import CancelToken, Receipt
-from lowmem.longctx.exercise import Point
+from lowmem.longctx.strategies import Point
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -97,7 +97,7 @@ def test_hidden_states_are_a_link(tab: LongContextTab) -> None:
     assert "2 x 1,080 x 64" in result
 
 
-def test_what_is_remembered_is_told(tab: LongContextTab) -> None:
+def test_recall_is_reported(tab: LongContextTab) -> None:
     (result,) = finished(mode(tab, "recall")._start(CancelToken(), *OPTIONS))
     assert result.count("<tr>") == 3
 
@@ -157,7 +157,7 @@ def test_endpoints(client: Client) -> None:
     receipt = client.predict(TEXT, 64, 32, api_name="/perplexity")["receipt"]
     assert receipt["details"]["tokens"] == 1079
     receipt = client.predict(TEXT, 64, 0, 4, "int4", api_name="/perplexity")["receipt"]
-    assert receipt["details"]["kv"] == "int4"
+    assert receipt["details"]["cache_type"] == "int4"
     receipt = client.predict(TEXT, 64, 32, api_name="/hidden_states")["receipt"]
     assert Path(receipt["details"]["file"]).stat().st_size > 1080 * 64 * 4
     recalls = client.predict(64, 4, "int8", api_name="/recall")["receipt"]["details"]["recalls"]
@@ -172,8 +172,8 @@ def test_the_exercise_is_an_endpoint(client: Client, loaded: Engine) -> None:
     job = client.submit(model, options, text=TEXT, api_name="/exercise")
     receipt = job.result(timeout=300)["receipt"]
     assert [point["error"] for point in receipt["details"]["points"]] == [""] * 5
-    assert len({point["way"] for point in receipt["details"]["points"]}) == 5
-    assert {"way", "tokens", "perplexity", "token_seconds", "kv_bytes", "ram_bytes"} <= job.outputs()[-2].keys()
+    assert len({point["strategy"] for point in receipt["details"]["points"]}) == 5
+    assert {"strategy", "tokens", "perplexity", "token_seconds", "kv_bytes", "ram_bytes"} <= job.outputs()[-2].keys()
     assert receipt["details"]["text"] == "pasted"
     with pytest.raises(AppError, match="Tokens of text"):
         client.predict(model, {"tokens": 1}, api_name="/exercise")

@@ -19,8 +19,8 @@ from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.curve import Span
-from lowmem.longctx.exercise import Point, exercise
-from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.options import StrategyOptions
+from lowmem.longctx.strategies import Point, compare_strategies
 from lowmem.measure.rows import write_atomically
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -55,7 +55,7 @@ def add_command(commands: Any) -> None:
     compare = _add_action(
         actions, "compare", _compare, "cache strategies side by side: full, window, recomputed, quantized", "exercise"
     )
-    points = ExerciseOptions().points
+    points = StrategyOptions().points
     compare.add_argument("--points", type=int, default=points, metavar="N", help="number of measurements")
     compare.add_argument("--png", type=Path, metavar="FILE", help="plot the result; a name ending in .svg gives SVG")
 
@@ -102,7 +102,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     session, settings = _load(args), {"tokens": args.tokens, "force": args.force}
     if args.stride is not None or (args.sinks is None and args.kv_bits is None):
         return _finish(args, actions.sliding_perplexity(session, _text(args), *_window(args), **settings))
-    return _finish(args, actions.reading_perplexity(session, _text(args), _cache_options(args), **settings))
+    return _finish(args, actions.streaming_perplexity(session, _text(args), _cache_options(args), **settings))
 
 
 def _hidden(args: argparse.Namespace) -> int:
@@ -124,8 +124,8 @@ def _recall(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    chosen = {field.name: getattr(args, field.name) for field in fields(ExerciseOptions)}
-    options = build(ExerciseOptions, {name: value for name, value in chosen.items() if value is not None})
+    chosen = {field.name: getattr(args, field.name) for field in fields(StrategyOptions)}
+    options = build(StrategyOptions, {name: value for name, value in chosen.items() if value is not None})
     points: list[Point] = []
 
     def show(point: Point) -> None:
@@ -135,7 +135,7 @@ def _compare(args: argparse.Namespace) -> int:
         if not args.json:
             print(point.line(), flush=True)
 
-    events = exercise(args.model, _source(args), options, precision=args.precision, budget=budget(args))
+    events = compare_strategies(args.model, _source(args), options, precision=args.precision, budget=budget(args))
     receipt = follow(events, show)
     if args.png:
         sheet = picture(points, receipt.model)

@@ -1,1 +1,1 @@
-"""Texts longer than memory or a model's context: windows over them, streams through them, smaller keys and values."""
+"""Texts longer than the memory or the model's context: sliding windows, streaming through a window, quantized caches."""

@@ -1,6 +1,6 @@
-"""What the resident model does with a long text, as actions: hidden states, perplexity, recall; each ends in a receipt.
+"""Actions of the resident model on a long text: hidden states, perplexity and recall. Each ends in a receipt.
 
-Imports torch only once an action runs.
+Imports torch only when an action runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.tokens import token_ids
 from lowmem.generate.window_limits import check_stride, check_token_window, check_window
-from lowmem.longctx.curve import LEAST_SPAN, Span
-from lowmem.longctx.pricing import pass_plan, reading_plan, refuse_if_over, sliding_plan
+from lowmem.longctx.curve import MIN_SPAN, Span
+from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, window_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 CURVE_POINTS = 60
 
-RECALLED_AT = 2048
-"""Tokens back of the fact that is asked for where nothing is forgotten."""
+RECALL_DISTANCE = 2048
+"""Tokens between fact and question when there is no window."""
 
 
 def hidden_states(
@@ -47,10 +47,13 @@ def hidden_states(
     cancel: CancelToken | None = None,
     force: bool = False,
 ) -> Iterator[Step | Receipt]:
-    """Write the hidden states of `text`, see `longctx.hidden.hidden_states`.
+    """Write the hidden states of `text` to the file `out`, see `longctx.hidden.hidden_states`.
 
     Args:
-        tokens: read no more of the text than this; the same in all actions here.
+        window, stride: of the sliding windows, in tokens.
+        layers: 0 for the embeddings, i for the output of block i, negative ones from the end.
+        tokens: use only this many tokens of the text, as in all actions here.
+        force: run even if the estimate exceeds the budget.
 
     Raises:
         BadInput, DoesNotFit, DiskFull, CorruptModel, Cancelled.
@@ -62,7 +65,7 @@ def hidden_states(
 
         ids = tokens_of(loaded.tokenizer, text, tokens)
         check_token_window(window, plan.spec.context)
-        action = sliding_plan(plan, window, len(ids))
+        action = window_plan(plan, window, len(ids))
         refuse_if_over(action, force, "Use a shorter window.")
         written = yield from hidden.hidden_states(
             loaded.model,
@@ -82,7 +85,7 @@ def hidden_states(
     (action, (written, count)), peak = yield from session.work("Computing hidden states", job, cancel, force=force)
     details = {**asdict(written), "window": window, "stride": stride, "file": str(out)}
     del details["path"]
-    note = f"{written.windows:,} windows; each state has {window - stride:,} tokens or more in front of it, or the text's beginning."
+    note = f"{written.windows:,} windows; every state has at least {window - stride:,} tokens of context, or all of the text before it."
     yield _receipt("hidden", action, started, peak, count, details, (note,), disk_bytes=out.stat().st_size)
 
 
@@ -96,7 +99,7 @@ def sliding_perplexity(
     cancel: CancelToken | None = None,
     force: bool = False,
 ) -> Iterator[Step | Span | Receipt]:
-    """Perplexity by the strided method, token-weighted, see `measure.windows.Passage`; a `Span` for every stretch.
+    """Perplexity over sliding windows, see `measure.windows.Passage`; yields the `Span`s before the receipt.
 
     Raises:
         BadInput, DoesNotFit, CorruptModel, Cancelled.
@@ -132,7 +135,7 @@ def sliding_perplexity(
     yield _receipt("perplexity", action, started, peak, count, details)
 
 
-def reading_perplexity(
+def streaming_perplexity(
     session: Session,
     text: str,
     options: GenerateOptions,
@@ -141,7 +144,7 @@ def reading_perplexity(
     cancel: CancelToken | None = None,
     force: bool = False,
 ) -> Iterator[Step | Span | Receipt]:
-    """Perplexity of a text that passes once through the cache that `options` name; a `Span` as each stretch is done.
+    """Perplexity of a text that streams once through the KV cache described by `options`; yields each `Span` when done.
 
     Raises:
         BadInput, DoesNotFit, CorruptModel, Unsupported, Cancelled.
@@ -155,17 +158,17 @@ def reading_perplexity(
         check_window(options, plan.spec.context)
         if not options.window and len(ids) > plan.spec.context:
             raise BadInput(
-                f"The text has {len(ids):,} tokens, and the model knows {plan.spec.context:,} positions.",
-                "Set a window, or give a shorter text.",
+                f"The text has {len(ids):,} tokens, more than the model's {plan.spec.context:,} positions.",
+                "Set a window, or use a shorter text.",
             )
-        action = reading_plan(plan, options, len(ids))
-        refuse_if_over(action, force, "Use a shorter window, or fewer KV bits.")
+        action = streaming_plan(plan, options, len(ids))
+        refuse_if_over(action, force, "Use a shorter window or fewer KV bits.")
         reader, spans, nll = Reader(loaded.model, ids, options), list[Span](), 0.0
-        span = max(LEAST_SPAN, math.ceil(len(ids) / CURVE_POINTS))
+        span = max(MIN_SPAN, math.ceil(len(ids) / CURVE_POINTS))
         while reader.at < len(ids) - 1:
             start, part = reader.at, 0.0
-            for surprise in reader.read(min(start + span, len(ids) - 1), cancel, check):
-                part += float(surprise.sum())
+            for losses in reader.read(min(start + span, len(ids) - 1), cancel, check):
+                part += float(losses.sum())
                 yield Step(reader.at, len(ids), "Reading the text", "tokens")
             nll += part
             spans.append(Span(start, reader.at, _perplexity(part, reader.at - start)))
@@ -179,7 +182,7 @@ def reading_perplexity(
         "tokens": count,
         "window": options.window,
         "sinks": options.sinks if options.window else 0,
-        "kv": options.cache_type,
+        "cache_type": options.cache_type,
         "spans": [asdict(span) for span in spans],
     }
     yield _receipt("perplexity", action, started, peak, count, details)
@@ -193,10 +196,11 @@ def recall(
     distances: Sequence[int] = (),
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Receipt]:
-    """Tell a fact, read on through `text`, and ask: within the window and beyond, see `longctx.needle`.
+    """Test whether the model recalls a fact after reading `text`, within the window and beyond, see `longctx.needle`.
 
     Args:
-        distances: tokens between fact and question; when empty half the window and twice the window, or a few without.
+        distances: tokens between fact and question; by default half the window and twice the window, or up to
+            `RECALL_DISTANCE` without a window.
 
     Raises:
         BadInput, CorruptModel, Unsupported, Cancelled.
@@ -207,9 +211,9 @@ def recall(
         from lowmem.longctx import needle
 
         check_window(options, plan.spec.context)
-        wanted = distances or _recalled_at(options, plan.spec.context)
-        action = reading_plan(plan, options, max(wanted) + needle.REST)
-        refuse_if_over(action, False, "Use a shorter window, or fewer KV bits.")
+        wanted = distances or _recall_distances(options, plan.spec.context)
+        action = streaming_plan(plan, options, max(wanted) + needle.OVERHEAD_TOKENS)
+        refuse_if_over(action, False, "Use a shorter window or fewer KV bits.")
         filler = tokens_of(loaded.tokenizer, text)
         filler *= 1 + max(wanted) // len(filler)
         found = []
@@ -221,42 +225,48 @@ def recall(
         return action, found
 
     started = time.perf_counter()
-    (action, found), peak = yield from session.work("Asking what is remembered", job, cancel)
+    (action, found), peak = yield from session.work("Testing recall", job, cancel)
     details = {
-        "recalls": [{**asdict(one), "remembered": one.remembered} for one in found],
+        "recalls": [{**asdict(one), "recalled": one.recalled} for one in found],
         "window": options.window,
         "sinks": options.sinks if options.window else 0,
-        "kv": options.cache_type,
+        "cache_type": options.cache_type,
     }
     notes = tuple(
-        f"A fact {one.distance:,} tokens back is {'remembered' if one.remembered else 'forgotten'} ({one.probability:.1%} sure)."
+        f"A fact {one.distance:,} tokens back is recalled (probability {one.probability:.1%})."
+        if one.recalled
+        else f"A fact {one.distance:,} tokens back is not recalled (probability {one.probability:.1%})."
         for one in found
     )
     yield _receipt("recall", action, started, peak, 0, details, notes)
 
 
-def _recalled_at(options: GenerateOptions, context: int) -> tuple[int, ...]:
-    from lowmem.longctx.needle import REST
+def _recall_distances(options: GenerateOptions, context: int) -> tuple[int, ...]:
+    from lowmem.longctx.needle import OVERHEAD_TOKENS
 
-    return (options.window // 2, 2 * options.window) if options.window else (min(RECALLED_AT, context - REST),)
+    return (
+        (options.window // 2, 2 * options.window)
+        if options.window
+        else (min(RECALL_DISTANCE, context - OVERHEAD_TOKENS),)
+    )
 
 
 def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
-    """The first `most` tokens of `text`, without special ones.
+    """The first `most` token ids of `text`, without special tokens.
 
     Raises:
-        BadInput: there is nothing in the text.
+        BadInput: the text is empty.
     """
     if most is not None:
         text = text[: CHARACTERS_PER_TOKEN * most]
     ids = token_ids(tokenizer, text, most) if text.strip() else []
     if not ids:
-        raise BadInput("The text is empty.", "Give a text with at least one word.")
+        raise BadInput("The text is empty.", "Use a text with at least one word.")
     return ids
 
 
 def with_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
-    """`ids` behind the special tokens that the tokenizer puts before every text."""
+    """`ids` after the special tokens that the tokenizer puts in front of every text."""
     from lowmem.measure.windows import text_prefix
 
     return [*text_prefix(tokenizer), *ids]
@@ -279,7 +289,7 @@ def _receipt(
 ) -> Receipt:
     seconds = time.perf_counter() - started
     predicted = dict(plan.predicted)
-    if action != "hidden":  # the others look at the logits of every token
+    if action != "hidden":  # the others hold logits for every token
         predicted[plan.main.memory] += LOGITS_COPIES * LOGITS_BYTES
     return replace(
         Receipt(action, plan.spec.name, plan.precision, plan.device, seconds),

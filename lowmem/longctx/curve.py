@@ -1,4 +1,4 @@
-"""Perplexity along a text, in stretches of equal length, as a consumer of `measure.scoring`."""
+"""Perplexity along a text, in spans of equal length, as a consumer of `measure.scoring`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowmem.measure.scoring import Segment
 
-LEAST_SPAN = 16
+MIN_SPAN = 16
+"""Tokens below which a span's perplexity is too noisy to plot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Perplexity of a stretch of the text, tokens `start` to `end`."""
+    """Perplexity of the tokens `start` to `end` (exclusive) of a text."""
 
     start: int
     end: int
@@ -23,20 +24,20 @@ class Span:
 
 
 class Curve:
-    """Collects the surprise of `tokens` scored tokens in about `points` stretches."""
+    """Sums the NLL of `tokens` scored tokens over about `points` spans."""
 
     def __init__(self, tokens: int, points: int) -> None:
-        self._span = max(LEAST_SPAN, math.ceil(tokens / points))
+        self._span = max(MIN_SPAN, math.ceil(tokens / points))
         self._sums: list[float] = []
         self._tokens = 0
 
     def add(self, segment: Segment) -> None:
-        surprise = -segment.log_probs.gather(1, segment.targets[:, None])[:, 0]
-        while len(surprise):
+        nll = -segment.log_probs.gather(1, segment.targets[:, None])[:, 0]
+        while len(nll):
             room = self._span - self._tokens % self._span
             if room == self._span:
                 self._sums.append(0.0)
-            here, surprise = surprise[:room], surprise[room:]
+            here, nll = nll[:room], nll[room:]
             self._sums[-1] += float(here.sum())
             self._tokens += len(here)
 

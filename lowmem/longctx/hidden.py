@@ -1,8 +1,8 @@
-"""Hidden states of texts of any length, window by window, straight into a file.
+"""Writes hidden states of texts of any length to a file, window by window.
 
-Every token's state comes from the window that reaches it first: there it has at least `window - stride` tokens
-in front of it, or the text's true beginning. Only the states of one pass are in memory; the file is written in
-order and can be opened as a memory map (`numpy.load(path, mmap_mode="r")`, `safetensors.safe_open`).
+Every token's state comes from the first window that contains the token, where it has at least `window - stride` tokens of
+context, or all of the text before it. Only the states of one pass are in memory. The file is written in order and can
+be memory-mapped (`numpy.load(path, mmap_mode="r")`, `safetensors.safe_open`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ LAST = -1
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What is in the file.
+    """Describes the file that was written.
 
     Args:
-        offsets: where each text's states begin, and the end of the last: text i has rows offsets[i] to offsets[i + 1].
-        layers: as in transformers' `hidden_states`: 0 the embeddings, i the output of block i, the last one normed.
+        layers: as in transformers' `hidden_states`: 0 for the embeddings, i for the output of block i; the last one is
+            normalized.
+        offsets: text i has rows offsets[i] to offsets[i + 1].
+        windows: number of windows processed.
     """
 
     path: Path
@@ -53,7 +55,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A window of one text, and the row of the file where its new tokens go."""
+    """A window of one text: `first` is its first new token, which belongs to row `row` of the file."""
 
     ids: list[int]
     first: int
@@ -73,21 +75,21 @@ def hidden_states(
     cancel: CancelToken | None = None,
     check: Callable[[], None] = no_check,
 ) -> Generator[Step, None, Written]:
-    """Write the states of `texts`, token ids of any length, one after the other; returns a `Written`.
+    """Write the hidden states of `texts` (token ids), one after the other; returns a `Written`.
 
-    A `.npy` file holds [tokens, hidden] for one layer, else [layers, tokens, hidden]; a `.safetensors` file one
-    tensor "layer_<n>" [tokens, hidden] each. States of a half precision model keep theirs, but bf16, which
-    .npy does not know, becomes fp32 there.
+    A `.npy` file holds [tokens, hidden] for one layer, else [layers, tokens, hidden]; a `.safetensors` file holds one
+    tensor "layer_<n>" [tokens, hidden] per layer. The dtype is the model's, except that bf16 becomes fp32 in `.npy`
+    files, which do not support it.
 
     Args:
-        layers: which states, negative ones from the end.
-        at_once: short windows share a pass up to so many tokens; None for what suits the device.
-        check: called before every pass, may raise.
+        layers: which layers, see `Written`; negative ones count from the end.
+        at_once: tokens per pass, up to which short windows are batched; None chooses by device.
+        check: called before every pass; may raise.
 
     Raises:
-        BadInput: an empty text, a stride above the window, a window above the model's limit, no such layer, or no
-            file of that kind.
-        DiskFull, CorruptModel, Cancelled: nothing is left on the disk.
+        BadInput: an empty text, a stride larger than the window, a window larger than the model's context, an unknown
+            layer, or an unsupported file type.
+        DiskFull, CorruptModel, Cancelled: no file is left behind.
     """
     cancel = cancel or CancelToken()
     chosen = _check(model, texts, window, stride, out, layers)
@@ -104,7 +106,7 @@ def hidden_states(
             check()
             before, size = size, sum(len(piece.ids) for piece in batch)
             if size != before:
-                # Passes of different sizes leave holes, in which the next do not fit.
+                # Passes of different sizes fragment the heap.
                 trim_heap()
             for layer, states in enumerate(_states(model, batch, chosen)):
                 for piece, row in zip(batch, states, strict=True):
@@ -119,15 +121,19 @@ def _check(
     model: Any, texts: Sequence[Sequence[int]], window: int, stride: int, out: Path, layers: Sequence[int]
 ) -> tuple[int, ...]:
     if not texts or not all(texts):
-        raise BadInput("The text is empty.", "Give a text with at least one token.")
+        raise BadInput("The text is empty.", "Use a text with at least one token.")
     check_stride(window, stride)
     check_token_window(window, context_limit(model.config))
     if out.suffix not in FORMATS:
-        raise BadInput(f"{out.name} is neither a .npy nor a .safetensors file.", "End its name in one of the two.")
+        raise BadInput(
+            f"{out.name} is neither a .npy nor a .safetensors file.", "Use one of these two file extensions."
+        )
     count = decoder_config(model).num_hidden_layers
     for layer in layers:
         if not -count - 1 <= layer <= count:
-            raise BadInput(f"There is no layer {layer}.", f"Use 0, the embeddings, to {count}, or {LAST} for the last.")
+            raise BadInput(
+                f"There is no layer {layer}.", f"Use 0 (the embeddings) to {count}, or {LAST} for the last layer."
+            )
     return tuple(dict.fromkeys(layer % (count + 1) for layer in layers))
 
 
@@ -147,7 +153,7 @@ def _batches(pieces: Iterator[_Piece], size: int) -> Iterator[Sequence[_Piece]]:
 
 
 def _states(model: Any, batch: Sequence[_Piece], layers: Sequence[int]) -> list[Tensor]:
-    """[windows, tokens, hidden] of each of `layers`. Padding is on the right, where causal attention never looks."""
+    """Hidden states [windows, tokens, hidden] of each of `layers`; right padding does not affect causal attention."""
     longest = max(len(piece.ids) for piece in batch)
     ids = torch.tensor([piece.ids + [0] * (longest - len(piece.ids)) for piece in batch], device=model.device)
     blocks, found = decoder_blocks(model), dict[int, Tensor]()
@@ -158,7 +164,7 @@ def _states(model: Any, batch: Sequence[_Piece], layers: Sequence[int]) -> list[
 
 @contextmanager
 def _listening(blocks: Sequence[nn.Module], layers: Sequence[int], found: dict[int, Tensor]) -> Iterator[None]:
-    """Note what goes into the blocks in question: output i of the model is the input of block i."""
+    """Capture the inputs of the blocks `layers`: hidden state i is the input of block i."""
 
     def listen(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def note(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -179,9 +185,9 @@ _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16
 
 
 class _File:
-    """Rows of a matrix per layer, written where they belong.
+    """A file of one matrix per layer that is written row by row.
 
-    Written and not mapped: pages of a map count as this process's memory until the system takes them back.
+    It is not memory-mapped: mapped pages would count as this process's memory until the kernel reclaims them.
     """
 
     def __init__(self, file: IO[bytes], layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> None:
@@ -201,7 +207,7 @@ class _File:
         file.truncate(self._start + math.prod(self.shape) * self._dtype.itemsize)
 
     def write(self, layer: int, row: int, states: Tensor) -> None:
-        """`states` [tokens, hidden] from `row` on."""
+        """Write `states` [tokens, hidden] to rows `row` and following of a layer."""
         if not bool(states.isfinite().all()):
             raise CorruptModel(
                 f"The model produced NaN or infinite hidden states at token {row:,}.",
@@ -229,14 +235,14 @@ def _safetensors_header(layers: Sequence[int], tokens: int, hidden: int, dtype: 
 
 @contextmanager
 def _writer(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> Iterator[_File]:
-    """A file that is there whole or not at all."""
+    """A file that appears under its name only once it is complete."""
     if not out.absolute().parent.is_dir():
-        raise BadInput(f"There is no folder {out.parent}.", "Name a file in a folder that exists.")
+        raise BadInput(f"There is no folder {out.parent}.", "Choose a path in an existing folder.")
     size, free = _file_bytes(out, layers, tokens, hidden, dtype), disk_free_bytes(out.absolute().parent)
     if size > free:
         raise DiskFull(
-            f"The hidden states take {format_bytes(size)}, and {format_bytes(free)} of the disk are free.",
-            "Give a shorter text, fewer layers, or another folder.",
+            f"The hidden states take {format_bytes(size)}, but only {format_bytes(free)} of the disk are free.",
+            "Use a shorter text, fewer layers or another folder.",
         )
     unfinished = out.with_name(f".{out.name}.part")
     try:

@@ -1,4 +1,4 @@
-"""One way of the exercise, run in a process of its own."""
+"""The job that measures one cache strategy, in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lowmem.events import CancelToken, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.actions import tokens_of, with_beginning
-from lowmem.longctx.options import ExerciseOptions
-from lowmem.longctx.pricing import reading_plan
+from lowmem.longctx.estimates import streaming_plan
+from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import trim_heap
@@ -23,12 +23,12 @@ from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 
 LOADED = 20
-"""Per cent of the job that are done when the model is loaded."""
+"""Per cent of the job that loading the model counts for."""
 
 TIMED_TOKENS = 6
 
 
-def read(
+def measure_strategy(
     ref: str,
     precision: str,
     text: str,
@@ -36,16 +36,22 @@ def read(
     options: Mapping[str, Any],
     budget: Mapping[str, int],
 ) -> Generator[Step, None, dict[str, Any]]:
-    """Load a model and read a text with one cache, as far as it goes.
+    """Load a model and stream a text through one cache, up to the end or the model's context.
+
+    Args:
+        text: file with the text.
+        fields: fields of `GenerateOptions` that describe the cache.
+        options: fields of `StrategyOptions`.
+        budget: fields of `MemoryBudget`.
 
     Returns:
-        "points", fields of `Point` without its way; "device" and "precision".
+        "points" (fields of `Point` without `strategy`), "device" and "precision".
 
     Raises:
         LowMemError: of planning, loading and reading.
     """
-    chosen, cache = build(ExerciseOptions, options), build(GenerateOptions, fields)
-    session, cancel = Session(), CancelToken()  # nobody sets it: the parent kills the process
+    chosen, cache = build(StrategyOptions, options), build(GenerateOptions, fields)
+    session, cancel = Session(), CancelToken()  # never set: Stop kills the process
     hardware = session.hardware()
     goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision, backend="torch")
     plan = make_plan(read_spec(ref), hardware, MemoryBudget(**budget).bounded(hardware), goal)
@@ -63,17 +69,17 @@ def read(
     ids = with_beginning(loaded.tokenizer, tokens_of(loaded.tokenizer, Path(text).read_text("utf-8"), chosen.tokens))
     if not cache.window:
         ids = ids[: plan.spec.context]
-    action = reading_plan(resident, cache, len(ids))
+    action = streaming_plan(resident, cache, len(ids))
     if action.verdict == "over":
-        raise DoesNotFit(action.sentence(), "Read fewer tokens, or use a shorter window.")
+        raise DoesNotFit(action.sentence(), "Use fewer tokens or a shorter window.")
     reader, points = Reader(loaded.model, ids, cache), list[dict[str, Any]]()
     for number in range(1, chosen.points + 1):
         until = number * (len(ids) - 1 - TIMED_TOKENS) // chosen.points
         nll = count = 0.0
-        for surprise in reader.read(until, cancel):
-            nll, count = nll + float(surprise.sum()), count + len(surprise)
+        for losses in reader.read(until, cancel):
+            nll, count = nll + float(losses.sum()), count + len(losses)
             done = LOADED + (100 - LOADED) * reader.at // len(ids)
-            yield Step(done, 100, f"{reader.at:,} of {len(ids):,} tokens read", "%")
+            yield Step(done, 100, f"{reader.at:,} of {len(ids):,} tokens", "%")
         if not count:
             continue
         trim_heap()

@@ -1,7 +1,7 @@
-"""What a model remembers of a long text: a fact is told, much else follows, and the fact is asked for.
+"""Needle-in-a-haystack test: state a fact, let other text follow, and ask for the fact.
 
-A window does not extend what a model can recall. This shows it: within the window the fact is found again,
-once it has left the window it is gone, sinks or not.
+A windowed cache does not extend what a model can recall: within the window the fact is found again; once it has been
+evicted it is lost, with or without sinks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.reading import Reader
 
 FACT, QUESTION = "\n\nRemember this: the secret word is {word}.\n\n", "\n\nRemember this: the secret word is"
-REST = 160
-"""More tokens than stand around the text between the two."""
+OVERHEAD_TOKENS = 160
+"""Upper bound for the tokens of the prompt other than the text between fact and question."""
 
 WORDS = ("orange", "castle", "river", "winter", "garden", "silver", "doctor", "window", "planet", "yellow")
 
@@ -31,18 +31,18 @@ class Recall:
 
     Args:
         distance: tokens between the fact and the question.
-        probability: that the model gives to the right word, geometric mean over the words that were hidden.
-        by_chance: the same to words that were never told.
+        probability: that the model assigns to the right word, geometric mean over trials.
+        control: the same for a control word that does not occur in the text.
     """
 
     distance: int
     probability: float
-    by_chance: float
+    control: float
 
     @property
-    def remembered(self) -> bool:
-        """At least half as sure as not, or ten times as likely as a word that was never told."""
-        return self.probability > 0.5 or self.probability > 10 * self.by_chance
+    def recalled(self) -> bool:
+        """Whether the right word has a probability above 50 %, or more than ten times that of the control word."""
+        return self.probability > 0.5 or self.probability > 10 * self.control
 
 
 def recall(
@@ -56,29 +56,30 @@ def recall(
     cancel: CancelToken | None = None,
     check: Callable[[], None] = no_check,
 ) -> Recall:
-    """Hide a word `distance` tokens before it is asked for, with the cache that `options` name.
+    """Place a word `distance` tokens before the question for it, with the KV cache described by `options`.
 
     Args:
-        filler: tokens of some other text, at least `distance`.
+        filler: token ids of unrelated text, at least `distance`.
+        trials: number of words to test.
 
     Raises:
         BadInput: too little filler.
     """
     if len(filler) < distance:
-        raise BadInput(f"The text has {len(filler):,} tokens, fewer than {distance:,}.", "Give a longer text.")
+        raise BadInput(f"The text has {len(filler):,} tokens, fewer than {distance:,}.", "Use a longer text.")
     words = Random(0).sample(WORDS, 2 * trials)
-    told: list[float] = []
-    never: list[float] = []
+    right: list[float] = []
+    control: list[float] = []
     for trial in range(trials):
         word, other = words[2 * trial], words[2 * trial + 1]
-        for asked, found in ((word, told), (other, never)):
+        for candidate, losses in ((word, right), (other, control)):
             fact, question, answer = (
                 tokenizer(part, add_special_tokens=False)["input_ids"]
-                for part in (FACT.format(word=word), QUESTION, f" {asked}")
+                for part in (FACT.format(word=word), QUESTION, f" {candidate}")
             )
-            # The beginning is another text's, for what stands first is kept as a sink.
+            # Start with filler, because the first tokens stay cached as sinks.
             ids = [*filler[-32:], *fact, *filler[:distance], *question, *answer]
             reader = Reader(model, ids, options)
-            surprise = [float(value) for part in reader.read(len(ids), cancel, check) for value in part]
-            found.append(sum(surprise[-len(answer) :]))
-    return Recall(distance, *(math.exp(-sum(found) / trials) for found in (told, never)))
+            nll = [float(value) for part in reader.read(len(ids), cancel, check) for value in part]
+            losses.append(sum(nll[-len(answer) :]))
+    return Recall(distance, *(math.exp(-sum(losses) / trials) for losses in (right, control)))

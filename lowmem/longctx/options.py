@@ -1,4 +1,4 @@
-"""What can be set for reading a long text; no torch."""
+"""Options of the long-text actions; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lowmem.fields import option
 
 @dataclass(frozen=True, slots=True)
 class WindowOptions:
-    """Windows over a text that is there already."""
+    """Sliding windows over a text."""
 
-    window: int = option(512, "Window", "Tokens the model sees at once.", low=1, high=1_000_000, step=64)
+    window: int = option(512, "Window", "Tokens per forward pass.", low=1, high=1_000_000, step=64)
     stride: int = option(
         256,
         "Stride",
-        "Tokens a window moves on: every token has at least window less stride tokens in front of it.",
+        "Tokens between the starts of two windows: every token has at least window - stride tokens of context.",
         low=1,
         high=1_000_000,
         step=64,
@@ -23,11 +23,13 @@ class WindowOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ExerciseOptions:
-    """The comparison of ways to read on when memory does not suffice for everything."""
+class StrategyOptions:
+    """Options of the comparison of cache strategies."""
 
-    tokens: int = option(4096, "Tokens of text", "Longer shows more and takes longer.", low=64, high=200_000, step=256)
-    window: int = option(512, "Window", "Tokens that the windowed ways remember.", low=8, high=100_000, step=64)
-    sinks: int = option(4, "Sinks", "First tokens that are kept beside the window.", low=1, high=256, step=1)
+    tokens: int = option(
+        4096, "Tokens of text", "More tokens show more and take longer.", low=64, high=200_000, step=256
+    )
+    window: int = option(512, "Window", "Tokens that the windowed strategies cache.", low=8, high=100_000, step=64)
+    sinks: int = option(4, "Sinks", "First tokens that stay cached in addition to the window.", low=1, high=256, step=1)
     kv_bits: str = option("4", "KV bits", "Bits of the quantized cache.", choices=("8", "4", "2"))
-    points: int = option(8, "Points", "Places along the text where time and memory are measured.", low=1, high=100)
+    points: int = option(8, "Points", "Positions in the text where time and memory are measured.", low=1, high=100)

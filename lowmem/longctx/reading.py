@@ -1,7 +1,7 @@
-"""A model reads a long text as a generation would, with any cache, and says how it goes: per-token surprise and time.
+"""Streams a long text through a model with any KV cache, as generation would, and reports NLL and time per token.
 
-With a cache the text passes through it once. Without one, and with a window, every token is predicted from a
-window of its own that is computed anew; to read a whole text so, `RECOMPUTED_SHARE` of the window share a pass.
+With a cache the text passes through it once. With a window but no cache, the window is recomputed for every token; to get
+through a whole text that way, `RECOMPUTED_SHARE` of a window's tokens are scored per pass.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ RECOMPUTED_SHARE = 0.25
 
 
 class Reader:
-    """Reads `ids` from the beginning, as far as it is told, with the cache that `options` name.
+    """Reads `ids` from the beginning through the KV cache described by `options`.
 
     Raises:
-        BadInput: fewer than two tokens, or a window that cannot be.
+        BadInput: fewer than two tokens, or an invalid window.
         Unsupported: see `policy.make_cache`.
     """
 
     def __init__(self, model: Any, ids: Sequence[int], options: GenerateOptions) -> None:
         if len(ids) < 2:
-            raise BadInput(f"The text has {len(ids):,} tokens, too few to measure.", "Give a longer text.")
+            raise BadInput(f"The text has {len(ids):,} tokens, too few to measure.", "Use a longer text.")
         self.model, self.options = model, options
         self.ids = torch.tensor([list(ids)], device=model.device)
         self.at = 0
-        """Tokens read."""
+        """Tokens read so far."""
         self.cache = None
         if options.use_cache:
             self.cache = policy.make_cache(model, options, rows=1, capacity=len(ids), pads=[0])
@@ -54,7 +54,7 @@ class Reader:
     def read(
         self, until: int, cancel: CancelToken | None = None, check: Callable[[], None] = no_check
     ) -> Iterator[Tensor]:
-        """-log p in nats, fp32 [tokens], of what comes after each token read, pass by pass; the last has no successor.
+        """Read up to token `until`; yields the NLL of each next token in nats, fp32 [tokens], pass by pass.
 
         Raises:
             CorruptModel, Cancelled.
@@ -106,12 +106,12 @@ class Reader:
         return nll.cpu()
 
     def cache_bytes(self) -> int:
-        """What the cache holds now; pages of it that were never written are not counted on a CPU."""
-        return 0 if self.cache is None else stored_bytes(self.cache, self.at)
+        """Bytes in use by the cache; allocated pages that were never written do not count."""
+        return 0 if self.cache is None else cache_bytes(self.cache, self.at)
 
 
-def stored_bytes(cache: Any, tokens: int) -> int:
-    """Bytes of keys, values and their scales that a cache holds after `tokens` tokens, buffers for unfolding aside."""
+def cache_bytes(cache: Any, tokens: int) -> int:
+    """Bytes of keys, values and scales that a cache holds after `tokens` tokens, without scratch buffers."""
     total = 0
     for layer in cache.layers:
         if not getattr(layer, "is_initialized", False):

@@ -121,7 +121,7 @@ class Setting:
         reason = str(error)
         if not isinstance(error, LowMemError):
             log.error("measuring %s failed", variant.name, exc_info=error)
-            reason = f"An error that was not foreseen: {(reason.strip().splitlines() or [''])[-1][:300]}"
+            reason = f"Unexpected error: {(reason.strip().splitlines() or [''])[-1][:300]}"
         return Row(variant.name, error=reason, seconds=seconds, model=self.spec.ref)
 
     def row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:

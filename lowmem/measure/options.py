@@ -24,7 +24,7 @@ class MeasureOptions:
     tokens: int = option(
         4096, "Tokens of text", "More make the figures surer and slower.", low=16, high=1_000_000, step=256
     )
-    window: int = option(1024, "Window", "Tokens the model sees at once.", low=2, high=131_072, step=128)
+    window: int = option(1024, "Window", "Tokens per forward pass.", low=2, high=131_072, step=128)
     stride: int = option(
         512, "Stride", "Tokens the window moves on: smaller gives each token more context and takes longer.",
         low=1, high=131_071, step=128,

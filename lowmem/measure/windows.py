@@ -67,7 +67,7 @@ class Passage:
         if len(self.prefix) >= self.window:
             raise BadInput(f"A window of {self.window:,} tokens has no room for text.", "Use a larger one.")
         if self.scored < 1:
-            raise BadInput(f"The text has {len(self.ids):,} tokens, too few to measure.", "Give a longer text.")
+            raise BadInput(f"The text has {len(self.ids):,} tokens, too few to measure.", "Use a longer text.")
 
     @property
     def scored(self) -> int:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from lowmem.longctx.exercise import Point, by_way
+from lowmem.longctx.strategies import Point, by_strategy
 from lowmem.plots.drawing import GREY, Bar, Dot, Label, Line, Shape, Sheet
 from lowmem.plots.variants import COLORS, FAINT, _Axis
 from lowmem.units import format_bytes
@@ -39,14 +39,15 @@ def picture(points: Sequence[Point], title: str = "", columns: int = 3) -> Sheet
         ("Time", "for one more token, ms", lambda p: 1000 * (p.token_seconds or 0) or None, lambda v: f"{v:,.4g}"),
         ("Memory", "of keys and values", lambda p: p.kv_bytes or None, format_bytes),
     ]
-    ways = list(by_way(points).items())
+    strategies = list(by_strategy(points).items())
     width = 2 * MARGIN + columns * PANEL_WIDTH + (columns - 1) * GAP
     shapes: list[Shape] = [Label(MARGIN, 24, title, 18, bold=True)] if title else []
-    legend, height = _legend([name for name, _ in ways], 54, width)
+    legend, height = _legend([name for name, _ in strategies], 54, width)
     shapes += legend
     for number, (heading, unit, value, shown) in enumerate(panels):
         curves = [
-            Curve(name, COLORS[index % len(COLORS)], _places(found, value)) for index, (name, found) in enumerate(ways)
+            Curve(name, COLORS[index % len(COLORS)], _places(found, value))
+            for index, (name, found) in enumerate(strategies)
         ]
         row, column = divmod(number, columns)
         x, y = MARGIN + column * (PANEL_WIDTH + GAP), TOP + height + row * PANEL_HEIGHT

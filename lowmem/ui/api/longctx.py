@@ -14,8 +14,8 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
-from lowmem.longctx.exercise import exercise
-from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.options import StrategyOptions
+from lowmem.longctx.strategies import compare_strategies
 from lowmem.machine.budget import MemoryBudget
 from lowmem.ui.api.core import told_stream
 from lowmem.ui.parts.bind import ENGINE, pump
@@ -43,7 +43,7 @@ def _perplexity(engine: Engine) -> Callable[..., Iterator[Json]]:
         if stride:
             events = actions.sliding_perplexity(engine.session, given, window, stride, cancel=token)
         else:
-            events = actions.reading_perplexity(engine.session, given, options, cancel=token)
+            events = actions.streaming_perplexity(engine.session, given, options, cancel=token)
         yield from _as_json(engine, events, token)
 
     return perplexity
@@ -92,11 +92,11 @@ def _exercise(engine: Engine) -> Callable[..., Iterator[Json]]:
     ) -> Iterator[dict]:
         """Five ways to read a text, each in a process of its own; yields steps and points, last of all the receipt."""
         engine.spec(model)  # refuses paths that strangers may not name
-        token, chosen = CancelToken(), build(ExerciseOptions, options or {})
+        token, chosen = CancelToken(), build(StrategyOptions, options or {})
         engine.access.check_reading(chosen.tokens)
         read = long_text(text, source=address, cancel=token) if text.strip() or address else MANUAL
         budget = engine.child_budget(MemoryBudget.parse(ram))
-        events = exercise(model, read, chosen, precision=precision, budget=budget, cancel=token)
+        events = compare_strategies(model, read, chosen, precision=precision, budget=budget, cancel=token)
         yield from _as_json(engine, events, token)
 
     exercise_.__name__ = "exercise"

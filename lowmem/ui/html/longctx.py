@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lowmem.events import Receipt
-from lowmem.longctx.exercise import Point
+from lowmem.longctx.strategies import Point
 from lowmem.planning.plan import Plan
 from lowmem.ui.i18n.strings import ENGLISH, say
 from lowmem.units import format_bytes, format_seconds
@@ -83,18 +83,18 @@ def recalls(receipt: Receipt) -> str:
 
 
 def _recall_cells(one: dict[str, Any]) -> tuple[str, ...]:
-    verdict = say("remembered") if one["remembered"] else say("forgotten")
-    return f"{one['distance']:,}", verdict, f"{one['probability']:.1%}", f"{one['by_chance']:.1%}"
+    verdict = say("remembered") if one["recalled"] else say("forgotten")
+    return f"{one['distance']:,}", verdict, f"{one['probability']:.1%}", f"{one['control']:.1%}"
 
 
 def points(found: Sequence[Point]) -> str:
     """The exercise as a table: the last point of every way, or why it has none."""
-    latest = {point.way: point for point in found}
+    latest = {point.strategy: point for point in found}
     rows = [
-        (point.way, point.error)
+        (point.strategy, point.error)
         if point.error
         else (
-            point.way,
+            point.strategy,
             f"{point.tokens:,}",
             f"{point.perplexity:,.2f}",
             f"{1000 * (point.token_seconds or 0):,.1f}",

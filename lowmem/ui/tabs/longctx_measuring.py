@@ -14,8 +14,8 @@ from lowmem.fields import build
 from lowmem.generate.window_limits import check_stride
 from lowmem.longctx import actions
 from lowmem.longctx.curve import Span
-from lowmem.longctx.exercise import Point, exercise
-from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.options import StrategyOptions
+from lowmem.longctx.strategies import Point, compare_strategies
 from lowmem.measure.rows import write_atomically
 from lowmem.plots.drawing import to_png, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
@@ -69,7 +69,7 @@ class PerplexityMode:
             if way == "windows":
                 yield from actions.sliding_perplexity(session, whole, options.window, int(stride), cancel=token)
             else:
-                yield from actions.reading_perplexity(session, whole, options, cancel=token)
+                yield from actions.streaming_perplexity(session, whole, options, cancel=token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             nonlocal result
@@ -176,7 +176,7 @@ class ExerciseMode:
         self.engine = engine
         gr.HTML(render.quiet(say("long_exercise_help")))
         with gr.Row():
-            self.controls = widgets(ExerciseOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "exercise")
+            self.controls = widgets(StrategyOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "exercise")
         self.runner = Runner(engine, jobs, "long-exercise", say("long_exercise_start"))
         self.table = gr.HTML(elem_id="long-exercise-table")
         self.plots = gr.HTML(elem_id="long-exercise-plots")
@@ -190,7 +190,7 @@ class ExerciseMode:
     def _start(
         self, token: CancelToken, text: str, file: str, address: str, *values: Any
     ) -> tuple[Iterator[Any], View]:
-        options = build(ExerciseOptions, dict(zip(self.controls, values, strict=False)))
+        options = build(StrategyOptions, dict(zip(self.controls, values, strict=False)))
         self.engine.access.check_reading(options.tokens)
         plan = self.engine.resident
         ref, precision = (plan.spec.ref, plan.precision) if plan else ("demo", "auto")
@@ -200,7 +200,7 @@ class ExerciseMode:
         def events() -> Iterator[Any]:
             given = text.strip() or file or address
             chosen = Text("text", self.tab.given(text, file, address, token)) if given else MANUAL
-            yield from exercise(ref, chosen, options, precision=precision, budget=budget, cancel=token)
+            yield from compare_strategies(ref, chosen, options, precision=precision, budget=budget, cancel=token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             points.extend(event for event in gathered if isinstance(event, Point))

@@ -1,7 +1,7 @@
-"""Five ways to read on when a text is longer than one would like to remember, side by side; imports no torch.
+"""Comparison of five KV cache strategies for texts longer than memory or context; imports no torch.
 
-Each way reads the same text in a process of its own. Along the text stand, for each: perplexity of the stretch
-before, milliseconds for one more token, bytes of the cache and of the process.
+Each strategy streams the same text in a process of its own, which measures at several points perplexity since the point
+before, time per token, and the memory of the cache and of the process.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from typing import Any
 from lowmem.datasets.texts import MANUAL, Text, tail
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.longctx.options import ExerciseOptions
+from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.models.source import read_spec
 from lowmem.units import format_bytes
 
-log = logging.getLogger("lowmem.exercise")
+log = logging.getLogger("lowmem.strategies")
 
-DEFAULT_OPTIONS = ExerciseOptions()
+DEFAULT_OPTIONS = StrategyOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One way at one place of the text.
+    """Measurements of one strategy at one point of the text.
 
     Args:
-        way: its name.
+        strategy: its name.
         tokens: read so far.
-        perplexity: since the point before.
-        token_seconds: for one more token, as in generation.
-        kv_bytes: of keys and values.
-        ram_bytes: resident set of the process.
-        error: why there is no figure, or "".
+        perplexity: of the tokens since the point before.
+        token_seconds: time of one decoding step.
+        kv_bytes: size of the KV cache.
+        ram_bytes: resident set size of the process.
+        error: why there are no measurements, or "".
     """
 
-    way: str
+    strategy: str
     tokens: int = 0
     perplexity: float | None = None
     token_seconds: float | None = None
@@ -52,16 +52,16 @@ class Point:
 
     def line(self) -> str:
         if self.error:
-            return f"{self.way:<28} {self.error}"
+            return f"{self.strategy:<28} {self.error}"
         return (
-            f"{self.way:<28} {self.tokens:>8,} tokens  perplexity {self.perplexity:>10,.2f}  "
+            f"{self.strategy:<28} {self.tokens:>8,} tokens  perplexity {self.perplexity:>10,.2f}  "
             f"{1000 * (self.token_seconds or 0):>7.1f} ms/token  cache {format_bytes(self.kv_bytes or 0):>8}  "
             f"RAM {format_bytes(self.ram_bytes or 0):>8}"
         )
 
 
-def ways(options: ExerciseOptions) -> dict[str, dict[str, Any]]:
-    """Name -> fields of `GenerateOptions`."""
+def strategies(options: StrategyOptions) -> dict[str, dict[str, Any]]:
+    """Name -> fields of `GenerateOptions` that describe the cache."""
     window = options.window
     return {
         "full cache": {},
@@ -72,32 +72,33 @@ def ways(options: ExerciseOptions) -> dict[str, dict[str, Any]]:
     }
 
 
-def exercise(
+def compare_strategies(
     ref: str,
     text: str | Path | Text = MANUAL,
-    options: ExerciseOptions = DEFAULT_OPTIONS,
+    options: StrategyOptions = DEFAULT_OPTIONS,
     *,
     precision: str = "auto",
     budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Point | Receipt]:
-    """Read `text` in every way; points come as each way ends, a receipt with all of them last.
+    """Stream `text` with every strategy; yields the points as each strategy ends, and a receipt with all of them.
 
     Args:
-        text: one that is here, or "manual", "wikitext2" or a file, see `measure.texts.tail`.
+        text: a `Text`, or "manual", "wikitext2" or a file, see `datasets.texts.tail`.
+        budget: of each process.
 
     Raises:
-        BadInput, ModelNotFound, Offline: model or text cannot be had.
+        BadInput, ModelNotFound, Offline: the model or the text is not available.
         Cancelled: within a second; the points so far have been yielded.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
     spec, chosen = read_spec(ref), text if isinstance(text, Text) else tail(text, cancel)
     points: list[Point] = []
     device, chosen_precision = "", precision
-    with tempfile.TemporaryDirectory(prefix="lowmem-exercise-") as work:
+    with tempfile.TemporaryDirectory(prefix="lowmem-strategies-") as work:
         copy = Path(work) / "text.txt"
         copy.write_text(chosen.text, encoding="utf-8")
-        for number, (way, fields) in enumerate(ways(options).items()):
+        for number, (strategy, fields) in enumerate(strategies(options).items()):
             arguments = {
                 "ref": ref,
                 "precision": precision,
@@ -109,57 +110,57 @@ def exercise(
             for event in _isolated(arguments, cancel, budget):
                 if isinstance(event, Step):
                     done = 100 * number + event.done
-                    yield Step(done, 100 * len(ways(options)), f"{way}: {event.note}", "%")
+                    yield Step(done, 100 * len(strategies(options)), f"{strategy}: {event.note}", "%")
                 elif isinstance(event, str):
-                    points.append(Point(way, error=event))
+                    points.append(Point(strategy, error=event))
                     yield points[-1]
                 else:
                     device, chosen_precision = event.value["device"], event.value["precision"]
                     for point in event.value["points"]:
-                        points.append(Point(way, **point))
+                        points.append(Point(strategy, **point))
                         yield points[-1]
     yield Receipt(
-        action="exercise",
+        action="strategies",
         model=spec.name,
         precision=chosen_precision,
         device=device,
         seconds=time.perf_counter() - started,
         prompt_tokens=max((point.tokens for point in points), default=0),
-        notes=tuple(f"{point.way}: {point.error}" for point in points if point.error),
+        notes=tuple(f"{point.strategy}: {point.error}" for point in points if point.error),
         snippet=_snippet(ref, options),
         details={"text": chosen.name, **asdict(options), "points": [asdict(point) for point in points]},
     )
 
 
 def _isolated(arguments: dict[str, Any], cancel: CancelToken, budget: MemoryBudget) -> Iterator[Step | Finished | str]:
-    """A way's events; a sentence in place of its result when it fails."""
+    """The events of a strategy's process; if it fails, the error message instead of the result."""
     try:
-        yield from run_isolated("read_long_text", arguments, cancel, budget)
+        yield from run_isolated("measure_strategy", arguments, cancel, budget)
     except Cancelled:
         raise
     except LowMemError as error:
         yield str(error)
     except RuntimeError as error:
-        log.exception("a way of the exercise failed")
-        yield f"An error that was not foreseen: {(str(error).strip().splitlines() or [''])[-1][:300]}"
+        log.exception("a cache strategy failed")
+        yield f"Unexpected error: {(str(error).strip().splitlines() or [''])[-1][:300]}"
 
 
-def _snippet(ref: str, options: ExerciseOptions) -> str:
-    given = ", ".join(f"{name}={value!r}" for name, value in asdict(options).items())
+def _snippet(ref: str, options: StrategyOptions) -> str:
+    fields = ", ".join(f"{name}={value!r}" for name, value in asdict(options).items())
     return (
-        "from lowmem.longctx.exercise import Point, exercise\n"
-        "from lowmem.longctx.options import ExerciseOptions\n\n"
-        f"for event in exercise({ref!r}, options=ExerciseOptions({given})):\n"
+        "from lowmem.longctx.strategies import Point, compare_strategies\n"
+        "from lowmem.longctx.options import StrategyOptions\n\n"
+        f"for event in compare_strategies({ref!r}, options=StrategyOptions({fields})):\n"
         "    if isinstance(event, Point):\n"
         "        print(event.line())\n"
     )
 
 
-def by_way(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points that have figures, in the order of the text."""
+def by_strategy(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Strategy -> its points without errors, in the order of the text."""
     found: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(point.way, [])
+        found.setdefault(point.strategy, [])
         if not point.error:
-            found[point.way].append(point)
+            found[point.strategy].append(point)
     return found

@@ -1,4 +1,4 @@
-"""What reading a long text will take, by the resident model's plan; no torch."""
+"""Memory estimates of the long-text actions, from the resident model's plan; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 
 
-def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
-    """`plan` re-priced for reading `tokens` with the cache that `options` name."""
+def streaming_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
+    """`plan` re-estimated for streaming `tokens` through the KV cache described by `options`."""
     recomputes = bool(options.window) and not options.use_cache
     return reestimate(
         plan,
@@ -23,19 +23,20 @@ def reading_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
     )
 
 
-def sliding_plan(plan: Plan, window: int, tokens: int) -> Plan:
-    """`plan` re-priced for windows over `tokens`: its context is the tokens of a pass, several windows where memory allows."""
+def window_plan(plan: Plan, window: int, tokens: int) -> Plan:
+    """`plan` re-estimated for sliding windows over `tokens`; its context is the tokens per pass, several windows if they fit."""
     several = pass_plan(plan, max(window, pass_tokens(plan.place.kind) if tokens > window else 0))
     return several if several.verdict != "over" else pass_plan(plan, window)
 
 
 def pass_plan(plan: Plan, tokens: int) -> Plan:
-    """`plan` re-priced for passes of `tokens` without a cache."""
+    """`plan` re-estimated for forward passes over `tokens` without a KV cache."""
     return reestimate(plan, context=tokens, batch=1, kv="none", prefill_chunk=tokens)
 
 
 def refuse_if_over(plan: Plan, force: bool, hint: str) -> None:
-    """
+    """Check an estimate against its budget.
+
     Raises:
         DoesNotFit: the plan exceeds its budget, and `force` is off.
     """
