@@ -57,7 +57,7 @@ def test_dtype_sizes_of_plans_are_torchs() -> None:
 
 @pytest.mark.parametrize("slab", [1, 7, 100, 10**6])
 def test_conversion_in_slabs_equals_one_at_once(folder: Path, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "SLAB_BYTES", slab)
+    monkeypatch.setattr(checkpoint_module, "CONVERSION_BYTES", slab)
     with Checkpoint(folder) as checkpoint:
         for name in ("bf16", "fp16", "fp32", "scalar", "empty", "cube"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,6 +1,6 @@
-"""How a linear layer is computed in a graph: dense, in blocks of 4 or 8 bits, or dynamically in int8.
+"""How a graph computes a linear layer: dense, in blocks of 4 or 8 bits, or in dynamic int8.
 
-Each way writes the nodes and the weights of one `Matrix` and returns the name of the product.
+Each class writes the nodes and the weights of one `Matrix` and returns the name of the product.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Dense:
 class Blocks:
     """MatMulNBits: codes with a scale, and for 4 bits a zero point, for every block of inputs.
 
-    Codes of a quantized checkpoint are kept; what is dense is put on a grid by `quantize` (weight, bits, group size).
+    Codes of a quantized checkpoint are kept; dense weights are quantized by `quantize`.
     """
 
     quantize: Callable[[Tensor], Quantized]
@@ -73,7 +73,7 @@ class Blocks:
         )
 
     def store(self, graph: Graph, matrix: Matrix) -> list[str]:
-        """Write codes, scales and zero points, unless they are written already; returns their names."""
+        """Write codes, scales and zero points unless they are in the graph already; return their names."""
         names = [f"{matrix.name}.int{self.bits_of(matrix)}{part}" for part in ("", "_scales", "_zeros")]
         if not graph.known(names[0]):
             packed = matrix.weight if isinstance(matrix.weight, Quantized) else self.quantize(matrix.weight)
@@ -82,7 +82,7 @@ class Blocks:
         return [name for name in names if graph.known(name)]
 
     def gather(self, graph: Graph, ids: str, matrix: Matrix) -> str:
-        """Rows of the matrix, multiplied out: what an embedding does."""
+        """Dequantized rows of the matrix: an embedding."""
         codes, scales, zeros = self.store(graph, matrix)
         bits, (rows, columns) = self.bits_of(matrix), matrix.shape
         flat = graph.alias(f"{matrix.name}.rows", codes, (rows, columns * bits // 8))
@@ -105,8 +105,8 @@ class Dynamic:
     """Weights in int8 per output channel, activations rounded to uint8 as they come (DynamicQuantizeMatMul).
 
     Args:
-        largest: codes reach from minus this to this: 127, or 63 where AVX2 without VNNI adds products in 16 bits.
-        per_token: every token is brought to the same size first, and gets a scale of its own that way.
+        largest: largest absolute code: 127, or 63 if AVX2 without VNNI adds products in 16 bits.
+        per_token: normalize every token first, which gives each its own scale.
     """
 
     largest: int
@@ -129,7 +129,7 @@ class Dynamic:
 
 
 def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tensor], Quantized]:
-    """Dense weights to codes without calibration: the closest grid for 4 bits, the nearest symmetric code for 8."""
+    """Quantize without calibration: the grid with the least error for 4 bits, symmetric rounding to nearest for 8."""
 
     def choose(groups: Tensor) -> Choice:
         scale, zero = fit(groups, bits, symmetric=True) if bits == 8 else fit_closely(groups, bits)
@@ -146,7 +146,7 @@ def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tenso
 
 
 def _ordered(graph: Graph, x: str, matrix: Matrix) -> str:
-    """Inputs in the order of the groups of act-order."""
+    """Reorder the inputs of an act-order layer by group."""
     if matrix.order is None:
         return x
     return graph.add("Gather", (x, graph.weight(f"{matrix.name}.order", matrix.order.numpy())), axis=-1)

@@ -12,7 +12,7 @@ OUTLIER_THRESHOLD = 6.0
 
 
 def linear8(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """LLM.int8: row-wise int8 weights; activation columns above 6.0 stay in half precision."""
+    """LLM.int8 layer: int8 weights with a scale per row; activation columns above 6.0 stay in half precision."""
     bnb = _bitsandbytes()
     rows, columns = weight.shape
     layer = bnb.nn.Linear8bitLt(
@@ -23,7 +23,7 @@ def linear8(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: to
 
 
 def linear4(weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """NF4 in blocks of 64 with double-quantized absmax; computes in `dtype`."""
+    """NF4 layer in blocks of 64 with double-quantized scales, computing in `dtype`."""
     bnb = _bitsandbytes()
     rows, columns = weight.shape
     layer = bnb.nn.Linear4bit(
@@ -50,7 +50,7 @@ def packed8(weight: Tensor) -> Packed:
 
 
 def packed4(weight: Tensor, block: int, kind: str, double: bool, compute: str) -> Packed:
-    """NF4 or FP4 of `weight` [out, in] as bitsandbytes stores it; `compute` is the dtype that readers are told."""
+    """NF4 or FP4 of `weight` [out, in] as bitsandbytes stores it; `compute` is the compute dtype that is recorded for readers."""
     functional = _bitsandbytes().functional
     original = weight.float().contiguous()
     codes, state = functional.quantize_4bit(original, blocksize=block, compress_statistics=double, quant_type=kind)
@@ -61,7 +61,7 @@ def packed4(weight: Tensor, block: int, kind: str, double: bool, compute: str) -
 
 
 def stored8(parts: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The layer that `packed8`, or bitsandbytes, stored."""
+    """LLM.int8 layer from the tensors that `packed8` or bitsandbytes stored."""
     bnb = _bitsandbytes()
     rows, columns = parts["weight"].shape
     bias = parts.get("bias")
@@ -76,10 +76,10 @@ def stored8(parts: dict[str, Tensor], device: torch.device, dtype: torch.dtype) 
 def stored4(
     name: str, parts: dict[str, Tensor], outputs: int, inputs: int, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The layer that `packed4`, or bitsandbytes, stored.
+    """4-bit layer from the tensors that `packed4` or bitsandbytes stored.
 
     Raises:
-        CorruptModel: its description cannot be read, or is another layer's.
+        CorruptModel: its quantization state cannot be read, or belongs to another layer.
     """
     bnb = _bitsandbytes()
     bias = parts.get("bias")

@@ -1,7 +1,7 @@
 """gptqmodel's GPU kernels (Marlin, Exllama, Triton) for layers of GPTQ and AWQ checkpoints, where it is installed.
 
-The package is optional and its interface changes; a kernel is used only after it has agreed with `PackedLinear` on the
-very layer it replaces.
+The package is optional and its interface changes, so a kernel is used only if its output matches that of the `PackedLinear` it
+replaces.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lowmem.models.quantization import Quantization
 log = logging.getLogger("lowmem.quant")
 
 TOLERANCE = 0.02
-"""Relative difference to the plain computation up to which a kernel counts as right: half precision, other order."""
+"""Largest relative difference to `PackedLinear` that half precision and another order of sums explain."""
 
 
 def like(
     layer: nn.Module, weight: Quantized, stored: Quantization, parts: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module | None:
-    """gptqmodel's layer for the same `parts` as `layer`, None when there is none that agrees with it."""
+    """gptqmodel's layer for the same `parts` as `layer`, None if there is none whose output matches."""
     choose = _chooser()
     if choose is None:
         return None
@@ -34,7 +34,7 @@ def like(
         kernel = _build(choose, layer, weight, stored, parts, dtype)
         return kernel if _agree(kernel, layer, weight.codes.shape[1], dtype) else None
     except Exception:
-        # Whatever ails an optional package, the layer runs without it.
+        # Whatever is wrong with an optional package, the layer runs without it.
         log.info("gptqmodel cannot run a layer of %s", stored.label, exc_info=True)
         return None
 
@@ -57,7 +57,7 @@ def _build(
     common = {"bits": stored.bits, "group_size": stored.group_size, "desc_act": stored.desc_act, "sym": symmetric}
     layout = stored.layout
     if stored.method == "gptq":
-        # Its kernels read zero points as they are.
+        # Its kernels expect zero points without the offset of v1.
         parts, layout = parts | to_gptq(weight, v2=True), "gptq_v2"
     kind = choose(**common, format=layout, quant_method=stored.method, dtype=dtype, device_map={"": device}, pack=False)
     kernel = kind(

@@ -1,7 +1,6 @@
-"""Grids of whole-number codes: how a group of weights becomes codes, one scale and one zero point.
+"""Integer grids: how a group of weights becomes codes with one scale and one zero point.
 
-A weight w is stored as a code q in 0 .. 2^bits - 1 and read as scale * (q - zero). Scales are rounded to
-fp16 before any code is chosen, since fp16 is what every container stores. Knows nothing of models or files.
+Scales are rounded to fp16 before any code is chosen, since fp16 is what every container stores.
 """
 
 from __future__ import annotations
@@ -63,9 +62,9 @@ def fit(
 
 
 def fit_closely(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Like `fit`, with the least squared error that a finer search finds, which also tries the neighbours of each zero point.
+    """Like `fit`, but minimizes the squared error by a finer search that also tries the neighbours of each zero point.
 
-    A whole zero point moves the range that was asked for by up to half a step, and often a neighbour suits the weights better.
+    Rounding the zero point to a code shifts the range by up to half a step, and often a neighbour fits the weights better.
     """
     low = weight.amin(-1, keepdim=True).clamp_(max=0)
     high = weight.amax(-1, keepdim=True).clamp_(min=0)
@@ -85,7 +84,7 @@ def fit_closely(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def refit(weight: Tensor, steps: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor:
-    """The scale with the least error for codes that are `steps` above their zero point, by least squares.
+    """The least-squares scale for codes that are `steps` above their zero point.
 
     Where a group has no code off its zero point, `scale` stays.
     """
@@ -108,14 +107,14 @@ def as_stored(scale: Tensor) -> Tensor:
 
 
 def keep_better(old: Choice, new: Choice) -> Choice:
-    """Group by group whichever costs less."""
+    """The cheaper of two choices, group by group."""
     lower = new[2] < old[2]
     scale, zero, cost = (torch.where(lower, after, before) for before, after in zip(old, new, strict=True))
     return scale, zero, cost
 
 
 def squared_error(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
-    """What rounding `weight` [..., group] to this grid costs, [..., 1]; `importance` as in `fit`."""
+    """Squared error of rounding `weight` [..., group] to this grid: [..., 1]; `importance` as in `fit`."""
     error = nearest(weight, scale, zero, bits).sub_(zero).mul_(scale).sub_(weight)
     return (_weighted(error, importance) * error).sum(-1, keepdim=True)
 
@@ -127,14 +126,14 @@ def _weighted(rows: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The codes that come closest to `weight`, as fp32; all arguments broadcast."""
+    """The codes nearest to `weight`, as fp32; all arguments broadcast."""
     return (weight / scale).round_().add_(zero).clamp_(0, largest_code(bits))
 
 
 def quantize_rows(
     weight: Tensor, bits: int, group_size: int, choose: Callable[[Tensor], Choice], cancel: CancelToken
 ) -> Quantized:
-    """Quantize a matrix [out, in] of any float dtype, some rows at a time.
+    """Quantize a matrix [out, in] of any float dtype, a chunk of rows at a time.
 
     `choose` gets fp32 [rows, groups, group] and returns codes of that shape, scales and zeros [rows, groups, 1].
     """

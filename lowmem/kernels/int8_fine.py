@@ -22,10 +22,10 @@ ZERO_POINT = 128
 """FBGEMM's activations are unsigned."""
 
 OUTPUT_BYTES = 4_000_000
-"""Most of the outputs of many rows that are made at a time, for FBGEMM holds four times as much meanwhile."""
+"""Most bytes of outputs computed at a time: FBGEMM holds four times as much meanwhile."""
 
 ROWS_AT_ONCE = 256
-"""Rows multiplied out at a time on their way from one kind of codes to the other."""
+"""Rows dequantized at a time while requantizing."""
 
 
 class FineInt8Linear(Int8Linear):
@@ -33,7 +33,7 @@ class FineInt8Linear(Int8Linear):
 
     @classmethod
     def from_quantized(cls, weight: Quantized, bias: Tensor | None) -> FineInt8Linear:
-        """Codes of any width and grouping, rounded a second time, to one scale a row."""
+        """Requantize codes of any width and grouping to int8 with one scale per row."""
         codes = torch.empty(weight.codes.shape, dtype=torch.int8)
         scales = torch.empty(len(codes), dtype=torch.float32)
         for start in range(0, len(codes), ROWS_AT_ONCE):

@@ -1,13 +1,13 @@
 """Linear layers of up to 4 bits on the CPU, by ONNX Runtime's MatMulNBits: 0.57 bytes a weight in groups of 64.
 
 The kernel reads the codes and computes in fp32 (accuracy level 1), so its results are those of the dense weights: one row by
-a kernel of its own, many rows through tiles that are multiplied out. It picks its instructions (AVX-512, AVX2, NEON) itself.
-Its int8 arithmetic (accuracy level 4) decodes large layers twice as fast, but rounds activations: on the demo model the best
-token then agrees with the dense weights' in 96 of 100 places instead of 98, while a whole decoding step gains 8 %.
+a kernel of its own, many rows through dequantized tiles. It picks its instructions (AVX-512, AVX2, NEON) itself.
+Its int8 arithmetic (accuracy level 4) decodes large layers twice as fast, but rounds activations: on the demo model the top-1
+token then matches that of the dense weights in 96 % of positions instead of 98 %, while a decoding step gets 8 % faster.
 
-Every layer is a session of its own without threads: two thread pools, torch's and ONNX Runtime's, that wait for each other on
-few cores cost more than they bring, and a pool per layer would be hundreds of threads. Long prompts are shared out by rows,
-large layers by outputs, among plain threads; sessions release the interpreter's lock.
+Every layer is a session of its own without threads: torch's and ONNX Runtime's thread pools would wait for each other on few
+cores, and a pool per layer would mean hundreds of threads. Long prompts are split by rows, large layers by outputs, among plain
+threads; sessions release the GIL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPLIT_WEIGHTS = 8_000_000
 """Layers of more weights than this are worth a session per core."""
 
 MOST_PARTS = 4
-"""Sessions that share the outputs of a large layer; memory, not arithmetic, bounds decoding beyond that."""
+"""Most sessions that split the outputs of a large layer; beyond that memory bandwidth bounds decoding."""
 
 THREADED_WORK = 64_000_000
 """Multiplications worth a second thread: about 0.2 ms of them."""
@@ -101,7 +101,7 @@ def _run(session: Any, x: np.ndarray) -> np.ndarray:
 
 
 def _columns(outputs: int, inputs: int) -> list[slice]:
-    """The outputs of each part, whole sixteens but for the last."""
+    """The outputs of each part, multiples of 16 except for the last."""
     parts = min(torch.get_num_threads(), MOST_PARTS) if outputs * inputs > SPLIT_WEIGHTS else 1
     step = -(-outputs // parts // 16) * 16
     return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
@@ -116,7 +116,7 @@ def _session(attributes: dict[str, int], weights: dict[str, np.ndarray]) -> Any:
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # Nothing to optimize in one node, nothing to keep between calls: both would cost memory in every layer.
+    # One node leaves nothing to optimize or to cache between calls; both would cost memory in every layer.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     model = one_node("MatMulNBits", "com.microsoft", attributes | {"N": len(weights["B"])}, weights)

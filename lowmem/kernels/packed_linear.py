@@ -1,8 +1,8 @@
 """Linear layers of GPTQ and AWQ checkpoints, run from their codes.
 
-`read` turns what a file holds into codes, checking it; `packed_linear` chooses what runs them: on CPUs MatMulNBits
-(`nbits_linear`), or int8 (`int8_fine`) for codes that it has no fast kernel for; on GPUs gptqmodel's kernels where they are
-installed (`gptqmodel_kernel`), else `PackedLinear`, which runs anywhere and multiplies one layer out at a time.
+`read` checks and unpacks the stored tensors; `packed_linear` chooses the kernel: on CPUs MatMulNBits (`nbits_linear`), or int8
+(`int8_fine`) for codes it has no fast kernel for; on GPUs gptqmodel's kernels if installed (`gptqmodel_kernel`), else
+`PackedLinear`, which runs anywhere and dequantizes one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowmem.kernels.quantized import Quantized, consecutive, dequantize_, pack_b
 from lowmem.models.quantization import BNB, INT8, Quantization
 
 INT8_ZERO = 128
-"""What is added to int8 codes to make them unsigned."""
+"""Added to int8 codes to make them unsigned."""
 
 Parts = dict[str, Tensor]
 """The tensors of one layer: "qweight", "qzeros", "scales", perhaps "g_idx" and "bias"."""
@@ -50,10 +50,10 @@ def stored_linear(
 
 
 def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The layer that computes with `parts`, of which the shapes have been checked.
+    """The layer for the tensors of a GPTQ, AWQ or compressed-tensors layer; their shapes have been checked.
 
     Raises:
-        CorruptModel: the parts hold what cannot be, naming the layer.
+        CorruptModel: the tensors hold impossible values; the message names the layer.
     """
     if stored.method == INT8:
         return _int8_linear(name, parts, device, dtype)
@@ -81,14 +81,14 @@ def _int8_linear(name: str, parts: Parts, device: torch.device, dtype: torch.dty
     if device.type != "cpu" or not has_int8_kernels():
         return PackedLinear(weight, -1, bias, device, dtype)
     if int(codes.max()) > largest_code() or int(codes.min()) < -largest_code():
-        return Int8Linear.from_weight(weight.dequantize(), bias)  # made for processors with wider products
+        return Int8Linear.from_weight(weight.dequantize(), bias)  # quantized for processors with wider accumulators
     return Int8Linear(codes, scales.squeeze(1), bias)
 
 
 def check_shapes(
     stored: Quantization, name: str, outputs: int, inputs: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Are these the shapes of the parts of a packed layer?
+    """Check the shapes of the tensors of a packed layer.
 
     Raises:
         CorruptModel: a part is missing or has another shape, naming both.
@@ -118,7 +118,7 @@ def read(stored: Quantization, name: str, parts: Parts) -> Quantized:
     """The codes of a layer.
 
     Raises:
-        CorruptModel: scales that are not finite, or groups that have not their number of inputs.
+        CorruptModel: scales are not finite, or groups do not have equal numbers of inputs.
     """
     if not torch.isfinite(parts["scales"]).all():
         raise CorruptModel(f"{name}.scales holds numbers that are not finite.", "Fetch the model again.")
@@ -142,10 +142,10 @@ def _inputs(stored: Quantization, parts: Parts) -> int:
 
 
 class PackedLinear(nn.Module):
-    """`y = x W^T + b`; x and y are [..., in] and [..., out] of the dtype it was made for.
+    """`y = x W^T + b`; x and y are [..., in] and [..., out] in `dtype`.
 
-    Codes lie as bytes [in / per byte, out], lowest bits first, those of act-order sorted by group. The dense weights
-    exist only while the layer computes.
+    Codes are bytes [in / codes per byte, out], lowest bits first; inputs of act-order layers are sorted by group. Dequantized
+    weights exist only while the layer computes.
     """
 
     order: Tensor | None
@@ -179,7 +179,7 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
     def dense(self) -> Tensor:
-        """The weights [in, out], inputs in the order of their groups."""
+        """The dequantized weights [in, out], inputs in the order of their groups."""
         lanes = 8 // self._bits
         weight = torch.empty(len(self.codes), lanes, self.out_features, dtype=self._dtype, device=self.codes.device)
         unpack_lanes(self.codes, self._bits, [weight[:, lane] for lane in range(lanes)])

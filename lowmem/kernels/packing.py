@@ -1,4 +1,4 @@
-"""How codes lie in files: GPTQ's stream (v1 and v2) and AWQ's GEMM order, both ways, bit for bit.
+"""Packs codes into the words that files store, and back: GPTQ's stream (v1 and v2) and AWQ's GEMM order.
 
 GPTQ packs codes of any width as one little-endian stream, lowest bits first, so that 32 codes fill exactly
 `bits` words of 32 bits. AWQ packs eight 4-bit codes a word in an order of its own. The layouts are those of
@@ -24,7 +24,7 @@ _AWQ_PLACE = tuple(AWQ_ORDER.index(column) for column in range(8))
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [n, count] -> int32 [n, ceil(count * bits / 32)], each row a stream of its own.
 
-    Eight codes, one a byte, are one 64-bit number, and end as `bits` bytes of it.
+    Eight codes, one per byte, are handled as one 64-bit integer whose lowest `bits` bytes are the result.
     """
     count = codes.shape[1]
     if count % WORD_BITS:
@@ -53,11 +53,11 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 _LANES = (1, 2, 4)
-"""Codes whose bits lie together, before each of the three steps that bring eight together."""
+"""Codes that are adjacent before each of the three steps that join eight codes."""
 
 
 def _mask(lane: int, bits: int) -> int:
-    """The bits of a signed 64-bit number that hold codes when `lane` of them lie together."""
+    """Mask of a signed 64-bit integer in which runs of `lane` codes are adjacent."""
     mask = sum((1 << lane * bits) - 1 << 8 * start for start in range(0, 8, lane))
     return mask - (1 << 64) if mask >> 63 else mask
 

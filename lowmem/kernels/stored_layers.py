@@ -1,7 +1,7 @@
-"""Layers that compute with weights as a file stores them: in another dtype, or packed in 2 to 8 bits.
+"""Layers that compute with weights as files store them: in another dtype, or packed in 2 to 8 bits.
 
-What is stored is what crosses disks and buses; it becomes numbers of the computation here, on the device that computes. A CPU
-does that tile by tile within its caches, a GPU layer by layer.
+Only stored bytes cross disks and buses; weights are converted or dequantized on the device that computes, on a CPU tile by
+tile within its caches, on a GPU layer by layer.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lowmem.kernels.quantized import dequantize_, unpack_lanes
 from lowmem.models.quantization import Quantization
 
 FEW_ROWS = 64
-"""Up to so many rows it is cheaper to scale the products of each group than the weights."""
+"""Up to this many rows it is cheaper to scale the products of each group than the weights."""
 
 _local = threading.local()
 
 
 def _scratch(key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialized tensor of `shape` that the next call of the same thread will reuse."""
+    """An uninitialized tensor of `shape` and the dtype of `like`, reused by the next call of the same thread."""
     held: dict[str, Tensor] = _local.__dict__.setdefault("held", {})
     count = torch.Size(shape).numel()
     buffer = held.get(key)
@@ -34,23 +34,23 @@ def _scratch(key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return buffer[:count].view(shape)
 
 
-def forget_scratch() -> None:
-    """Give this thread's tiles back."""
+def free_scratch() -> None:
+    """Free the tiles of this thread."""
     _local.__dict__.pop("held", None)
 
 
 def _tile(inputs: int, outputs: int, device: torch.device, multiple: int = 32) -> int:
-    """Outputs of a tile."""
+    """Outputs per tile."""
     if device.type != "cpu":
         return outputs
     return min(outputs, max(multiple, TILE_BYTES // (4 * inputs) // multiple * multiple))
 
 
 class StoredLinear(nn.Module):
-    """`y = x W^T + b` in the dtype of x, whatever W is stored in.
+    """`y = x W^T + b` in the dtype of x, whatever the stored dtype of W.
 
     Args:
-        transposed: W is stored [in, out], as GPT-2's Conv1D has it.
+        transposed: W is stored [in, out], as in GPT-2's Conv1D.
     """
 
     weight: Tensor
@@ -107,7 +107,7 @@ class StoredInt8(StoredLinear):
 
 
 class StoredNf4(nn.Module):
-    """`y = x W^T + b` with 4-bit codes of bitsandbytes; what describes them (`state`) stays at home."""
+    """`y = x W^T + b` with 4-bit codes of bitsandbytes; their quantization state (`state`) stays resident."""
 
     weight: Tensor
     bias: Tensor | None
@@ -127,7 +127,7 @@ class StoredNf4(nn.Module):
 
 
 class StoredEmbedding(nn.Module):
-    """Rows of a table that stays as it is stored, in the dtype of the computation; Gemma's factor included."""
+    """Embedding whose table keeps its stored dtype; returns rows in `dtype`, times `factor` (Gemma's): ids [...] -> [..., hidden]."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, factor: float) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class StoredEmbedding(nn.Module):
 
 
 class StoredPacked(nn.Module):
-    """`y = x W^T + b` from the tensors of a GPTQ or AWQ layer as they lie in the file (Frantar et al. 2022, Lin et al. 2023).
+    """`y = x W^T + b` from the stored tensors of a GPTQ or AWQ layer (Frantar et al. 2022, Lin et al. 2023).
 
     Args:
         stored: the checkpoint's quantization.
@@ -194,7 +194,7 @@ class StoredPacked(nn.Module):
         torch.mm(rows, dequantize_(self._codes(outputs, rows), *self._grid(outputs, rows.dtype), groups), out=out)
 
     def _multiply_few(self, rows: Tensor, thin: Tensor, outputs: slice, out: Tensor) -> None:
-        """Few rows: the codes are multiplied, and then the sums of each group are scaled."""
+        """Few rows: multiply the codes, then scale the sums of each group."""
         scales, zeros = self._grid(outputs, rows.dtype)
         grouped = self._codes(outputs, rows, in_place=True).view(len(scales), self._group, -1)
         parts = thin.view(len(rows), len(scales), self._group)
@@ -207,7 +207,7 @@ class StoredPacked(nn.Module):
         return self.scales[:, outputs].to(dtype), self._zeros(outputs).to(dtype)
 
     def _places(self, like: Tensor) -> Tensor:
-        """What `_codes` leaves the code of each input [in] multiplied by: powers of two, so dividing by them is exact."""
+        """Factors [in] that `_codes` with `in_place` leaves in the codes: powers of two, so dividing by them is exact."""
         bits, lanes = self._stored.bits, 32 // self._stored.bits
         if self._stored.method == "awq":  # where inputs are rows of words
             return like.new_ones(self.in_features)
@@ -215,11 +215,11 @@ class StoredPacked(nn.Module):
         return places.repeat(-(-self.in_features // lanes))[: self.in_features]
 
     def _codes(self, outputs: slice, like: Tensor, in_place: bool = False) -> Tensor:
-        """Codes [in, outputs] as numbers.
+        """Codes [in, outputs] in the dtype of `like`.
 
         Args:
-            in_place: leave them multiplied by `_places`, which saves a third of the work: a code's bits are not brought
-                down to the lowest, but for the last code of a word, which holds its sign.
+            in_place: leave them multiplied by `_places`, which saves a third of the work: bits are masked but not shifted
+                down, except for the last code of a word, which holds its sign.
         """
         bits, lanes = self._stored.bits, 32 // self._stored.bits
         width = outputs.stop - outputs.start
@@ -253,7 +253,7 @@ class StoredPacked(nn.Module):
         return gptq_zeros(words, bits, outputs.stop - outputs.start, v2=self._stored.layout == "gptq_v2")
 
     def _general(self, outputs: slice, dtype: torch.dtype) -> Tensor:
-        """Dense weights [outputs, in] of layouts whose codes cross words."""
+        """Dequantized weights [outputs, in] of layouts whose codes cross words."""
         bits = self._stored.bits
         words = slice(outputs.start * bits // 32, -(-outputs.stop * bits // 32))
         parts: dict[str, Any] = {

@@ -1,7 +1,6 @@
-"""Decoder blocks by family: where they are, which linear layers share an input, in which order they run.
+"""Decoder blocks by model family: where they are, which linear layers share an input, and in which order they run.
 
-Names only, from config.json; no torch, no weights. What streams a model block by block (quantizing it, for
-one) asks here instead of knowing families.
+Names only, from config.json. Code that works block by block, such as quantization, reads the family's layout from here.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ class Stage:
 
     Args:
         linears: in the order in which they run.
-        source: the norm or linear layer whose outputs, up to a factor per token and a product with something else, are
-            this input, channel by channel: dividing its weights by a factor per channel divides the input. For a fused
-            layer it is the last outputs. "" where there is none.
+        source: the norm or linear layer that produces this input channel by channel, so that dividing its weights by a
+            factor per channel divides the input; of a fused layer its last outputs. "" if there is none.
     """
 
     linears: tuple[str, ...]
@@ -32,9 +30,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A part of a block whose result is the output of one linear layer, which runs last.
+    """A residual branch of a block, which ends in the linear layer `output`.
 
-    `in_tuple`: the module returns it as the first of two values.
+    `in_tuple`: the module returns the result as the first of two values.
     """
 
     module: str
@@ -51,7 +49,7 @@ class Layout:
         count: number of blocks.
         stages: in the order of computation; every quantizable layer of a block is in one.
         branches: attention and MLP.
-        norm_offset: what a norm adds to its stored weights: 1 for Gemma.
+        norm_offset: added by norms to their stored weights: 1 for Gemma.
     """
 
     path: str
@@ -66,7 +64,7 @@ class Layout:
 
 
 def _attention(*inputs: str, norm: str, module: str = "self_attn", output: str = "o_proj") -> tuple[Stage, Stage]:
-    """The stage of the projections that see the norm, and that of the one that sees the values."""
+    """The stages of attention: the projections after the norm, and the output projection."""
     names = tuple(f"{module}.{name}" for name in inputs)
     return Stage(names, norm), Stage((f"{module}.{output}",), names[-1])
 
@@ -105,7 +103,7 @@ _PHI = Layout(
     "model.layers",
     0,
     (
-        # Attention and MLP run side by side on one norm; GELU lies before fc2, so nothing can be folded there.
+        # Attention and MLP run in parallel after one norm; GELU before fc2 prevents folding factors into fc1.
         Stage((*(f"self_attn.{name}" for name in _QKV), "mlp.fc1"), "input_layernorm"),
         Stage(("self_attn.dense",), "self_attn.v_proj"),
         Stage(("mlp.fc2",)),
@@ -141,7 +139,7 @@ FAMILIES = tuple(_FAMILIES)
 
 
 def refusal(config: Config) -> str | None:
-    """Why this model's blocks cannot be taken apart, in a sentence; None when they can. Reads config.json only."""
+    """Why this model cannot be processed block by block, None if it can."""
     model_type = str(config.get("model_type") or "")
     if isinstance(config.get("quantization_config"), Mapping):
         method = str(config["quantization_config"].get("quant_method") or "an unknown method")
@@ -165,7 +163,7 @@ def block_layout(config: Config) -> Layout:
     count = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     heads = config.get("num_attention_heads")
     shared = config.get("num_key_value_heads") not in (None, heads)
-    # Several heads read one value channel: a factor of one of them cannot be undone there.
+    # With grouped-query attention several heads read one value channel, so a factor per head cannot be folded there.
     stages = tuple(replace(s, source="") if shared and _sees_values(s, layout) else s for s in layout.stages)
     return replace(layout, count=count, stages=stages)
 

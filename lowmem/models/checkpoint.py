@@ -1,7 +1,4 @@
-"""The weights of a folder, read tensor by tensor into memory that is counted.
-
-Knows safetensors files and dtypes; knows nothing of modules or devices beyond copying into a tensor.
-"""
+"""Reads the weights of a folder of safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ from lowmem.errors import CorruptModel
 from lowmem.models.describe import weight_files
 from lowmem.models.files import LocalFile, LocalFolder
 from lowmem.models.safetensors_header import read_header
-from lowmem.units import MB
-
-SLAB_BYTES = 64 * MB
-"""Stored bytes that are converted at a time: what a conversion takes beside its result."""
+from lowmem.models.spec import CONVERSION_BYTES
 
 TORCH_DTYPES = {
     "fp64": torch.float64,
@@ -43,7 +37,7 @@ TORCH_DTYPES = {
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any dtype, numpy's or not, shared."""
+    """The memory of a contiguous CPU tensor, shared; also of dtypes that numpy lacks."""
     flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -62,8 +56,8 @@ class Entry:
 class Checkpoint:
     """The safetensors files of a folder, opened once each. Safe to read from several threads.
 
-    Bytes are read, never mapped: a mapped page counts as the process' memory for as long as the kernel
-    likes, and no budget could be kept to the byte.
+    Files are read, not mapped: a mapped page counts as memory of the process for as long as the kernel likes, which no
+    budget could account for.
 
     Raises:
         ModelNotFound, UnsafeModel, CorruptModel, Unsupported: on opening, see `weight_files` and `read_header`.
@@ -99,7 +93,7 @@ class Checkpoint:
     def read_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` (same shape; any dtype, device or strides) and return it.
 
-        Straight from the file where layouts agree, else through a slab of at most `SLAB_BYTES`, or one row.
+        Reads straight into `out` if it has the stored layout, else through a chunk of at most `CONVERSION_BYTES`, or one row.
         """
         entry = self.tensors[name]
         if tuple(out.shape) != entry.shape:
@@ -110,12 +104,12 @@ class Checkpoint:
             return out
         rows = out if out.dim() else out.view(1)
         row_bytes = max(1, entry.nbytes // max(1, rows.shape[0]))
-        step = max(1, SLAB_BYTES // row_bytes)
+        step = max(1, CONVERSION_BYTES // row_bytes)
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step]
-            slab = torch.empty(part.shape, dtype=stored)
-            self._fill(entry, start * row_bytes, slab)
-            part.copy_(slab)
+            chunk = torch.empty(part.shape, dtype=stored)
+            self._fill(entry, start * row_bytes, chunk)
+            part.copy_(chunk)
         return out
 
     def _fill(self, entry: Entry, skip: int, tensor: torch.Tensor) -> None:
@@ -138,7 +132,7 @@ class Checkpoint:
 
 
 class _OpenFile:
-    """A file whose size and time of change are remembered from its opening."""
+    """A file that must not change while it is open: its size and modification time are checked before every read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -155,7 +149,7 @@ class _OpenFile:
             raise self._changed()
         done = 0
         while done < len(memory):
-            count = self._read_some(offset + done, memory[done : done + SLAB_BYTES])
+            count = self._read_some(offset + done, memory[done : done + CONVERSION_BYTES])
             if not count:
                 raise self._changed()
             done += count

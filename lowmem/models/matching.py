@@ -1,7 +1,4 @@
-"""Which stored tensor fills which parameter of an empty model.
-
-Knows the names that checkpoints use, old ones and those of quantized layers; reads no weights.
-"""
+"""Matches the parameters of a model with the tensors of a checkpoint by name, including older names and quantized layers."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
 
 FOLDED_SCALES = ".act.scales"
-"""A layer that AutoAWQ adds to families whose activations cannot be scaled elsewhere (GPT-NeoX, Falcon, Starcoder2)."""
+"""A layer that AutoAWQ adds to families without a preceding layer to fold its scales into (GPT-NeoX, Falcon, Starcoder2)."""
 
 
 def by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
-    """{"layer.weight": name} -> {"layer": {"weight": name}}: a layer's weight and bias together."""
+    """Group names by module: {"layer.weight": name} -> {"layer": {"weight": name}}."""
     owners: dict[str, dict[str, str]] = {}
     for parameter, name in stored.items():
-        # What bitsandbytes keeps beside a weight is named as if it were within: "layer.weight.absmax".
+        # bitsandbytes names its quantization state as if it were part of the weight: "layer.weight.absmax".
         owner, inner, member = parameter.rpartition(".weight.")
         if inner:
             member = f"weight.{member}"
@@ -31,7 +28,7 @@ def by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name -> stored name; older files lack, or add, the base model's prefix.
+    """Parameter name -> stored name, with or without the base model's prefix; tied parameters are left out.
 
     Raises:
         CorruptModel: a weight is missing or has another shape.
@@ -74,9 +71,9 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
 
 
 def _packed_parts(parameter: str, options: tuple[str, ...], checkpoint: Checkpoint) -> dict[str, str]:
-    """The parts that are stored in place of a weight, {} when the weight itself is.
+    """Tensors stored in place of a quantized weight, {} if the weight itself is stored.
 
-    AutoGPTQ stores a bias of zeros where the model has none, so a bias is looked for here, too.
+    Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
     """
     if not parameter.endswith(".weight"):
         return {}
@@ -99,7 +96,7 @@ def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
-    """{parameter: the parameter it is the same as}, for tied embeddings."""
+    """{parameter: the parameter it shares its tensor with}, for tied embeddings."""
     if not model.config.get_text_config().tie_word_embeddings:
         return {}
     return dict(getattr(model, "_tied_weights_keys", None) or {})

@@ -1,7 +1,6 @@
-"""What a checkpoint says of its own quantization: method, bits, groups, layout; and which layers are packed.
+"""How a checkpoint is quantized: method, bits, groups and layout, and the shapes of its packed tensors.
 
-Knows the `quantization_config` of config.json and the files that older tools wrote beside it. Knows the shapes of
-packed tensors, nothing of their bits; reads no weights.
+Read from `quantization_config` in config.json, or from the separate files of older tools.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LAYOUTS = {
     INT8: ("int-quantized",),
     BNB: ("nf4", "fp4", "int8"),
 }
-"""Layouts that can be run, by method; "gptq" stores zero points less one."""
+"""Supported layouts by method; "gptq" (v1) stores zero points minus one."""
 
 WIDTHS = {"gptq": (2, 3, 4, 8), "awq": (4,), INT8: (8,), BNB: (4, 8)}
 
@@ -37,9 +36,9 @@ class Quantization:
     Args:
         method: "gptq", "awq", `INT8`, `BNB`, or whatever else config.json names.
         bits: width of a code.
-        group_size: inputs that share a scale and a zero point; -1 when a whole row does.
+        group_size: inputs that share a scale and a zero point; -1 for a whole row.
         layout: one of `LAYOUTS`, or the unknown name.
-        desc_act: groups are made of scattered inputs (act-order), as `g_idx` says.
+        desc_act: act-order; inputs of a group are scattered, as listed in `g_idx`.
     """
 
     method: str
@@ -58,11 +57,11 @@ class Quantization:
         return f"{self.method.upper()}, {self.bits} bits, {groups}"
 
     def groups(self, inputs: int) -> int:
-        """Scales that a row of so many inputs has."""
+        """Groups in a row of `inputs` weights."""
         return 1 if self.group_size < 0 else -(-inputs // self.group_size)
 
     def refusal(self) -> str:
-        """Why such a checkpoint cannot be run, or ""."""
+        """Why such a checkpoint cannot run, or ""."""
         if self.method not in LAYOUTS:
             return f"It is quantized with {self.method}, of which lowmem knows no layout."
         if self.layout not in LAYOUTS[self.method]:
@@ -84,7 +83,7 @@ class Quantization:
     def linear_shape(self, qweight: Shape) -> Shape:
         """(outputs, inputs) of the layer whose `qweight` has this shape.
 
-        bitsandbytes stores 4 bits as one column of bytes: the layer then counts as one column of weights.
+        bitsandbytes stores 4-bit weights as one column of bytes, which counts as one column of weights here.
         """
         rows, columns = qweight
         if self.method in (INT8, BNB):
@@ -93,7 +92,7 @@ class Quantization:
 
 
 def read_quantization(files: Files, config: Mapping[str, Any]) -> Quantization | None:
-    """The quantization that config.json, or a file of older tools beside it, describes; None without one."""
+    """The quantization described in config.json, or in a separate file of older tools; None if there is none."""
     described = config.get("quantization_config")
     if not isinstance(described, Mapping):
         side = next((name for name in SIDE_FILES if name in files.names), None)
@@ -128,7 +127,7 @@ def _parse(described: Mapping[str, Any]) -> Quantization:
 
 
 def _compressed(described: Mapping[str, Any]) -> Quantization:
-    """compressed-tensors holds many layouts: that of int8 with a scale a row, or one with a name that is refused."""
+    """Of compressed-tensors' many layouts int8 with a scale per row is supported; others get a name that `refusal` rejects."""
     layout = str(described.get("format") or "unknown")
     groups = described.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, Mapping) else []
@@ -141,6 +140,6 @@ def _compressed(described: Mapping[str, Any]) -> Quantization:
 
 
 def _integer(described: Mapping[str, Any], keys: tuple[str, ...], default: int = 0) -> int:
-    """The first of `keys`; 0, which `refusal` names, when it is no number."""
+    """The first of `keys` present; 0, which `refusal` rejects, if it is not an integer."""
     found = next((described[key] for key in keys if key in described), default)
     return found if isinstance(found, int) and not isinstance(found, bool) else 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowmem.models.quantization import Quantization, Shape
+from lowmem.units import MB
 
 DTYPE_BYTES = {
     "fp64": 8,
@@ -28,6 +29,9 @@ DTYPE_BYTES = {
     "uint64": 8,
 }
 """Bytes per element of unpacked dtypes. GGUF tensors keep their type's name ("q4_1"); ask their `nbytes`."""
+
+CONVERSION_BYTES = 64 * MB
+"""Stored bytes that a checkpoint converts to another dtype or layout at a time: what that takes besides the result."""
 
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 PACKED_PARTS = (

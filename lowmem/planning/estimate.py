@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.kernels import layouts
+from lowmem.models.spec import CONVERSION_BYTES
 from lowmem.planning import cache, exported, streaming
 from lowmem.planning.model_bytes import (
     CUDA_RAM_BYTES,
     CUDA_WORKSPACE_BYTES,
-    SLAB_BYTES,
     attending_bytes,
     compute_dtype,
     kernel_lines,
@@ -38,7 +38,7 @@ def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
     vram = MemoryEstimate("vram", (*lines, workspace), plan.budget.limit("vram"))
     driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
-    slab = Line("scratch", 2 * SLAB_BYTES, "Weights on their way from disk to the GPU.")
+    slab = Line("scratch", 2 * CONVERSION_BYTES, "Weights on their way from disk to the GPU.")
     return (MemoryEstimate("ram", (*waiting, runtime, driver, slab), plan.budget.limit("ram")), vram)
 
 

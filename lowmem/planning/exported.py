@@ -10,7 +10,8 @@ import importlib.util
 
 from lowmem.kernels.layouts import ONNX_RUNTIME_BYTES, nbits_bytes
 from lowmem.models.config import is_encoder
-from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.models.spec import DTYPE_BYTES, ModelSpec
+from lowmem.planning.placement import block_index
 from lowmem.units import MB
 
 HEAD_BITS, HEAD_GROUP = 8, 64
@@ -63,13 +64,11 @@ def block_bytes(rows: int, columns: int, bits: int, group: int) -> int:
 def matrix_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     """(outputs, inputs) of every linear layer of the blocks."""
     shapes = [
-        (t.shape[0], t.shape[1]) for t in spec.tensors if len(t.shape) == 2 and _is_layer(t) and not t.packed_layer
+        (t.shape[0], t.shape[1])
+        for t in spec.tensors
+        if len(t.shape) == 2 and block_index(t.name) is not None and not t.packed_layer
     ]
     return shapes + list(spec.packed_layers.values())
-
-
-def _is_layer(tensor: Tensor) -> bool:
-    return any(part.isdigit() for part in tensor.name.split("."))
 
 
 def graph_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from lowmem.kernels import layouts
 from lowmem.models.quantization import BNB
-from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache
+from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Line, Plan
 from lowmem.precisions import PRECISIONS
 from lowmem.units import MB
-
-SLAB_BYTES = 64 * MB
-"""The loader converts dtypes and layouts in slabs of this size (`models.checkpoint.SLAB_BYTES`)."""
 
 CUDA_WORKSPACE_BYTES = 96 * MB
 """cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
@@ -40,16 +38,17 @@ def compute_dtype(precision: str, device_dtypes: tuple[str, ...]) -> str:
 
 def is_linear(tensor: Tensor) -> bool:
     """Is this the weight of a linear layer inside a decoder block, which is what gets quantized?"""
-    return len(tensor.shape) == 2 and tensor.name.endswith(".weight") and _in_block(tensor) and not tensor.is_buffer
+    return (
+        len(tensor.shape) == 2
+        and tensor.name.endswith(".weight")
+        and block_index(tensor.name) is not None
+        and not tensor.is_buffer
+    )
 
 
 def is_embedding(tensor: Tensor) -> bool:
     """Is this a token or position embedding, or the output head?"""
-    return len(tensor.shape) == 2 and tensor.name.endswith("weight") and not _in_block(tensor)
-
-
-def _in_block(tensor: Tensor) -> bool:
-    return any(part.isdigit() for part in tensor.name.split("."))
+    return len(tensor.shape) == 2 and tensor.name.endswith("weight") and block_index(tensor.name) is None
 
 
 def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
@@ -182,4 +181,4 @@ def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str
     if quantized or (dense.covers_embeddings and is_embedding(tensor)):
         rows, columns = tensor.shape
         return source + dense.temporary_bytes(rows, columns, dtype)
-    return min(source, SLAB_BYTES)
+    return min(source, CONVERSION_BYTES)

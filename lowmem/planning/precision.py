@@ -1,4 +1,4 @@
-"""Which precisions run on which device, and in what order to prefer them."""
+"""Which precisions run a model on a device, and which the planner prefers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STORED = "stored"
 
 
 def available(precision: str, hardware: Hardware, device: str = "auto", spec: ModelSpec | None = None) -> str | None:
-    """None when `precision` runs on the device, else the reason it does not.
+    """Why `precision` does not run on the device, None if it does.
 
-    A quantized checkpoint (`spec`) runs as it is stored and in no other way; nothing else runs "stored".
+    A quantized checkpoint (`spec`) runs only as "stored", and nothing else does.
     """
     place = device_of(hardware, device)
     if precision not in PRECISIONS:
@@ -38,7 +38,7 @@ def device_of(hardware: Hardware, device: str) -> Device:
 
 
 def storage_refusal(spec: ModelSpec) -> str:
-    """Why a quantized checkpoint cannot be run at all, or ""."""
+    """Why a quantized checkpoint cannot run in any way, or ""."""
     if not spec.quantization:
         return ""
     if spec.stored is None:

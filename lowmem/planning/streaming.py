@@ -10,7 +10,7 @@ from dataclasses import replace
 from lowmem.kernels.layouts import TILE_BYTES
 from lowmem.machine.direct_io import PAGE
 from lowmem.models.quantization import BNB
-from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache, model_bytes
 from lowmem.planning.placement import (
     SLOTS,
@@ -63,7 +63,7 @@ def estimate(plan: Plan, placement: Placement) -> tuple[MemoryEstimate, ...]:
         Line("weights", sum(sizes[index] for index in waiting), f"{len(waiting)} blocks in RAM, as they are stored."),
         Line("scratch", _ring_bytes(plan.spec, placement.indices("disk")), f"{SLOTS} blocks on their way from disk."),
         Line("overhead", model_bytes.CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
-        Line("scratch", 2 * model_bytes.SLAB_BYTES, "Weights on their way from disk to the GPU."),
+        Line("scratch", 2 * CONVERSION_BYTES, "Weights on their way from disk to the GPU."),
     )
     return (MemoryEstimate("ram", (*ram_lines, runtime), plan.budget.limit("ram")), vram)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import BadInput, Unsupported
-from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning.model_bytes import SLAB_BYTES, activation_bytes, is_linear, linear_shape
+from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.planning.model_bytes import activation_bytes, is_linear, linear_shape
 from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.calibration import Calibration
 from lowmem.units import GB, MB, MiB
@@ -70,14 +70,14 @@ def estimate(
     shards = math.ceil((quantized + others) / SHARD_BYTES)
     output = quantized + others + shards * HEADER_BYTES
     outside = [tensor for tensor in tensors if not is_linear(tensor)]
-    copying = max((min(t.nbytes, SLAB_BYTES) + _kept_bytes(t) for t in outside), default=0)
+    copying = max((min(t.nbytes, CONVERSION_BYTES) + _kept_bytes(t) for t in outside), default=0)
     block = sum(rows * columns for _, rows, columns in linears) // max(1, spec.layers)
     largest = max((rows * columns for _, rows, columns in linears), default=0)
     packing = 6 * largest  # codes in 32 bits, and the words
     if method.calibrated:
         widest = max((columns for _, _, columns in linears), default=0)
         working = 5 * block + max(_solving_bytes(method, widest, largest), packing)
-        working = max(working, 5 * block + _forward_bytes(spec, calibration)) + SLAB_BYTES + LIBRARIES_BYTES
+        working = max(working, 5 * block + _forward_bytes(spec, calibration)) + CONVERSION_BYTES + LIBRARIES_BYTES
         spilled = _spilled_bytes(spec, calibration)
     else:
         stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.errors import CorruptModel
 from lowmem.models.blocks import Layout
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.matching import match_names
 from lowmem.models.modules import set_tensor
 
 
@@ -30,23 +31,7 @@ class Weights:
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._stored: dict[str, str] = {}
-        prefix = f"{model.base_model_prefix}."
-        tied = model._tied_weights_keys or {} if model.config.get_text_config().tie_word_embeddings else {}
-        for name, parameter in model.named_parameters():
-            if name in tied:
-                continue
-            # Files of the bare decoder lack its prefix.
-            known = (n for n in (name, name.removeprefix(prefix)) if n in checkpoint.tensors)
-            stored = next(known, None)
-            if stored is None:
-                raise CorruptModel(f"{name}, which the model needs, is not in its files.", "Fetch the model again.")
-            if (shape := checkpoint.tensors[stored].shape) != tuple(parameter.shape):
-                raise CorruptModel(
-                    f"{stored} is {shape} in the file but config.json asks for {tuple(parameter.shape)}.",
-                    "Fetch the model again.",
-                )
-            self._stored[name] = stored
+        self._stored = match_names(model, checkpoint)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

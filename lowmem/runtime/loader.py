@@ -1,8 +1,7 @@
-"""From a plan to a resident model, tensor by tensor, never holding more than the plan says.
+"""Loads the model of a plan, never holding more memory than the plan says.
 
-The model is built empty (on torch's meta device) and filled from the safetensors files one
-tensor at a time, already in its final precision and layout. What peaks is therefore the
-finished weights plus one tensor, not two copies of the model.
+The model is built without weights (on torch's meta device) and filled from safetensors files one tensor at a time, each in its
+final precision and layout. Memory peaks at the finished weights plus one tensor, not at two copies of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
 from lowmem.precisions import PRECISIONS, Precision
-from lowmem.runtime.streaming.attach import as_stored, can_map, elsewhere, stream
+from lowmem.runtime.streaming.attach import as_stored, can_map, offloaded_names, stream
 from lowmem.runtime.streaming.streamer import Streamer
 from lowmem.units import MB
 
@@ -52,16 +51,16 @@ class Loaded:
     streamer: Streamer | None = None
 
     def close(self) -> None:
-        """Let go of files and threads; the model's memory goes with the object."""
+        """Close files and threads; the model's memory is freed with the object."""
         if self.streamer is not None:
             self.streamer.close()
 
 
 def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None, Loaded]:
-    """Load `folder` as `plan` says; the generator's return value is a `Loaded`.
+    """Load `folder` as `plan` says; the generator yields progress and returns a `Loaded`.
 
-    After the first step the family's code is imported and the empty model stands: all memory
-    taken from then on is the model's, and comes back with it.
+    At the first step the family's code is imported and the empty model is built: memory taken after that is the model's, and
+    is freed with it.
 
     Raises:
         CorruptModel, Unsupported, BadInput: the folder does not hold what the plan expects.
@@ -77,13 +76,13 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
     with Checkpoint(folder) as checkpoint:
         place = _Placer(plan, device, dtype)
         names = match_names(model, checkpoint)
-        away = elsewhere(model, names, plan.placement, device) if plan.placement else {}
-        streamed = {name for block in away.values() for name in block}
+        offloaded = offloaded_names(model, names, plan.placement, device) if plan.placement else {}
+        streamed = {name for block in offloaded.values() for name in block}
         yield from _fill(model, checkpoint, {n: names[n] for n in names if n not in streamed}, place, cancel)
-        streamer = _stream(model, checkpoint, away, plan, device, dtype)
+        streamer = _stream(model, checkpoint, offloaded, plan, device, dtype)
     _settle(model, device, place.precision)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        _spare_the_heads_copy(model)
+        _avoid_copying_head(model)
     _check_vocabulary(tokenizer, model, plan)
     return Loaded(model, tokenizer, device, dtype, streamer)
 
@@ -91,18 +90,18 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
 def _stream(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
-    away: dict[int, Any],
+    offloaded: dict[int, Any],
     plan: Plan,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Streamer | None:
-    if not away or plan.placement is None:
+    if not offloaded or plan.placement is None:
         return None
-    if plan.placement.mapped and not can_map(checkpoint, away, dtype):
+    if plan.placement.mapped and not can_map(checkpoint, offloaded, dtype):
         raise Unsupported(
             "Weights that are stored in another dtype cannot be used in place.", "Let them stream instead."
         )
-    return stream(model, checkpoint, away, plan.placement, device, dtype, plan.spec.stored)
+    return stream(model, checkpoint, offloaded, plan.placement, device, dtype, plan.spec.stored)
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -137,7 +136,7 @@ def _fill(
             model.set_submodule(owner, replacement)
         done += sum(entry.nbytes for entry in tensors.values())
         if done - trimmed >= TRIM_BYTES:
-            # Temporaries of many sizes between weights that stay leave holes as large as the weights.
+            # Temporaries of many sizes between weights that stay fragment the heap; the holes grow as large as the weights.
             trim_heap()
             trimmed = done
         yield Step(done, total, "Loading weights", "B")
@@ -148,7 +147,7 @@ class _Placer:
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
-        # What shares the machine with streamed blocks stays as small as they are.
+        # Next to streamed blocks, resident weights stay in their stored dtype too.
         self.as_stored = plan.placement is not None and device.type == "cpu"
         computed = compute_dtype(plan.precision, plan.place.dtypes)
         self.precision = PRECISIONS[plan.precision].dense(computed, self.stored)
@@ -202,8 +201,8 @@ class _Placer:
     def _read(self, module: nn.Module, member: str, checkpoint: Checkpoint, name: str) -> Tensor:
         shape = checkpoint.tensors[name].shape
         if self._column_major(module, member):
-            # MKL multiplies one row by a matrix 1.2 to 1.6 times faster when the matrix lies
-            # [in, out] in memory, and decoding is nothing else. The shape stays [out, in].
+            # Decoding multiplies one row by a matrix, which MKL does 1.2 to 1.6 times faster if the matrix is laid out
+            # [in, out] in memory. The shape stays [out, in].
             tensor = torch.empty(tuple(reversed(shape)), dtype=self.dtype).t()
             return checkpoint.read_into(name, tensor)
         tensor = checkpoint.read_into(name, torch.empty(tuple(shape), dtype=self.dtype))
@@ -222,7 +221,11 @@ def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 def _settle(model: PreTrainedModel, device: torch.device, precision: Precision) -> None:
-    """Tie what is tied, move the small buffers, and make sure that nothing was left empty."""
+    """Tie weights, move buffers to the device, and check that every tensor was filled.
+
+    Raises:
+        CorruptModel: a tensor was not in the files.
+    """
     for parameter, source in tied_parameters(model).items():
         _tie(model, parameter, source, precision)
     for module in model.modules():
@@ -236,11 +239,11 @@ def _settle(model: PreTrainedModel, device: torch.device, precision: Precision) 
         )
 
 
-def _spare_the_heads_copy(model: PreTrainedModel) -> None:
-    """Hand the output head a freshly laid out input.
+def _avoid_copying_head(model: PreTrainedModel) -> None:
+    """Make the output head's input contiguous.
 
-    transformers passes it the last position as a slice, whose odd strides make torch's bf16
-    kernel copy the whole weight first (57 MB for the demo model) at every prefill.
+    transformers passes the last position as a slice, whose strides make torch's bf16 kernel copy the whole weight (57 MB for
+    the demo model) in every prefill.
     """
     head = model.get_output_embeddings()
     if head is not None:
@@ -271,7 +274,7 @@ def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> Non
 
 
 def warm_up(loaded: Loaded) -> None:
-    """One token through the model: kernels and thread pools start now, not in the first answer."""
+    """Run one token through the model, so that kernels and thread pools start now and not in the first generation."""
     with torch.inference_mode():
         loaded.model(
             input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False, logits_to_keep=1

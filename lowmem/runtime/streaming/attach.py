@@ -1,6 +1,6 @@
-"""From a placement to a streaming model: which modules compute with what is stored, and which blocks come from where.
+"""Makes a model stream the blocks that a placement offloads: which modules compute with stored weights, and where from.
 
-The loader asks here for everything that is not at home; `apply` and `remove` do the same to a live model.
+The loader uses it for offloaded blocks; `apply` and `Offloaded.remove` do the same to a model in memory.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ QUANTIZED = (
 )
 
 
-def elsewhere(model: PreTrainedModel, names: Names, placement: Placement, device: torch.device) -> dict[int, Names]:
-    """The names of every block that is not at home, by block.
+def offloaded_names(
+    model: PreTrainedModel, names: Names, placement: Placement, device: torch.device
+) -> dict[int, Names]:
+    """The names of the weights of every offloaded block, by block.
 
     Raises:
-        Unsupported: the model's blocks cannot be told apart.
+        Unsupported: the model's list of blocks is not where its family is known to have it.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     blocks = decoder_blocks(model)
@@ -69,7 +71,7 @@ def stream(
     dtype: torch.dtype,
     stored: Quantization | None = None,
 ) -> Streamer:
-    """Let `blocks` of an otherwise filled model come from where `placement` says.
+    """Stream `blocks` of an otherwise loaded model from where `placement` puts them.
 
     Raises:
         ModelNotFound, CorruptModel: the files cannot be opened, or a packed layer has wrong shapes.
@@ -80,7 +82,7 @@ def stream(
 
 
 def can_map(checkpoint: Checkpoint, blocks: Mapping[int, Names], dtype: torch.dtype) -> bool:
-    """Can these weights be used in place? Only if all are stored in the dtype of the computation."""
+    """Whether these weights can be used in place: all must be stored in the compute dtype."""
     stored = (checkpoint.tensors[name].dtype for names in blocks.values() for name in names.values())
     return all(TORCH_DTYPES[kind] == dtype for kind in stored)
 
@@ -115,7 +117,7 @@ def _prepare(
 def as_stored(
     module: nn.Module, checkpoint: Checkpoint, members: Names, dtype: torch.dtype, stored: Quantization | None = None
 ) -> nn.Module:
-    """A module that computes what `module` does from the tensors as they are stored; `module` itself where it can."""
+    """A module that computes the same as `module` from the tensors as they are stored; `module` itself if it can do that."""
     if "qweight" in members:
         return _packed(module, checkpoint, members, stored)
     if "weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES:
@@ -143,7 +145,7 @@ def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Q
 def _codes(
     module: nn.Module, checkpoint: Checkpoint, members: Names, dtype: torch.dtype, stored: Quantization | None
 ) -> nn.Module:
-    """int8 of compressed-tensors or bitsandbytes, or its 4 bits, of which a finished layer lends the description."""
+    """int8 of compressed-tensors or bitsandbytes, or 4 bits of bitsandbytes, whose quantization state stays resident."""
     layer = members["weight"].removesuffix(".weight")
     if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
         raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
@@ -162,7 +164,7 @@ def _codes(
 
 @dataclass
 class Offloaded:
-    """A live model of which some blocks were sent elsewhere; `remove` brings them back."""
+    """A model in memory with some blocks offloaded; `remove` loads them again."""
 
     model: PreTrainedModel
     streamer: Streamer
@@ -172,7 +174,7 @@ class Offloaded:
     _names: dict[str, str]
 
     def remove(self) -> None:
-        """Read the blocks back and forget about offloading; the model is as it was before `apply`.
+        """Load the blocks again and stop streaming; the model is as it was before `apply`.
 
         Raises:
             CorruptModel, ModelNotFound: the files are not what they were; the model stays offloaded.
@@ -189,13 +191,13 @@ class Offloaded:
 
 
 def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offloaded:
-    """Send blocks of a live model elsewhere; `folder` holds its weights, which must be those that the model has.
+    """Offload blocks of a model in memory; `folder` must hold the very weights that the model has.
 
-    Outputs stay the same: bit for bit on a CPU where the files store the dtype of the computation.
+    Outputs stay the same, bit for bit on a CPU if the files store the compute dtype.
 
     Raises:
         Unsupported: the model's layers are quantized, or its weights are not those of the folder.
-        BadInput: nothing would be sent anywhere.
+        BadInput: the placement offloads nothing.
         CorruptModel, ModelNotFound: the folder cannot be read.
     """
     device, dtype = model.device, model.dtype
@@ -203,7 +205,7 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         raise Unsupported(*QUANTIZED)
     with Checkpoint(folder) as checkpoint:
         names = match_names(model, checkpoint)
-        blocks = elsewhere(model, names, placement, device)
+        blocks = offloaded_names(model, names, placement, device)
         if not blocks:
             raise BadInput("Every block stays where it is.", "Name blocks to be moved.")
         moved = {name: stored for block in blocks.values() for name, stored in block.items()}
@@ -223,21 +225,21 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
 
 
 def _outline(parameter: nn.Parameter) -> nn.Parameter:
-    """Shape, strides, dtype and device without the numbers; the device is that of a tensor without elements."""
+    """A parameter's shape, strides and dtype on the meta device, with its real device as the attribute `device_of_data`."""
     outline = nn.Parameter(
         torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta"),
         requires_grad=False,
     )
-    outline.home = parameter.device  # type: ignore[attr-defined]
+    outline.device_of_data = parameter.device  # type: ignore[attr-defined]
     return outline
 
 
 def _like(outline: nn.Parameter) -> torch.Tensor:
-    return torch.empty_strided(outline.shape, outline.stride(), dtype=outline.dtype, device=outline.home)  # type: ignore[attr-defined]
+    return torch.empty_strided(outline.shape, outline.stride(), dtype=outline.dtype, device=outline.device_of_data)  # type: ignore[attr-defined]
 
 
 def _check_dense(checkpoint: Checkpoint, blocks: Mapping[int, Names]) -> None:
-    """Is every matrix of these blocks a parameter of the model? Codes are not, neither in the files nor in memory."""
+    """Refuse blocks with quantized matrices, in the files or in memory."""
     found = {stored for names in blocks.values() for stored in names.values()}
     for name, entry in checkpoint.tensors.items():
         missing = name.endswith(".weight") and (entry.dtype in CODE_DTYPES or name not in found)
@@ -246,7 +248,7 @@ def _check_dense(checkpoint: Checkpoint, blocks: Mapping[int, Names]) -> None:
 
 
 def _check_same(model: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:
-    """The smallest weight of each block stands for all: a fine-tuned copy differs in every one."""
+    """Compare the vectors of each block with the files: a fine-tuned copy would differ in every one."""
     for name, stored in names.items():
         parameter = model.get_parameter(name)
         if parameter.dim() == 1 and not torch.equal(checkpoint.read(stored, parameter.dtype), parameter.cpu()):

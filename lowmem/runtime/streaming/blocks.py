@@ -1,7 +1,7 @@
-"""Where the bytes of a block lie in its files and in a buffer.
+"""Where the bytes of a block are in its files and in a buffer.
 
-Tensors that are neighbours in a file are read as one range. A range starts in the buffer at a page, as far behind it as in
-the file, so that reads need no copying.
+Adjacent tensors of a file are read as one range. A range has the same offset within a page in the buffer as in the file, so
+direct I/O needs no copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GAP_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One read: whole pages of `file` from `offset` into the buffer at `position`; `needed` bytes must be there."""
+    """One read of whole pages: `length` bytes of `file` at `offset` into the buffer at `position`; `needed` of them must exist."""
 
     file: Path
     offset: int
@@ -32,7 +32,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A stored tensor and the member of a module that it becomes; `position` is its first byte in the buffer."""
+    """A stored tensor and the parameter of a module that it fills; `position` is its first byte in the buffer."""
 
     module: nn.Module
     member: str
@@ -40,7 +40,7 @@ class Weight:
     position: int
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The stored tensor within `buffer` (uint8); copied only where its bytes are not aligned to its dtype."""
+        """The stored tensor within `buffer` (uint8), a view unless its bytes are not aligned to its dtype."""
         dtype = TORCH_DTYPES[self.entry.dtype]
         raw = buffer[self.position : self.position + self.entry.nbytes]
         if raw.data_ptr() % dtype.itemsize:
@@ -50,7 +50,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class BlockFile:
-    """What must be read to have one block, and what the bytes are then."""
+    """The reads that load one block, and the weights that the bytes then are."""
 
     index: int
     weights: tuple[Weight, ...]
@@ -80,7 +80,7 @@ def block_file(index: int, members: Iterable[Member]) -> BlockFile:
 
 
 def _runs(ordered: list[Member]) -> list[list[Member]]:
-    """Neighbours together: what one range of a file holds."""
+    """Group tensors that are adjacent in a file."""
     runs: list[list[Member]] = []
     for member in ordered:
         entry, last = member[2], runs[-1][-1][2] if runs else None

@@ -1,6 +1,6 @@
-"""A ring of buffers that reader threads keep filled with the blocks that are needed next.
+"""A ring of buffers that reader threads keep filled with the next blocks.
 
-Blocks are needed in a circle: the last asks for the first. Knows reads and buffers, nothing of modules.
+Blocks are needed in a cycle: after the last comes the first again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ READERS = 2
 
 
 Check = Callable[[], None]
-"""Called while somebody waits for bytes; what it raises ends the wait."""
+"""Called while a forward pass waits for bytes; an exception ends the wait."""
 
 
 def nothing() -> None:
-    """The check that never objects."""
+    """The check that never raises."""
 
 
 @dataclass(slots=True)
@@ -38,11 +38,11 @@ class _Slot:
 
 
 class Ring:
-    """`acquire` a block's buffer, `release` it, in the blocks' order; any other order works, but waits.
+    """Lends the buffers of blocks by `acquire` and `release`; fast in the blocks' order, correct in any.
 
     Args:
         blocks: in the order in which they are needed.
-        pinned: buffers a GPU can copy from without waiting.
+        pinned: use pinned buffers, from which a GPU copies asynchronously.
     """
 
     def __init__(self, blocks: Sequence[BlockFile], shards: Mapping[Path, Shard], pinned: bool = False) -> None:
@@ -56,7 +56,7 @@ class Ring:
         self.bytes_read = 0
 
     def acquire(self, index: int, check: Check = nothing) -> Tensor:
-        """The buffer that holds block `index` (uint8), its until `release`.
+        """The buffer with block `index` (uint8), valid until `release`.
 
         Raises:
             CorruptModel, ModelNotFound: its files have changed or cannot be read.
@@ -77,21 +77,21 @@ class Ring:
         return slot.buffer
 
     def release(self, index: int) -> None:
-        """The buffer may be filled anew, and is. Nothing happens for a block that is not lent."""
+        """Return the buffer of block `index`, which is refilled with a later block. No-op for a block that is not lent."""
         slot = self._lent.pop(index, None)
         if slot is not None:
             self._free.append(slot)
             self._fill()
 
     def close(self) -> None:
-        """Stop reading and let the buffers go. Idempotent."""
+        """Stop reading and free the buffers. Idempotent."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._free.clear()
         self._filling.clear()
         self._lent.clear()
 
     def _restart(self, index: int) -> None:
-        """Somebody broke off in the middle of a pass: what is on its way is not what is needed."""
+        """Start over at block `index`: after an interrupted pass, the prefetched blocks are not the ones needed."""
         self._stop()
         for lent in list(self._lent):
             self._free.append(self._lent.pop(lent))
@@ -123,7 +123,7 @@ class Ring:
 
 
 def _abandon(slot: _Slot) -> None:
-    """Begin no more reads into this buffer, and wait for those that have begun."""
+    """Cancel the reads into this buffer that have not started, and wait for the others."""
     for read in slot.pending:
         read.cancel()
     wait(slot.pending)

@@ -1,7 +1,7 @@
-"""Blocks of a live model that are elsewhere, and pass through the device's memory when they compute.
+"""Streams offloaded blocks of a model through the memory of the device that computes.
 
-A block is the same module all the time. In front of its forward pass its members become views into a buffer that holds the
-stored bytes; behind it the buffer goes back and the next block starts to arrive. Nothing here knows families or plans.
+A block's module stays in the model. Before its forward pass its parameters become views into a buffer with the stored bytes;
+afterwards the buffer is released and the next block starts to load.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked, forget_scratch
+from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked, free_scratch
 from lowmem.machine.direct_io import Shard
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.modules import set_tensor
@@ -28,7 +28,10 @@ AS_STORED = (StoredLinear, StoredNf4, StoredPacked)
 
 
 class Source(Protocol):
-    """Where a block's bytes come from: `acquire` lends them as a uint8 tensor until `release`; None: they are there."""
+    """Where the bytes of blocks come from.
+
+    `acquire` lends those of one block as a uint8 tensor until `release`, or returns None if its weights are in place already.
+    """
 
     @property
     def bytes_read(self) -> int: ...
@@ -41,16 +44,16 @@ class Source(Protocol):
 
 
 class Streamer:
-    """Streams blocks of a model; made by `attach`, ended by `detach`.
+    """Streams blocks of a model from its creation until `close`.
 
     Args:
         modules: the decoder's blocks by index.
         blocks: those that stream, in order.
-        source: what lends their bytes.
+        source: where their bytes come from.
         device, dtype: of the computation.
 
     Attributes:
-        check: called while a pass waits for bytes; what it raises ends the pass.
+        check: called while a forward pass waits for bytes; an exception ends the pass.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Streamer:
 
     @property
     def bytes_per_pass(self) -> int:
-        """Bytes that one pass through the model needs of the blocks elsewhere."""
+        """Stored bytes of the offloaded blocks: what one forward pass reads."""
         return sum(block.stored_bytes for block in self.blocks)
 
     def _hook(self, module: nn.Module, bound: _Bound, index: int) -> None:
@@ -91,26 +94,26 @@ class Streamer:
             self.source.release(index)
 
         self._handles.append(module.register_forward_pre_hook(enter))
-        # Also after a pass that was broken off, or its buffer would be lost.
+        # Also after a pass that was interrupted, or its buffer would be lost.
         self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def close(self) -> None:
-        """Unhook the model and stop reading; its streamed blocks are empty from then on. Idempotent."""
+        """Remove the hooks and stop reading; the streamed blocks are empty from then on. Idempotent."""
         while self._handles:
             self._handles.pop().remove()
         self.source.close()
-        forget_scratch()
+        free_scratch()
 
 
 class _Bound:
-    """The members of one block: stand-ins, or views into the buffer it was bound to.
+    """The parameters of one block: placeholders, or views into the buffer it is bound to.
 
-    A stand-in has the shape of its weight and the memory of one number, so that a model still knows its size and device.
+    A placeholder has the shape of its weight and the memory of one number, so that the model's size and device stay known.
     """
 
     def __init__(self, block: BlockFile, device: torch.device, dtype: torch.dtype) -> None:
         self._weights, self._dtype = block.weights, dtype
-        self._stand_ins = [_stand_in(weight, device) for weight in block.weights]
+        self._placeholders = [_placeholder(weight, device) for weight in block.weights]
         if any(_member(weight) is None or _member(weight).is_meta for weight in block.weights):
             self.unbind()
 
@@ -119,11 +122,11 @@ class _Bound:
             assign(weight, weight.view(buffer), self._dtype)
 
     def unbind(self) -> None:
-        for weight, stand_in in zip(self._weights, self._stand_ins, strict=True):
-            set_tensor(weight.module, weight.member, stand_in)
+        for weight, placeholder in zip(self._weights, self._placeholders, strict=True):
+            set_tensor(weight.module, weight.member, placeholder)
 
 
-def _stand_in(weight: Weight, device: torch.device) -> nn.Parameter:
+def _placeholder(weight: Weight, device: torch.device) -> nn.Parameter:
     one = torch.zeros((), dtype=TORCH_DTYPES[weight.entry.dtype], device=device)
     return nn.Parameter(one.expand(weight.entry.shape), requires_grad=False)
 
@@ -133,14 +136,14 @@ def _member(weight: Weight) -> Any:
 
 
 def assign(weight: Weight, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Make `tensor` a member of its module, in `dtype` unless the module takes what is stored."""
+    """Set a parameter of a module to `tensor`, converted to `dtype` unless the module computes with stored weights."""
     if not isinstance(weight.module, AS_STORED) and tensor.is_floating_point() and tensor.dtype != dtype:
         tensor = tensor.to(dtype)
     set_tensor(weight.module, weight.member, tensor)
 
 
 class Disk:
-    """Blocks read from their files into a ring of buffers, past the page cache."""
+    """Blocks read from their files into a ring of buffers, bypassing the page cache."""
 
     def __init__(self, blocks: Sequence[BlockFile], pinned: bool = False) -> None:
         self._shards = open_shards(blocks)
@@ -166,10 +169,10 @@ class Disk:
 
 
 class Mapped:
-    """Blocks used in place, where the page cache holds their files: nothing is copied, nothing kept twice.
+    """Blocks used in place from memory-mapped files: nothing is copied or held twice.
 
-    Only for weights that are stored in the dtype of the computation, on a CPU. A file is looked at before each block: reading
-    a page that was cut off would end the process.
+    Only on a CPU, for weights stored in the compute dtype. Each file is checked before each block, since touching a page of a
+    truncated file would kill the process.
     """
 
     def __init__(self, blocks: Sequence[BlockFile], dtype: torch.dtype) -> None:
@@ -188,14 +191,14 @@ class Mapped:
             self._shards[file].check()
 
     def release(self, index: int) -> None:
-        """Nothing was lent."""
+        """Nothing to release."""
 
     def close(self) -> None:
         _close(self._shards)
 
 
 def open_shards(blocks: Iterable[BlockFile]) -> dict[Path, Shard]:
-    """One open file for each that the blocks lie in."""
+    """Open every file that holds part of the blocks."""
     shards: dict[Path, Shard] = {}
     try:
         for block in blocks:

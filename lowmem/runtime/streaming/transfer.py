@@ -1,7 +1,7 @@
-"""From RAM to a GPU: blocks are copied beside the computation, each while the one before it computes.
+"""Copies blocks from RAM to a GPU, each while the block before it computes.
 
-Copies run on a stream of their own from pinned memory. On a device without streams the same steps happen one after another,
-which is how they are tested where there is no GPU.
+Copies run from pinned memory on a CUDA stream of their own. Without CUDA the same steps run one after another, which is how
+tests cover them on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Ram:
         return self._buffers[index]
 
     def release(self, index: int) -> None:
-        """Stays where it is."""
+        """The block stays in RAM."""
 
     def close(self) -> None:
         self._buffers.clear()
 
 
 class Host:
-    """Blocks of which some are in RAM and the others on disk."""
+    """Blocks of which some are in RAM and others on disk."""
 
     def __init__(self, ram: Sequence[BlockFile], disk: Sequence[BlockFile], pinned: bool) -> None:
         self._of: dict[int, Source] = {}
@@ -84,7 +84,7 @@ class Host:
 
 
 class _Buffer:
-    """Room for one block on the device, and the marks of who may touch it."""
+    """Memory for one block on the device, and the events that order its use."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -94,7 +94,7 @@ class _Buffer:
 
 
 class _Mark:
-    """An event of a CUDA stream; nothing elsewhere, where all happens in order."""
+    """A CUDA event; does nothing on other devices, where all work runs in order."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = torch.cuda.Event() if device.type == "cuda" else None
@@ -113,10 +113,10 @@ class _Mark:
 
 
 class OnDevice:
-    """Blocks of `host` in two buffers of the device: one computes while the other is filled.
+    """Copies blocks from `host` into two buffers on the device: one computes while the other is filled.
 
     Args:
-        blocks: all that stream, in the order in which they are needed; the last is followed by the first.
+        blocks: all streamed blocks in order; after the last comes the first again.
     """
 
     def __init__(self, host: Source, blocks: Sequence[BlockFile], device: torch.device) -> None:
@@ -132,17 +132,17 @@ class OnDevice:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that were copied to the device."""
+        """Bytes copied to the device."""
         return self.copied_bytes
 
     def acquire(self, index: int, check: Check = nothing, /) -> Tensor:
-        self._check = check  # for the block that is fetched ahead, too
+        self._check = check  # for the prefetched block, too
         buffer = self._holding(index) or self._copy(index)
         buffer.copied.wait(self._compute_stream())
         return buffer.bytes
 
     def release(self, index: int) -> None:
-        """The kernels of block `index` have been queued: its buffer is free behind them, and the next block comes."""
+        """Called once the kernels of block `index` are queued: its buffer is free after them, and the next block is prefetched."""
         buffer = self._holding(index)
         if buffer is None:
             return
@@ -170,7 +170,7 @@ class OnDevice:
             buffer.copied.record(self._stream)
         buffer.index = index
         self.copied_bytes += size
-        # The host's buffer may be filled anew once it has been read; kernels go on in the meantime.
+        # The host's buffer may be refilled once it has been copied; kernels keep running meanwhile.
         buffer.copied.synchronize()
         self._host.release(index)
         return buffer
