@@ -15,7 +15,7 @@ from lowmem.ui.i18n.translate import SPOKEN, TAG
 
 PACKAGE = Path(lowmem.__file__).parent
 ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind, type)}
-SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,), "Label": (2,)}
+SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
 COMMANDS = ("__main__.py", "launch.py", "arguments.py", "serving.py")
@@ -27,7 +27,19 @@ QUIET_CALLS = {
     "ArgumentTypeError", "LocalFont", "Choices", "sub", "search", "match", "fullmatch", "split", "run",
 }  # fmt: skip
 QUIET_FUNCTIONS = re.compile(r"snippet|readme|card_of|_code")
-QUIET_KEYWORDS = {"elem_id", "elem_classes", "js", "html_template", "key", "encoding", "api_name", "snippet"}
+QUIET_KEYWORDS = {
+    "elem_id",
+    "elem_classes",
+    "js",
+    "html_template",
+    "key",
+    "encoding",
+    "api_name",
+    "snippet",
+    "loc",
+    "textcoords",
+    "xycoords",
+}
 NOT_SHOWN = {"long_about", "long_read_it", "offload_prompt", "title"}
 """Of the table of strings: what models read, and the name of the product."""
 

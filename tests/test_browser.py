@@ -247,7 +247,7 @@ def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -
     page.wait_for_selector("#chat-notice [role=alert]")
     assert "Algo deu errado dentro do lowmem" in page.inner_text("#chat-notice")
     page.click("#learn-generate > button")
-    page.wait_for_selector("#learn-generate-text svg")
+    page.wait_for_selector("#learn-generate-text .lm-sizes")
     assert "SmolLM2" in page.inner_text("#learn-generate-text")
     visit.shot("learn")
     visit.close()

@@ -139,6 +139,6 @@ def test_a_sweep_by_clicking_grows_stops_and_goes_on(browser: Any, url: str) -> 
     page.wait_for_selector(f"#sweep-table tbody tr >> nth={rows - 1}", timeout=30_000)  # kept, not measured again
     page.wait_for_selector("#sweep-notes .lm-files", state="attached", timeout=120_000)
     assert page.locator("#sweep-table tbody tr").count() == 7
-    assert page.locator("#sweep-plots svg circle").count() == 7
+    assert page.locator("#sweep-plots svg .point").count() == 7
     visit.shot("swept")
     visit.close()

@@ -19,7 +19,7 @@ from lowmem.longctx.curve import Curve
 from lowmem.longctx.options import StrategyOptions
 from lowmem.longctx.strategies import Point, compare_strategies, strategies
 from lowmem.measure.scoring import Segment
-from lowmem.plots.drawing import Line, to_svg
+from lowmem.plots.figure import to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
 
 
@@ -67,9 +67,9 @@ def test_a_curve_is_the_mean_surprise_of_each_stretch() -> None:
 
 def test_plots_and_tables_hold_every_point() -> None:
     points = [Point("a", 10 * n, 5.0 + n, 0.01, 100 * n, 1000) for n in range(1, 5)] + [Point("b", error="too large")]
-    sheet = picture(points, "model")
-    assert sum(isinstance(shape, Line) and shape.width == 2.5 for shape in sheet.shapes) == 9
-    assert "model" in to_svg(sheet)
+    figure = picture(points, "model")
+    assert [len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines()] == [4, 0, 4, 0, 4, 0]
+    assert "model" in to_svg(figure)
     assert len(to_csv(points).splitlines()) == 6
     assert to_svg(perplexity_sheet([(1, math.inf)])).count("no figures") == 1
 

@@ -17,7 +17,8 @@ from lowmem.export.run import export_isolated, forecast, output_folder, race
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning.graph_options import ExportOptions
-from lowmem.plots.drawing import to_svg
+from lowmem.plots.engines import graph_benchmark
+from lowmem.plots.figure import to_svg
 from lowmem.settings import settings
 from lowmem.ui.html import export as export_render
 from lowmem.ui.page import build_ui
@@ -86,9 +87,9 @@ def test_the_optimisers_table_and_its_failure() -> None:
 def test_a_race_is_drawn_for_every_length() -> None:
     side = {"prefill_tps": [100.0, 200.0], "token_ms": [10.0, None]}
     result = {"prompts": [32, 128], "torch": side, "onnx": side}
-    drawn = "".join(to_svg(sheet) for sheet in export_render.race(result))
-    assert drawn.count("<rect") == 6  # the missing figures have no bar
-    assert "128 tokens" in drawn
+    figures = graph_benchmark(result)
+    assert sum(len(axes.patches) for figure in figures for axes in figure.axes) == 6  # the missing figures have no bar
+    assert "128 tokens" in to_svg(figures[1])
     assert "200" in export_render.race_table(result)
 
 

@@ -17,7 +17,7 @@ from lowmem.measure.compare import compare
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.measure.variants import parse_variants
-from lowmem.plots.drawing import to_png, to_svg
+from lowmem.plots.figure import encode
 from lowmem.plots.variants import picture
 from lowmem.sweep.grid import read_grid
 from lowmem.sweep.run import sweep
@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
     table = Table(args.csv, args.json, grid=bool(args.grid))
     receipt = follow((_sweep if args.grid else _compare)(args), table.add)
     if args.png:
-        sheet = picture(table.rows, receipt.model, receipt.details["text"])
-        write_atomically(args.png, to_svg(sheet) if args.png.suffix.lower() == ".svg" else to_png(sheet))
+        write_atomically(args.png, encode(picture(table.rows, receipt.model, receipt.details["text"]), args.png))
     failed = tuple(f"{row['variant']}: {row['error']}" for row in receipt.details["rows"] if row["error"])
     if not args.json:  # failures are in the table
         receipt = replace(receipt, notes=tuple(note for note in receipt.notes if not note.endswith(failed)))

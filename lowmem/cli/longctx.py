@@ -25,7 +25,7 @@ from lowmem.measure.rows import write_atomically
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan as make_plan
-from lowmem.plots.drawing import to_png, to_svg
+from lowmem.plots.figure import encode
 from lowmem.plots.longctx import picture, to_csv
 from lowmem.precisions import PRECISIONS
 from lowmem.runtime.session import Session
@@ -138,8 +138,7 @@ def _compare(args: argparse.Namespace) -> int:
     events = compare_strategies(args.model, _source(args), options, precision=args.precision, budget=budget(args))
     receipt = follow(events, show)
     if args.png:
-        sheet = picture(points, receipt.model)
-        write_atomically(args.png, to_svg(sheet) if args.png.suffix.lower() == ".svg" else to_png(sheet))
+        write_atomically(args.png, encode(picture(points, receipt.model), args.png))
     return finish(receipt, args.json, *_summary(receipt))
 
 

@@ -1,21 +1,24 @@
-"""What rounding does to a model's own weights, as pictures: a histogram before and after, and the loss of every block.
+"""What rounding does to a model's weights: a histogram before and after it, and the loss of every block.
 
-`job` reads and rounds (torch comes with it, in a process of its own); the drawing needs its numbers only.
+`job` reads and rounds with torch, in its own process; the plots need only its numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Step
-from lowmem.plots.drawing import FAINT, GREY, Bar, Label, Line, Shape, Sheet
+from lowmem.plots.figure import GREY, new_figure, scales, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BINS = 120
-CAPTION = "above as they are, below as one ruler for all of them reads them back; groups have rulers of their own"
+CAPTION = "above: the original weights; below: rounded with one scale for all of them (groups have their own scales)"
 BEFORE, AFTER = "#8a999b", "#1d8d94"
-WIDTH, HEIGHT, MARGIN = 900, 250, 28
+WIDTH, HEIGHT = 900, 280
 LARGEST_TENSOR_BYTES = 64_000_000
 SHOWN = 1 << 16
 """Weights in the histogram."""
@@ -84,49 +87,34 @@ def _shares(counts: Any) -> list[float]:
     return [float(count) for count in counts / counts.max().clamp_min(1)]
 
 
-def histogram(found: Mapping[str, Any]) -> Sheet:
-    """The weights of one layer before and after rounding, upwards and downwards of a line."""
+def histogram(found: Mapping[str, Any]) -> Figure:
+    """The weights of one layer before rounding, upwards, and after it, downwards."""
     title = f"{found['layer']}, {found['bits']} bits"
-    return Sheet(WIDTH, HEIGHT + 56, tuple(_histogram(found, title)), title)
-
-
-def _histogram(found: Mapping[str, Any], title: str) -> Iterator[Shape]:
-    yield Label(MARGIN, 18, title, 15, bold=True)
-    yield Label(MARGIN, 38, CAPTION, 12)
+    figure = new_figure(WIDTH, HEIGHT, title)
+    axes = figure.subplots()
+    style(axes, title, CAPTION)
     low, high = found["edges"]
-    step, middle = (WIDTH - 2 * MARGIN) / BINS, 56 + HEIGHT / 2 - 8
-    room = HEIGHT / 2 - 22
-    for number, (before, after) in enumerate(zip(found["before"], found["after"], strict=True)):
-        x = MARGIN + number * step
-        yield Bar(x, middle - room * before, step - 1.2, room * before, BEFORE)
-        yield Bar(x, middle + 2, step - 1.2, room * after, AFTER)
-    yield Line(MARGIN, middle + 1, WIDTH - MARGIN, middle + 1, GREY)
-    for share, value in ((0.0, low), (0.5, 0.0), (1.0, high)):
-        anchor = {0.0: "start", 0.5: "middle", 1.0: "end"}[share]
-        yield Label(MARGIN + share * (WIDTH - 2 * MARGIN), HEIGHT + 44, f"{value:.3g}", 12, anchor)
+    step = (high - low) / BINS
+    places = [low + step * (number + 0.5) for number in range(BINS)]
+    axes.bar(places, found["before"], 0.8 * step, color=BEFORE)
+    axes.bar(places, [-share for share in found["after"]], 0.8 * step, color=AFTER)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set(xlim=(low, high), yticks=[])
+    axes.set_xticks([low, 0, high], [f"{value:.3g}" for value in (low, 0.0, high)])
+    axes.spines["bottom"].set_visible(False)
+    return figure
 
 
-def losses(values: Sequence[float], title: str, unit: str) -> Sheet:
+def losses(values: Sequence[float], title: str, unit: str) -> Figure:
     """The loss of every block as bars."""
-    return Sheet(WIDTH, 236, tuple(_losses(values, title, unit)), title)
-
-
-def _losses(values: Sequence[float], title: str, unit: str) -> Iterator[Shape]:
-    yield Label(MARGIN, 18, title, 15, bold=True)
-    yield Label(MARGIN, 38, unit, 12)
-    top, bottom, left = 56, 200, MARGIN + 56
-    largest = max(values, default=0) or 1.0
-    step = (WIDTH - MARGIN - left) / max(1, len(values))
-    for share in (0.5, 1.0):
-        y = bottom - share * (bottom - top)
-        yield Line(left, y, WIDTH - MARGIN, y, FAINT)
-        yield Label(left - 8, y, f"{largest * share:.1e}", 11, "end")
-    for number, value in enumerate(values):
-        height = (bottom - top) * value / largest
-        yield Bar(left + number * step, bottom - height, max(1.0, step - 3), height, AFTER)
-    yield Line(left, bottom, WIDTH - MARGIN, bottom, GREY)
-    yield Label(left, bottom + 18, "first block", 12)
-    yield Label(WIDTH - MARGIN, bottom + 18, "last block", 12, "end")
+    figure = new_figure(WIDTH, HEIGHT, title)
+    axes = figure.subplots()
+    style(axes, title, unit)
+    scales(axes, lambda block: f"{block:.0f}", "block", lambda loss: f"{loss:.1e}")
+    axes.bar(range(1, len(values) + 1), values, 0.8, color=AFTER)
+    axes.locator_params(axis="y", nbins=4)
+    axes.locator_params(axis="x", integer=True)
+    return figure
 
 
 def by_block(named: Mapping[str, float]) -> list[float]:

@@ -1,8 +1,7 @@
-"""Forecasts, proofs and races of exports as HTML and pictures. Pure functions of data; everything from outside is escaped."""
+"""Estimates, parity checks and benchmarks of exports as HTML. Pure functions of data; everything from outside is escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,11 @@ from typing import Any
 from lowmem.events import Receipt
 from lowmem.export.folder import RUN
 from lowmem.export.run import Forecast
-from lowmem.plots.drawing import GREY, Bar, Label, Shape, Sheet
+from lowmem.plots.engines import ENGINES
 from lowmem.ui.html import plan as render
 from lowmem.ui.html.quantize import figures, files, rounded
 from lowmem.ui.i18n.strings import name, say
 from lowmem.units import format_bytes, format_seconds
-
-COLORS = {"torch": "#d9822b", "onnx": "#4c8bd6"}
-NAMES = {"torch": "PyTorch fp32", "onnx": "ONNX Runtime"}
-
-WIDTH, MARGIN, ROW, BAR, GAP = 520, 20, 20, 14, 32
 
 
 def card(expected: Forecast, original_bytes: int) -> str:
@@ -104,43 +98,13 @@ def optimised(report: dict[str, Any]) -> str:
     return figures(say("export_optimised").split("|"), rows)
 
 
-def race(result: dict[str, Any]) -> list[Sheet]:
-    """Prefill speed and latency per token by prompt length, the graph beside PyTorch; of an encoder, which writes nothing, the first."""
-    panels = [("prefill_tps", "Prefill", "prompt tokens a second; longer is better", "{:,.0f}")]
-    if any(value is not None for engine in COLORS for value in result[engine]["token_ms"]):
-        panels.append(("token_ms", "Each new token", "milliseconds; shorter is better", "{:.1f} ms"))
-    height = 58 + len(result["prompts"]) * (2 * ROW + GAP)
-    return [Sheet(WIDTH, height, tuple(_panel(result, *panel)), panel[1]) for panel in panels]
-
-
-def _panel(result: dict[str, Any], key: str, title: str, unit: str, form: str) -> Iterator[Shape]:
-    yield Label(MARGIN, 20, title, 15, bold=True)
-    yield Label(MARGIN, 40, unit, 12)
-    largest = max((value or 0 for engine in COLORS for value in result[engine][key]), default=0) or 1
-    named, room = MARGIN + 110, WIDTH - 2 * MARGIN - 110 - 70
-    y = 72.0
-    for position, length in enumerate(result["prompts"]):
-        yield Label(MARGIN, y, f"{length} tokens", 12, bold=True)
-        for engine, color in COLORS.items():
-            y += ROW
-            value = result[engine][key][position]
-            yield Label(MARGIN, y, NAMES[engine], 12)
-            if value is None:
-                yield Label(named, y, "no figure", 12)
-                continue
-            width = room * value / largest
-            yield Bar(named, y - BAR / 2, width, BAR, color)
-            yield Label(named + width + 6, y, form.format(value), 12, color=GREY)
-        y += GAP
-
-
 def race_table(result: dict[str, Any]) -> str:
     """The figures of a race."""
     rows = [
         (
             f"{length}",
-            *(f"{result[engine]['prefill_tps'][index]:,.0f}" for engine in COLORS),
-            *(_milliseconds(result[engine]["token_ms"][index]) for engine in COLORS),
+            *(f"{result[engine]['prefill_tps'][index]:,.0f}" for engine in ENGINES),
+            *(_milliseconds(result[engine]["token_ms"][index]) for engine in ENGINES),
         )
         for index, length in enumerate(result["prompts"])
     ]

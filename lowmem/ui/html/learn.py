@@ -12,7 +12,6 @@ from lowmem.planning import exported
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.placement import stored_block_bytes
 from lowmem.planning.plan import Plan
-from lowmem.plots.drawing import Bar, Label, Shape, Sheet, to_svg
 from lowmem.quant import get
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.estimate import estimate
@@ -24,7 +23,6 @@ from lowmem.units import format_bytes
 Facts = list[tuple[str, str]]
 Bars = list[tuple[str, int]]
 
-COLOR, WIDTH, NAMED, ROW, BAR = "#4c8bd6", 640, 230, 30, 18
 PRECISIONS = ("fp32", "fp16")
 WIDTHS = (8, 4, 3)
 GRAPHS = ("fp32", "fp16", "int8", "int4")
@@ -51,7 +49,7 @@ def _own(key: str, plan: Plan, last: Receipt | None) -> str:
     rows = "".join(
         f'<div><dt>{escape(what)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for what, value in facts
     )
-    drawn = f'<figure class="lm-drawing">{to_svg(sheet(bars, LESSONS[key].title))}</figure>' if bars else ""
+    drawn = _bars(bars, LESSONS[key].title) if bars else ""
     return (
         f'<h3>{escape(say("learn_own"))} <span translate="no">{escape(plan.spec.name)}</span></h3>'
         f'<div class="lm-learn-own"><dl class="lm-stats">{rows}</dl>{drawn}</div>'
@@ -63,18 +61,16 @@ def _typical(table: Typical) -> str:
     return f'<p class="lm-muted lm-small">{escape(source)}</p>{figures(table.header, table.rows)}'
 
 
-def sheet(bars: Bars, title: str) -> Sheet:
+def _bars(bars: Bars, title: str) -> str:
     """Sizes as bars below each other, all to one scale."""
-    largest, room = max(count for _, count in bars) or 1, WIDTH - NAMED - 90
-    shapes: list[Shape] = []
-    for row, (label, count) in enumerate(bars):
-        y, length = 18 + row * ROW, room * count / largest
-        shapes += [
-            Label(NAMED - 10, y, label, 13, "end"),
-            Bar(NAMED, y - BAR / 2, max(2, length), BAR, COLOR),
-            Label(NAMED + length + 8, y, format_bytes(count), 13),
-        ]
-    return Sheet(WIDTH, 12 + ROW * len(bars), tuple(shapes), title)
+    largest = max(count for _, count in bars) or 1
+    rows = "".join(
+        f'<div class="lm-pair"><span>{escape(label)}</span><div class="lm-track">'
+        f'<span style="width:{100 * count / largest:.1f}%"></span></div>'
+        f'<b class="lm-num">{format_bytes(count)}</b></div>'
+        for label, count in bars
+    )
+    return f'<figure class="lm-sizes"><figcaption>{escape(title)}</figcaption>{rows}</figure>'
 
 
 def _dtype(plan: Plan) -> str:

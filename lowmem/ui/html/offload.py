@@ -10,15 +10,12 @@ from lowmem.events import Receipt
 from lowmem.offload.predict import Speed
 from lowmem.planning.placement import Placement, all_at_home
 from lowmem.planning.plan import Plan
-from lowmem.plots.drawing import Bar, Label, Line, Shape, Sheet, to_svg
+from lowmem.plots.engines import offload_methods
+from lowmem.plots.figure import to_svg
 from lowmem.ui.html import plan as render
 from lowmem.ui.html.quantize import drawing, figures
 from lowmem.ui.i18n.strings import ENGLISH, name, say
 from lowmem.units import format_bytes
-
-GREY = "#7a7a7a"
-COLORS = {"predicted": GREY, "time": "#4c8bd6", "memory": "#3fa36b"}
-WIDTH, ROW, LEFT = 1000, 40, 170
 
 TIME_TOLERANCE = 0.25
 FEW_TOKENS = 4
@@ -137,29 +134,9 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """Bars of time per token and of peak memory, a line for each way."""
     done = [row for row in rows if "error" not in row]
-    return drawing(to_svg(_sheet(done, title))) if done else ""
-
-
-def _sheet(rows: Sequence[Mapping[str, Any]], title: str) -> Sheet:
-    width = (WIDTH - LEFT - 200) / 2
-    shapes: list[Shape] = [Label(LEFT, 26, say("offload_speed"), 15, bold=True)]
-    shapes.append(Label(LEFT + width + 110, 26, "Peak memory (the stroke: predicted)", 15, bold=True))
-    times = [row["details"].get("seconds_per_token", 0.0) for row in rows]
-    peaks = [sum(row["measured"].values()) for row in rows]
-    expected = [sum(row["predicted"].values()) for row in rows]
-    for index, row in enumerate(rows):
-        at = 62 + ROW * index
-        shapes.append(Label(LEFT - 12, at, name("methods", row["method"]), 13, "end"))
-        length = width * times[index] / (max(times) or 1)
-        shapes += [
-            Bar(LEFT, at - 9, length, 18, COLORS["time"]),
-            Label(LEFT + length + 8, at, _seconds(times[index]), 12),
-        ]
-        left, scale = LEFT + width + 110, width / (max(*peaks, *expected, 1))
-        shapes.append(Bar(left, at - 9, scale * peaks[index], 18, COLORS["memory"]))
-        mark = left + scale * expected[index]
-        if expected[index]:
-            shapes.append(Line(mark, at - 13, mark, at + 13, GREY, 2))
-        end = max(left + scale * peaks[index], mark)
-        shapes.append(Label(end + 8, at, format_bytes(peaks[index]), 12))
-    return Sheet(WIDTH, 62 + ROW * len(rows), tuple(shapes), title)
+    if not done:
+        return ""
+    seconds = [row["details"].get("seconds_per_token", 0.0) for row in done]
+    peaks, predicted = ([sum(row[key].values()) for row in done] for key in ("measured", "predicted"))
+    names = [name("methods", row["method"]) for row in done]
+    return drawing(to_svg(offload_methods(names, seconds, peaks, predicted, list(map(_seconds, seconds)), title)))

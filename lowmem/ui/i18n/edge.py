@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lowmem.plots.drawing import Label, Sheet
+from lowmem.plots.figure import replace_texts
 from lowmem.ui.i18n.translate import SOURCE, preferred, translate, translate_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LANGUAGE: ContextVar[str] = ContextVar("language", default=SOURCE)
 
@@ -77,10 +79,9 @@ def shown(text: str) -> str:
     return translate(text, LANGUAGE.get())
 
 
-def shown_sheet(sheet: Sheet) -> Sheet:
-    """A drawing with its labels in the visitor's language."""
-    shapes = (replace(one, text=shown(one.text)) if isinstance(one, Label) else one for one in sheet.shapes)
-    return replace(sheet, shapes=tuple(shapes), title=shown(sheet.title))
+def shown_sheet(figure: Figure) -> Figure:
+    """A figure with its texts in the visitor's language."""
+    return replace_texts(figure, shown)
 
 
 def translated_config(config: Mapping[str, Any], language: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lowmem.errors import BadInput
 from lowmem.events import Receipt, Step
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
-from lowmem.plots.drawing import to_png, to_svg
+from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.variants import picture
 from lowmem.ui.html import plan as render
 from lowmem.ui.html import quantize as render_quantize

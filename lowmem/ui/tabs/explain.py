@@ -9,7 +9,7 @@ import gradio as gr
 
 from lowmem.events import Step
 from lowmem.plots import weights as pictures
-from lowmem.plots.drawing import to_svg
+from lowmem.plots.figure import to_svg
 from lowmem.ui.html import plan as render
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.strings import say

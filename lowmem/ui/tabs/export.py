@@ -17,7 +17,8 @@ from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import local_folder
 from lowmem.planning.graph_options import LABELS, ExportOptions
-from lowmem.plots.drawing import to_svg
+from lowmem.plots.engines import graph_benchmark
+from lowmem.plots.figure import to_svg
 from lowmem.settings import settings
 from lowmem.ui.html import export as export_render
 from lowmem.ui.html import plan as render
@@ -190,7 +191,7 @@ class ExportTab:
             found.extend(event for event in gathered if isinstance(event, dict))
             if not found:
                 return [gr.skip()]
-            drawn = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in export_render.race(found[-1]))
+            drawn = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in graph_benchmark(found[-1]))
             return [f'<div class="lm-side">{drawn}</div>{export_render.race_table(found[-1])}']
 
         return events, view

@@ -17,7 +17,7 @@ from lowmem.longctx.curve import Span
 from lowmem.longctx.options import StrategyOptions
 from lowmem.longctx.strategies import Point, compare_strategies
 from lowmem.measure.rows import write_atomically
-from lowmem.plots.drawing import to_png, to_svg
+from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import plan as render

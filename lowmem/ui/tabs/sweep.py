@@ -15,7 +15,7 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, make_variant, parse_variant
-from lowmem.plots.drawing import to_svg
+from lowmem.plots.figure import to_svg
 from lowmem.plots.variants import picture
 from lowmem.quant import METHODS, get
 from lowmem.quant.base import BITS

@@ -1,0 +1,61 @@
+"""Bars of an exported graph beside PyTorch, and of the ways to offload a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowmem.plots.figure import COLORS, GREY, bars, new_figure, style
+from lowmem.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ENGINES = {"torch": ("PyTorch fp32", COLORS[1]), "onnx": ("ONNX Runtime", COLORS[0])}
+ROW_HEIGHT = 26
+
+
+def graph_benchmark(result: Mapping[str, Any]) -> list[Figure]:
+    """Prefill speed and time per token by prompt length; an encoder generates nothing and has the first only.
+
+    Args:
+        result: the last event of `lowmem.export.benchmark`.
+    """
+    panels = [("prefill_tps", "Prefill", "prompt tokens/s; longer is better", "{:,.0f}")]
+    if any(value is not None for engine in ENGINES for value in result[engine]["token_ms"]):
+        panels.append(("token_ms", "Each new token", "milliseconds; shorter is better", "{:.1f} ms"))
+    return [_lengths(result, *panel) for panel in panels]
+
+
+def _lengths(result: Mapping[str, Any], key: str, title: str, unit: str, form: str) -> Figure:
+    rows = [
+        (f"{length} tokens, {name}", result[engine][key][position], color)
+        for position, length in enumerate(result["prompts"])
+        for engine, (name, color) in ENGINES.items()
+    ]
+    names, values, colors = zip(*rows, strict=True)
+    figure = new_figure(520, 90 + ROW_HEIGHT * len(rows), title)
+    axes = figure.subplots()
+    style(axes, title, unit)
+    bars(axes, names, values, ["" if value is None else form.format(value) for value in values], colors)
+    return figure
+
+
+def offload_methods(
+    names: Sequence[str],
+    seconds: Sequence[float],
+    peaks: Sequence[int],
+    predicted: Sequence[int],
+    texts: Sequence[str],
+    title: str,
+) -> Figure:
+    """Time per token and peak memory of each way to offload a model; `texts` are the times as they are written."""
+    figure = new_figure(1000, 90 + 40 * len(names), title)
+    time, memory = figure.subplots(1, 2)
+    style(time, "Time per token", "shorter is better")
+    bars(time, names, seconds, texts, [COLORS[0]] * len(names))
+    style(memory, "Peak memory", "measured, and predicted (line); shorter is better")
+    bars(memory, names, peaks, [format_bytes(peak) for peak in peaks], [COLORS[2]] * len(names), predicted)
+    for axes in figure.axes:
+        axes.tick_params(axis="y", labelcolor=GREY)
+    return figure
