@@ -55,14 +55,16 @@ class Message(str):
         return Message("{first}{second}", first=other, second=self)
 
 
-msg = Message
-"""Marks a text for the catalogues: `pybabel extract` looks for this name."""
+def msg(msgid: str, /, **params: Any) -> str:
+    """A `Message` for the catalogues, which hold the first argument of every call."""
+    return Message(msgid, **params)
+
 
 NUMBER = msg("1,234.5")
 """Translated like any other text, it shows how a language writes its numbers."""
 
 
-def joined(separator: str, parts: Iterable[str]) -> Message:
+def join(separator: str, parts: Iterable[str]) -> Message:
     """`separator.join(parts)`, whose parts can still be translated."""
     named = {f"part{number}": part for number, part in enumerate(parts)}
     return Message(separator.join(f"{{{name}}}" for name in named), **named)

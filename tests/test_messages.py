@@ -11,7 +11,7 @@ import pytest
 
 from lowmem.errors import DoesNotFit
 from lowmem.events import Step
-from lowmem.messages import LANGUAGE, Message, joined, packed, preferred, translate, unpacked
+from lowmem.messages import LANGUAGE, Message, join, packed, preferred, translate, unpacked
 
 SPEED = Message("{tokens:,} tokens at {speed:.1f} tok/s", tokens=1234, speed=2.5)
 
@@ -50,8 +50,8 @@ def test_a_message_keeps_its_key_on_its_way(travelled: str) -> None:
 
 
 def test_messages_in_a_row_stay_messages() -> None:
-    assert joined(", ", [SPEED, "a {b}"]) == f"{SPEED}, a {{b}}"
-    assert translate(joined(", ", [SPEED, "a {b}"]), "pt") == "1.234 tokens at 2,5 tok/s, a {b}"
+    assert join(", ", [SPEED, "a {b}"]) == f"{SPEED}, a {{b}}"
+    assert translate(join(", ", [SPEED, "a {b}"]), "pt") == "1.234 tokens at 2,5 tok/s, a {b}"
     assert translate("(" + SPEED + ")", "pt") == "(1.234 tokens at 2,5 tok/s)"
 
 
