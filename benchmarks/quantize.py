@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "awq": ("--method", "awq"),
     "gptq": ("--method", "gptq"),
     "gptq symmetric": ("--method", "gptq", "--sym"),
-    "gptq with balance": ("--method", "gptq", "--balance"),
+    "gptq with balance": ("--method", "gptq", "--scale-channels"),
     "gptq 3 bits": ("--method", "gptq", "--bits", "3"),
 }
 

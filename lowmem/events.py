@@ -7,10 +7,13 @@ Every long action of the engine is a generator of these. The generator checks it
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lowmem.errors import Cancelled
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,20 @@ class Receipt:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, bytes and seconds as plain numbers."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Receipt:
+        """The receipt that `as_dict` took apart."""
+        return cls(**value | {"notes": tuple(value["notes"])})
+
+
+def until_receipt(events: Iterator[T | Receipt]) -> Generator[T, None, Receipt]:
+    """Pass on the events of an action; the return value is the receipt at its end."""
+    for event in events:
+        if isinstance(event, Receipt):
+            return event
+        yield event
+    raise RuntimeError("an action ended without a receipt")
 
 
 class CancelToken:

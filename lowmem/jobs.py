@@ -16,7 +16,6 @@ JOBS = {
     "export_graph": "lowmem.export.run:graph_job",
     "benchmark_graph": "lowmem.export.race:job",
     "quantize": "lowmem.quant.run:job",
-    "quantize_variant": "lowmem.measure.job:quantize",
     "measure_variant": "lowmem.measure.job:measure",
     "draw_weights": "lowmem.plots.weights:job",
     "measure_strategy": "lowmem.longctx.job:measure_strategy",

@@ -18,7 +18,7 @@ ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind,
 SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
-COMMANDS = ("__main__.py", "launch.py", "arguments.py", "serving.py")
+COMMANDS = ("__main__.py", "launch.py", "arguments.py", "card.py")
 """The command line, the endpoints' documentation and model cards speak English; failures may come up in the page, too."""
 
 QUIET_CALLS = {
@@ -26,7 +26,7 @@ QUIET_CALLS = {
     "ValueError", "TypeError", "KeyError", "RuntimeError", "AttributeError", "ImportError", "AssertionError", "OSError",
     "ArgumentTypeError", "LocalFont", "Choices", "sub", "search", "match", "fullmatch", "split", "run",
 }  # fmt: skip
-QUIET_FUNCTIONS = re.compile(r"snippet|readme|card_of|_code")
+QUIET_FUNCTIONS = re.compile(r"snippet|readme|card_of|_code|^serving$")
 QUIET_KEYWORDS = {
     "elem_id",
     "elem_classes",

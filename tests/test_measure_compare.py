@@ -23,12 +23,14 @@ from PIL import Image
 from lowmem.__main__ import main
 from lowmem.errors import BadInput, Cancelled, OutOfMemory
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.jobs import find
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.isolated import Finished
 from lowmem.measure import compare as compare_module
-from lowmem.measure import job
 from lowmem.measure.compare import compare
 from lowmem.measure.options import MeasureOptions
+from lowmem.measure.progress import share
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.measure.variants import Variant, parse_variant, parse_variants
 from lowmem.plots import variants as plots
@@ -287,27 +289,30 @@ def test_calibrated_methods_on_their_own_calibration_text_are_marked(folder, job
 
     (tmp_path / "same.txt").write_text(head().text[:20_000])
     *_, receipt = compare(folder, parse_variants("awq"), tmp_path / "same.txt", options=QUICK)
-    assert "is in the calibration text" in receipt.notes[0]
+    assert "is also in the calibration text" in receipt.notes[0]
     *_, receipt = compare(folder, parse_variants("awq"), options=QUICK)
     assert receipt.notes == ()
     *_, receipt = compare(folder, parse_variants("rtn"), tmp_path / "same.txt", options=QUICK)
     assert receipt.notes == ()
 
 
-def test_the_quantizing_job_hands_over_what_the_variant_says(folder, monkeypatch, tmp_path):
+def test_the_quantizing_job_runs_the_request_it_was_sent(folder, monkeypatch, tmp_path):
     calls = []
 
-    def quantize_model(source, out, method, options, calibration, *, device, budget, cancel):
-        calls.append((source, out, method.name, options.bits, options.group_size, calibration.text, budget.ram))
+    def quantize_folder(source, request, cancel):
+        options = request.options
+        calls.append((source, request.out, request.method.name, options.bits, options.group_size))
+        calls.append((request.calibration.text, request.budget.ram))
         yield Step(1, 4, "Block 1 of 4")
-        yield Receipt("quantize", "toy", "gptq", device, 1.0)
+        yield Receipt("quantize", "toy", "gptq", "cpu", 1.0)
 
     pipeline = ModuleType("pipeline")
-    pipeline.quantize_model = quantize_model
+    pipeline.quantize_folder = quantize_folder
     monkeypatch.setitem(sys.modules, "lowmem.quant.pipeline", pipeline)
-    steps = list(job.quantize(folder, str(tmp_path / "out"), "gptq", {"bits": 3, "group_size": 32}, {}, {"ram": 10**9}))
-    assert steps == [Step(25, 100, "Block 1 of 4", "%")]
-    assert calls == [(Path(folder), tmp_path / "out", "gptq", 3, 32, "manual", 10**9)]
+    request = parse_variant("gptq:3:32").request(folder, tmp_path / "out", MemoryBudget(10**9))
+    steps = find("quantize")(**request.as_dict())
+    assert list(share(steps, 0, 100)) == [Step(25, 100, "Block 1 of 4", "%")]
+    assert calls == [(Path(folder), tmp_path / "out", "gptq", 3, 32), ("manual", 10**9)]
 
 
 ROWS = [

@@ -13,8 +13,8 @@ from lowmem.__main__ import main
 from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken, Receipt
 from lowmem.models.source import read_spec
-from lowmem.quant import get
-from lowmem.quant.run import output_folder, quantize_isolated
+from lowmem.quant.request import QuantizeRequest, output_folder
+from lowmem.quant.run import quantize_isolated
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,39 @@ def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_is_the_receipt_and_nothing_else(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    flags = ["--method", "gptq", "--bits", "3", "--group-size", "32", "--sym", "--samples", "4", "--damping", "0.2"]
+    flags = ["--method", "gptq", "--bits", "3", "--group-size", "32", "--sym", "--samples", "4", "--dampening", "0.2"]
     assert main(["quantize", folder, str(out), *flags, "--sequence-length", "32", "--no-search", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     receipt = json.loads(lines[0])
     assert (receipt["action"], receipt["details"]["bits"], receipt["details"]["group_size"]) == ("quantize", 3, 32)
-    assert "damping=0.2" in receipt["snippet"]
+    assert "dampening=0.2" in receipt["snippet"]
     assert "search=False" in receipt["snippet"]
     stored = read_spec(str(out)).stored
     assert stored is not None
     assert (stored.bits, stored.layout) == (3, "gptq")
+
+
+def test_earlier_names_of_options_are_answered_with_todays(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = [
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+        "--sequence-length",
+        "32",
+        "--damping",
+        "0.2",
+        "--balance",
+        "--json",
+    ]
+    assert main(["quantize", folder, str(tmp_path / "out"), *flags]) == 0
+    snippet = json.loads(capsys.readouterr().out)["snippet"]
+    assert "dampening=0.2" in snippet
+    assert "scale_channels=True" in snippet
+    assert "'damping' is now called 'dampening'" in caplog.text
 
 
 def test_the_courses_table_is_printed(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,10 +75,10 @@ def test_the_courses_table_is_printed(folder: str, tmp_path: Path, capsys: pytes
     ("flags", "words"),
     [
         (["--method", "rtn", "--group-size", "64"], "do not divide the 96 inputs"),
-        (["--method", "rtn", "--group-size", "7"], "A group of 7 weights"),
+        (["--method", "rtn", "--group-size", "7"], "groups of 7 weights"),
         (["--method", "awq", "--bits", "3", "--group-size", "32"], "4 bits, not 3"),
-        (["--method", "rtn", "--group-size", "32", "--damping", "0.1"], "There is no option 'damping'"),
-        (["--method", "gptq", "--group-size", "32", "--damping", "nan"], "Damping is nan"),
+        (["--method", "rtn", "--group-size", "32", "--dampening", "0.1"], "There is no option 'dampening'"),
+        (["--method", "gptq", "--group-size", "32", "--dampening", "nan"], "Dampening is nan"),
         (["--method", "gptq", "--group-size", "32", "--calibration", "/nowhere.txt"], "There is no file /nowhere.txt"),
         (["--method", "gptq", "--group-size", "32", "--samples", "4096"], "need "),
         (["--method", "rtn", "--group-size", "32", "--ram", "101M"], "the budget is 101 MB"),
@@ -76,7 +98,7 @@ def test_nothing_is_overwritten(folder: str, tmp_path: Path, capsys: pytest.Capt
     flags = ["--method", "rtn", "--group-size", "32"]
     assert main(["quantize", folder, str(tmp_path / "out"), *flags]) == 0
     assert main(["quantize", folder, str(tmp_path / "out"), *flags]) == 3
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["quantize", folder, str(tmp_path / "no" / "out"), *flags]) == 3
     assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "twice"), *flags]) == 3
     assert "already quantized" in capsys.readouterr().err
@@ -94,19 +116,20 @@ def test_interrupting_says_stopped(
 
 
 def test_a_process_of_its_own_gives_the_same_receipt_and_its_true_peak(folder: str, tmp_path: Path) -> None:
-    options = {"group_size": 32}
-    *steps, receipt = quantize_isolated(folder, tmp_path / "new" / "out", "rtn", options, {})
+    request = QuantizeRequest.validated(folder, "rtn", {"group_size": 32}, out=tmp_path / "new" / "out")
+    *steps, receipt = quantize_isolated(request)
     assert isinstance(receipt, Receipt)
     assert steps
     assert receipt.measured["ram"] > 100_000_000
     assert receipt.disk_bytes == (tmp_path / "new" / "out" / "model.safetensors").stat().st_size
-    with pytest.raises(BadInput, match="is there already"):
-        list(quantize_isolated(folder, tmp_path / "new" / "out", "rtn", options, {}))
+    with pytest.raises(BadInput, match="already exists"):
+        list(quantize_isolated(request))
 
 
 def test_stop_ends_the_process(folder: str, tmp_path: Path) -> None:
     cancel = CancelToken()
-    events = quantize_isolated(folder, tmp_path / "out", "rtn", {"group_size": 32}, {}, cancel=cancel)
+    request = QuantizeRequest.validated(folder, "rtn", {"group_size": 32}, out=tmp_path / "out")
+    events = quantize_isolated(request, cancel)
     next(events)
     cancel.set()
     with pytest.raises(Cancelled):
@@ -123,5 +146,4 @@ def test_stop_ends_the_process(folder: str, tmp_path: Path) -> None:
     ],
 )
 def test_results_are_named_after_what_they_are(name: str, method: str, options: dict[str, Any], expected: str) -> None:
-    chosen = get(method)
-    assert output_folder(name, chosen, chosen.Options(**options)).name == expected
+    assert output_folder(name, QuantizeRequest.validated("demo", method, options)).name == expected

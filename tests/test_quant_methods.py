@@ -15,11 +15,11 @@ from lowmem.fields import build
 from lowmem.kernels.grid import fit, fit_closely, nearest, refit, squared_error
 from lowmem.kernels.quantized import Quantized
 from lowmem.quant import METHODS, get, usable
-from lowmem.quant import moments as moments_module
-from lowmem.quant.balance import channel_factors
+from lowmem.quant import hessian as hessian_module
 from lowmem.quant.base import BITS
+from lowmem.quant.hessian import Hessian
 from lowmem.quant.methods import gptq_solver
-from lowmem.quant.moments import Moments
+from lowmem.quant.scaling import channel_scales
 
 GRID = [name for name in METHODS if name not in ("int8_dynamic", "bnb")]
 COLUMNS = 128
@@ -33,26 +33,26 @@ def inputs(tokens: int = 512, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, COLUMNS, generator=generator) @ (mixing / 8 + torch.eye(COLUMNS)) * sizes
 
 
-def moments() -> Moments:
-    found = Moments(COLUMNS)
+def hessian() -> Hessian:
+    found = Hessian(COLUMNS)
     found.add(inputs())
     found.finish()
     return found
 
 
-def test_reordered_moments_are_those_of_reordered_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments_module, "_STRIP", 48)
+def test_a_reordered_hessian_is_that_of_reordered_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "_STRIP", 48)
     order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(5))
-    found, expected = moments(), Moments(COLUMNS)
+    found, expected = hessian(), Hessian(COLUMNS)
     found.reorder(order)
     expected.add(inputs()[:, order])
     expected.finish()
-    torch.testing.assert_close(found.hessian, expected.hessian)
+    torch.testing.assert_close(found.matrix, expected.matrix)
     torch.testing.assert_close(found.magnitude, expected.magnitude)
 
 
-def test_the_loss_is_told_without_damping() -> None:
-    result = solve("gptq", damping=1.0)[0]
+def test_the_reported_loss_is_without_dampening() -> None:
+    result = solve("gptq", dampening=1.0)[0]
     assert result.loss == pytest.approx(loss(result, weight()), rel=1e-3)
 
 
@@ -64,7 +64,7 @@ def solve(method: str, weights: list[torch.Tensor] | None = None, **options: Any
     chosen = get(method)
     made = build(chosen.Options, {"group_size": 32} | options)
     made.check()
-    return chosen.quantize(weights or [weight()], moments() if chosen.calibrated else None, made, CancelToken())
+    return chosen.quantize(weights or [weight()], hessian() if chosen.calibrated else None, made, CancelToken())
 
 
 def loss(result: Quantized, original: torch.Tensor) -> float:
@@ -73,26 +73,28 @@ def loss(result: Quantized, original: torch.Tensor) -> float:
     return float((x @ (result.dequantize() - original).t()).square().sum() / (x @ original.t()).square().sum())
 
 
-def test_moments_are_those_of_the_inputs() -> None:
-    x, found = inputs(), Moments(COLUMNS)
+def test_a_hessian_is_that_of_its_inputs() -> None:
+    x, found = inputs(), Hessian(COLUMNS)
     for part in x.view(4, -1, COLUMNS):
         found.add(part)
     found.finish()
-    torch.testing.assert_close(found.hessian, x.t() @ x / len(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.matrix, x.t() @ x / len(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.magnitude, x.abs().mean(0))
     change = weight()
-    torch.testing.assert_close(found.cost(change), float((x @ change.t()).square().sum() / len(x)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        found.output_error(change), float((x @ change.t()).square().sum() / len(x)), rtol=1e-4, atol=0
+    )
     factors = torch.rand(COLUMNS) + 0.5
     found.divide(factors)
-    torch.testing.assert_close(found.hessian, (x / factors).t() @ (x / factors) / len(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.matrix, (x / factors).t() @ (x / factors) / len(x), rtol=1e-4, atol=1e-4)
 
 
-def test_wide_moments_are_summed_in_strips_and_stay_symmetric() -> None:
-    x, found = torch.randn(40, 1200, generator=torch.Generator().manual_seed(0)), Moments(1200)
+def test_a_wide_hessian_is_accumulated_in_strips_and_stays_symmetric() -> None:
+    x, found = torch.randn(40, 1200, generator=torch.Generator().manual_seed(0)), Hessian(1200)
     found.add(x)
     found.finish()
-    torch.testing.assert_close(found.hessian, x.t() @ x / 40, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found.hessian, found.hessian.t())
+    torch.testing.assert_close(found.matrix, x.t() @ x / 40, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.matrix, found.matrix.t())
 
 
 @pytest.mark.parametrize("method", GRID)
@@ -124,12 +126,12 @@ def test_every_method_keeps_to_the_stored_form(method: str, bits: int, symmetric
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_calibrated_methods_lose_less_than_rounding(bits: int) -> None:
     rounded = loss(solve("rtn", bits=bits)[0], weight())
-    plain = loss(solve("gptq", bits=bits, search=False, sweeps=0, damping=0.01)[0], weight())
+    plain = loss(solve("gptq", bits=bits, search=False, sweeps=0, dampening=0.01)[0], weight())
     full = loss(solve("gptq", bits=bits)[0], weight())
     assert full < min(0.5 * rounded, 0.6 * plain)
     if bits == 4:
         assert plain < 0.7 * rounded
-        assert loss(solve("awq", balance=False)[0], weight()) < 0.9 * rounded
+        assert loss(solve("awq", scale_channels=False)[0], weight()) < 0.9 * rounded
 
 
 def test_hqq_loses_less_than_rounding() -> None:
@@ -153,19 +155,19 @@ def test_reported_loss_is_that_of_the_outputs() -> None:
 
 def test_group_grids_see_the_corrections_inside_a_block() -> None:
     """The grid of a group fits weights that carry the errors of the group before it in the same block of columns."""
-    found, original = moments(), weight()
+    found, original = hessian(), weight()
     arguments: dict[str, Any] = {
         "bits": 3,
         "group_size": 32,
         "symmetric": False,
         "order": "none",
-        "damping": 0.01,
+        "dampening": 0.01,
         "search": False,
         "sweeps": 0,
         "cancel": CancelToken(),
     }
     result = gptq_solver.solve([original], found, **arguments)[0]
-    _, factor = gptq_solver._factorise(moments().hessian, 0.01, CancelToken())
+    _, factor = gptq_solver._factorize(hessian().matrix, 0.01, CancelToken())
     corrected = original.clone()
     for column in range(COLUMNS):
         if column % 32 == 0:
@@ -202,28 +204,28 @@ def test_orders_of_columns_and_the_groups_they_leave(order: str) -> None:
 
 
 def test_sweeps_never_raise_the_loss() -> None:
-    losses = [solve("gptq", bits=3, sweeps=sweeps, damping=0.001)[0].loss for sweeps in (0, 1, 3)]
+    losses = [solve("gptq", bits=3, sweeps=sweeps, dampening=0.001)[0].loss for sweeps in (0, 1, 3)]
     assert losses[0] > losses[1] >= losses[2] * 0.999
 
 
-def test_singular_and_empty_moments_are_damped_until_they_work() -> None:
-    few = Moments(COLUMNS)
+def test_singular_and_empty_hessians_are_dampened_until_they_work() -> None:
+    few = Hessian(COLUMNS)
     few.add(inputs(3))  # rank 3
     few.finish()
-    none = Moments(COLUMNS)
+    none = Hessian(COLUMNS)
     none.finish()
     for found in (few, none):
-        options = build(get("gptq").Options, {"group_size": 32, "damping": 0.001})
+        options = build(get("gptq").Options, {"group_size": 32, "dampening": 0.001})
         result = get("gptq").quantize([weight()], found, options, CancelToken())[0]
         assert (result.dequantize() - weight()).square().mean() < 0.1 * weight().square().mean()
 
 
-def test_channel_factors_help_rounding_and_leave_no_channel_behind() -> None:
-    found, options = moments(), build(get("awq").Options, {"group_size": 32})
-    factors = channel_factors([weight()], found, options, CancelToken())
+def test_channel_scales_help_rounding_and_leave_no_channel_behind() -> None:
+    found, options = hessian(), build(get("awq").Options, {"group_size": 32})
+    factors = channel_scales([weight()], found, options, CancelToken())
     assert bool((factors > 0).all())
     rounded = solve("rtn", [weight() * factors])[0].dequantize() / factors
-    assert found.cost(rounded - weight()) < 0.8 * found.cost(solve("rtn")[0].dequantize() - weight())
+    assert found.output_error(rounded - weight()) < 0.8 * found.output_error(solve("rtn")[0].dequantize() - weight())
 
 
 def test_search_and_refit_lower_the_error() -> None:
@@ -266,7 +268,7 @@ def test_flat_groups_are_exact_or_close(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_stop_is_heard_within_a_second(method: str) -> None:
     chosen, cancel, wide = get(method), CancelToken(), 1024
-    found = Moments(wide)
+    found = Hessian(wide)
     found.add(torch.randn(64, wide))
     found.finish()
     big = torch.randn(6000, wide)
@@ -288,10 +290,10 @@ def test_stop_is_heard_within_a_second(method: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bits": 5}, "5 bits"),
+        ({"bits": 5}, "in 5 bits"),
         ({"bits": 16}, "Bits is 16"),
-        ({"group_size": 7}, "group of 7"),
-        ({"group_size": 0}, "group of 0"),
+        ({"group_size": 7}, "groups of 7"),
+        ({"group_size": 0}, "groups of 0"),
     ],
 )
 def test_options_that_cannot_be_stored_are_refused(options: dict[str, int], said: str) -> None:

@@ -11,11 +11,11 @@ import torch
 import toys
 import transformers
 from conftest import machine
+from quantizing import quantize_events
 from safetensors.torch import load_file, save_file
 
 from lowmem.errors import BadInput, CorruptModel, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.fields import build
 from lowmem.kernels import packed_linear
 from lowmem.kernels.packed_linear import PackedLinear
 from lowmem.machine.budget import MemoryBudget
@@ -24,9 +24,6 @@ from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.planner import plan
 from lowmem.planning.precision import storage_refusal
-from lowmem.quant import get
-from lowmem.quant.calibration import Calibration
-from lowmem.quant.pipeline import quantize_model
 from lowmem.runtime.loader import load
 
 pytest.importorskip("bitsandbytes")
@@ -54,8 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def quantize(folder: Path, out: Path, case: tuple[str, dict[str, Any]]) -> Receipt:
-    method = get(case[0])
-    *_, receipt = quantize_model(folder, out, method, build(method.Options, case[1]), Calibration())
+    *_, receipt = quantize_events(folder, out, *case)
     assert isinstance(receipt, Receipt)
     return receipt
 
@@ -164,7 +160,7 @@ def test_other_layouts_of_compressed_tensors_are_refused(
         (("int8_dynamic", {"symmetric": False}), "no zero points"),
         (("bnb", {"bits": 3}), "4 and 8 bits, not 3"),
         (("bnb", {"group_size": 32}), "no groups of 32"),
-        (("bnb", {"symmetric": True}), "not symmetric"),
+        (("bnb", {"symmetric": True}), "no symmetric option"),
         (("bnb", {"type": "nf3"}), "there is no 'nf3'"),
     ],
 )

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 import toys
+from quantizing import quantize_events
 from safetensors import safe_open
 
 from lowmem.quant import get
 from lowmem.quant.calibration import Calibration
-from lowmem.quant.pipeline import quantize_model
-from lowmem.quant.serving import vllm
 
 LAYERS = 7 * 2
 TEXT = Calibration(samples=2, length=64)
@@ -30,8 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(source: Path, out: Path, method: str, **options: Any) -> Path:
-    chosen = get(method)
-    list(quantize_model(source, out, chosen, chosen.Options(**options), TEXT))
+    list(quantize_events(source, out, method, options, TEXT))
     return out
 
 
@@ -142,10 +140,9 @@ def test_awq_is_what_its_loader_expects(source, tmp_path, symmetric):
     ],
 )
 def test_what_vllm_does_not_take_is_said_instead(method, options, words):
-    serving = vllm(get(method).Options(**options))
-    assert serving is not None
-    assert words in serving.refusal
-    assert serving.line == ""
+    serving = get(method).serving(get(method).Options(**options))
+    assert words in serving
+    assert "vllm serve" not in serving
 
 
 def test_the_card_of_a_folder_that_vllm_does_not_take_says_so(source, tmp_path):
@@ -155,6 +152,6 @@ def test_the_card_of_a_folder_that_vllm_does_not_take_says_so(source, tmp_path):
 
 
 def test_other_layouts_are_not_spoken_of(source, tmp_path):
-    assert vllm(get("int8_dynamic").Options()) is None
+    assert get("int8_dynamic").serving(get("int8_dynamic").Options()) == ""
     card = (made(source, tmp_path / "out", "int8_dynamic", bits=8, group_size=-1) / "README.md").read_text()
     assert "vLLM" not in card

@@ -32,8 +32,7 @@ from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
 from lowmem.planning.model_bytes import weight_bytes
 from lowmem.quant import METHODS, get
-from lowmem.quant.calibration import Calibration
-from lowmem.quant.pipeline import quantize_model
+from lowmem.quant.pipeline import quantize_folder
 from lowmem.settings import settings
 from lowmem.sweep.forecast import peaks, quantized
 from lowmem.sweep.grid import MOST_CELLS, Grid, make_grid, read_grid
@@ -90,8 +89,8 @@ def test_a_grid_is_models_times_precisions_and_methods_times_settings(tmp_path):
         ("precisions: [fp32]", "no model"),
         ("models: [demo]\nmethod: [rtn]", "no 'method'"),
         ("models: [demo]\nmethods: [rnt]", "method 'rnt'"),
-        ("models: [demo]\nmethods: {rtn: {bits: [3, 5]}}", "5 bits"),
-        ("models: [demo]\nmethods: {awq: {bits: [3, 4]}}", "hold 4 bits, not 3"),
+        ("models: [demo]\nmethods: {rtn: {bits: [3, 5]}}", "in 5 bits"),
+        ("models: [demo]\nmethods: {awq: {bits: [3, 4]}}", "stores 4 bits, not 3"),
         ("models: [demo]\nmethods: {rtn: {colour: red}}", "'colour'"),
         ("models: [demo]\nmethods: {rtn: 4}", "rtn of the grid"),
         ("models: [demo]\nprecisions: [fp31]", "'fp31'"),
@@ -381,10 +380,9 @@ def test_stop_ends_real_processes_within_a_second(folder):
 )
 def test_the_forecast_knows_the_checkpoint_that_will_be_made(folder, tmp_path, name):
     variant = parse_variant(name)
-    method, spec = get(variant.method), read_spec(folder)
-    options = method.Options(**variant.options)
-    expected = quantized(spec, options)
-    list(quantize_model(Path(folder), tmp_path / "out", method, options, Calibration(**variant.calibration)))
+    request = variant.request(folder, tmp_path / "out")
+    expected = quantized(read_spec(folder), request)
+    list(quantize_folder(Path(folder), request))
     made = read_spec(str(tmp_path / "out"))
     assert expected.stored == made.stored
     assert expected.packed_layers == made.packed_layers

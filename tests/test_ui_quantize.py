@@ -19,15 +19,15 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.rows import Row
 from lowmem.plots.weights import by_block, losses
-from lowmem.quant import METHODS, get
-from lowmem.quant.calibration import Calibration
-from lowmem.quant.forecast import forecast, remember
+from lowmem.quant import METHODS
+from lowmem.quant.estimate import check_model, estimate_quantization, record_speed
+from lowmem.quant.request import QuantizeRequest
 from lowmem.settings import settings
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
-from lowmem.ui.service.quantizing import Ask, Workshop
+from lowmem.ui.service.quantizing import Workshop
 from lowmem.ui.tabs.quantize_form import _bits, _groups
 from lowmem.units import GB, MB
 
@@ -49,12 +49,12 @@ def receipt(folder: str = "/nowhere/made") -> Receipt:
 
 
 class StubWorkshop(Workshop):
-    """Forecasts are real; the work is a few steps, watched for Stop."""
+    """Estimates are real; the work is a few steps, watched for Stop."""
 
     stopped = 0
 
-    def quantize(self, ask: Ask, cancel: CancelToken) -> Iterator[Step | Receipt]:
-        self.forecast(ask)
+    def quantize(self, request: QuantizeRequest, cancel: CancelToken) -> Iterator[Step | Receipt]:
+        self.estimate(request)
         for number in range(60):
             if cancel.cancelled:
                 self.stopped += 1
@@ -110,8 +110,8 @@ def test_compare_streams_rows(client: Client) -> None:
     ("call", "sentence"),
     [
         (("/quantize", "demo", "magic"), "There is no quantization method 'magic'."),
-        (("/quantize", "demo", "awq", 3), "AWQ's files hold 4 bits, not 3."),
-        (("/quantize", "demo", "rtn", 5), "5 bits cannot be stored."),
+        (("/quantize", "demo", "awq", 3), "AWQ stores 4 bits, not 3."),
+        (("/quantize", "demo", "rtn", 5), "Weights cannot be stored in 5 bits."),
         (("/quantize", "demo", "rtn", 4, 100), "Groups of 100 do not divide the 576 inputs"),
         (("/quantize", "demo", "int8_dynamic", 4), "Bits is 4."),
         (("/quantize", "a b"), "'a b' is not the name of a model."),
@@ -131,47 +131,44 @@ def test_bad_input_gets_a_sentence(client: Client, call: tuple[Any, ...], senten
     assert str(caught.value).startswith(sentence)
 
 
-# --- the forecast
+# --- the estimate
 
 
 def test_what_needs_more_than_the_budget_is_said_with_the_number(workshop: StubWorkshop) -> None:
-    big = Ask("Qwen/Qwen2.5-7B-Instruct", "gptq", budget=MemoryBudget.parse("2G"))
-    expected = workshop.forecast(big)
+    big = workshop.request("Qwen/Qwen2.5-7B-Instruct", "gptq", budget=MemoryBudget.parse("2G"))
+    expected = workshop.estimate(big)
     assert expected.verdict == "over"
     assert "more than the" in expected.sentence()
-    small = workshop.forecast(Ask("Qwen/Qwen2.5-7B-Instruct", "rtn", budget=MemoryBudget.parse("4G")))
+    small = workshop.estimate(workshop.request("Qwen/Qwen2.5-7B-Instruct", "rtn", budget=MemoryBudget.parse("4G")))
     assert small.verdict == "fits"
-    assert 3.5 * GB < small.estimate.output_bytes < 6 * GB
+    assert 3.5 * GB < small.output_bytes < 6 * GB
 
 
 def test_the_time_is_that_of_the_last_run_once_there_was_one(workshop: StubWorkshop) -> None:
-    spec, method = workshop.engine.spec("demo"), get("rtn")
-    arguments = (spec, method, method.Options(), Calibration())
-    hardware = workshop.engine.hardware()
-    assert "EPYC" in forecast(*arguments, hardware, GB).timing
-    remember(*arguments, seconds=100.0)
-    learnt = forecast(*arguments, hardware, GB)
+    arguments = (workshop.engine.spec("demo"), QuantizeRequest.validated("demo", "rtn"))
+    assert "EPYC" in estimate_quantization(*arguments).timing
+    record_speed(*arguments, seconds=100.0)
+    learnt = estimate_quantization(*arguments)
     assert learnt.seconds == pytest.approx(100.0)
-    assert "here" in learnt.timing
+    assert "this machine" in learnt.timing
     (settings().home / "quantize-rates.json").write_text("[")
-    assert forecast(*arguments, hardware, GB).seconds < 100.0
+    assert estimate_quantization(*arguments).seconds < 100.0
 
 
 def test_a_quantized_model_or_another_family_is_refused(workshop: StubWorkshop) -> None:
-    spec, method = workshop.engine.spec("demo"), get("rtn")
-    rest = (method, method.Options(), Calibration(), workshop.engine.hardware(), GB)
+    spec = workshop.engine.spec("demo")
     with pytest.raises(Unsupported, match="already quantized with gptq"):
-        forecast(dataclasses.replace(spec, quantization="gptq"), *rest)
-    with pytest.raises(Unsupported, match="'mamba' cannot be taken apart"):
-        forecast(dataclasses.replace(spec, model_type="mamba"), *rest)
+        check_model(dataclasses.replace(spec, quantization="gptq"), 64)
+    with pytest.raises(Unsupported, match="'mamba' cannot be quantized block by block"):
+        check_model(dataclasses.replace(spec, model_type="mamba"), 64)
 
 
 def test_results_go_below_the_outputs_and_never_over_each_other(workshop: StubWorkshop) -> None:
-    ask = Ask("demo", "rtn", {"bits": 3})
-    first = workshop.output(ask)
+    request = workshop.request("demo", "rtn", {"bits": 3})
+    first = workshop.output(request)
     assert first == settings().outputs / "SmolLM2-135M-Instruct-rtn-3bit-g64"
     first.mkdir(parents=True)
-    assert workshop.output(ask).name == f"{first.name}-2"
+    assert workshop.output(request).name == f"{first.name}-2"
 
 
 # --- a page that strangers use
@@ -188,7 +185,7 @@ def test_strangers_name_no_files(public: Workshop, tmp_path: Path) -> None:
     text = tmp_path / "secret.txt"
     text.write_text("secret")
     with pytest.raises(BadInput, match="no calibration text"):
-        public.forecast(Ask("demo", "gptq", calibration={"text": str(text)}))
+        public.request("demo", "gptq", calibration={"text": str(text)})
     with pytest.raises(BadInput, match="outside the folders"):
         public.engine.spec(str(tmp_path))
     options = SimpleNamespace(tokens=1_000_000)

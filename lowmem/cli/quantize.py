@@ -12,9 +12,10 @@ from lowmem.cli.console import finish, follow
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import probe
-from lowmem.quant import METHODS, get
+from lowmem.quant import DEFAULT, METHODS, all_methods
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
+from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.run import quantize
 from lowmem.units import format_bytes, format_seconds
 
@@ -27,7 +28,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("quantize", help="make a smaller checkpoint of a model, block by block")
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("out", type=Path, help="a new folder; an unfinished one is resumed")
-    parser.add_argument("--method", choices=METHODS, default="gptq", help="default gptq")
+    parser.add_argument("--method", choices=METHODS, default=DEFAULT, help=f"default {DEFAULT}")
     parser.add_argument("--bits", choices=[str(bits) for bits in BITS], help="bits per weight")
     parser.add_argument("--group-size", metavar="N", help="weights that share a scale; -1 is a whole row")
     kind = parser.add_mutually_exclusive_group()
@@ -45,19 +46,26 @@ def add_command(commands: Any) -> None:
 def _method_fields() -> dict[str, tuple[dataclasses.Field[Any], list[str]]]:
     """Every option of a method, with the names of the methods that have it."""
     found: dict[str, tuple[dataclasses.Field[Any], list[str]]] = {}
-    for method in METHODS:
-        for field in dataclasses.fields(get(method).Options):
-            found.setdefault(field.name, (field, []))[1].append(method)
+    for method in all_methods():
+        for field in dataclasses.fields(method.Options):
+            found.setdefault(field.name, (field, []))[1].append(method.name)
     return found
 
 
 def run(args: argparse.Namespace) -> int:
     check_parent(args.out)
     measure_runtime_bytes()
-    limit = budget(args).bounded(probe()) if args.ram else UNLIMITED
-    method_options = given(args, [field for field, _ in _method_fields().values()])
-    calibration = given(args, dataclasses.fields(Calibration))
-    receipt = follow(quantize(args.model, args.out, args.method, method_options, calibration, limit))
+    hardware = probe()
+    request = QuantizeRequest.validated(
+        args.model,
+        args.method,
+        given(args, [field for field, _ in _method_fields().values()]),
+        given(args, dataclasses.fields(Calibration)),
+        hardware=hardware,
+        out=args.out,
+        budget=budget(args).bounded(hardware) if args.ram else UNLIMITED,
+    )
+    receipt = follow(quantize(request))
     if not args.json:
         details = receipt.details
         row = {

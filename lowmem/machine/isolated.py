@@ -20,14 +20,14 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import lowmem.errors as errors
 from lowmem.background import interruptible
 from lowmem.errors import LowMemError, OutOfMemory
-from lowmem.events import CancelToken, Step
+from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.monitor import PeakMeter
 from lowmem.machine.oom import is_out_of_memory
@@ -67,6 +67,12 @@ class Finished:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     kernel_peak_bytes: int = 0
 
+    def receipt(self) -> Receipt:
+        """The receipt that the job returned as a dict, with the measured memory of its whole process."""
+        receipt = Receipt.from_dict(self.value)
+        measured = {memory: count for memory, count in self.peak_bytes.items() if memory in receipt.predicted}
+        return replace(receipt, measured=measured)
+
 
 def run_isolated(
     job: str, arguments: Mapping[str, Any], cancel: CancelToken | None = None, budget: MemoryBudget = UNLIMITED
@@ -77,6 +83,7 @@ def run_isolated(
     generator, and with this process.
 
     Args:
+        arguments: of the job; every job takes "threads", the cores for torch to use (0 for all).
         budget: the most memory the child may hold, checked between the job's steps.
 
     Raises:
@@ -223,8 +230,11 @@ def serve(find: Callable[[str], Callable[..., Job]]) -> None:
 def _run(
     find: Callable[[str], Callable[..., Job]], request: dict[str, Any], meter: PeakMeter, say: Any
 ) -> dict[str, Any]:
+    arguments = request["arguments"]
+    if threads := arguments.pop("threads", 0):
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # torch, not imported yet, reads this when it is
     try:
-        running: Job = find(request["job"])(**request["arguments"])
+        running: Job = find(request["job"])(**arguments)
         while True:
             meter.check()
             try:

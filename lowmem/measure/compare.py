@@ -25,6 +25,7 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.measure.options import MeasureOptions
+from lowmem.measure.progress import share
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
 from lowmem.models import demo
@@ -136,8 +137,8 @@ class Setting:
         folder = self.work / variant.name.replace(":", "-")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed; an unfinished one lies beside it
         try:
-            made = yield from _scaled(self._quantize(variant, folder), 0, _QUANTIZED)
-            done = yield from _scaled(self._measure(str(folder), "stored", is_reference), _QUANTIZED, 100)
+            made = yield from share(self._quantize(variant, folder), 0, _QUANTIZED)
+            done = yield from share(self._measure(str(folder), "stored", is_reference), _QUANTIZED, 100)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         row = self._finished(variant, done)
@@ -174,36 +175,18 @@ class Setting:
             "budget": self.budget.as_dict(),
             "threads": self.threads,
         }
-        return (yield from self._isolated("measure", arguments))
+        return (yield from self._isolated("measure_variant", arguments))
 
     def _quantize(self, variant: Variant, folder: Path) -> Generator[Step, None, Finished]:
-        arguments = {
-            "ref": self.spec.ref,
-            "out": str(folder),
-            "method": variant.method,
-            "options": variant.options,
-            "calibration": variant.calibration,
-            "budget": self.budget.as_dict(),
-            "threads": self.threads,
-        }
-        return (yield from self._isolated("quantize", arguments))
+        request = variant.request(self.spec.ref, folder, self.budget)
+        return (yield from self._isolated("quantize", request.as_dict() | {"threads": self.threads}))
 
     def _isolated(self, job: str, arguments: dict[str, Any]) -> Generator[Step, None, Finished]:
-        for event in run_isolated(f"{job}_variant", arguments, self.cancel, self.budget):
+        for event in run_isolated(job, arguments, self.cancel, self.budget):
             if isinstance(event, Finished):
                 return event
             yield event
         raise RuntimeError("a job ended without a result")
-
-
-def _scaled(steps: Generator[Step, None, Finished], low: int, high: int) -> Generator[Step, None, Finished]:
-    """Steps in per cent of a part as per cent of the whole."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            return end.value
-        yield replace(step, done=low + step.done * (high - low) // 100)
 
 
 def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int) -> Generator[Step, None, Row]:

@@ -1,31 +1,24 @@
-"""The two jobs of a comparison, each run in a process of its own: make a checkpoint, measure a model.
-
-Both are generators of `Step`s in per cent of the job, as `runtime.isolated` wants them; torch comes with
-the model.
-"""
+"""The job that measures one variant of a comparison, in a process of its own: quality, speed and memory."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lowmem.errors import DoesNotFit, OutOfMemory
-from lowmem.events import CancelToken, Receipt, Step
+from lowmem.events import CancelToken, Step
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions, predicted_bytes
+from lowmem.measure.progress import share
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
-from lowmem.quant import run
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
-
-T = TypeVar("T")
 
 LOADED, SCORED = 25, 85
 """Per cent of the job that are done when the model is loaded, and when the text is scored."""
@@ -39,7 +32,6 @@ def measure(
     is_reference: bool,
     options: Mapping[str, Any],
     budget: Mapping[str, int],
-    threads: int = 0,
 ) -> Generator[Step, None, dict[str, Any]]:
     """Load a model and measure quality, speed and memory.
 
@@ -51,7 +43,6 @@ def measure(
             when it is there.
         options: fields of `MeasureOptions`.
         budget: fields of `MemoryBudget`.
-        threads: cores to use, 0 for all.
 
     Returns:
         Fields of `Row`, and "device", "tokens", "window", "stride".
@@ -60,15 +51,14 @@ def measure(
         LowMemError: of planning, loading and measuring.
     """
     chosen = build(MeasureOptions, options)
-    _use_threads(threads)
     session, cancel = Session(), CancelToken()
     plan = _plan(session, ref, precision, chosen, MemoryBudget(**budget))
     predicted = predicted_bytes(plan, chosen)
     _refuse_if_over(plan, predicted)
-    yield from _share(session.load(plan, cancel), 0, LOADED)
+    yield from share(session.load(plan, cancel), 0, LOADED)
     _check_loaded(session, plan)
-    figures = yield from _share(_quality(session, Path(text), Path(reference), is_reference, chosen), LOADED, SCORED)
-    speed = yield from _share(_speed(session, Path(text), chosen), SCORED, 100)
+    figures = yield from share(_quality(session, Path(text), Path(reference), is_reference, chosen), LOADED, SCORED)
+    speed = yield from share(_speed(session, Path(text), chosen), SCORED, 100)
     return {
         **figures,
         **speed,
@@ -78,12 +68,6 @@ def measure(
         "predicted_ram_bytes": predicted["ram"],
         "predicted_vram_bytes": predicted.get("vram"),
     }
-
-
-def _use_threads(count: int) -> None:
-    """torch, not imported yet, reads this when it is."""
-    if count:
-        os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def _plan(session: Session, ref: str, precision: str, options: MeasureOptions, budget: MemoryBudget) -> Plan:
@@ -151,50 +135,3 @@ def _speed(session: Session, text: Path, options: MeasureOptions) -> Generator[S
     prompt = loaded.tokenizer.decode(ids[:length], skip_special_tokens=False)
     speed = yield from measure_speed(session, prompt, new_tokens=options.new_tokens, runs=options.runs)
     return {"prefill_tps": speed.prefill_tps, "decode_tps": speed.decode_tps or None}
-
-
-def _share(events: Iterator[Any], low: int, high: int) -> Generator[Step, None, Any]:
-    """Pass on what is new in the steps as per cent from `low` to `high`, and the return value."""
-    last = Step(low, 100, "", "%")
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            return end.value
-        if isinstance(event, Step):
-            reached = low + (high - low) * event.done // event.total if event.total else low
-            step = Step(max(reached, last.done), 100, event.note, "%")
-            if step != last:
-                yield step
-            last = step
-
-
-def quantize(
-    ref: str,
-    out: str,
-    method: str,
-    options: Mapping[str, Any],
-    calibration: Mapping[str, Any],
-    budget: Mapping[str, int],
-    threads: int = 0,
-) -> Generator[Step, None, dict[str, Any]]:
-    """Quantize `ref` into the new folder `out`, calibrated on the manual's head unless `calibration` says otherwise.
-
-    Returns:
-        The receipt as a dict.
-
-    Raises:
-        LowMemError: whatever the method refuses or fails with.
-    """
-    _use_threads(threads)
-    events = run.quantize(ref, Path(out), method, options, calibration, MemoryBudget(**budget))
-    receipt = yield from _share(_until_receipt(events), 0, 100)
-    return receipt.as_dict()
-
-
-def _until_receipt(events: Iterator[Step | Receipt]) -> Generator[Step, None, Receipt]:
-    for event in events:
-        if isinstance(event, Receipt):
-            return event
-        yield event
-    raise RuntimeError("an action ended without a receipt")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from lowmem import quant
 from lowmem.datasets.texts import NAMES
 from lowmem.errors import BadInput
 from lowmem.fields import build
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.precisions import PRECISIONS
-from lowmem.quant import METHODS, get
+from lowmem.quant import get
 from lowmem.quant.base import Options
 from lowmem.quant.calibration import Calibration
+from lowmem.quant.request import QuantizeRequest
 
 _ALIASES = {"int8_dynamic": "int8", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_HINT = (
-    f"Write one of {', '.join(PRECISIONS)}, or METHOD:BITS:GROUP with a method of {', '.join(METHODS)}, like gptq:4:64 "
-    "or gptq:4:64:symmetric=true."
-)
 _CALIBRATION = tuple(field.name for field in fields(Calibration))
 _NUMBERS = ("bits", "group_size")
 
@@ -52,6 +52,12 @@ class Variant:
         """Fields of `Calibration`."""
         return {name: value for name, value in self.settings if name in _CALIBRATION}
 
+    def request(self, model: str, out: Path = Path(), budget: MemoryBudget = UNLIMITED) -> QuantizeRequest:
+        """The quantization of `model` to `out`; the variant's settings are valid."""
+        method = get(self.method)
+        options, calibration = method.Options(**self.options), Calibration(**self.calibration)
+        return QuantizeRequest(model, method, options, calibration, out, budget)
+
 
 def parse_variant(text: str) -> Variant:
     """`"int8"`, `"gptq"` (4 bits in groups of 64), `"gptq:3"`, `"gptq:4:128:symmetric=true"` -> `Variant`.
@@ -66,8 +72,8 @@ def parse_variant(text: str) -> Variant:
     method, *parts = word.split(":")
     numbers = [part for part in parts if "=" not in part]
     pairs = [part.partition("=") for part in parts if "=" in part]
-    if method not in METHODS or len(numbers) > len(_NUMBERS):
-        raise BadInput(f"There is no variant {text.strip()[:40]!r}.", _HINT)
+    if method not in quant.METHODS or len(numbers) > len(_NUMBERS):
+        raise BadInput(f"There is no variant {text.strip()[:40]!r}.", _hint())
     named = {name: value for name, _, value in pairs}
     return make_variant(method, dict(zip(_NUMBERS, numbers, strict=False)) | named)
 
@@ -101,6 +107,13 @@ def _spelled(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _hint() -> str:
+    return (
+        f"Write one of {', '.join(PRECISIONS)}, or METHOD:BITS:GROUP with a method of {', '.join(quant.METHODS)}, like "
+        "gptq:4:64 or gptq:4:64:symmetric=true."
+    )
+
+
 def parse_variants(texts: str | Iterable[str]) -> list[Variant]:
     """A comma-separated list, or several texts; each variant once, in order.
 
@@ -110,5 +123,5 @@ def parse_variants(texts: str | Iterable[str]) -> list[Variant]:
     words = texts.split(",") if isinstance(texts, str) else list(texts)
     variants = [parse_variant(word) for word in words if word.strip()]
     if not variants:
-        raise BadInput("There is no variant to compare.", _HINT)
+        raise BadInput("There is no variant to compare.", _hint())
     return list(dict.fromkeys(variants))

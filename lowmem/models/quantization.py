@@ -99,10 +99,11 @@ def read_quantization(files: Files, config: Mapping[str, Any]) -> Quantization |
         if side is None:
             return None
         described = {"quant_method": "awq" if side == "quant_config.json" else "gptq"} | read_object(files, side)
-    return _parse(described)
+    return parse_quantization(described)
 
 
-def _parse(described: Mapping[str, Any]) -> Quantization:
+def parse_quantization(described: Mapping[str, Any]) -> Quantization:
+    """The quantization that a `quantization_config` describes."""
     method = str(described.get("quant_method") or "unknown").lower()
     if method == BNB:
         bits = 4 if described.get("load_in_4bit") else 8

@@ -1,7 +1,7 @@
-"""Activations of a calibration text in a file, one sample at a time in memory.
+"""Activations of the calibration text in a file, one sample at a time in memory.
 
-The kernel keeps the file's pages in RAM while there is room and drops them when there is not, so one way of
-storing serves every budget; and what is in a file survives the process.
+The operating system caches the file's pages while there is room and evicts them when there is not, so the same code
+serves every budget; and a file outlives the process, so that a killed run can continue.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lowmem.models.checkpoint import as_bytes
 
 
 class Activations:
-    """fp32 [samples, tokens, width] in the file `path`; `checksum` is that of samples written in order so far."""
+    """fp32 [samples, tokens, width] in the file `path`; `checksum` is the CRC-32 of the samples written in order so far."""
 
     def __init__(self, path: Path, samples: int, tokens: int, width: int) -> None:
-        """Open `path`, made or extended to its size with zeros where need be."""
+        """Open `path`; created, or extended with zeros to its size, if necessary."""
         self.path, self.samples, self.tokens, self.width = path, samples, tokens, width
         self.checksum = 0
         self._sample_bytes = 4 * tokens * width
@@ -40,7 +40,7 @@ class Activations:
             done += self._file.write(memory[done:]) or 0
 
     def read(self, index: int, device: torch.device | None = None) -> Tensor:
-        """Sample `index`, [1, tokens, width]."""
+        """Sample `index`, fp32 [1, tokens, width]."""
         values = torch.empty(1, self.tokens, self.width)
         memory, done = as_bytes(values), 0
         self._file.seek(index * self._sample_bytes)
@@ -52,14 +52,14 @@ class Activations:
         return values if device is None else values.to(device)
 
     def read_checksum(self) -> int:
-        """Of what the file holds now."""
+        """The CRC-32 of the whole file, read again."""
         checksum = 0
         for index in range(self.samples):
             checksum = zlib.crc32(as_bytes(self.read(index)), checksum)
         return checksum
 
     def close(self, *, delete: bool = False) -> None:
-        """Idempotent."""
+        """Close the file; idempotent."""
         self._file.close()
         if delete:
             self.path.unlink(missing_ok=True)

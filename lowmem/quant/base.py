@@ -1,27 +1,26 @@
-"""What a quantization method is: its options, where it runs, and the one function that chooses codes.
+"""The interface of a quantization method: its options, where it runs, how it quantizes and how the result is stored.
 
-A method sees the weights of layers that share an input, and what is known of that input. It knows nothing of
-files, models or layouts. Imports no torch, so that forms and command lines can be built without it.
+A method sees the weights of layers that share an input, and statistics of that input. It knows nothing of files,
+models or the pipeline. Imports no torch, so that forms and command lines can be built without it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
 from lowmem.machine.hardware import Hardware
-from lowmem.models.quantization import BNB, INT8
+from lowmem.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem.quant.moments import Moments
-
-__all__ = ["BITS", "BNB", "INT8", "Options", "Quantizer"]
+    from lowmem.quant.hessian import Hessian
 
 BITS = (2, 3, 4, 8)
 SMALLEST_GROUP = 16
@@ -29,70 +28,122 @@ SMALLEST_GROUP = 16
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options that every method has; a method's own class adds to them."""
+    """Options that every method has; a method's own subclass adds to them."""
 
-    bits: int = option(
-        4, "Bits", "Width of a stored weight: 2, 3, 4 or 8. Two bits are an experiment.", low=2, high=8, step=1
-    )
+    bits: int = option(4, "Bits", "Bits per weight: 2 (experimental), 3, 4 or 8.", low=2, high=8, step=1)
     group_size: int = option(
         64,
         "Group size",
-        "Weights that share a scale: smaller is more exact and takes more space; -1 is a whole row.",
+        "Weights that share a scale: smaller groups are more accurate and take more space; -1 is a whole row.",
         low=-1,
         high=4096,
         step=1,
     )
-    symmetric: bool = option(False, "Symmetric", "No zero point: a little less exact, and understood by more programs.")
+    symmetric: bool = option(
+        False, "Symmetric", "No zero points: slightly less accurate, supported by more inference engines."
+    )
 
     @property
-    def layout(self) -> str:
-        """How the result is stored: "gptq" (v1), "gptq_v2", "awq", `INT8` or `BNB`."""
-        return "gptq" if self.symmetric else "gptq_v2"
-
-    @property
-    def balances(self) -> bool:
-        """Are input channels scaled against each other first (see `balance.py`)?"""
+    def scale_channels(self) -> bool:
+        """Whether activation-aware scaling comes first (see `scaling.py`); methods that offer it make it an option."""
         return False
 
+    @property
+    def solver_passes(self) -> int:
+        """Passes of the solver over each weight matrix, which its time is proportional to."""
+        return 1
+
     def check(self) -> None:
-        """Raise `BadInput` for values that the fields' ranges let through and no layout can store."""
+        """Check values that are within the fields' ranges but that no format can store.
+
+        Raises:
+            BadInput: naming the value and those that can be stored.
+        """
         if self.bits not in BITS:
-            raise BadInput(f"{self.bits} bits cannot be stored.", f"Use {', '.join(map(str, BITS))}.")
+            raise BadInput(f"Weights cannot be stored in {self.bits} bits.", f"Use {', '.join(map(str, BITS))}.")
         if self.group_size != -1 and self.group_size < SMALLEST_GROUP:
             raise BadInput(
-                f"A group of {self.group_size} weights would cost more than it saves.",
+                f"The scales of groups of {self.group_size} weights would take more space than quantizing saves.",
                 f"Use {SMALLEST_GROUP} or more, or -1 for a whole row.",
             )
 
 
-class Quantizer(Protocol):
-    """One method, the object `METHOD` of the module that is named after it.
+class Method(ABC):
+    """One quantization method: the object `METHOD` of the module in `methods` that is named after it.
 
-    `quantize` is called by `pipeline.py` for the layers of each block that share an input, `available` by
-    `usable`, the rest by forms and command lines.
+    A method that stores its layers in GPTQ's format subclasses `gptq_format.GptqFormat`, which leaves `quantize` to
+    write. Any other format needs the four functions that describe it, and a reader in `kernels` to be loaded again.
     """
 
     name: str
     label: str
-    calibrated: bool
-    """Does it need to see a text run through the model?"""
-    matrices: int
-    """fp32 matrices [in, in] that it holds while it works on layers with that many inputs."""
+    """Name for people: "GPTQ"."""
+    description: str
+    """One line for the page: what it is good for, what it needs and how long it takes."""
     Options: Any
     """Its subclass of `Options`."""
+    speed: float
+    """Work per second on two cores of an AMD EPYC, for estimates before the first run on this machine.
 
-    def available(self, hardware: Hardware) -> str | None:
-        """Why it cannot run on this machine, in a sentence; None when it can."""
-        ...
+    Work is weights, or floating-point operations of a calibrated method, see `estimate.work`."""
+    calibrated: bool = False
+    """Whether it needs calibration text run through the model."""
+    matrices: int = 0
+    """fp32 matrices [in, in] in memory while it solves for layers with `in` inputs."""
+    config_file: bool = True
+    """Whether `quantize_config.json` repeats `config`, as AutoGPTQ and AutoAWQ write it."""
 
+    def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  most methods run anywhere
+        """Why it cannot run on this machine, in a sentence; None if it can."""
+        return None
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Variants (METHOD:BITS:GROUP) offered for comparison."""
+        options = self.Options()
+        return (f"{self.name}:{options.bits}:{options.group_size}",)
+
+    @abstractmethod
     def quantize(
-        self, weights: Sequence[Tensor], moments: Moments | None, options: Any, cancel: CancelToken
+        self, weights: Sequence[Tensor], hessian: Hessian | None, options: Any, cancel: CancelToken
     ) -> list[Any]:
-        """A `Quantized`, or a `Packed` of a method that has its own layout, for every weight [out, in] (any float dtype) of layers that share an input.
+        """Quantize the weights [out, in] (any float dtype) of layers that share an input.
 
-        `moments` is what is known of that input, None for methods that are not calibrated; those that are give `Quantized`.
+        Args:
+            hessian: statistics of that input, which may be overwritten; None for methods without calibration.
+            options: an instance of `self.Options`, checked.
+
+        Returns:
+            For each weight a `kernels.quantized.Quantized` (calibrated methods: always) or a `kernels.quantized.Packed`.
 
         Raises:
             Cancelled: within a second of Stop.
         """
-        ...
+
+    def layer_tensors(self, weight: Any, options: Any) -> dict[str, Tensor]:  # noqa: ARG002
+        """The tensors stored for a quantized layer, by the last part of their names; a `Packed` has them ready."""
+        tensors: dict[str, Tensor] = weight.tensors
+        return tensors
+
+    @abstractmethod
+    def layer_bytes(self, rows: int, columns: int, options: Any) -> int:
+        """Stored bytes of a layer with `rows` outputs and `columns` inputs."""
+
+    def packing_bytes(self, options: Any) -> int:  # noqa: ARG002
+        """Bytes per weight in memory while a layer is quantized without calibration, beside its original.
+
+        By default the codes as uint8, a copy of them in packing order, and the packed words.
+        """
+        return 3
+
+    @abstractmethod
+    def config(self, options: Any) -> dict[str, Any]:
+        """`quantization_config` of config.json, as transformers and vLLM read it."""
+
+    def serving(self, options: Any) -> str:  # noqa: ARG002
+        """How to serve the folder with vLLM, a paragraph of the model card; "" where nothing is known."""
+        return ""
+
+    def meta(self, options: Any) -> dict[str, Any]:
+        """Who made a checkpoint and with which options, for `config`."""
+        return {"quantizer": [f"lowmem:{__version__}"], "method": self.name, "options": asdict(options)}

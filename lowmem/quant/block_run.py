@@ -1,8 +1,8 @@
-"""One decoder block, run over the calibration text stage by stage while its layers become quantized ones.
+"""Run one decoder block over the calibration text, stage by stage, while its layers are replaced by quantized ones.
 
-Each stage wants the inputs of some layers as they are once all layers before are quantized. Running
-the block anew for each would compute attention four times; here a branch whose last layer has been
-reached is replayed from that layer's stored inputs. Knows nothing of methods.
+Each stage needs the inputs of some layers as computed by the quantized layers before them. Running the whole block for
+each stage would compute attention four times; instead, a branch (attention or MLP) whose last layer has been reached is
+replayed from that layer's stored inputs. Knows nothing of methods.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from torch import Tensor, nn
 from lowmem.events import CancelToken
 from lowmem.models.blocks import Branch, Layout, Stage
 from lowmem.quant.activations import Activations
-from lowmem.quant.moments import Moments
+from lowmem.quant.hessian import Hessian
 from lowmem.quant.skeleton import Call, matrix
 
 
 class _Reached(Exception):
-    """Not an error: the end of what is wanted of a forward pass."""
+    """Not an error: ends a forward pass at the layer whose inputs are collected."""
 
 
 class BlockRun:
     """A block with its weights, and its inputs.
 
     Args:
-        folder: where inputs of the branches' last layers are kept until `close`.
+        call: how the model calls the block.
+        folder: for the inputs of the branches' last layers, which are deleted by `close`.
     """
 
     def __init__(
@@ -43,17 +44,17 @@ class BlockRun:
         self._device = parameter.device
         self._sample = 0
 
-    def moments(self, stage: Stage) -> Moments:
-        """Moments of the stage's inputs, nothing counted yet."""
-        return Moments(self._width(stage), self._device)
+    def hessian(self, stage: Stage) -> Hessian:
+        """An empty Hessian for the stage's inputs."""
+        return Hessian(self._width(stage), self._device)
 
-    def gather(self, stage: Stage, moments: Moments) -> Iterator[int]:
-        """Run every sample up to a stage and finish the `moments` of its inputs."""
+    def accumulate(self, stage: Stage, hessian: Hessian) -> Iterator[int]:
+        """Run every sample up to `stage` and add its inputs to `hessian`; yields the index of each sample."""
         branch = next((branch for branch in self._layout.branches if branch.output in stage.linears), None)
         store = self._store(branch, self._width(stage)) if branch else None
 
         def reached(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            moments.add(inputs[0])
+            hessian.add(inputs[0])
             if store is not None:
                 store.write(self._sample, inputs[0])
             raise _Reached
@@ -68,19 +69,19 @@ class BlockRun:
             handle.remove()
         if branch and store:
             self._replayed[branch] = (store, [])
-        moments.finish()
+        hessian.finish()
 
     def _width(self, stage: Stage) -> int:
         return matrix(self._block.get_submodule(stage.linears[0])).shape[1]
 
-    def divide(self, stage: Stage, factors: Tensor) -> None:
-        """From now on the inputs of a stage are divided by `factors`, its source having changed since they were stored."""
+    def divide(self, stage: Stage, scales: Tensor) -> None:
+        """Divide the stored inputs of a stage by `scales` [in], which its source has absorbed since."""
         for branch, (_, divisors) in self._replayed.items():
             if branch.output in stage.linears:
-                divisors.append(factors)
+                divisors.append(scales)
 
     def finish(self, outputs: Activations) -> Iterator[int]:
-        """Write the block's outputs, sample by sample."""
+        """Write the block's outputs; yields the index of each sample."""
         for index in range(self._inputs.samples):
             outputs.write(index, self._forward(index))
             yield index
@@ -107,13 +108,13 @@ class BlockRun:
 
     @contextmanager
     def _replaying(self, branch: Branch, store: Activations, divisors: list[Tensor]) -> Iterator[None]:
-        """Within the block the branch is only its last layer, applied to stored inputs."""
+        """Within the context, replace the branch by its last layer applied to stored inputs."""
         output: Any = self._block.get_submodule(branch.output)
 
         def replay(*_: object, **__: object) -> object:
             inputs = store.read(self._sample, self._device)
-            for factors in divisors:
-                inputs /= factors
+            for scales in divisors:
+                inputs /= scales
             result = output(inputs)
             return (result, None) if branch.in_tuple else result
 
@@ -132,7 +133,7 @@ def _forwarding(module: nn.Module, forward: Callable[..., object]) -> Iterator[N
 
 @contextmanager
 def _stoppable(module: nn.Module, cancel: CancelToken) -> Iterator[None]:
-    """Let Stop break off a forward pass in front of any part of `module`."""
+    """Within the context, check for Stop before every submodule of `module` runs."""
 
     def stop(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
         cancel.check()

@@ -1,6 +1,6 @@
-"""The text that calibrated methods see: which one, how many samples of how many tokens.
+"""Calibration data: which text, how many samples of how many tokens.
 
-Where texts come from is `measure.texts`; here they become token ids. Imports no torch.
+Texts come from `datasets.texts`; here they become token ids. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
 
-OVERLAP_WORTH_SAYING = 0.01
+NOTEWORTHY_OVERLAP = 0.01
+"""Share of the evaluation text from which the overlap is reported."""
 
 Samples = tuple[tuple[int, ...], ...]
 
@@ -27,11 +28,18 @@ class Calibration:
     text: str = option(
         texts.MANUAL,
         "Calibration text",
-        f"{texts.MANUAL} (packaged), {texts.WIKITEXT} or {texts.C4} (from the hub) or the path of a text file.",
+        f"{texts.MANUAL} (included), {texts.WIKITEXT} or {texts.C4} (from the hub), or the path of a text file.",
     )
-    samples: int = option(64, "Samples", "More see more of the language, and take longer.", low=1, high=4096, step=1)
+    samples: int = option(
+        64, "Samples", "More samples cover more of the language and take longer.", low=1, high=4096, step=1
+    )
     length: int = option(
-        512, "Tokens per sample", "Longer samples show attention further back.", low=16, high=8192, step=16
+        512,
+        "Tokens per sample",
+        "Longer samples calibrate attention over longer distances.",
+        low=16,
+        high=8192,
+        step=16,
     )
 
     @property
@@ -40,11 +48,11 @@ class Calibration:
 
 
 def token_samples(tokenizer: Any, calibration: Calibration, context: int, cancel: CancelToken | None = None) -> Samples:
-    """`samples` runs of `length` ids, spread evenly over the text; each begins as the tokenizer begins texts.
+    """`samples` sequences of `length` token ids, spread evenly over the text; each begins as the tokenizer begins texts.
 
     Raises:
-        BadInput: the text is too short, or a sample longer than the model's `context`.
-        Offline: a text of the hub, and no hub.
+        BadInput: the text is too short, or a sample is longer than the model's `context`.
+        Offline: the text is on the hub, which cannot be reached.
     """
     if calibration.length > context:
         raise BadInput(
@@ -60,7 +68,7 @@ def token_samples(tokenizer: Any, calibration: Calibration, context: int, cancel
         raise BadInput(
             f"The calibration text {text.name} has {len(ids):,} tokens; {calibration.samples} samples of "
             f"{calibration.length} need {needed:,}.",
-            f"Give a longer text, or take {len(ids) // fresh} samples." if len(ids) >= fresh else "Give a longer text.",
+            f"Use a longer text, or {len(ids) // fresh} samples." if len(ids) >= fresh else "Use a longer text.",
         )
     stride = len(ids) // calibration.samples
     return tuple((*start, *ids[i * stride : i * stride + fresh]) for i in range(calibration.samples))
@@ -76,8 +84,8 @@ def _start(tokenizer: Any) -> tuple[int, ...]:
 
 
 def overlap_warning(calibration: str, evaluation: str) -> str:
-    """A sentence when the calibration text contains part of the text that quality is measured on, else ""."""
+    """A warning if the calibration text contains part of the evaluation text, else ""."""
     share = texts.overlap(evaluation, calibration)
-    if share < OVERLAP_WORTH_SAYING:
+    if share < NOTEWORTHY_OVERLAP:
         return ""
-    return f"{share:.0%} of the evaluation text is in the calibration text: the figures flatter the model."
+    return f"{share:.0%} of the evaluation text is also in the calibration text: the figures are too good."

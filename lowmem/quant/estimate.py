@@ -1,17 +1,23 @@
-"""What quantizing will cost, counted from the tensors' shapes before anything is read. Pure arithmetic, no torch."""
+"""What quantizing will cost, computed from the tensors' shapes before any weight is read. No torch.
+
+Bytes are counted. Time is work divided by speed: work is counted from the shapes (floating-point operations of a
+calibrated method, weights of the others); speed is that of the method's last run on this machine, or before the first
+that on two cores of an AMD EPYC.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from lowmem.errors import BadInput, Unsupported
+from lowmem.machine.figures import figures, keep
+from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.model_bytes import activation_bytes, is_linear, linear_shape
-from lowmem.quant.base import BNB, INT8, Options, Quantizer
 from lowmem.quant.calibration import Calibration
-from lowmem.units import GB, MB, MiB
+from lowmem.quant.request import QuantizeRequest
+from lowmem.units import GB, MB, MiB, format_bytes
 
 HEADER_BYTES = 8 + MiB
 """Room for the header of a file, see `models.checkpoint_writer`."""
@@ -23,137 +29,161 @@ ROWS_BYTES = 64 * MB
 """fp32 bytes of the weights that the GPTQ solver works on at a time; rows are independent of each other."""
 
 LIBRARIES_BYTES = 50 * MB
-"""What running a block adds to the process: LAPACK, the family's code, what the tokenizer leaves behind (measured)."""
+"""What running a block adds to the process: LAPACK, the family's code, leftovers of the tokenizer (measured)."""
 
-AT_ONCE = 2
-"""Layers that data-free methods work on side by side."""
+PARALLEL_LAYERS = 2
+"""Layers that methods without calibration work on at the same time."""
 
 PACKED = 32
-"""Inputs and outputs of a packed layer come in multiples of this, so that words are full for every width."""
+"""Inputs and outputs of a packed layer come in multiples of this, so that words are full at every bit width."""
 
-_BNB_STATE_BYTES = 180
+SPEEDS = "quantize-rates.json"
+"""File of LOWMEM_HOME with the speed of each method's last run."""
+
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
-_CHUNK_BYTES = 16 * MB  # the rows that data-free methods work on, in all their copies
+_ROUNDING_BYTES = 16 * MB  # the rows that methods without calibration work on, in all their copies
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Predicted bytes of one quantization.
+    """The predicted cost of one quantization.
 
     Args:
+        original_bytes: weight files of the original.
         output_bytes: weight files of the result.
-        quantized_weights: weights that get codes.
-        quantized_bytes: what is stored for them.
-        ram_bytes: peak of the process's memory, with `runtime_bytes` of torch and Python themselves.
-        disk_bytes: the result and everything kept beside it while it is made.
+        quantized_weights: number of weights that are quantized.
+        quantized_bytes: bytes stored for them: codes, scales and zero points.
+        ram_bytes: peak memory of the process, including torch and Python themselves.
+        disk_bytes: the result and all temporary files.
+        seconds: time it will take.
+        timing: where `seconds` comes from, in words.
+        limit: bytes that the process may hold; None for no limit.
     """
 
+    original_bytes: int
     output_bytes: int
     quantized_weights: int
     quantized_bytes: int
     ram_bytes: int
     disk_bytes: int
+    seconds: float
+    timing: str
+    limit: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.quantized_bytes / max(1, self.quantized_weights)
 
+    @property
+    def verdict(self) -> str:
+        """ "fits", "tight" (above 90 % of the limit) or "over"."""
+        if self.limit is None or self.ram_bytes <= 0.9 * self.limit:
+            return "fits"
+        return "tight" if self.ram_bytes <= self.limit else "over"
 
-def estimate(
-    spec: ModelSpec, method: Quantizer, options: Options, calibration: Calibration, runtime_bytes: int = 0
-) -> Estimate:
-    """Cost of quantizing `spec` on the CPU."""
+    def sentence(self) -> str:
+        peak, limit = format_bytes(self.ram_bytes), format_bytes(self.limit or 0)
+        if self.limit is None:
+            return f"Needs {peak} of RAM."
+        if self.verdict == "over":
+            over = format_bytes(self.ram_bytes - self.limit)
+            return f"Needs {peak} of RAM, {over} more than the {limit} available."
+        return f"{self.verdict.capitalize()}: {peak} of the {limit} of RAM available."
+
+
+def estimate_quantization(spec: ModelSpec, request: QuantizeRequest, runtime_bytes: int = 0) -> Estimate:
+    """The cost of quantizing `spec` on the CPU as `request` says.
+
+    Args:
+        runtime_bytes: what Python and torch themselves hold, part of `ram_bytes`.
+    """
+    method, options, calibration = request.method, request.options, request.calibration
     tensors = [t for t in spec.tensors if not (t.is_buffer or (spec.tied and t.is_output_embedding))]
     linears = [(tensor, *linear_shape(spec, tensor)) for tensor in tensors if is_linear(tensor)]
-    quantized = sum(layer_bytes(rows, columns, options) for _, rows, columns in linears)
-    others = sum(_kept_bytes(tensor) for tensor in tensors if not is_linear(tensor))
-    shards = math.ceil((quantized + others) / SHARD_BYTES)
-    output = quantized + others + shards * HEADER_BYTES
+    quantized = sum(method.layer_bytes(rows, columns, options) for _, rows, columns in linears)
     outside = [tensor for tensor in tensors if not is_linear(tensor)]
-    copying = max((min(t.nbytes, CONVERSION_BYTES) + _kept_bytes(t) for t in outside), default=0)
+    unquantized = sum(map(_unquantized_bytes, outside))
+    shards = math.ceil((quantized + unquantized) / SHARD_BYTES)
+    output = quantized + unquantized + shards * HEADER_BYTES
+    copying = max((min(t.nbytes, CONVERSION_BYTES) + _unquantized_bytes(t) for t in outside), default=0)
     block = sum(rows * columns for _, rows, columns in linears) // max(1, spec.layers)
     largest = max((rows * columns for _, rows, columns in linears), default=0)
     packing = 6 * largest  # codes in 32 bits, and the words
     if method.calibrated:
         widest = max((columns for _, _, columns in linears), default=0)
-        working = 5 * block + max(_solving_bytes(method, widest, largest), packing)
-        working = max(working, 5 * block + _forward_bytes(spec, calibration)) + CONVERSION_BYTES + LIBRARIES_BYTES
-        spilled = _spilled_bytes(spec, calibration)
+        solving = method.matrices * 4 * widest * widest + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
+        forward = activation_bytes(spec, calibration.length, calibration.length, "fp32")
+        working = 5 * block + max(solving, packing, forward) + CONVERSION_BYTES + LIBRARIES_BYTES
+        temporary = _activation_file_bytes(spec, calibration)
     else:
         stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)
-        at_work = stored + _codes_bytes(options) * largest + _CHUNK_BYTES
-        working, spilled = quantized // max(1, spec.layers) + AT_ONCE * at_work, 0
+        layer = stored + method.packing_bytes(options) * largest + _ROUNDING_BYTES
+        working, temporary = quantized // max(1, spec.layers) + PARALLEL_LAYERS * layer, 0
+    speed = figures(SPEEDS).get(method.name, 0.0)
     return Estimate(
+        original_bytes=spec.size_on_disk,
         output_bytes=output,
         quantized_weights=sum(rows * columns for _, rows, columns in linears),
         quantized_bytes=quantized,
         ram_bytes=runtime_bytes + max(copying, working),
-        disk_bytes=output + spilled,
+        disk_bytes=output + temporary,
+        seconds=work(spec, request) / (speed if speed > 0 else method.speed),
+        timing="based on this method's last run on this machine" if speed > 0 else "based on two cores of an AMD EPYC",
+        limit=request.budget.ram,
     )
 
 
-def layer_bytes(rows: int, columns: int, options: Options) -> int:
-    """Stored bytes of one layer of `rows` outputs and `columns` inputs."""
-    if options.layout == INT8:
-        return rows * (columns + 4)
-    if options.layout == BNB:
-        return _bnb_bytes(rows, columns, options)
-    groups = 1 if options.group_size == -1 else columns // options.group_size
-    words = math.ceil(columns * options.bits / 32) * rows + math.ceil(rows * options.bits / 32) * groups
-    order = 0 if options.layout == "awq" else 4 * columns
-    return 4 * words + 2 * groups * rows + order
-
-
-def _codes_bytes(options: Any) -> int:
-    """Bytes per weight that a layer takes beside its stored form while a data-free method makes its codes."""
-    if options.layout == INT8:
-        return 1
-    if options.layout == BNB:
-        return 9 if options.bits == 4 else 3  # bitsandbytes works in fp32, and in fp16
-    return 3  # codes one a byte, a copy in packing order, and the words
-
-
-def _bnb_bytes(rows: int, columns: int, options: Any) -> int:
-    """As bitsandbytes 0.50 serializes it; the description of 4-bit codes differs by some bytes from layer to layer."""
-    if options.bits == 8:
-        return rows * (columns + 4) + 1
-    blocks = math.ceil(rows * columns / options.group_size)
-    scales = blocks + 4 * (math.ceil(blocks / 256) + 256) if options.double else 4 * blocks
-    return math.ceil(rows * columns / 2) + scales + 4 * 16 + _BNB_STATE_BYTES
-
-
-def _kept_bytes(tensor: Tensor) -> int:
+def _unquantized_bytes(tensor: Tensor) -> int:
     return tensor.elements * min(2, DTYPE_BYTES.get(tensor.dtype, 2))
 
 
-def _solving_bytes(method: Quantizer, columns: int, largest: int) -> int:
-    """The matrices of the inputs, and the rows that are solved for."""
-    return method.matrices * 4 * columns * columns + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
-
-
-def _forward_bytes(spec: ModelSpec, calibration: Calibration) -> int:
-    return activation_bytes(spec, calibration.length, calibration.length, "fp32")
-
-
-def _spilled_bytes(spec: ModelSpec, calibration: Calibration) -> int:
-    """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP."""
+def _activation_file_bytes(spec: ModelSpec, calibration: Calibration) -> int:
+    """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP, in fp32."""
     width = 2 * spec.hidden + spec.heads * spec.head_dim + spec.intermediate
     return 4 * calibration.tokens * width
 
 
-def check_shapes(spec: ModelSpec, group_size: int) -> None:
-    """Can the layers of `spec` be packed in such groups?
+def work(spec: ModelSpec, request: QuantizeRequest) -> float:
+    """What the time is proportional to: floating-point operations of a calibrated method, weights of the others."""
+    shapes = [linear_shape(spec, tensor) for tensor in spec.tensors if is_linear(tensor)]
+    weights = float(sum(rows * columns for rows, columns in shapes))
+    if not request.method.calibrated:
+        return weights
+    tokens = request.calibration.tokens
+    # Forward passes: one to reach each of four stages in part, one for the outputs. q, k and v share a Hessian, as do
+    # gate and up: four for seven layers.
+    forward = 2.5 * 2 * weights * tokens
+    hessians = sum(2.0 * columns**2 * tokens for _, columns in shapes) * 4 / 7
+    return forward + hessians + request.options.solver_passes * sum(2.0 * rows * columns**2 for rows, columns in shapes)
+
+
+def record_speed(spec: ModelSpec, request: QuantizeRequest, seconds: float) -> None:
+    """Remember how fast a run was, for the estimate of the next."""
+    if seconds > 0:
+        keep(SPEEDS, figures(SPEEDS) | {request.method.name: work(spec, request) / seconds})
+
+
+def check_model(spec: ModelSpec, group_size: int) -> None:
+    """Check that `spec` can be quantized block by block in groups of `group_size`.
 
     Raises:
-        BadInput, Unsupported: naming the layer that cannot.
+        Unsupported: it is quantized already, its family is unknown, or its layers cannot be packed.
+        BadInput: the groups do not divide a layer; the hint names sizes that do.
     """
+    if spec.quantization:
+        raise Unsupported(f"{spec.name} is already quantized with {spec.quantization}.", "Choose the original model.")
+    if spec.model_type not in FAMILIES:
+        raise Unsupported(
+            f"Models of type {spec.model_type!r} cannot be quantized block by block yet.",
+            f"These can: {', '.join(FAMILIES)}.",
+        )
     for tensor in filter(is_linear, spec.tensors):
         rows, columns = linear_shape(spec, tensor)
         if group_size != -1 and columns % group_size:
             fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
             raise BadInput(
                 f"Groups of {group_size} do not divide the {columns:,} inputs of {tensor.name}.",
-                f"{fitting} or -1 do." if fitting else "Use -1, one group a row.",
+                f"Use {fitting} or -1." if fitting else "Use -1, one group per row.",
             )
         if rows % PACKED or columns % PACKED:
             raise Unsupported(

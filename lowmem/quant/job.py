@@ -1,4 +1,4 @@
-"""What one quantization is: its arguments, what follows from them, and whether it can be done at all."""
+"""One quantization of a local folder: what follows from the request and the model, and whether it can be done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 
 from lowmem.errors import CorruptModel, DiskFull, DoesNotFit
 from lowmem.events import CancelToken
-from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
 from lowmem.models.blocks import Layout, block_layout
@@ -21,22 +20,20 @@ from lowmem.models.describe import CONFIG
 from lowmem.models.files import LocalFolder, read_object
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.quant.base import Options, Quantizer
-from lowmem.quant.calibration import Calibration, Samples, token_samples
-from lowmem.quant.estimate import Estimate, check_shapes, estimate
+from lowmem.quant.calibration import Samples, token_samples
+from lowmem.quant.estimate import Estimate, check_model, estimate_quantization
 from lowmem.quant.journal import part_of
+from lowmem.quant.request import QuantizeRequest
 from lowmem.units import format_bytes
 from lowmem.version import __version__
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model in `folder` to be quantized by `method`; `make` checks and describes it."""
+    """A request whose model is in `folder`, with the model's shape and the predicted cost."""
 
     folder: Path
-    method: Quantizer
-    options: Options
-    calibration: Calibration
+    request: QuantizeRequest
     device: torch.device
     cancel: CancelToken
     layout: Layout
@@ -44,56 +41,50 @@ class Job:
     estimate: Estimate
 
     @classmethod
-    def make(
-        cls,
-        folder: Path,
-        method: Quantizer,
-        options: Options,
-        calibration: Calibration,
-        device: str,
-        cancel: CancelToken,
-    ) -> Job:
-        """
-        Raises:
-            Unsupported: the model cannot be taken apart, or its layers cannot be packed.
-            BadInput: options that do not go with each other or with its shapes.
-        """
-        options.check()
-        config = read_object(LocalFolder(folder), CONFIG)
-        layout = block_layout(config)
-        spec = read_spec(str(folder))
-        check_shapes(spec, options.group_size)
-        expected = estimate(spec, method, options, calibration, probe().runtime_bytes)
-        return cls(folder, method, options, calibration, torch.device(device), cancel, layout, spec, expected)
+    def prepare(cls, folder: Path, request: QuantizeRequest, cancel: CancelToken) -> Job:
+        """Describe the model and check that it can be quantized as requested.
 
-    def check_room(self, out: Path, budget: MemoryBudget) -> None:
-        """Refuse what cannot end well.
+        Raises:
+            Unsupported: it is quantized already, its family is unknown, or its layers cannot be packed.
+            BadInput: the groups do not divide its layers.
+        """
+        layout = block_layout(read_object(LocalFolder(folder), CONFIG))
+        spec = read_spec(str(folder))
+        check_model(spec, request.options.group_size)
+        hardware = probe()
+        device = torch.device(hardware.device.key if hardware.device.kind == "cuda" else "cpu")
+        estimate = estimate_quantization(spec, request, hardware.runtime_bytes)
+        return cls(folder, request, device, cancel, layout, spec, estimate)
+
+    def check_room(self) -> None:
+        """Refuse a job that would run out of disk or pass its memory limit.
 
         Raises:
             DiskFull, DoesNotFit: naming both numbers.
         """
+        out, limit, needed_ram = self.request.out, self.request.budget.limit("ram"), self.estimate.ram_bytes
         part = part_of(out)
-        here = sum(file.stat().st_size for file in part.glob("*")) if part.is_dir() else 0
-        needed, free = self.estimate.disk_bytes - here, disk_free_bytes(out.absolute().parent)
+        done = sum(file.stat().st_size for file in part.glob("*")) if part.is_dir() else 0
+        needed, free = self.estimate.disk_bytes - done, disk_free_bytes(out.absolute().parent)
         if needed > free:
             raise DiskFull(
                 f"Quantizing {self.spec.name} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free.",
-                "Delete something, choose fewer bits or samples, or another disk.",
+                "Free some space, or choose fewer bits, fewer samples or another disk.",
             )
-        if self.estimate.ram_bytes > (limit := budget.limit("ram")):
+        if needed_ram > limit:
             raise DoesNotFit(
-                f"Quantizing {self.spec.name} with {self.method.label} is predicted to take "
-                f"{format_bytes(self.estimate.ram_bytes)} of RAM, the budget is {format_bytes(limit)}.",
-                "Raise the budget, or choose round to nearest or HQQ, which need less.",
+                f"Quantizing {self.spec.name} with {self.request.method.label} is predicted to take "
+                f"{format_bytes(needed_ram)} of RAM, the budget is {format_bytes(limit)}.",
+                "Raise the budget, or choose a method without calibration, which needs less.",
             )
 
     def samples(self) -> Samples:
-        """The calibration text as token ids; none for methods that need none.
+        """The calibration text as token ids; empty for methods without calibration.
 
         Raises:
-            BadInput, Offline: see `token_samples`. CorruptModel: no tokenizer.
+            BadInput, Offline: see `token_samples`. CorruptModel: the tokenizer cannot be read.
         """
-        if not self.method.calibrated:
+        if not self.request.method.calibrated:
             return ()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
@@ -102,20 +93,20 @@ class Job:
             raise CorruptModel(
                 f"The tokenizer in {self.folder.name} cannot be read: {reason}", "Add the model's tokenizer.json."
             ) from error
-        samples = token_samples(tokenizer, self.calibration, self.spec.context, self.cancel)
+        samples = token_samples(tokenizer, self.request.calibration, self.spec.context, self.cancel)
         del tokenizer
-        release_memory()  # a vocabulary and a long text take more than some blocks
+        release_memory()  # vocabulary and text can take more than a block
         return samples
 
     def settings(self, samples: Samples) -> dict[str, Any]:
-        """Everything that the resulting bytes depend on."""
+        """Everything that the resulting bytes depend on: an unfinished run is continued only if all of it matches."""
         return {
             "version": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "model": self.spec.source.fingerprint,
-            "method": self.method.name,
-            "options": asdict(self.options),
+            "method": self.request.method.name,
+            "options": asdict(self.request.options),
             "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         }

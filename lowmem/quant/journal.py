@@ -1,6 +1,7 @@
-"""What a half-finished folder says about itself: for what it was begun, and how far it is.
+"""The journal of an unfinished quantization: what it was started for, and how far it is.
 
-The journal is replaced as a whole after every block. Until then the folder holds more than it says, never less.
+It is replaced atomically after every block, once the block's bytes are on disk: the folder may hold more than the journal
+says, never less.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Journal:
     """Progress of one quantization.
 
     Args:
-        settings: source, method, options and calibration; a journal of other settings is of no use.
-        blocks: decoder blocks that are finished.
+        settings: source, method, options and calibration; a run with other settings starts over.
+        blocks: finished decoder blocks.
         shards: `Shards.state` after them.
-        activations: file with the next block's inputs, and its checksum; "" without calibration.
-        losses: loss of every quantized layer by name.
+        activations: file with the next block's inputs; "" without calibration. checksum: its CRC-32.
+        losses: relative loss of every quantized layer, by name.
         seconds: time spent so far.
     """
 
@@ -54,33 +55,33 @@ class Journal:
 
 
 def part_of(out: Path) -> Path:
-    """The folder in which `out` is under way."""
+    """The folder in which `out` is written until it is complete."""
     return out.with_name(f"{out.name}.part")
 
 
 def check_output(out: Path) -> None:
-    """Raise `BadInput` unless `out` is free to be made."""
+    """Raise `BadInput` if `out` exists and is not an empty folder."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
         kind = "folder" if out.is_dir() else "file"
-        raise BadInput(f"The {kind} {out} is there already.", "Choose another name; nothing is overwritten.")
+        raise BadInput(f"The {kind} {out} already exists.", "Choose another name; nothing is overwritten.")
 
 
 @contextmanager
 def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
-    """The folder under way and its journal, held against other processes within the block.
+    """The unfinished folder and its journal, locked against other processes within the context.
 
-    An unfinished folder of the same settings is continued, one of other settings is begun anew.
+    A folder with the same settings is continued, one with other settings is started over.
 
     Raises:
-        BadInput: somebody else is writing it.
-        CorruptModel: the folder is not one of these, or damaged.
+        BadInput: another process is writing it.
+        CorruptModel: the folder is not an unfinished quantization, or its journal is damaged.
     """
     part = part_of(out)
     if part.exists() and not (part / JOURNAL).is_file() and any(part.iterdir()):
         raise CorruptModel(
-            f"{part} is in the way: it is no unfinished quantization, for it has no {JOURNAL}.",
+            f"{part} is in the way: it has no {JOURNAL}, so it is not an unfinished quantization.",
             "Delete or rename it, or choose another output folder.",
         )
     part.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,9 @@ def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journ
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BadInput(f"{out} is being written by another process.", "Wait for it, or choose another name.") from None
+        raise BadInput(
+            f"{out} is being written by another process.", "Wait for it to finish, or choose another name."
+        ) from None
     try:
         yield part, _continued(part, dict(settings))
     finally:
@@ -97,7 +100,7 @@ def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journ
 
 def _continued(part: Path, settings: dict[str, Any]) -> Journal:
     found = _read(part) if (part / JOURNAL).is_file() else None
-    # Through JSON, as the stored settings were.
+    # Through JSON, as the stored settings were: tuples become lists.
     settings = json.loads(json.dumps(settings))
     if found is not None and found.settings == settings:
         return found
@@ -119,7 +122,7 @@ def _read(part: Path) -> Journal:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Give the finished folder its name."""
+    """Rename the finished folder to its final name."""
     for name in (JOURNAL, _LOCK):
         (part / name).unlink(missing_ok=True)
     if out.is_dir():

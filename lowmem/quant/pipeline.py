@@ -1,65 +1,69 @@
-"""A model quantized block by block, never held as a whole: read, quantized, written, forgotten.
+"""Quantize a model block by block; no more than one block is in memory at a time.
 
-Calibrated methods see each layer's inputs as they are once everything before it is quantized, so what went wrong
-before is known to the layers that follow. After every block the journal says how far the work is; a
-killed run goes on from there and ends with the same bytes.
+Tensors outside the blocks are copied, then each block is read, quantized, written and dropped. Calibrated methods see
+each layer's inputs as computed by the quantized layers before it (sequential calibration), so that later layers
+compensate for earlier errors. The journal is updated after every block; a killed run continues from there and ends
+with the same bytes.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from dataclasses import fields
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lowmem.errors import DiskFull
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import CorruptModel, DiskFull
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.machine.budget import UNLIMITED, MemoryBudget
-from lowmem.machine.monitor import PeakMeter
-from lowmem.models.source import record
-from lowmem.quant.base import Options, Quantizer
-from lowmem.quant.calibration import Calibration
+from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.modules import empty_model
+from lowmem.quant.activations import Activations
+from lowmem.quant.block import Progress, QuantizedBlock, calibrated_block, plain_block
+from lowmem.quant.calibration import Samples
 from lowmem.quant.job import Job
 from lowmem.quant.journal import Journal, check_output, opened, publish
-from lowmem.quant.saving import quantization_config, write_card, write_companions
-from lowmem.quant.stream import Stream
+from lowmem.quant.receipts import quantize_receipt, write_model_card
+from lowmem.quant.request import QuantizeRequest
+from lowmem.quant.saving import write_companions
+from lowmem.quant.shards import Shards
+from lowmem.quant.skeleton import Call, Entrance, Weights
+from lowmem.units import format_seconds
+
+Events = Generator[Step, None, None]
+
+BLOCK_STEPS = 100
+"""Units of progress that a block counts for."""
 
 
-def quantize_model(
-    folder: Path,
-    out: Path,
-    method: Quantizer,
-    options: Options,
-    calibration: Calibration,
-    *,
-    device: str = "cpu",
-    budget: MemoryBudget = UNLIMITED,
-    cancel: CancelToken | None = None,
+def quantize_folder(
+    folder: Path, request: QuantizeRequest, cancel: CancelToken | None = None
 ) -> Iterator[Step | Receipt]:
-    """Quantize the model in `folder` into the new folder `out`; the last event is the receipt.
+    """Quantize the model in `folder` as `request` says; the last event is the receipt.
 
-    An unfinished run with the same arguments is continued; `out` appears once it is complete.
-
-    Args:
-        options: of `method.Options`.
-        calibration: ignored by methods that need none.
-        device: where blocks are computed: "cpu", "cuda:0".
-        budget: for this process, with what it holds already.
+    An unfinished run of the same request is continued. `request.out` appears once it is complete.
 
     Raises:
-        Unsupported, BadInput: the model or the options cannot be quantized; `out` is there already.
-        DiskFull, DoesNotFit: known before the work begins.
-        CorruptModel: weights that are not numbers, an unfinished folder that is damaged.
-        OutOfMemory: the limit was passed. Cancelled: within a second.
+        Unsupported, BadInput: the model cannot be quantized so; `request.out` exists.
+        DiskFull, DoesNotFit: before the work begins.
+        CorruptModel: a weight is NaN or infinite, or an unfinished folder is damaged.
+        OutOfMemory: the process passed its limit. Cancelled: within a second.
     """
-    job = Job.make(folder, method, options, calibration, device, cancel or CancelToken())
+    job = Job.prepare(folder, request, cancel or CancelToken())
+    out = request.out
     check_output(out)
-    job.check_room(out, budget)
+    job.check_room()
     samples = job.samples()
-    with PeakMeter(budget) as meter, opened(out, job.settings(samples)) as (part, journal):
+    with PeakMeter(request.budget) as meter, opened(out, job.settings(samples)) as (part, journal):
         resumed = journal.blocks
         try:
-            for step in Stream(job, part, journal, samples).run():
+            for step in Pipeline(job, part, journal, samples).run():
                 meter.check()
                 yield step
         except OSError as error:
@@ -67,70 +71,145 @@ def quantize_model(
                 raise
             raise DiskFull(
                 f"The disk is full: {out.name} is unfinished at block {journal.blocks + 1}.",
-                "Free some space and start again; what is done is kept.",
+                "Free some space and start again; finished blocks are kept.",
             ) from error
-        write_companions(folder, part, quantization_config(method, options))
-        receipt = _receipt(job, part, journal, meter.peak, resumed)
-        _write_card(job, part, receipt)
+        write_companions(folder, part, request.method, request.options)
+        receipt = quantize_receipt(job, part, journal, meter.peak, resumed)
+        write_model_card(job, part, receipt)
         publish(part, out)
     yield receipt
 
 
-def _receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int], resumed: int) -> Receipt:
-    size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
-    options, losses = job.options, journal.losses
-    groups = "one group a row" if options.group_size == -1 else f"groups of {options.group_size}"
-    return Receipt(
-        action="quantize",
-        model=job.spec.name,
-        precision=f"{job.method.label}, {options.bits} bits, {groups}",
-        device=str(job.device),
-        seconds=journal.seconds,
-        predicted={"ram": job.estimate.ram_bytes},
-        measured={"ram": peak["ram"]},
-        disk_bytes=size,
-        notes=tuple(_notes(options, resumed)),
-        snippet=_snippet(job),
-        details={
-            "method": job.method.name,
-            "bits": options.bits,
-            "group_size": options.group_size,
-            "original_bytes": job.spec.size_on_disk,
-            "quantized_bytes": size,
-            "predicted_bytes": job.estimate.output_bytes,
-            "bits_per_weight": job.estimate.bits_per_weight,
-            "loss": sum(losses.values()) / max(1, len(losses)),
-            "losses": losses,
-            "resumed_blocks": resumed,
-        },
-    )
+class Pipeline:
+    """One run of a job in the folder `part`, continuing where its journal ends."""
+
+    def __init__(self, job: Job, part: Path, journal: Journal, samples: Samples) -> None:
+        self._job, self._part, self._journal, self._samples = job, part, journal, samples
+        self._started, self._seconds_before = time.monotonic(), journal.seconds
+        self._first_block = journal.blocks
+
+    def run(self) -> Events:
+        """Quantize all unfinished blocks; afterwards `part` holds every weight."""
+        model = empty_model(self._job.folder)
+        with Checkpoint(self._job.folder) as checkpoint:
+            weights = Weights(model, checkpoint)
+            shards = Shards(self._part, self._journal.shards)
+            try:
+                if not self._journal.shards:
+                    yield from self._begin(model, weights, shards)
+                calls = yield from self._enter(model, weights)
+                for index in range(self._journal.blocks, self._job.layout.count):
+                    yield from self._block(model, weights, shards, index, calls)
+                self._journal.seconds = self._seconds()
+                shards.finish()
+            finally:
+                shards.close()
+
+    def _begin(self, model: Any, weights: Weights, shards: Shards) -> Events:
+        """Copy the tensors outside the blocks, and embed the calibration text."""
+        for name in weights:
+            self._job.cancel.check()
+            if not name.startswith(f"{self._job.layout.path}."):
+                yield self._step(0, 0.0, f"Copying {name}")
+                shards.add([(name, weights.read_unquantized(name))])
+        if self._samples:
+            yield self._step(0, 0.0, "Embedding the calibration text")
+            self._journal.activations = "block-0.bin"
+            with self._entrance(model, weights) as entrance, self._activations() as inputs:
+                for index in range(len(self._samples)):
+                    self._job.cancel.check()
+                    inputs.write(index, entrance.hidden_states(index))
+                self._journal.checksum = inputs.checksum
+        self._commit(shards)
+
+    def _enter(self, model: Any, weights: Weights) -> Generator[Step, None, list[Call]]:
+        """How the model calls each block. Inputs that an earlier run left are checked first."""
+        if not self._samples or self._journal.blocks == self._job.layout.count:
+            return []
+        if self._journal.blocks:
+            yield self._step(self._journal.blocks, 0.0, "Continuing an unfinished run")
+            with self._activations() as inputs:
+                if inputs.read_checksum() != self._journal.checksum:
+                    raise CorruptModel(
+                        f"The activations in the unfinished {self._part} are damaged.",
+                        f"Delete {self._part} and start again.",
+                    )
+        with self._entrance(model, weights) as entrance:
+            calls = entrance.calls()
+        release_memory()
+        return [_moved(call, self._job.device) for call in calls]
+
+    def _entrance(self, model: Any, weights: Weights) -> Entrance:
+        return Entrance(model, self._job.layout, weights, self._samples)
+
+    def _activations(self, name: str = "") -> Activations:
+        calibration = self._job.request.calibration
+        path = self._part / (name or self._journal.activations)
+        return Activations(path, calibration.samples, calibration.length, self._job.spec.hidden)
+
+    def _block(self, model: Any, weights: Weights, shards: Shards, index: int, calls: list[Call]) -> Events:
+        owner = f"{self._job.layout.path}.{index}"
+        module = model.get_submodule(owner)
+        if self._samples:
+            block = yield from self._steps(index, self._calibrated(module, owner, weights, index, calls[index]))
+        else:
+            block = yield from self._steps(index, plain_block(self._job, module, owner, weights))
+        shards.add((f"{owner}.{name}", tensor) for name, tensor in block.tensors.items())
+        self._journal.losses |= {f"{owner}.{name}": loss for name, loss in block.losses.items()}
+        self._journal.blocks = index + 1
+        self._commit(shards)
+        (self._part / f"block-{index}.bin").unlink(missing_ok=True)
+        del block
+        release_memory()
+
+    def _calibrated(
+        self, module: nn.Module, owner: str, weights: Weights, index: int, call: Call
+    ) -> Generator[Progress, None, QuantizedBlock]:
+        """Quantize a block whose inputs are in a file; its outputs become the next block's inputs."""
+        following = "" if index + 1 == self._job.layout.count else f"block-{index + 1}.bin"
+        with ExitStack() as files:
+            inputs = files.enter_context(self._activations())
+            outputs = files.enter_context(self._activations(following)) if following else None
+            block = yield from calibrated_block(self._job, module, owner, weights, call, inputs, outputs, self._part)
+            self._journal.activations, self._journal.checksum = following, outputs.checksum if outputs else 0
+        return block
+
+    def _commit(self, shards: Shards) -> None:
+        self._journal.shards = shards.state()
+        self._journal.seconds = self._seconds()
+        self._journal.write(self._part)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _steps(
+        self, index: int, made: Generator[Progress, None, QuantizedBlock]
+    ) -> Generator[Step, None, QuantizedBlock]:
+        while True:
+            try:
+                share, note = next(made)
+            except StopIteration as end:
+                return end.value
+            yield self._step(index, share, f"Block {index + 1} of {self._job.layout.count}, {note}")
+
+    def _step(self, index: int, share: float, note: str) -> Step:
+        """Progress of `share` (0 to 1) within block `index`, with the time left once there is enough to extrapolate."""
+        count, done = self._job.layout.count, index + share
+        here = done - self._first_block
+        if here >= 0.5:
+            left = (time.monotonic() - self._started) / here * (count - done)
+            note = f"{note} · {format_seconds(left)} left"
+        return Step(round(BLOCK_STEPS * done), BLOCK_STEPS * count, note)
 
 
-def _notes(options: Options, resumed: int) -> Iterator[str]:
-    if options.bits == 2:
-        yield "Two bits are an experiment: most models of this size stop making sense."
-    if resumed:
-        yield f"The first {resumed} blocks are from an earlier run."
+def _moved(call: Call, device: torch.device) -> Call:
+    """The call with its tensors on `device`."""
 
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, (tuple, list)):
+            return type(value)(moved(item) for item in value)
+        return value
 
-def _snippet(job: Job) -> str:
-    changed = [f for f in fields(job.options) if getattr(job.options, f.name) != f.default]
-    arguments = ", ".join(f"{f.name}={getattr(job.options, f.name)!r}" for f in changed)
-    given = [f for f in fields(job.calibration) if getattr(job.calibration, f.name) != f.default]
-    text = ", ".join(f"{f.name}={getattr(job.calibration, f.name)!r}" for f in given)
-    return (
-        "from pathlib import Path\n"
-        "from lowmem.quant import get\n"
-        "from lowmem.quant.calibration import Calibration\n"
-        "from lowmem.quant.pipeline import quantize_model\n"
-        f"method = get({job.method.name!r})\n"
-        f"for event in quantize_model(Path({str(job.folder)!r}), Path('quantized'), method, "
-        f"method.Options({arguments}), Calibration({text})):\n"
-        "    print(event)"
-    )
-
-
-def _write_card(job: Job, part: Path, receipt: Receipt) -> None:
-    text = job.calibration
-    calibrated_on = f"{text.samples} x {text.length} tokens of {text.text}" if job.method.calibrated else "none"
-    write_card(part, receipt, job.options, str(record(job.folder).get("licence") or ""), calibrated_on)
+    return replace(call, args=moved(call.args), kwargs={name: moved(value) for name, value in call.kwargs.items()})

@@ -1,6 +1,6 @@
-"""The files of a checkpoint under way, which a later process can go on writing where a killed one stopped.
+"""The weight files of an unfinished checkpoint, which a later process can continue where a killed one stopped.
 
-Shards grow in place and get their header and name at the end, so nothing is written twice.
+Shards grow in place and get header and name at the end, so nothing is written twice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _METADATA = {"format": "pt"}
 
 
 class Shards:
-    """safetensors files of a model in `folder`; `state` describes them for a later `Shards` to go on."""
+    """safetensors files of a model in `folder`; `state` describes them for a later `Shards` to continue."""
 
     def __init__(self, folder: Path, state: Sequence[dict[str, Any]] = ()) -> None:
-        """With the `state` of an earlier one, everything written after it was taken is dropped.
+        """Open new files, or those of an earlier `state`, truncated to what it describes.
 
         Raises:
-            CorruptModel: a file is absent or shorter than `state` says.
+            CorruptModel: a file is missing or shorter than `state` says.
         """
         self._folder = folder
         self._writers: list[_Writer] = []
@@ -54,7 +54,7 @@ class Shards:
         self._writers.append(writer)
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Append tensors; a shard ends before the one that would bring it above `SHARD_BYTES`."""
+        """Append tensors; a new shard begins where the last would grow beyond `SHARD_BYTES`."""
         for name, tensor in tensors:
             full = self._writers and self._writers[-1].position + tensor.nbytes > SHARD_BYTES
             if not self._writers or (full and self._writers[-1].position):
@@ -62,13 +62,13 @@ class Shards:
             self._writers[-1].add(name, tensor)
 
     def state(self) -> list[dict[str, Any]]:
-        """Plain data that describes all that was added, once it has left this process."""
+        """Flush, and return plain data that describes everything added so far."""
         if self._out is not None:
             self._out.flush()
         return [{"entries": writer.entries, "position": writer.position} for writer in self._writers]
 
     def finish(self) -> int:
-        """Write the headers, give the files their names and write the index; returns all bytes."""
+        """Write headers and index and rename the files; returns their total bytes."""
         for writer in self._writers:
             self._close()
             with writer.path.open("r+b") as out:
@@ -84,5 +84,5 @@ class Shards:
             self._out = None
 
     def close(self) -> None:
-        """Idempotent; what is on disk stays."""
+        """Close the open file; idempotent. Files on disk stay."""
         self._close()

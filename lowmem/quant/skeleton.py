@@ -1,4 +1,4 @@
-"""A model's weights by its own names, read when they are needed, and its blocks run one by one.
+"""A model's stored weights by parameter name, read on demand, and what its blocks are called with.
 
 Knows transformers' models and safetensors names; knows nothing of quantization.
 """
@@ -23,7 +23,7 @@ from lowmem.models.modules import set_tensor
 
 
 class Weights:
-    """The stored weights of `model` under its own parameter names; tied ones appear once.
+    """The stored weights of `model` by its parameter names; tied weights appear once.
 
     Raises:
         CorruptModel: one is missing or has another shape.
@@ -50,8 +50,8 @@ class Weights:
             raise CorruptModel(f"{name} holds NaN or infinite values.", "Fetch the model again, or choose another.")
         return values
 
-    def read_kept(self, name: str) -> Tensor:
-        """The tensor as a quantized checkpoint keeps it: fp32 becomes fp16 where its range allows.
+    def read_unquantized(self, name: str) -> Tensor:
+        """The tensor as a quantized checkpoint stores it unquantized: fp32 becomes fp16 where its range allows.
 
         Raises:
             CorruptModel: it holds NaN or infinite values.
@@ -64,7 +64,7 @@ class Weights:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Neither NaN nor infinite, told from the extremes, which takes no memory."""
+    """Whether no value is NaN or infinite; computed from the extremes, without a temporary tensor."""
     return not values.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
 
 
@@ -76,15 +76,15 @@ def below(names: Weights, owner: str) -> list[str]:
 def fill(
     module: nn.Module, owner: str, weights: Weights, exact: Collection[str], device: torch.device
 ) -> dict[str, torch.dtype]:
-    """Give the module called `owner` its weights in fp32: those in `exact` as they are, others as they will be kept.
+    """Load the weights of the module `owner` in fp32: those in `exact` as stored, others rounded as they will be saved.
 
     Returns:
-        the dtypes in which the others are kept, by their names within the module.
+        The dtypes the others will be saved in, by their names within the module.
     """
     dtypes: dict[str, torch.dtype] = {}
     for name in below(weights, owner):
         local = name.removeprefix(f"{owner}.")
-        values = weights.read(name) if local in exact else weights.read_kept(name)
+        values = weights.read(name) if local in exact else weights.read_unquantized(name)
         if local not in exact:
             dtypes[local] = values.dtype
         set_tensor(module, local, values.to(device, torch.float32))
@@ -92,7 +92,7 @@ def fill(
 
 
 def empty(module: nn.Module) -> None:
-    """Give a module's memory back."""
+    """Free the memory of a module's parameters."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -100,26 +100,26 @@ def empty(module: nn.Module) -> None:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in], sharing its memory; GPT-2's lie the other way round."""
+    """The weight of a linear layer as [out, in], a view; GPT-2 stores the transpose."""
     weight: Any = linear.weight
     return oriented(linear, weight.data)
 
 
 def oriented(linear: nn.Module, weight: Tensor) -> Tensor:
-    """`weight`, stored as `linear` stores it, as [out, in]."""
+    """`weight` in the orientation that `linear` stores, as [out, in]."""
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the model passes to one block beside the hidden states: the same for all samples of one length."""
+    """The arguments the model passes to a block besides the hidden states; the same for all samples of one length."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _Recorder(nn.Module):
-    """Stands in a block's place, notes how it is called and hands its input on."""
+    """Takes the place of a block, records how it is called and passes its input on."""
 
     def __init__(self, calls: list[Call], last: bool) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Recorder(nn.Module):
 
 
 class _Reached(Exception):
-    """Not an error: the end of what is wanted of a forward pass."""
+    """Not an error: ends a forward pass after the last block."""
 
     def __init__(self, hidden_states: Tensor) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class _Reached(Exception):
 
 
 class Entrance:
-    """What happens before the first block: from token ids to hidden states, with only the embeddings' rows that occur."""
+    """From token ids to the inputs of the first block, with only those rows of the embeddings in memory that occur."""
 
     def __init__(self, model: Any, layout: Layout, weights: Weights, samples: Sequence[Sequence[int]]) -> None:
         self._decoder = model.base_model
@@ -157,7 +157,7 @@ class Entrance:
         for name, module in model.named_modules():
             if not isinstance(module, nn.Embedding) or name.startswith(f"{layout.path}."):
                 continue
-            values = weights.read_kept(f"{name}.weight")
+            values = weights.read_unquantized(f"{name}.weight")
             if module is tokens:
                 values = values[self._ids]
                 module.padding_idx = None
@@ -193,7 +193,7 @@ class Entrance:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the embeddings' memory back."""
+        """Free the memory of the embeddings."""
         for module in self._model.modules():
             if isinstance(module, nn.Embedding):
                 empty(module)

@@ -9,15 +9,13 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.variants import Variant
-from lowmem.models.quantization import BNB, INT8, Quantization
+from lowmem.models.quantization import BNB, INT8, Quantization, parse_quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import is_linear, linear_shape
 from lowmem.planning.planner import plan
-from lowmem.quant import get
-from lowmem.quant.base import Options
-from lowmem.quant.calibration import Calibration
-from lowmem.quant.estimate import estimate, layer_bytes
+from lowmem.quant.estimate import estimate_quantization
+from lowmem.quant.request import QuantizeRequest
 
 Peaks = dict[str, int]
 """Bytes by memory, "ram" and where a GPU is used "vram"."""
@@ -31,38 +29,29 @@ def peaks(
     try:
         if variant.precision:
             return predicted_bytes(plan(spec, hardware, budget, goal), options)
-        method = get(variant.method)
-        chosen = method.Options(**variant.options)
-        making = estimate(spec, method, chosen, Calibration(**variant.calibration), hardware.runtime_bytes)
-        measuring = predicted_bytes(plan(quantized(spec, chosen), hardware, budget, goal), options)
+        request = variant.request(spec.ref)
+        making = estimate_quantization(spec, request, hardware.runtime_bytes)
+        measuring = predicted_bytes(plan(quantized(spec, request), hardware, budget, goal), options)
     except LowMemError:
         return None
     return measuring | {"ram": max(measuring["ram"], making.ram_bytes)}
 
 
-def quantized(spec: ModelSpec, options: Options) -> ModelSpec:
+def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:
     """The spec of the checkpoint that quantizing `spec` will make."""
-    method_name = options.layout.partition("_")[0]  # "gptq" and "gptq_v2" are two layouts of one method
-    layouts = {"awq": "gemm", INT8: "int-quantized", BNB: getattr(options, "type", "") if options.bits == 4 else "int8"}
-    stored = Quantization(
-        method=method_name,
-        bits=options.bits,
-        group_size=options.group_size,
-        layout=layouts.get(method_name, options.layout),
-        desc_act=getattr(options, "order", "") == "activation",
-    )
-    tensors = tuple(_stored(spec, tensor, stored, options) for tensor in spec.tensors)
+    stored = parse_quantization(request.method.config(request.options))
+    tensors = tuple(_stored(spec, tensor, stored, request) for tensor in spec.tensors)
     return replace(spec, tensors=tensors, quantization=stored.method, stored=stored)
 
 
-def _stored(spec: ModelSpec, tensor: Tensor, stored: Quantization, options: Options) -> Tensor:
+def _stored(spec: ModelSpec, tensor: Tensor, stored: Quantization, request: QuantizeRequest) -> Tensor:
     if not is_linear(tensor):
         return tensor
     rows, columns = linear_shape(spec, tensor)
     own = stored.method in (BNB, INT8)
     return Tensor(
         name=tensor.name if own else tensor.name.removesuffix(".weight") + ".qweight",
-        dtype=("uint8" if options.bits == 4 else "int8") if own else "int32",
+        dtype=("uint8" if stored.bits == 4 else "int8") if own else "int32",
         shape=stored.qweight_shape(rows, columns),
-        nbytes=layer_bytes(rows, columns, options),
+        nbytes=request.method.layer_bytes(rows, columns, request.options),
     )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem import quant
 from lowmem.datasets.texts import MANUAL
 from lowmem.errors import BadInput
 from lowmem.fields import build
@@ -29,7 +30,6 @@ from lowmem.measure.compare import DEFAULT_OPTIONS
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.variants import Variant, make_variant, parse_variant
 from lowmem.precisions import PRECISIONS
-from lowmem.quant import METHODS
 from lowmem.units import MB, format_bytes
 
 KEYS = ("models", "precisions", "methods", "text", "reference", "measure", "ram", "vram")
@@ -145,8 +145,10 @@ def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
     if isinstance(given, (str, list)):
         given = dict.fromkeys(_texts({"methods": given}, "methods"))
     methods = _mapping(given, "methods")
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise BadInput(f"There is no quantization method {unknown[0][:40]!r}.", f"Choose from {', '.join(METHODS)}.")
+    if unknown := [method for method in methods if method not in quant.METHODS]:
+        raise BadInput(
+            f"There is no quantization method {unknown[0][:40]!r}.", f"Choose from {', '.join(quant.METHODS)}."
+        )
     return {method: _mapping(settings or {}, method) for method, settings in methods.items()}
 
 

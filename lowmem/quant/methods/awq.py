@@ -1,64 +1,80 @@
-"""AWQ (arXiv 2306.00978): channels balanced by their inputs (see `balance.py`), ranges clipped, then nearest codes.
+"""AWQ (arXiv 2306.00978): activation-aware scaling (see `scaling.py`), clipped ranges, then round to nearest.
 
-The published search compares outputs of whole modules on sampled tokens; here both searches use the inputs' second
-moments, which hold the same information about a linear layer for all tokens.
+The published search compares outputs of whole modules on sampled tokens; here both searches use the Hessian, which holds
+the same information about a linear layer for all tokens. Stored as AutoAWQ stores it ("gemm"), which has 4 bits only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
-from lowmem.machine.hardware import Hardware
 from lowmem.quant import base
+from lowmem.quant.card import vllm
+from lowmem.quant.gptq_format import packed_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem.kernels.quantized import Quantized
-    from lowmem.quant.moments import Moments
+    from lowmem.quant.hessian import Hessian
 
 
 @dataclass(frozen=True, slots=True)
 class AwqOptions(base.Options):
-    balance: bool = option(True, "Balance channels", "Scale input channels against each other first.")
-    clip: bool = option(True, "Clip", "Try smaller ranges for every group and keep what changes its outputs least.")
-
-    @property
-    def layout(self) -> str:
-        return "awq"
-
-    @property
-    def balances(self) -> bool:
-        return self.balance
+    scale_channels: bool = option(
+        True, "Activation-aware scaling", "First scale input channels by their activations.", aliases=("balance",)
+    )
+    clip: bool = option(True, "Clip", "Try smaller ranges for every group and keep the one that changes outputs least.")
 
     def check(self) -> None:
         base.Options.check(self)
         if self.bits != 4:
-            raise BadInput(f"AWQ's files hold 4 bits, not {self.bits}.", "Use 4 bits, or GPTQ for other widths.")
+            raise BadInput(f"AWQ stores 4 bits, not {self.bits}.", "Use 4 bits, or GPTQ for other bit widths.")
 
 
-class Awq:
+class Awq(base.Method):
     name = "awq"
     label = "AWQ"
+    description = "Protects the most active channels, 4-bit only; needs calibration text, takes minutes."
+    speed = 7.7e10
     calibrated = True
-    matrices = 2  # second moments, and their product with the weights
+    matrices = 2  # the Hessian, and its product with the weights
     Options = AwqOptions
 
-    def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere
-        return None
-
     def quantize(
-        self, weights: Sequence[Tensor], moments: Moments | None, options: AwqOptions, cancel: CancelToken
+        self, weights: Sequence[Tensor], hessian: Hessian | None, options: AwqOptions, cancel: CancelToken
     ) -> list[Quantized]:
         from lowmem.quant.methods.awq_solver import quantize_clipped
 
-        assert moments is not None, "a calibrated method was given no moments"
-        return [quantize_clipped(weight, moments, options, options.clip, cancel) for weight in weights]
+        assert hessian is not None, "a calibrated method needs a Hessian"
+        return [quantize_clipped(weight, hessian, options, options.clip, cancel) for weight in weights]
+
+    def layer_tensors(self, weight: Quantized, options: AwqOptions) -> dict[str, Tensor]:  # noqa: ARG002
+        from lowmem.kernels.packing import to_awq
+
+        return to_awq(weight)
+
+    def layer_bytes(self, rows: int, columns: int, options: AwqOptions) -> int:
+        return packed_bytes(rows, columns, options.bits, options.group_size)
+
+    def config(self, options: AwqOptions) -> dict[str, Any]:
+        return {
+            "quant_method": "awq",
+            "bits": options.bits,
+            "group_size": options.group_size,
+            "zero_point": not options.symmetric,
+            "version": "gemm",
+            "modules_to_not_convert": None,
+            "meta": self.meta(options),
+        }
+
+    def serving(self, options: AwqOptions) -> str:
+        return vllm(options.group_size)
 
 
 METHOD = Awq()

@@ -1,4 +1,4 @@
-"""Nearest codes within ranges that are clipped where that changes a layer's outputs least, as AWQ does."""
+"""Round to nearest within ranges that are clipped so that a layer's outputs change least, as in AWQ (arXiv 2306.00978)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lowmem.events import CancelToken
 from lowmem.kernels.grid import fit, nearest
 from lowmem.kernels.quantized import WHOLE_ROW, Quantized, consecutive, row_slices
 from lowmem.quant.base import Options
-from lowmem.quant.moments import Moments
+from lowmem.quant.hessian import Hessian
 
 ROWS_BYTES = 16_000_000
-"""fp32 bytes of the weights that are searched at a time."""
+"""fp32 bytes of the weights searched at a time."""
 
 
-def quantize_clipped(weight: Tensor, moments: Moments, options: Options, clip: bool, cancel: CancelToken) -> Quantized:
-    """Codes for `weight` [out, in]; each group weighs its errors by the second moments of its own inputs."""
+def quantize_clipped(weight: Tensor, hessian: Hessian, options: Options, clip: bool, cancel: CancelToken) -> Quantized:
+    """Quantize `weight` [out, in]; each group weighs its errors by its diagonal block of the Hessian."""
     rows, columns = weight.shape
     size = columns if options.group_size == WHOLE_ROW else options.group_size
     groups = consecutive(columns, size, weight.device)
@@ -28,7 +28,7 @@ def quantize_clipped(weight: Tensor, moments: Moments, options: Options, clip: b
     step = max(1, ROWS_BYTES // (4 * size))
     for group in range(columns // size):
         inputs = slice(group * size, (group + 1) * size)
-        importance = moments.hessian[inputs, inputs]
+        importance = hessian.matrix[inputs, inputs]
         for start in range(0, rows, step):
             cancel.check()
             here = slice(start, start + step)
@@ -37,15 +37,15 @@ def quantize_clipped(weight: Tensor, moments: Moments, options: Options, clip: b
             codes[here, inputs] = nearest(part, scale, zero, options.bits).to(torch.uint8)
             scales[here, group], zeros[here, group] = scale.squeeze(1).half(), zero.squeeze(1).to(torch.uint8)
     result = Quantized(codes, scales, zeros, groups, options.bits)
-    return replace(result, loss=_loss(result, weight, moments, cancel))
+    return replace(result, loss=_loss(result, weight, hessian, cancel))
 
 
-def _loss(result: Quantized, weight: Tensor, moments: Moments, cancel: CancelToken) -> float:
+def _loss(result: Quantized, weight: Tensor, hessian: Hessian, cancel: CancelToken) -> float:
     """See `Quantized.loss`."""
     error = size = 0.0
     for rows in row_slices(weight.shape[0], weight.shape[1], ROWS_BYTES):
         cancel.check()
         original = weight[rows].float()
-        error += moments.cost(result.rows(rows).dequantize() - original)
-        size += moments.cost(original)
+        error += hessian.output_error(result.rows(rows).dequantize() - original)
+        size += hessian.output_error(original)
     return error / max(size, 1e-30)

@@ -1,13 +1,15 @@
-"""bitsandbytes: LLM.int8 (arXiv 2208.07339), and NF4 or FP4 with double quantization (arXiv 2305.14314). No calibration.
+"""bitsandbytes: LLM.int8 (arXiv 2208.07339), and NF4 or FP4 with double quantization (QLoRA, arXiv 2305.14314).
 
-Stored as bitsandbytes itself serializes its layers, so that transformers loads the folder; `bnb_linear` runs it.
+No calibration. Stored as bitsandbytes 0.50 serializes its layers, so that transformers loads the folder;
+`kernels.bnb_linear` runs it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
@@ -20,29 +22,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem.kernels.quantized import Packed
-    from lowmem.quant.moments import Moments
+    from lowmem.quant.hessian import Hessian
 
 TYPES = ("nf4", "fp4")
 DTYPES = ("float16", "bfloat16", "float32")
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 
+_STATE_BYTES = 180  # the description of 4-bit codes, some bytes more or less from layer to layer
+
 
 @dataclass(frozen=True, slots=True)
 class BnbOptions(base.Options):
-    type: str = option("nf4", "Type of 4 bits", "NF4 suits weights better than FP4.", choices=TYPES)
-    double: bool = option(True, "Double quantization", "Scales are quantized, too: 0.4 bits a weight less.")
-    compute: str = option("float16", "Compute dtype", "What other programs are told to compute in.", choices=DTYPES)
+    type: str = option("nf4", "4-bit type", "NF4 matches the distribution of weights better than FP4.", choices=TYPES)
+    double: bool = option(True, "Double quantization", "Quantize the scales too: saves 0.4 bits per weight.")
+    compute: str = option("float16", "Compute dtype", "The dtype other programs will compute in.", choices=DTYPES)
     threshold: float = option(
         6.0, "Outlier threshold", "LLM.int8 computes activations above it in half precision.", low=0.0, high=100.0
     )
 
     def __post_init__(self) -> None:
-        if self.bits == 8:  # LLM.int8 has one scale a row
+        if self.bits == 8:  # LLM.int8 has one scale per row
             object.__setattr__(self, "group_size", -1)
-
-    @property
-    def layout(self) -> str:
-        return base.BNB
 
     def check(self) -> None:
         if self.bits not in (4, 8):
@@ -50,14 +50,16 @@ class BnbOptions(base.Options):
         if self.bits == 4 and self.group_size not in BLOCKS:
             raise BadInput(f"bitsandbytes has no groups of {self.group_size}.", "Use 64, 128, 256 or 512.")
         if self.symmetric:
-            raise BadInput("bitsandbytes has codes of its own, not symmetric ones.", "Leave symmetric off.")
+            raise BadInput("bitsandbytes has no symmetric option.", "Turn symmetric off.")
 
 
-class BitsAndBytes:
+class BitsAndBytes(base.Method):
     name = "bnb"
     label = "bitsandbytes"
-    calibrated = False
-    matrices = 0
+    description = "NF4, FP4 or LLM.int8; made for GPUs, takes seconds."
+    speed = 8.4e6
+    config_file = False
+    presets = ()  # the precisions nf4 and bnb8 are the same
     Options = BnbOptions
 
     def available(self, hardware: Hardware) -> str | None:
@@ -66,7 +68,7 @@ class BitsAndBytes:
     def quantize(
         self,
         weights: Sequence[Tensor],
-        moments: Moments | None,  # noqa: ARG002
+        hessian: Hessian | None,  # noqa: ARG002
         options: BnbOptions,
         cancel: CancelToken,
     ) -> list[Packed]:
@@ -79,6 +81,31 @@ class BitsAndBytes:
             return packed4(weight, options.group_size, options.type, options.double, options.compute)
 
         return [packed(weight) for weight in weights]
+
+    def layer_bytes(self, rows: int, columns: int, options: BnbOptions) -> int:
+        if options.bits == 8:
+            return rows * (columns + 4) + 1
+        blocks = math.ceil(rows * columns / options.group_size)
+        scales = blocks + 4 * (math.ceil(blocks / 256) + 256) if options.double else 4 * blocks
+        return math.ceil(rows * columns / 2) + scales + 4 * 16 + _STATE_BYTES
+
+    def packing_bytes(self, options: BnbOptions) -> int:
+        return 9 if options.bits == 4 else 3  # bitsandbytes works in fp32, and in fp16
+
+    def config(self, options: BnbOptions) -> dict[str, Any]:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": options.bits == 4,
+            "load_in_8bit": options.bits == 8,
+            "bnb_4bit_quant_type": options.type,
+            "bnb_4bit_use_double_quant": options.double,
+            "bnb_4bit_compute_dtype": options.compute,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_threshold": options.threshold,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_skip_modules": ["lm_head"],
+        }
 
 
 METHOD = BitsAndBytes()

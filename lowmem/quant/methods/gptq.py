@@ -1,21 +1,21 @@
-"""GPTQ (arXiv 2210.17323): rounding whose errors are made up for by the weights not yet rounded."""
+"""GPTQ (arXiv 2210.17323): rounds column by column and corrects the remaining weights for each rounding error."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.events import CancelToken
 from lowmem.fields import option
-from lowmem.machine.hardware import Hardware
 from lowmem.quant import base
+from lowmem.quant.gptq_format import GptqFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem.kernels.quantized import Quantized
-    from lowmem.quant.moments import Moments
+    from lowmem.quant.hessian import Hessian
 
 ORDERS = ("groups", "activation", "none")
 
@@ -24,58 +24,66 @@ ORDERS = ("groups", "activation", "none")
 class GptqOptions(base.Options):
     order: str = option(
         "groups",
-        "Order of columns",
-        "Important columns first: by whole groups, which keeps loading and running fast, or one by one (act-order).",
+        "Column order",
+        "Most important columns first: in whole groups, which keeps inference fast, or one by one (act-order).",
         choices=ORDERS,
     )
-    damping: float = option(
+    dampening: float = option(
         0.1,
-        "Damping",
-        "Share of each input's own energy that is added: more trusts the text less.",
+        "Dampening",
+        "Share of the Hessian's diagonal that is added to it: more relies less on the calibration text.",
         low=0.001,
         high=10.0,
+        aliases=("damping",),
     )
     search: bool = option(True, "Search the range", "Try smaller ranges for every group and refit its scale.")
     sweeps: int = option(
-        3, "Sweeps", "Rounds of coordinate descent after the first solution; 0 is plain GPTQ.", low=0, high=20, step=1
+        3, "Sweeps", "Passes of coordinate descent after GPTQ's own solution; 0 is plain GPTQ.", low=0, high=20, step=1
     )
-    balance: bool = option(
-        False, "Balance channels", "Scale input channels against each other first, as AWQ does, where it costs nothing."
+    scale_channels: bool = option(
+        False,
+        "Activation-aware scaling",
+        "First scale input channels by their activations, as AWQ does, where the layer before can absorb it.",
+        aliases=("balance",),
     )
 
     @property
-    def balances(self) -> bool:
-        return self.balance
+    def solver_passes(self) -> int:
+        return 1 + self.sweeps
 
 
-class Gptq:
+class Gptq(GptqFormat):
     name = "gptq"
     label = "GPTQ"
+    description = "Best quality; needs calibration text, takes minutes."
+    speed = 8.1e10
     calibrated = True
-    matrices = 2  # second moments, and the factor of their inverse
+    matrices = 2  # the Hessian, and the Cholesky factor of its inverse
+    presets = ("gptq:4:64", "gptq:3:64", "gptq:8:64")
     Options = GptqOptions
 
-    def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere
-        return None
-
     def quantize(
-        self, weights: Sequence[Tensor], moments: Moments | None, options: GptqOptions, cancel: CancelToken
+        self, weights: Sequence[Tensor], hessian: Hessian | None, options: GptqOptions, cancel: CancelToken
     ) -> list[Quantized]:
         from lowmem.quant.methods.gptq_solver import solve
 
-        assert moments is not None, "a calibrated method was given no moments"
+        assert hessian is not None, "a calibrated method needs a Hessian"
         return solve(
             weights,
-            moments,
+            hessian,
             bits=options.bits,
             group_size=options.group_size,
             symmetric=options.symmetric,
             order=options.order,
-            damping=options.damping,
+            dampening=options.dampening,
             search=options.search,
             sweeps=options.sweeps,
             cancel=cancel,
         )
+
+    def config(self, options: GptqOptions) -> dict[str, Any]:
+        act_order = options.order == "activation"
+        return super().config(options) | {"desc_act": act_order, "damp_percent": options.dampening}
 
 
 METHOD = Gptq()

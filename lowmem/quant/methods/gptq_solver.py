@@ -1,14 +1,15 @@
-"""GPTQ's arithmetic (arXiv 2210.17323): codes chosen column by column, each error made up for by the columns to come.
+"""The GPTQ solver (arXiv 2210.17323): quantizes column by column, compensating each error in the columns that follow.
 
-For inputs with second moments H the columns are taken in some order; rounding one leaves an error that the
-Cholesky factor of H^-1 spreads best over the rest. Three departures from the published code:
+For inputs with Hessian H the columns are quantized in some order; the Cholesky factor of H^-1 gives the correction of the
+remaining columns that cancels most of each rounding error. Three differences from the published code:
 
-- A group's grid is fitted when its turn comes, to weights that carry all corrections so far. The published blocks of 128
-  columns apply them at the block's end, so smaller groups see stale weights.
-- The fit weighs each column's error by what the columns after it cannot make up for (1 / U_jj^2).
-- Sweeps of coordinate descent on the same objective follow: each scale refitted, each code chosen anew given all others.
+- A group's grid is fitted when its turn comes, to weights that carry all corrections so far. The published code applies
+  them at the end of blocks of 128 columns, so smaller groups are fitted to stale weights.
+- The fit weighs each column's error by the part that later columns cannot compensate (1 / U_jj^2).
+- Sweeps of coordinate descent on the same objective follow: each scale is refitted, each code rounded again given all
+  others.
 
-Matrices are worked on transposed, [in, rows], so that a column of weights lies together in memory.
+Matrices are transposed, [in, rows], so that a column of weights is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from lowmem.events import CancelToken
 from lowmem.kernels.grid import as_stored, fit
 from lowmem.kernels.quantized import WHOLE_ROW, Quantized, consecutive, largest_code
 from lowmem.quant.estimate import ROWS_BYTES
-from lowmem.quant.moments import Moments
+from lowmem.quant.hessian import Hessian
 
 BLOCK = 128
-"""Columns whose corrections are applied to the rest at once."""
+"""Columns whose corrections are applied to the rest in one matrix product."""
 
 FLOOR = 1e-3
-"""Damping relative to the mean of H's diagonal, for inputs that the text never excites."""
+"""Dampening relative to the mean of H's diagonal, for inputs that are always 0 on the calibration text."""
 
-_MOST_DAMPING = 1e3
+_MOST_DAMPENING = 1e3
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What all rows of the weights have in common, columns in the order in which they are taken.
+    """What all rows of the weights share, with columns in the order in which they are quantized.
 
     Args:
-        order: int64 [in], the column taken at each position.
+        order: int64 [in], the column at each position.
         runs: the stored group of each run of `size` positions.
-        hessian: damped second moments, [in, in].
-        damped: what was added to its diagonal, [in].
+        hessian: dampened, [in, in].
+        added: the dampening of its diagonal, [in].
         factor: upper triangular U with U^T U = hessian^-1.
     """
 
@@ -51,57 +52,59 @@ class Problem:
     runs: Tensor
     size: int
     hessian: Tensor
-    damped: Tensor
+    added: Tensor
     factor: Tensor
     bits: int
     symmetric: bool
     search: bool
     sweeps: int
 
-    def cost(self, change: Tensor) -> float:
-        """What a change [in, rows] of the weights does to the outputs, see `Moments.cost`."""
-        damping = (change.square().sum(1) * self.damped).sum(dtype=torch.float64)
-        return float(((self.hessian @ change) * change).sum(dtype=torch.float64) - damping)
+    def output_error(self, change: Tensor) -> float:
+        """`Hessian.output_error` of a change [in, rows] of the weights, without the dampening."""
+        added = (change.square().sum(1) * self.added).sum(dtype=torch.float64)
+        return float(((self.hessian @ change) * change).sum(dtype=torch.float64) - added)
 
 
 def solve(
     weights: Sequence[Tensor],
-    moments: Moments,
+    hessian: Hessian,
     *,
     bits: int,
     group_size: int,
     symmetric: bool,
     order: str,
-    damping: float,
+    dampening: float,
     search: bool,
     sweeps: int,
     cancel: CancelToken,
 ) -> list[Quantized]:
-    """Codes for weights [out, in] that share the inputs described by `moments`, which are used up.
+    """Quantize weights [out, in] that share the inputs described by `hessian`, which is overwritten.
 
     Args:
-        order: "groups" takes the groups and the columns within each by falling importance, "activation" all
-            columns, forming groups in that order; "none" keeps the order.
-        damping: share of H's diagonal that is added to it.
+        order: "groups" sorts groups, and columns within each, by decreasing importance; "activation" sorts all columns
+            and forms groups in that order; "none" keeps the order.
+        dampening: share of H's diagonal that is added to it.
+        search: try smaller ranges for each group.
+        sweeps: passes of coordinate descent.
 
     Raises:
-        Cancelled.
+        Cancelled: within a second of Stop.
     """
-    columns = moments.hessian.shape[0]
+    columns = hessian.matrix.shape[0]
     size = columns if group_size == WHOLE_ROW else group_size
-    permutation, runs, groups = _order(moments.hessian.diagonal(), size, order)
+    permutation, runs, groups = _order(hessian.matrix.diagonal(), size, order)
     if order != "none":
-        moments.reorder(permutation)
-    damped, factor = _factorise(moments.hessian, damping, cancel)
-    problem = Problem(permutation, runs, size, moments.hessian, damped, factor, bits, symmetric, search, sweeps)
+        hessian.reorder(permutation)
+    added, factor = _factorize(hessian.matrix, dampening, cancel)
+    problem = Problem(permutation, runs, size, hessian.matrix, added, factor, bits, symmetric, search, sweeps)
     return [_quantize(weight, problem, groups, cancel) for weight in weights]
 
 
 def _order(importance: Tensor, size: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """(order, runs) as in `Problem`, and the stored group of each input.
 
-    "groups" is the group-aware ordering of arXiv 2505.14638: nearly as good as "activation", and inputs
-    that follow each other share a group, which is what fast kernels want.
+    "groups" is the group-aware reordering of arXiv 2505.14638: nearly as accurate as "activation", and groups stay
+    consecutive, as fast kernels require.
     """
     columns, device = len(importance), importance.device
     runs = torch.arange(columns // size, device=device)
@@ -117,16 +120,16 @@ def _order(importance: Tensor, size: int, order: str) -> tuple[Tensor, Tensor, T
     return (within + runs[:, None] * size).flatten(), runs, groups
 
 
-def _factorise(hessian: Tensor, damping: float, cancel: CancelToken) -> tuple[Tensor, Tensor]:
-    """What is added to H's diagonal, and the factor; more for as long as H is not positive definite in fp32."""
+def _factorize(hessian: Tensor, dampening: float, cancel: CancelToken) -> tuple[Tensor, Tensor]:
+    """Dampen H until it is positive definite in fp32: what was added to its diagonal, and the factor U."""
     diagonal = hessian.diagonal().clone()
     floor = FLOOR * float(diagonal.mean()) or 1.0
     while True:
-        hessian.diagonal().copy_(diagonal * (1 + damping) + floor)
+        hessian.diagonal().copy_(diagonal * (1 + dampening) + floor)
         factor = stoppable(lambda: _inverse_factor(hessian), cancel)
-        if factor is not None or damping > _MOST_DAMPING:
+        if factor is not None or dampening > _MOST_DAMPENING:
             break
-        damping = max(2 * damping, 0.01)
+        dampening = max(2 * dampening, 0.01)
         floor *= 2
     if factor is None:  # so ill-conditioned that only the diagonal can be trusted
         factor = hessian.diagonal().rsqrt().diag()
@@ -137,7 +140,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return None
-    # In place: with 11,008 inputs, as in a 7B, each further matrix would be half a gigabyte.
+    # In place: with 11,008 inputs, as in a 7B model, each further matrix would take half a gigabyte.
     torch.cholesky_inverse(factor, out=factor)
     torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
     return None if failed or not bool(factor.sum().isfinite()) else factor
@@ -161,13 +164,13 @@ def _quantize(weight: Tensor, problem: Problem, groups: Tensor, cancel: CancelTo
             state.descend(cancel)
         codes[here] = state.codes[inverse].t()
         scales[here, problem.runs], zeros[here, problem.runs] = state.scales.t().half(), state.zeros.t().to(torch.uint8)
-        error += problem.cost(state.values() - target)
-        size += problem.cost(target)
+        error += problem.output_error(state.values() - target)
+        size += problem.output_error(target)
     return Quantized(codes, scales, zeros, groups, problem.bits, error / max(size, 1e-30))
 
 
 class _Rows:
-    """Some rows of one weight on their way: `target` fp32 [in, rows]; scales and zeros fp32 [runs, rows]."""
+    """Some rows of one weight being quantized: `target` fp32 [in, rows]; scales and zeros fp32 [runs, rows]."""
 
     def __init__(self, target: Tensor, problem: Problem) -> None:
         self._target, self._problem = target, problem
@@ -177,12 +180,12 @@ class _Rows:
         self.zeros = torch.empty_like(self.scales)
 
     def values(self) -> Tensor:
-        """What the codes stand for, [in, rows]."""
+        """The dequantized weights, [in, rows]."""
         steps = self.codes.view(-1, self._problem.size, self.codes.shape[1]) - self.zeros[:, None]
         return (steps * self.scales[:, None]).flatten(0, 1)
 
     def round_columns(self, cancel: CancelToken) -> None:
-        """Choose every code once, in order, passing errors on."""
+        """Round every column in order, compensating its error in the columns that follow."""
         factor, size = self._problem.factor, self._problem.size
         weight = self._target.clone()
         for run in range(len(self.scales)):
@@ -202,7 +205,7 @@ class _Rows:
                 weight[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
     def _round_block(self, weight: Tensor, run: int, start: int, stop: int, cancel: CancelToken) -> Tensor:
-        """Codes of columns [start, stop), whose errors within the block are passed on at once; the errors."""
+        """Round columns [start, stop), compensating errors within the block; returns the errors [stop - start, rows]."""
         scale, zero, largest = self.scales[run], self.zeros[run], largest_code(self._problem.bits)
         factor = self._problem.factor[start:stop, start:stop]
         diagonal = factor.diagonal().tolist()
@@ -216,7 +219,7 @@ class _Rows:
         return errors
 
     def descend(self, cancel: CancelToken) -> None:
-        """One sweep of coordinate descent over all scales and codes: the objective never rises."""
+        """One sweep of coordinate descent over all scales and codes; the error never increases."""
         hessian, size = self._problem.hessian, self._problem.size
         values = self.values()
         gradient = hessian @ (self._target - values)
@@ -230,7 +233,7 @@ class _Rows:
                 gradient.addmm_(hessian[:, start:stop], values[start:stop] - before, alpha=-1)
 
     def _refit(self, run: int, values: Tensor, gradient: Tensor, here: slice) -> None:
-        """The best scale of one group, codes as they are; rounding to fp16 may not make it worse."""
+        """Refit the scale of one group with its codes fixed, unless rounding it to fp16 would increase the error."""
         hessian = self._problem.hessian
         steps = self.codes[here] - self.zeros[run]
         slope = (gradient[here] * steps).sum(0)

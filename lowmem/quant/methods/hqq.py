@@ -1,54 +1,46 @@
-"""Half-quadratic quantization: the zero point of each group solved for, without calibration.
+"""Half-quadratic quantization (https://dropbox.github.io/hqq_blog): optimizes each group's zero point. No calibration.
 
-The published method (https://dropbox.github.io/hqq_blog) minimises |W - scale (q - zero)|_p with p = 0.7 over a real zero
-point: codes, then the part of the error that the norm counts as outliers, then the zero point, in turns. Containers
-store whole zero points, so both neighbours of the solution are tried, each with the scale that fits it best,
-and the codes are chosen anew for what is stored.
+The published method minimizes |W - scale (q - zero)|_p with p = 0.7 over a real zero point, alternating between codes,
+outliers (the part of the error that the norm discounts) and zero point. GPTQ's format stores integer zero points, so
+both neighbours of the solution are tried, each with the scale that fits it best, and the codes are rounded again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem.events import CancelToken
-from lowmem.machine.hardware import Hardware
 from lowmem.quant import base
+from lowmem.quant.gptq_format import GptqFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem.kernels.quantized import Quantized
-    from lowmem.quant.moments import Moments
+    from lowmem.quant.hessian import Hessian
 
 NORM = 0.7
-SHARPNESS = 10.0
-"""The penalty that ties the split-off outliers to the error (beta in the paper)."""
+"""p of the norm that is minimized."""
+
+PENALTY = 10.0
+"""Weight of the term that ties the outliers to the error (beta in the publication)."""
 
 REFITS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class HqqOptions(base.Options):
-    pass
-
-
-class HalfQuadratic:
+class HalfQuadratic(GptqFormat):
     name = "hqq"
     label = "HQQ"
-    calibrated = False
-    matrices = 0
-    Options = HqqOptions
-
-    def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere
-        return None
+    description = "Better than round to nearest; no calibration, takes seconds."
+    speed = 9.2e6
+    Options = base.Options
 
     def quantize(
         self,
         weights: Sequence[Tensor],
-        moments: Moments | None,  # noqa: ARG002
-        options: HqqOptions,
+        hessian: Hessian | None,  # noqa: ARG002
+        options: base.Options,
         cancel: CancelToken,
     ) -> list[Quantized]:
         from lowmem.kernels.grid import quantize_rows
@@ -59,8 +51,8 @@ class HalfQuadratic:
         return [quantize_rows(weight, options.bits, options.group_size, codes, cancel) for weight in weights]
 
 
-def _solve(groups: Tensor, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., group] -> codes, scales and whole zero points."""
+def _solve(groups: Tensor, options: base.Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups [..., group_size] -> codes, scales [..., 1] and integer zero points [..., 1]."""
     from lowmem.kernels.grid import fit, keep_better, nearest, refit
 
     scale, zero = fit(groups, options.bits, options.symmetric)
@@ -81,7 +73,7 @@ def _solve(groups: Tensor, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _cost(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The norm that the method minimises, [..., 1]."""
+    """|W - scale (q - zero)|_p to the power p, per group: [..., 1]."""
     from lowmem.kernels.grid import nearest
 
     error = nearest(groups, scale, zero, bits).sub_(zero).mul_(scale).sub_(groups)
@@ -89,16 +81,16 @@ def _cost(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def _zero_point(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The real zero points [..., 1] after one turn of the half-quadratic solver.
+    """The real zero points [..., 1] after one iteration of the half-quadratic solver.
 
-    The published 20 turns find no better whole ones (demo model at 2, 3 and 4 bits), and take most of the time.
+    The 20 published iterations find no better integers (demo model at 2, 3 and 4 bits) and take most of the time.
     """
     from lowmem.kernels.grid import nearest
 
     codes = nearest(groups, scale, zero, bits)
     error = groups - (codes - zero) * scale
     size = error.abs().clamp_min_(1e-12)
-    outliers = error.sign() * (size - size.pow(NORM - 1) / SHARPNESS).relu_()
+    outliers = error.sign() * (size - size.pow(NORM - 1) / PENALTY).relu_()
     return (codes - (groups - outliers) / scale).mean(-1, keepdim=True)
 
 

@@ -1,14 +1,14 @@
-"""Dynamic int8: a scale per output channel for weights, one per token for activations. No calibration.
+"""Dynamic int8 (W8A8): one scale per output channel for weights, one per token for activations. No calibration.
 
-Stored as compressed-tensors' "int-quantized" (W8A8), which vLLM reads too; `int8_linear` runs it. Codes keep to the range
-that the processor of the making computes exactly, so that here a stored model is the one that loading in int8 gives.
+Stored as compressed-tensors' "int-quantized", which vLLM reads too; `kernels.int8_linear` runs it. Codes stay in the
+range that this processor multiplies exactly, so that a stored model equals one loaded in int8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
@@ -22,29 +22,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem.kernels.quantized import Packed
-    from lowmem.quant.moments import Moments
+    from lowmem.quant.hessian import Hessian
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Options(base.Options):
-    bits: int = option(8, "Bits", "Dynamic int8 has 8.", low=8, high=8, step=1)
-    group_size: int = option(-1, "Group size", "Dynamic int8 has one scale a row: -1.", low=-1, high=-1, step=1)
+    bits: int = option(8, "Bits", "Dynamic int8 has 8 bits.", low=8, high=8, step=1)
+    group_size: int = option(-1, "Group size", "Dynamic int8 has one scale per row: -1.", low=-1, high=-1, step=1)
     symmetric: bool = option(True, "Symmetric", "Dynamic int8 has no zero points.")
-
-    @property
-    def layout(self) -> str:
-        return base.INT8
 
     def check(self) -> None:
         if not self.symmetric:
-            raise BadInput("Dynamic int8 has no zero points.", "Choose symmetric, or another method.")
+            raise BadInput("Dynamic int8 has no zero points.", "Turn symmetric on, or choose another method.")
 
 
-class Int8Dynamic:
+class Int8Dynamic(base.Method):
     name = "int8_dynamic"
     label = "Dynamic int8"
-    calibrated = False
-    matrices = 0
+    description = "8-bit, fast on CPUs; no calibration, takes seconds."
+    speed = 1.3e7
+    config_file = False
+    presets = ()  # the precision int8 is the same
     Options = Int8Options
 
     def available(self, hardware: Hardware) -> str | None:
@@ -53,7 +51,7 @@ class Int8Dynamic:
     def quantize(
         self,
         weights: Sequence[Tensor],
-        moments: Moments | None,  # noqa: ARG002
+        hessian: Hessian | None,  # noqa: ARG002
         options: Int8Options,  # noqa: ARG002
         cancel: CancelToken,
     ) -> list[Packed]:
@@ -67,6 +65,28 @@ class Int8Dynamic:
             return Packed({"weight": codes, "weight_scale": scales[:, None]}, loss)
 
         return [packed(weight) for weight in weights]
+
+    def layer_bytes(self, rows: int, columns: int, options: Int8Options) -> int:  # noqa: ARG002
+        return rows * (columns + 4)
+
+    def packing_bytes(self, options: Int8Options) -> int:  # noqa: ARG002
+        return 1
+
+    def config(self, options: Int8Options) -> dict[str, Any]:  # noqa: ARG002
+        scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": scheme | {"strategy": "channel", "dynamic": False},
+                    "input_activations": scheme | {"strategy": "token", "dynamic": True},
+                }
+            },
+            "ignore": ["lm_head"],
+        }
 
 
 METHOD = Int8Dynamic()

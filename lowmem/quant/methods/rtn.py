@@ -1,4 +1,4 @@
-"""Round to nearest: every weight becomes the closest code of its group's range. No calibration."""
+"""Round to nearest: every weight becomes the closest point of its group's grid. No calibration."""
 
 from __future__ import annotations
 
@@ -8,37 +8,34 @@ from typing import TYPE_CHECKING
 
 from lowmem.events import CancelToken
 from lowmem.fields import option
-from lowmem.machine.hardware import Hardware
 from lowmem.quant import base
+from lowmem.quant.gptq_format import GptqFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem.kernels.quantized import Quantized
-    from lowmem.quant.moments import Moments
+    from lowmem.quant.hessian import Hessian
 
 
 @dataclass(frozen=True, slots=True)
 class RtnOptions(base.Options):
     search: bool = option(
-        False, "Search the range", "Try smaller ranges too and keep the one with the least squared error: slower."
+        False, "Search the range", "Also try smaller ranges and keep the one with the least squared error; slower."
     )
 
 
-class RoundToNearest:
+class RoundToNearest(GptqFormat):
     name = "rtn"
     label = "Round to nearest"
-    calibrated = False
-    matrices = 0
+    description = "Simplest; no calibration, takes seconds."
+    speed = 1.2e7
     Options = RtnOptions
-
-    def available(self, hardware: Hardware) -> str | None:  # noqa: ARG002  arithmetic that runs everywhere
-        return None
 
     def quantize(
         self,
         weights: Sequence[Tensor],
-        moments: Moments | None,  # noqa: ARG002
+        hessian: Hessian | None,  # noqa: ARG002
         options: RtnOptions,
         cancel: CancelToken,
     ) -> list[Quantized]:

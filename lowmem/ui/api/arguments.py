@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from lowmem.quant import METHODS
+
 ARGUMENTS = {
     "model": 'the model: "demo", a hub id, a folder or a .gguf file.',
     "models": "names of models, each as for the argument model of other tools.",
@@ -24,7 +26,7 @@ ARGUMENTS = {
     "system": "how the model should behave; empty for nothing.",
     "prompts": "a list of texts.",
     "batch_size": "prompts at once; 0 takes what the budget allows.",
-    "method": '"int8_dynamic", "bnb", "rtn", "hqq", "gptq" or "awq".',
+    "method": f"one of {', '.join(METHODS)}.",
     "methods": 'names of methods, or a mapping of names to settings such as {"rtn": {"bits": [3, 4], "group_size": 64}}.',
     "bits": "width of a stored weight: 2, 3, 4 or 8.",
     "group_size": "weights that share a scale; -1 is a whole row.",

@@ -13,10 +13,11 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions
+from lowmem.quant import DEFAULT
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.api.core import told, told_stream
 from lowmem.ui.parts.bind import ENGINE, pump
-from lowmem.ui.service.quantizing import Ask, Workshop
+from lowmem.ui.service.quantizing import Workshop
 
 Json = dict[str, Any]
 
@@ -34,7 +35,7 @@ def add_workshop_endpoints(workshop: Workshop) -> None:
 def _quantize(workshop: Workshop) -> Callable[..., Iterator[Json]]:
     def quantize(
         model: str,
-        method: str = "gptq",
+        method: str = DEFAULT,
         bits: int = 4,
         group_size: int = 64,
         symmetric: bool = False,
@@ -46,24 +47,18 @@ def _quantize(workshop: Workshop) -> Callable[..., Iterator[Json]]:
     ) -> Iterator[dict]:
         """Quantize a model; yields progress, last of all {"receipt": ...} whose details name the folder."""
         text = {"text": calibration, "samples": samples, "length": sequence_length}
-        ask = _ask(model, method, bits, group_size, symmetric, options, text, ram)
+        main = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        request = workshop.request(model.strip(), method, main | (options or {}), text, MemoryBudget.parse(ram))
         token = CancelToken()
-        yield from _as_json(workshop.quantize(ask, token), token)
+        yield from _as_json(workshop.quantize(request, token), token)
 
     return quantize
-
-
-def _ask(
-    model: str, method: str, bits: int, group: int, symmetric: bool, options: Json | None, text: Json, ram: str
-) -> Ask:
-    main = {"bits": bits, "group_size": group, "symmetric": symmetric}
-    return Ask(model.strip(), method, main | (options or {}), text, MemoryBudget.parse(ram))
 
 
 def _forecast(workshop: Workshop) -> Callable[..., Json]:
     def forecast(
         model: str,
-        method: str = "gptq",
+        method: str = DEFAULT,
         bits: int = 4,
         group_size: int = 64,
         symmetric: bool = False,
@@ -74,8 +69,11 @@ def _forecast(workshop: Workshop) -> Callable[..., Json]:
     ) -> dict:
         """What a quantization would make and cost, in bytes and seconds; reads no weight."""
         text = {"samples": samples, "length": sequence_length}
-        expected = workshop.forecast(_ask(model, method, bits, group_size, symmetric, options, text, ram))
-        return asdict(expected) | {"verdict": expected.verdict, "sentence": expected.sentence()}
+        main = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        request = workshop.request(model.strip(), method, main | (options or {}), text, MemoryBudget.parse(ram))
+        expected = workshop.estimate(request)
+        figures = asdict(expected)
+        return figures | {"estimate": figures, "verdict": expected.verdict, "sentence": expected.sentence()}
 
     return forecast
 

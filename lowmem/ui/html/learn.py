@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from lowmem.events import Receipt
-from lowmem.fields import build
 from lowmem.machine.bandwidth import Unmeasured, ram_bandwidth
 from lowmem.planning import exported
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.placement import stored_block_bytes
 from lowmem.planning.plan import Plan
 from lowmem.quant import get
-from lowmem.quant.calibration import Calibration
-from lowmem.quant.estimate import estimate
+from lowmem.quant.estimate import estimate_quantization
+from lowmem.quant.request import QuantizeRequest
 from lowmem.ui.html.lessons import LESSONS, MODULE, Lesson, Typical
 from lowmem.ui.html.quantize import figures
 from lowmem.ui.i18n.strings import say
@@ -106,8 +105,9 @@ def _quantize(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     if not _precisions(plan, PRECISIONS):
         return facts, []
     bars = [(key, weight_bytes(spec, key, key)) for key in PRECISIONS]
+    rtn = get("rtn")
     for bits in WIDTHS:
-        cost = estimate(spec, get("rtn"), build(get("rtn").Options, {"bits": bits, "group_size": GROUP}), Calibration())
+        cost = estimate_quantization(spec, QuantizeRequest(spec.ref, rtn, rtn.Options(bits=bits, group_size=GROUP)))
         bars.append((f"{bits} bits, groups of {GROUP}", cost.output_bytes))
         facts.append((f"Bits per quantized weight, {bits} bits", f"{cost.bits_per_weight:.2f}"))
     return facts, bars

@@ -9,22 +9,21 @@ from urllib.parse import quote
 
 from lowmem.events import Receipt
 from lowmem.measure.rows import Row
-from lowmem.quant.forecast import Forecast
+from lowmem.quant.estimate import Estimate
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import ENGLISH, name, say
 from lowmem.units import format_bytes, format_seconds
 
 
-def card(expected: Forecast) -> str:
-    """What would be made and what it would cost."""
-    cost = expected.estimate
+def card(expected: Estimate) -> str:
+    """What would be made and what it would expected."""
     pill = (
         f'<span class="lm-pill" data-verdict="{expected.verdict}">{escape(name("verdicts", expected.verdict))}</span>'
     )
     facts = [
-        (say("size"), f"{format_bytes(expected.original_bytes)} → {format_bytes(cost.output_bytes)}"),
-        (say("bits_per_weight"), f"{cost.bits_per_weight:.2f}"),
-        (say("peak"), format_bytes(cost.ram_bytes)),
+        (say("size"), f"{format_bytes(expected.original_bytes)} → {format_bytes(expected.output_bytes)}"),
+        (say("bits_per_weight"), f"{expected.bits_per_weight:.2f}"),
+        (say("peak"), format_bytes(expected.ram_bytes)),
         (say("time"), say("about", time=rounded(expected.seconds))),
     ]
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.fields import build
 from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
-from lowmem.measure.variants import parse_variant, parse_variants
-from lowmem.quant import usable
-from lowmem.quant.base import Options, Quantizer
-from lowmem.quant.calibration import Calibration
-from lowmem.quant.forecast import Forecast, forecast, remember
-from lowmem.quant.run import checked, output_folder, quantize_isolated
+from lowmem.measure.variants import parse_variants
+from lowmem.quant import DEFAULT, all_methods, usable
+from lowmem.quant.estimate import Estimate, check_model, estimate_quantization, record_speed
+from lowmem.quant.request import QuantizeRequest, output_folder
+from lowmem.quant.run import quantize_isolated
 from lowmem.settings import settings
 from lowmem.sweep.grid import MOST_CELLS, Grid
 from lowmem.ui.service.engine import Engine
 
 MOST_VARIANTS = 12
 LARGEST_TEXT_TOKENS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A visitor's wish to quantize.
-
-    Args:
-        options: fields of the method's `Options`; calibration: fields of `Calibration`.
-        budget: for this process and the one that quantizes.
-    """
-
-    model: str
-    method: str = "gptq"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    budget: MemoryBudget = UNLIMITED
 
 
 class Workshop:
@@ -55,51 +37,63 @@ class Workshop:
         """Every method with None, or with the reason why it does not run here."""
         return usable(self.engine.hardware())
 
-    def _checked(self, ask: Ask) -> tuple[Quantizer, Options, Calibration]:
-        method, options = checked(ask.method, ask.options, self.engine.hardware())
-        calibration = build(Calibration, ask.calibration)
-        uploaded = calibration.text not in texts.NAMES
-        if uploaded and self.engine.public and not _is_upload(Path(calibration.text)):
-            raise BadInput(
-                f"There is no calibration text {calibration.text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}."
-            )
-        return method, options, calibration
+    def request(
+        self,
+        model: str,
+        method: str = DEFAULT,
+        options: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
+        budget: MemoryBudget = UNLIMITED,
+    ) -> QuantizeRequest:
+        """The validated request of a visitor, within the memory that is left.
 
-    def forecast(self, ask: Ask) -> Forecast:
-        """What it would make and cost; raises what the start would raise."""
-        method, options, calibration = self._checked(ask)
-        # A process of its own holds what a fresh one does, whatever this one holds.
-        hardware = replace(self.engine.hardware(), runtime_bytes=runtime_bytes())
-        spec = self.engine.spec(ask.model)
-        return forecast(spec, method, options, calibration, hardware, self.engine.child_budget(ask.budget).limit("ram"))
+        Args:
+            options: fields of the method's `Options`; calibration: fields of `Calibration`.
+            budget: for this process and the one that quantizes.
 
-    def output(self, ask: Ask) -> Path:
-        """The folder to make: below `settings().outputs`, and never one that is there."""
-        method, options, _ = self._checked(ask)
-        first = output_folder(self.engine.spec(ask.model).name, method, options)
+        Raises:
+            BadInput, Unsupported: see `QuantizeRequest.validated`; a file that strangers may not name.
+        """
+        request = QuantizeRequest.validated(
+            model,
+            method,
+            options,
+            calibration,
+            hardware=self.engine.hardware(),
+            budget=self.engine.child_budget(budget),
+            allow_paths=not self.engine.public,
+        )
+        text = request.calibration.text
+        if text not in texts.NAMES and self.engine.public and not _is_upload(Path(text)):
+            raise BadInput(f"There is no calibration text {text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}.")
+        return request
+
+    def estimate(self, request: QuantizeRequest) -> Estimate:
+        """What the result and the work will take.
+
+        Raises:
+            Unsupported, BadInput: the model cannot be quantized so.
+        """
+        spec = self.engine.spec(request.model)
+        check_model(spec, request.options.group_size)
+        # The work runs in a new process, which holds less than this one.
+        return estimate_quantization(spec, request, runtime_bytes())
+
+    def output(self, request: QuantizeRequest) -> Path:
+        """A new folder for the result, below `settings().outputs`."""
+        first = output_folder(self.engine.spec(request.model).name, request)
         names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in range(1, 1000))
         return next(folder for folder in names if not folder.exists())
 
-    def quantize(self, ask: Ask, cancel: CancelToken) -> Iterator[Step | Receipt]:
-        """Make the checkpoint; the receipt's `details["folder"]` says where it is."""
-        method, options, calibration = self._checked(ask)
-        out = self.output(ask)
-        events = quantize_isolated(
-            ask.model,
-            out,
-            ask.method,
-            ask.options,
-            ask.calibration,
-            budget=self.engine.child_budget(ask.budget),
-            allow_paths=not self.engine.public,
-            cancel=cancel,
-        )
-        for event in events:
+    def quantize(self, request: QuantizeRequest, cancel: CancelToken) -> Iterator[Step | Receipt]:
+        """Quantize into `output(request)`; the receipt's `details["folder"]` says where that is."""
+        request = replace(request, out=self.output(request))
+        for event in quantize_isolated(request, cancel):
             if isinstance(event, Receipt):
-                event.details["folder"] = str(out)
+                event.details["folder"] = str(request.out)
                 self.engine.note(event)
                 if not event.details["resumed_blocks"]:
-                    remember(self.engine.spec(ask.model), method, options, calibration, event.seconds)
+                    record_speed(self.engine.spec(request.model), request, event.seconds)
             yield event
 
     def overlap(self, calibration: str) -> str:
@@ -111,9 +105,9 @@ class Workshop:
     def variants(self) -> list[str]:
         """What can be put side by side here: precisions that run, then quantizations."""
         precisions = [key for key, why in self.engine.precisions().items() if why is None and key != "stored"]
-        usual = ("rtn:4:64", "hqq:4:64", "gptq:4:64", "awq:4:64", "gptq:3:64", "gptq:8:64")
-        refused = self.methods()
-        return precisions + [name for name in usual if refused[parse_variant(name).method] is None]
+        hardware = self.engine.hardware()
+        usable = (method for method in all_methods() if method.available(hardware) is None)
+        return precisions + [preset for method in usable for preset in method.presets]
 
     def compare(
         self, ref: str, variants: Sequence[str], text: str, options: MeasureOptions, cancel: CancelToken,

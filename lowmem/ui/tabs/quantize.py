@@ -87,7 +87,7 @@ class QuantizeTab:
 
     def _price(self, *values: Any) -> list[Any]:
         try:
-            expected = self.workshop.forecast(self.form.ask(values))
+            expected = self.workshop.estimate(self.form.request(values))
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
         return [render_quantize.card(expected), gr.Button(interactive=expected.verdict != "over"), ""]
@@ -101,7 +101,7 @@ class QuantizeTab:
                 return [gr.Column(visible=False), "", None]
             return [gr.Column(visible=True), render_quantize.receipt(made[-1]), made[-1].as_dict()]
 
-        return self.workshop.quantize(self.form.ask(values), token), view
+        return self.workshop.quantize(self.form.request(values), token), view
 
     def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
         folder = receipt["details"]["folder"]

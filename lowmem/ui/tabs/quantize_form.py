@@ -8,21 +8,22 @@ from typing import Any
 
 import gradio as gr
 
+from lowmem import quant
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
-from lowmem.quant import METHODS, get
+from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
+from lowmem.quant.request import QuantizeRequest
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.fields import widgets
 from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.quantizing import Ask, Workshop
+from lowmem.ui.service.quantizing import Workshop
 
 GROUPS = (32, 64, 128, -1)
 OWN_FILE = "file"
-START = "gptq"
 _MAIN = ("bits", "group_size", "symmetric")
 
 
@@ -30,14 +31,14 @@ class QuantizeForm:
     """Built where it stands in the layout.
 
     Attributes:
-        controls: all of them, in the order in which `ask` takes their values.
+        controls: all of them, in the order in which `request` takes their values.
     """
 
     def __init__(self, workshop: Workshop, sidebar: Sidebar) -> None:
         self.workshop, self.sidebar = workshop, sidebar
         refused = workshop.methods()
-        usable = [method for method in METHODS if refused[method] is None]
-        first = START if START in usable else usable[0]
+        usable = [method for method in quant.METHODS if refused[method] is None]
+        first = quant.DEFAULT if quant.DEFAULT in usable else usable[0]
         with gr.Row():
             self.model = gr.Dropdown(
                 originals(workshop),
@@ -51,7 +52,7 @@ class QuantizeForm:
             [(get(method).label, method) for method in usable],
             value=first,
             label=say("method"),
-            info=name("method_help", first),
+            info=get(first).description,
             elem_id="quant-method",
         )
         gr.HTML(render.pairs([(get(m).label, why) for m, why in refused.items() if why], say("not_here")))
@@ -120,7 +121,7 @@ class QuantizeForm:
         self.advanced: dict[tuple[str, str], Any] = {}
         self.folds: dict[str, Any] = {}
         with gr.Accordion(say("advanced"), open=False, elem_id="quant-advanced", visible=bool(_extra(first))) as fold:
-            for method in METHODS:
+            for method in quant.METHODS:
                 with gr.Column(visible=method == first) as column:
                     made = widgets(get(method).Options, _extra(method), f"quant-{method}")
                 self.advanced |= {(method, key): control for key, control in made.items()}
@@ -142,7 +143,7 @@ class QuantizeForm:
     def _fit_method(self, method: str) -> list[Any]:
         symmetric = [value for value in (False, True) if _possible(method, symmetric=value)]
         return [
-            gr.Radio(info=name("method_help", method)),
+            gr.Radio(info=get(method).description),
             gr.Radio(_bits(method), value=_preset(method, "bits")),
             gr.Dropdown(_groups(method), value=_preset(method, "group_size")),
             gr.Checkbox(_preset(method, "symmetric"), interactive=len(symmetric) > 1),
@@ -160,11 +161,11 @@ class QuantizeForm:
             return notice(error, toast=False)
         return render.quiet(warning) if warning else ""
 
-    def ask(self, values: tuple[Any, ...]) -> Ask:
-        """What the controls say.
+    def request(self, values: tuple[Any, ...]) -> QuantizeRequest:
+        """The request that the controls describe.
 
         Raises:
-            BadInput: a file is wanted and there is none.
+            BadInput, Unsupported: a value out of range, or a method that does not run here; a missing file.
         """
         model, method, bits, group, symmetric, text, file, samples, length, *rest = values
         advanced, limits = rest[: len(self.advanced)], rest[len(self.advanced) :]
@@ -172,7 +173,7 @@ class QuantizeForm:
         if text == OWN_FILE and not file and get(method).calibrated:
             raise BadInput(say("text_missing"), say("text_missing_hint"))
         source = file if text == OWN_FILE and file else texts.MANUAL if text == OWN_FILE else text
-        return Ask(
+        return self.workshop.request(
             model=(model or "").strip(),
             method=method,
             options={"bits": bits, "group_size": group, "symmetric": symmetric} | own,

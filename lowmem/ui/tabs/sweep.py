@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from lowmem import quant
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.measure.options import MeasureOptions
@@ -17,7 +18,7 @@ from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, make_variant, parse_variant
 from lowmem.plots.figure import to_svg
 from lowmem.plots.variants import picture
-from lowmem.quant import METHODS, get
+from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.sweep.grid import Grid
 from lowmem.sweep.table import ordered
@@ -62,7 +63,8 @@ class SweepView:
 
     def _build_form(self) -> None:
         refused = self.workshop.methods()
-        usable = [(get(method).label, method) for method in METHODS if refused[method] is None]
+        usable = [(get(method).label, method) for method in quant.METHODS if refused[method] is None]
+        quick = [method for _, method in usable if get(method).presets and not get(method).calibrated]
         precisions = [name for name in self.workshop.variants() if ":" not in name]
         self.models = gr.Dropdown(
             originals(self.workshop),
@@ -78,9 +80,7 @@ class SweepView:
             label=say("sweep_precisions"),
             elem_id="sweep-precisions",
         )
-        self.methods = gr.CheckboxGroup(
-            usable, value=["rtn", "hqq"], label=say("sweep_methods"), elem_id="sweep-methods"
-        )
+        self.methods = gr.CheckboxGroup(usable, value=quick, label=say("sweep_methods"), elem_id="sweep-methods")
         with gr.Row():
             self.bits = gr.CheckboxGroup(
                 [(str(bits), bits) for bits in BITS],

@@ -1,0 +1,87 @@
+"""The receipt of a quantization, and the model card made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowmem.events import Receipt
+from lowmem.models.source import record
+from lowmem.quant.base import Options
+from lowmem.quant.card import write_card
+from lowmem.quant.job import Job
+from lowmem.quant.journal import Journal
+from lowmem.quant.request import changed
+
+
+def quantize_receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int], resumed: int) -> Receipt:
+    """The receipt of `job`, whose weights are in `part`.
+
+    Args:
+        peak: measured bytes by memory.
+        resumed: blocks that an earlier run had finished.
+    """
+    method, options, losses = job.request.method, job.request.options, journal.losses
+    groups = "one group per row" if options.group_size == -1 else f"groups of {options.group_size}"
+    return Receipt(
+        action="quantize",
+        model=job.spec.name,
+        precision=f"{method.label}, {options.bits} bits, {groups}",
+        device=str(job.device),
+        seconds=journal.seconds,
+        predicted={"ram": job.estimate.ram_bytes},
+        measured={"ram": peak["ram"]},
+        disk_bytes=sum(file.stat().st_size for file in part.glob("*.safetensors")),
+        notes=tuple(_notes(options, resumed)),
+        snippet=_snippet(job),
+        details={
+            "method": method.name,
+            "bits": options.bits,
+            "group_size": options.group_size,
+            "original_bytes": job.spec.size_on_disk,
+            "predicted_bytes": job.estimate.output_bytes,
+            "bits_per_weight": job.estimate.bits_per_weight,
+            "loss": sum(losses.values()) / max(1, len(losses)),
+            "losses": losses,
+            "resumed_blocks": resumed,
+        },
+    )
+
+
+def _notes(options: Options, resumed: int) -> Iterator[str]:
+    if options.bits == 2:
+        yield "2 bits are experimental: most models of this size stop making sense."
+    if resumed:
+        yield f"The first {resumed} blocks are from an earlier run."
+
+
+def _snippet(job: Job) -> str:
+    def named(values: dict[str, Any]) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+    request = job.request
+    return (
+        "from pathlib import Path\n"
+        "from lowmem.quant.request import QuantizeRequest\n"
+        "from lowmem.quant.run import quantize\n"
+        f"request = QuantizeRequest.validated({str(job.folder)!r}, {request.method.name!r}, "
+        f"dict({named(changed(request.options))}), dict({named(changed(request.calibration))}), out=Path('quantized'))\n"
+        "for event in quantize(request):\n"
+        "    print(event)"
+    )
+
+
+def write_model_card(job: Job, part: Path, receipt: Receipt) -> None:
+    """Write the model card of `job` into `part`."""
+    method, options, text = job.request.method, job.request.options, job.request.calibration
+    write_card(
+        part,
+        receipt,
+        asdict(options),
+        format=method.config(options)["quant_method"],
+        licence=str(record(job.folder).get("licence") or ""),
+        calibration=f"{text.samples} x {text.length} tokens of {text.text}" if method.calibrated else "",
+        serving=method.serving(options),
+    )

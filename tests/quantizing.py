@@ -1,0 +1,28 @@
+"""Quantizing a folder in this process, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.quant.calibration import Calibration
+from lowmem.quant.pipeline import quantize_folder
+from lowmem.quant.request import QuantizeRequest, changed
+
+
+def quantize_events(
+    folder: Path,
+    out: Path,
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    *,
+    budget: MemoryBudget = UNLIMITED,
+    cancel: CancelToken | None = None,
+) -> Iterator[Step | Receipt]:
+    text = changed(calibration or Calibration())
+    request = QuantizeRequest.validated(str(folder), method, options, text, out=out, budget=budget)
+    return quantize_folder(folder, request, cancel)
