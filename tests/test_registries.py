@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import toys
 from conftest import machine
 from torch import Tensor, nn
+from ui_stub import StubEngine
 
-from lowmem.events import Chunk
+from lowmem import quant
+from lowmem.__main__ import main
+from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
+from lowmem.kernels.quantized import Quantized
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.device import Device
+from lowmem.measure.options import MeasureOptions
+from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.precisions import PRECISIONS, Precision
+from lowmem.quant import base, get
+from lowmem.quant.estimate import estimate_quantization
+from lowmem.quant.gptq_format import GptqFormat
+from lowmem.quant.request import QuantizeRequest
+from lowmem.quant.run import quantize
 from lowmem.runtime.session import Session
+from lowmem.sweep.forecast import peaks, quantized
+from lowmem.sweep.grid import make_grid
+from lowmem.ui.page import build_ui
 from lowmem.ui.service.engine import Engine, precision_label
+from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.tabs.quantize_form import _bits
+from lowmem.units import GB
 
 
 class HalfLinear(nn.Module):
@@ -85,3 +107,61 @@ def test_a_precision_is_planned_loaded_and_offered(tmp_path: Path) -> None:
     engine = Engine(lambda: session)
     assert engine.precisions("cpu")["toy"] is None
     assert precision_label("toy") == "toy (two bytes a weight)"
+
+
+class ToyMethod(GptqFormat):
+    """Round to nearest under another name: the least that a method has to define."""
+
+    name = "toy"
+    label = "Toy rounding"
+    description = "A toy; takes no time."
+    speed = 1e9
+    Options = base.Options
+
+    def quantize(self, weights: Sequence[Tensor], hessian: Any, options: Any, cancel: CancelToken) -> list[Quantized]:
+        return get("rtn").quantize(weights, hessian, get("rtn").Options(options.bits, options.group_size), cancel)
+
+
+@pytest.fixture
+def toy_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("lowmem.quant.methods.toy")
+    vars(module)["METHOD"] = ToyMethod()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(quant, "METHODS", (*quant.METHODS, "toy"))
+
+
+@pytest.mark.usefixtures("toy_method")
+def test_a_quantization_method_is_estimated_run_saved_loaded_and_measured(tmp_path: Path) -> None:
+    folder = toys.save_toy("llama", tmp_path / "toy")
+    request = QuantizeRequest.validated(str(folder), "toy", {"group_size": 32}, out=tmp_path / "out")
+    expected = estimate_quantization(read_spec(str(folder)), request)
+    *_, receipt = quantize(request)
+    assert isinstance(receipt, Receipt)
+    assert receipt.precision.startswith("Toy rounding")
+    assert receipt.disk_bytes == expected.output_bytes
+    assert 0 < expected.seconds < 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["meta"]["method"] == "toy"
+    assert "Toy rounding" in (tmp_path / "out" / "README.md").read_text()
+
+    session = Session()
+    hardware = session.hardware()
+    spec = read_spec(str(tmp_path / "out"))
+    list(session.load(plan(spec, hardware, MemoryBudget.detect(hardware), Goal(context=64))))
+    assert any(isinstance(event, Chunk) for event in session.generate("Hello", GenerateOptions(max_new_tokens=2)))
+    variant = parse_variant("toy:4:32")
+    assert quantized(read_spec(str(folder)), variant.request(str(folder))).stored == spec.stored
+    assert peaks(read_spec(str(folder)), variant, MeasureOptions(), hardware, MemoryBudget(4 * GB))
+
+
+@pytest.mark.usefixtures("toy_method")
+def test_a_quantization_method_is_offered_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    page = str(build_ui(StubEngine()).config)
+    assert "('Toy rounding', 'toy')" in page
+    assert "toy:4:64" in Workshop(StubEngine()).variants()
+    assert _bits("toy") == _bits("rtn")
+    grid = make_grid({"models": ["demo"], "methods": {"toy": {"bits": [3, 4]}}})
+    assert [cell.variant.name for cell in grid.cells()] == ["fp32", "toy:3:64", "toy:4:64"]
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    assert "toy" in capsys.readouterr().out

@@ -7,12 +7,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lowmem import quant
 from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_option, add_options, budget, check_parent, given
 from lowmem.cli.console import finish, follow
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import probe
-from lowmem.quant import DEFAULT, METHODS, all_methods
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.request import QuantizeRequest
@@ -28,7 +28,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("quantize", help="make a smaller checkpoint of a model, block by block")
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("out", type=Path, help="a new folder; an unfinished one is resumed")
-    parser.add_argument("--method", choices=METHODS, default=DEFAULT, help=f"default {DEFAULT}")
+    parser.add_argument("--method", choices=quant.METHODS, default=quant.DEFAULT, help=f"default {quant.DEFAULT}")
     parser.add_argument("--bits", choices=[str(bits) for bits in BITS], help="bits per weight")
     parser.add_argument("--group-size", metavar="N", help="weights that share a scale; -1 is a whole row")
     kind = parser.add_mutually_exclusive_group()
@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
 def _method_fields() -> dict[str, tuple[dataclasses.Field[Any], list[str]]]:
     """Every option of a method, with the names of the methods that have it."""
     found: dict[str, tuple[dataclasses.Field[Any], list[str]]] = {}
-    for method in all_methods():
+    for method in quant.all_methods():
         for field in dataclasses.fields(method.Options):
             found.setdefault(field.name, (field, []))[1].append(method.name)
     return found
