@@ -20,10 +20,10 @@ from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning import exported, planner
 from lowmem.planning.estimate import reestimate
+from lowmem.planning.fallback import fewer_bits, quantized_kv
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
-from lowmem.planning.ladder import fewer_bits, quantized_kv
-from lowmem.planning.placement import all_at_home
+from lowmem.planning.placement import all_resident
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.runtime.onnx import loader as onnx_loader
@@ -53,9 +53,9 @@ def test_writing_keeps_the_budget_too(made_up) -> None:
 
 def test_what_a_graph_cannot_do_makes_a_plan_for_torch(made_up) -> None:
     best = chosen(made_up())
-    for change in ({"window": 512}, {"kv": "int4"}, {"placement": all_at_home(DEMO, "cpu")}):
+    for change in ({"window": 512}, {"cache_type": "int4"}, {"placement": all_resident(DEMO, "cpu")}):
         assert reestimate(best, **change).backend == "torch"
-    assert reestimate(best, kv="none").backend == "onnx"
+    assert reestimate(best, cache_type="none").backend == "onnx"
 
 
 def chosen(hardware, spec=DEMO, **goal) -> Plan:
@@ -72,7 +72,7 @@ def test_on_a_cpu_the_fastest_backend_that_fits_is_chosen_and_said(made_up) -> N
 def test_elsewhere_torch_runs(made_up) -> None:
     assert chosen(made_up(vram_gb=16)).backend == "torch"
     assert chosen(made_up(), backend="torch").backend == "torch"
-    assert chosen(made_up(), kv="int8").backend == "torch"
+    assert chosen(made_up(), cache_type="int8").backend == "torch"
     assert chosen(made_up(), precision="int8").backend == "torch"
     assert (
         chosen(made_up(), find("openai-community/gpt2").spec() if find("openai-community/gpt2") else _gpt2()).backend
@@ -97,7 +97,7 @@ def test_int4_means_a_graph(made_up) -> None:
 def test_what_onnx_cannot_do_is_refused_in_a_sentence(made_up) -> None:
     for goal, words in (
         ({"precision": "nf4"}, "fp32, int8, int4"),
-        ({"kv": "int8"}, "KV cache in fp32"),
+        ({"cache_type": "int8"}, "fp32 KV cache"),
     ):
         with pytest.raises(Unsupported, match=words):
             chosen(made_up(), backend="onnx", **goal)

@@ -27,9 +27,9 @@ from lowmem.export.pipeline import export_model
 from lowmem.export.run import export_isolated
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
+from lowmem.planning.fallback import WHILE_LOADING, next_fallback
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
-from lowmem.planning.ladder import lower_load
 from lowmem.planning.planner import plan
 from lowmem.runtime.onnx.manifest import DATA, GRAPH, MANIFEST, PREFILL, read_manifest
 from lowmem.runtime.onnx.model import OnnxModel, open_session
@@ -243,7 +243,7 @@ def test_what_only_torch_can_do_is_refused_for_an_exported_folder(made: Path) ->
     options = GenerateOptions(max_new_tokens=4, window=32)
     said(Unsupported, "cannot have a window", lambda: list(session.generate("Hello", options, raw=True)))
     assert session.plan is not None
-    lower = lower_load(best)
+    lower = next_fallback(best, WHILE_LOADING)
     assert lower is None or not lower.spec.exported
 
 

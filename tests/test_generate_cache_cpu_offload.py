@@ -67,6 +67,8 @@ def test_a_gpus_cache_in_ram_is_counted_in_ram() -> None:
     hardware = dataclasses.replace(machine(), gpus=(gpu,))
     spec = synthetic(layers=16, hidden=1024, intermediate=2048, heads=16)
     limits = MemoryBudget(12_000_000_000, 14_000_000_000)
-    here, there = (plan(spec, hardware, limits, Goal(context=4096, precision="fp16", kv=kv)) for kv in ("same", "ram"))
+    here, there = (
+        plan(spec, hardware, limits, Goal(context=4096, precision="fp16", cache_type=kv)) for kv in ("same", "ram")
+    )
     assert there.estimate("vram").share("kv") == here.estimate("vram").share("kv") // 8  # type: ignore[union-attr]
     assert there.estimate("ram").share("kv") == here.estimate("vram").share("kv")  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ def test_from_disk_bit_for_bit_and_back(family: str, tmp_path: Path, mapped: boo
 
 def test_streamed_blocks_hold_no_memory(tmp_path: Path) -> None:
     model = resident(toys.save_toy("llama", tmp_path))
-    offloaded = apply(model, tmp_path, chosen(all_at_home(model), "disk", [1]))
+    offloaded = apply(model, tmp_path, chosen(all_resident(model), "disk", [1]))
     held = {name: parameter.untyped_storage().nbytes() for name, parameter in model.named_parameters()}
     assert all((nbytes == 4) == (".layers.1." in name) for name, nbytes in held.items())
     assert model.num_parameters() == toys.toy("llama").num_parameters()
@@ -63,7 +63,7 @@ def test_streamed_blocks_hold_no_memory(tmp_path: Path) -> None:
     )
 
 
-def all_at_home(model: PreTrainedModel) -> Placement:
+def all_resident(model: PreTrainedModel) -> Placement:
     return Placement(("ram",) * model.config.num_hidden_layers)
 
 

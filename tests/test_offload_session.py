@@ -23,8 +23,8 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.offload.planned import by_budget, most_answers, placed
 from lowmem.offload.run import Where, plan_for, run
+from lowmem.planning.fallback import offload
 from lowmem.planning.goal import Goal
-from lowmem.planning.ladder import offload
 from lowmem.planning.offloading import smallest
 from lowmem.planning.placement import Placement
 from lowmem.planning.plan import Plan

@@ -27,8 +27,8 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.models.fetch import fetch
 from lowmem.models.quantization import Quantization
 from lowmem.models.source import read_spec
+from lowmem.planning.fallback import other_memory, smaller_model
 from lowmem.planning.goal import Goal
-from lowmem.planning.ladder import other_memory, smaller_model
 from lowmem.planning.model_bytes import loading_peak, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan

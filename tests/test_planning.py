@@ -12,8 +12,8 @@ from lowmem.models.catalog import CATALOG, find, synthetic
 from lowmem.planning import exported
 from lowmem.planning.cache import kv_bytes
 from lowmem.planning.estimate import reestimate
+from lowmem.planning.fallback import FALLBACKS, fall_back, next_fallback, remedies
 from lowmem.planning.goal import Goal
-from lowmem.planning.ladder import LADDER, descend, next_rung, remedies
 from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
@@ -186,7 +186,7 @@ def test_the_models_own_context_is_the_most(made_up):
         {"batch": 0},
         {"precision": "int3"},
         {"device": "tpu"},
-        {"kv": "int1"},
+        {"cache_type": "int1"},
         {"prefill_chunk": -5},
     ],
 )
@@ -231,7 +231,7 @@ def test_rungs_come_in_order_and_each_saves_memory(made_up):
     machine = made_up(vram_gb=15)
     current = reestimate(chosen(machine, LLAMA7B, precision="fp16", context=4096), batch=1)
     seen = []
-    while (lower := next_rung(current)) is not None and len(seen) < 40:
+    while (lower := next_fallback(current)) is not None and len(seen) < 40:
         seen.append(lower.reason)
         assert lower.device != current.device or lower.main.peak < current.main.peak
         current = lower
@@ -246,7 +246,7 @@ def test_rungs_come_in_order_and_each_saves_memory(made_up):
 
 
 def test_every_rung_ends(made_up):
-    for rung in LADDER:
+    for rung in FALLBACKS:
         current, steps = chosen(made_up(vram_gb=24), LLAMA7B, precision="fp16"), 0
         while current is not None and steps < 50:
             current, steps = rung(current), steps + 1
@@ -256,7 +256,7 @@ def test_every_rung_ends(made_up):
 def test_descend_stops_as_soon_as_it_fits(made_up):
     tight = chosen(made_up(vram_gb=6), LLAMA7B, context=4096)
     assert tight.verdict == "over"
-    lower = descend(tight)
+    lower = fall_back(tight)
     assert lower.verdict != "over"
     assert lower.spec is tight.spec
     assert lower.context == 2048
@@ -274,4 +274,4 @@ def test_remedies_change_one_thing_each(made_up):
 
 def test_no_rung_offers_a_model_that_is_no_smaller(made_up):
     smallest = chosen(made_up(ram_gb=16), DEMO)
-    assert LADDER[-1](smallest) is None
+    assert FALLBACKS[-1](smallest) is None

@@ -175,7 +175,7 @@ def test_out_of_memory_while_loading_walks_down_the_ladder(folder, monkeypatch):
 def test_the_ladders_end_is_a_sentence(folder, monkeypatch):
     session = Session()
     monkeypatch.setattr(loader, "load", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    monkeypatch.setattr("lowmem.planning.ladder.smaller_model", lambda _: None)
+    monkeypatch.setattr("lowmem.planning.fallback.smaller_model", lambda _: None)
     with pytest.raises(OutOfMemory, match="nothing smaller is left"):
         list(session.load(planned(session, folder, precision="nf4")))
     assert session.plan is None

@@ -76,14 +76,14 @@ class StubSession:
         self.plan = None
         return receipt
 
-    def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
+    def estimate(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
         from lowmem.planning.estimate import reestimate
 
         assert self.plan is not None
         return reestimate(
             self.plan,
             context=prompt_tokens + options.max_new_tokens,
-            kv=options.cache_type if options.use_cache else "none",
+            cache_type=options.cache_type if options.use_cache else "none",
         )
 
     def generate(

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         backend = "torch"  # an exported graph has no sliding window, so none is exported
     follow(
         session.load(
-            plan_from(args, session, kv=chosen.cache_type, backend=backend, **goal_from(args)), force=args.force
+            plan_from(args, session, cache_type=chosen.cache_type, backend=backend, **goal_from(args)), force=args.force
         )
     )
     if prompts is None:

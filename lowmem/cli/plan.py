@@ -11,7 +11,7 @@ from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, budget
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.models.choices import choices
 from lowmem.models.source import read_spec
-from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import DEFAULT_GOAL
@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("plan", help="how a model would run here, without loading it")
     parser.add_argument("model", nargs="?", help=f"{MODEL_HELP}; default: the best model for this machine")
     add_goal(parser)
-    parser.add_argument("--cache-type", choices=KV_STORAGES, default="same", help="data type of the KV cache")
+    parser.add_argument("--cache-type", choices=CACHE_TYPES, default="same", help="data type of the KV cache")
     add_json(parser, "plan")
     parser.set_defaults(run=run)
 
@@ -66,7 +66,7 @@ def goal_from(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    plan = plan_from(args, Session(), kv=args.cache_type, **goal_from(args))
+    plan = plan_from(args, Session(), cache_type=args.cache_type, **goal_from(args))
     if args.json:
         print(json.dumps(_as_dict(plan)))
         return 0

@@ -39,12 +39,12 @@ class MeasureOptions:
 def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:
     """Peak bytes by memory ("ram", "vram") of measuring `plan`: of a pass over one window, or of the timed runs."""
     window = min(options.window, plan.spec.context)
-    scoring = reestimate(plan, context=window, batch=1, kv="none", prefill_chunk=window)
+    scoring = reestimate(plan, context=window, batch=1, cache_type="none", prefill_chunk=window)
     talking = reestimate(
         plan,
         context=min(options.prompt_tokens + options.new_tokens, plan.spec.context),
         batch=1,
-        kv="same",
+        cache_type="same",
         prefill_chunk=GenerateOptions().prefill_chunk,
     )
     peaks = {memory: max(count, talking.predicted[memory]) for memory, count in scoring.predicted.items()}

@@ -9,7 +9,7 @@ from typing import Any
 from lowmem.events import Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.offload.predict import Speed
-from lowmem.planning.placement import home
+from lowmem.planning.placement import resident_place
 from lowmem.planning.plan import Plan
 
 LONGEST_PROMPT = 600
@@ -82,7 +82,7 @@ def _where(plan: Plan) -> str:
     if plan.placement is None:
         return "Where(resident=True)"
     places = {"disk": plan.placement.indices("disk")}
-    if home(plan.place.kind) != "ram":
+    if resident_place(plan.place.kind) != "ram":
         places["ram"] = plan.placement.indices("ram")
     lists = {place: list(indices) for place, indices in places.items()}
     return f"Where({_arguments(lists)}, may_map={plan.placement.mapped})"

@@ -23,7 +23,7 @@ from lowmem.offload.receipt import completed, repeating
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.offloading import offload_precision
-from lowmem.planning.placement import all_at_home, chosen
+from lowmem.planning.placement import all_resident, chosen
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
@@ -85,7 +85,7 @@ def plan_for(
         return base
     place: Callable[[Plan], Plan] = by_budget
     if where is not None and where.chosen:
-        placement = all_at_home(base.spec, base.place.kind)
+        placement = all_resident(base.spec, base.place.kind)
         for name, indices in (("ram", where.ram), ("disk", where.disk)):
             placement = chosen(placement, name, indices or ())
         place = partial(placed, placement=placement, may_map=where.may_map)

@@ -1,4 +1,4 @@
-"""Predicted memory of the KV cache and of what attention makes of it, by the same accounting as the cache layers'."""
+"""Predicted memory of the KV cache, by the same accounting as the cache layers themselves."""
 
 from __future__ import annotations
 
@@ -8,103 +8,105 @@ from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.plan import Line, Plan
 from lowmem.units import format_bytes
 
-KV_STORAGES = ("same", "int8", "int4", "int2", "ram")
+CACHE_TYPES = ("same", "int8", "int4", "int2", "ram")
 
 BLOCK = 64
-"""Tokens that are quantized together (`longctx.kv_quant`); so many of the latest stay exact."""
+"""Tokens quantized together (`generate.cache`); as many of the latest tokens stay unquantized."""
 
 EXACT_FIRST = 4
-"""First tokens that stay exact without a window, too: attention leans on them."""
+"""First tokens that stay unquantized even without a window: attention concentrates on them."""
 
 LARGEST_CHUNK = 256
+"""Most new tokens in one pass once the text is longer than the window."""
+
 MOST_SINK_COPIES = 1024
-"""Of a pass over the end of a window: its most tokens, and copies of the sinks (`longctx.sinks`)."""
+"""Most copies of sink tokens in such a pass."""
 
 
 def kv_bytes(
-    spec: ModelSpec, context: int, batch: int, dtype: str, kv: str, window: int = 0, sinks: int = EXACT_FIRST
+    spec: ModelSpec, context: int, batch: int, dtype: str, cache_type: str, window: int = 0, sinks: int = EXACT_FIRST
 ) -> int:
-    """KV cache for `batch` sequences of `context` tokens, or of `sinks` first and `window` latest ones.
+    """Bytes of the KV cache for `batch` sequences of `context` tokens, or of `sinks` first and `window` latest tokens.
 
-    `kv` is "same" (as `dtype`), "int8", "int4" or "int2" (blocks of tokens with fp16 scales and offsets, beside
-    exact first and latest tokens) or "none"; "ram" is "same", see `device_bytes` for where.
+    Args:
+        cache_type: "same" (as `dtype`), "ram" (the same, held in RAM), "none", or "int8", "int4", "int2": blocks of tokens
+            with fp16 scales and offsets, and the first and latest tokens unquantized.
     """
-    if kv == "none":
+    if cache_type == "none":
         return 0
     tokens = min(context, window + sinks) if window else context
     number = spec.kv_heads * spec.head_dim
-    # A window's first keys and their partners are in fp32, beside the places where they are turned.
+    # A window also keeps the sinks' keys in fp32, unrotated, so that they can be rotated to new positions.
     copies = 2 * 4 * number * sinks if window else 0
-    if kv in ("same", "ram"):
+    if cache_type in ("same", "ram"):
         return spec.kv_bytes(tokens, batch, dtype) + batch * spec.layers * copies
     exact = number * DTYPE_BYTES[dtype] * ((1 if window else 2) * sinks + 2 * BLOCK)
-    full = copies + exact + blocks_of(tokens, bool(window)) * block_bytes(spec, bits_of(kv))
+    full = copies + exact + blocks_of(tokens, bool(window)) * block_bytes(spec, bits_of(cache_type))
     native = 2 * number * DTYPE_BYTES[dtype] * min(context, spec.sliding_window)
     return batch * sum(native if kind == "sliding" else full for kind in spec.layer_types)
 
 
 def plan_bytes(plan: Plan, dtype: str) -> int:
-    """The KV cache of a plan, with its window or without."""
+    """Bytes of the plan's KV cache."""
     sinks = plan.sinks if plan.window else EXACT_FIRST
-    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.kv, plan.window, sinks)
+    return kv_bytes(plan.spec, plan.context, plan.batch, dtype, plan.cache_type, plan.window, sinks)
 
 
 def device_bytes(plan: Plan, dtype: str) -> int:
-    """What of it lies where the model computes: all, or two layers of one that a GPU keeps in RAM."""
-    every = plan_bytes(plan, dtype)
-    return min(every, 2 * every // plan.spec.layers) if _waits(plan) else every
+    """The part in the memory of the device that computes: all, or two layers of a cache that is held in RAM."""
+    total = plan_bytes(plan, dtype)
+    return min(total, 2 * total // plan.spec.layers) if _in_ram(plan) else total
 
 
 def ram_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
-    """The KV cache that a GPU keeps in RAM."""
-    if not _waits(plan):
+    """The KV cache held in RAM while a GPU computes."""
+    if not _in_ram(plan):
         return ()
-    return (Line("kv", plan_bytes(plan, dtype), "The KV cache; each layer's crosses to the GPU in its turn."),)
+    return (Line("kv", plan_bytes(plan, dtype), "The KV cache, copied to the GPU layer by layer."),)
 
 
-def _waits(plan: Plan) -> bool:
-    """Does the KV cache wait in RAM? That of a window is small and stays on the GPU."""
-    return plan.kv == "ram" and plan.place.kind == "cuda" and not plan.window
+def _in_ram(plan: Plan) -> bool:
+    """Whether the cache is held in RAM for a GPU. A window's cache is small and stays on the GPU."""
+    return plan.cache_type == "ram" and plan.place.kind == "cuda" and not plan.window
 
 
-def bits_of(kv: str) -> int:
-    """Bits of a stored number, for "int8", "int4" and "int2"."""
-    return int(kv.removeprefix("int"))
+def bits_of(cache_type: str) -> int:
+    """Bits per number of "int8", "int4" and "int2"."""
+    return int(cache_type.removeprefix("int"))
 
 
 def block_bytes(spec: ModelSpec, bits: int) -> int:
-    """One packed block of one layer and row: codes; scale and offset per channel for keys, per token for values."""
+    """Bytes of one block of one layer and sequence: codes, and scales and offsets per channel (keys) or token (values)."""
     return spec.kv_heads * (2 * BLOCK * spec.head_dim * bits // 8 + 4 * spec.head_dim + 4 * BLOCK)
 
 
 def blocks_of(tokens: int, window: bool) -> int:
-    """Blocks for so many tokens; a window's oldest may be cut, and the next is made before it goes."""
+    """Blocks that hold `tokens`; a window's oldest block may be partly evicted, and the next is made before it is freed."""
     return -(-tokens // BLOCK) + (2 if window else 0)
 
 
 def passes(plan: Plan) -> Iterator[tuple[int, int]]:
-    """(most tokens, tokens they attend to) of the passes over a prompt."""
-    yield plan.context, plan.remembered
-    if plan.window and plan.context > plan.remembered:
+    """(most new tokens, tokens they attend to) of each kind of forward pass over a prompt."""
+    yield plan.context, plan.cached_tokens
+    if plan.window and plan.context > plan.cached_tokens:
         copies = MOST_SINK_COPIES if plan.sinks else 0
-        yield LARGEST_CHUNK, plan.remembered + LARGEST_CHUNK + copies
+        yield LARGEST_CHUNK, plan.cached_tokens + LARGEST_CHUNK + copies
 
 
-def unfolded_bytes(plan: Plan, dtype: str) -> int:
-    """One layer's whole history, dequantized for attention; shared by all layers."""
-    if plan.kv in ("same", "none", "ram"):
+def dequantized_bytes(plan: Plan, dtype: str) -> int:
+    """The buffer for one dequantized layer, which all layers share."""
+    if plan.cache_type in ("same", "none", "ram"):
         return 0
-    return plan.spec.kv_bytes(plan.remembered + BLOCK, plan.batch, dtype) // plan.spec.layers
+    return plan.spec.kv_bytes(plan.cached_tokens + BLOCK, plan.batch, dtype) // plan.spec.layers
 
 
 def sentence(plan: Plan, dtype: str) -> str:
-    """What is remembered, for a person."""
-    if plan.kv == "none":
-        return "No cache: everything is computed anew for every token."
-    stored = dtype if plan.kv in ("same", "ram") else plan.kv
-    if plan.window and plan.context > plan.remembered:
-        latest = f"The latest {plan.window:,} tokens and the first {plan.sinks:,}"
-        return f"{latest}, however long the text, x {plan.batch} ({stored})."
-    share = 1 if plan.kv in ("same", "ram") else bits_of(plan.kv) / (8 * DTYPE_BYTES[dtype])
+    """What the cache holds, for a person."""
+    if plan.cache_type == "none":
+        return "No cache: every token recomputes the whole context."
+    stored = dtype if plan.cache_type in ("same", "ram") else plan.cache_type
+    if plan.window and plan.context > plan.cached_tokens:
+        return f"The latest {plan.window:,} and the first {plan.sinks:,} tokens x {plan.batch} ({stored}), at any text length."
+    share = 1 if plan.cache_type in ("same", "ram") else bits_of(plan.cache_type) / (8 * DTYPE_BYTES[dtype])
     per_token = format_bytes(share * plan.spec.kv_bytes_per_token(dtype))
-    return f"{plan.remembered:,} tokens x {plan.batch} at {per_token} a token ({stored})."
+    return f"{plan.cached_tokens:,} tokens x {plan.batch}, {per_token} per token ({stored})."

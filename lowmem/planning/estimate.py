@@ -1,4 +1,4 @@
-"""The predicted peak of a plan in every memory, share by share."""
+"""The estimate of a plan: predicted peak bytes in every memory, line by line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowmem.planning import cache, exported, streaming
 from lowmem.planning.model_bytes import (
     CUDA_RAM_BYTES,
     CUDA_WORKSPACE_BYTES,
-    attending_bytes,
+    activation_line,
     compute_dtype,
     kernel_lines,
     loading_peak,
@@ -23,53 +23,63 @@ from lowmem.units import format_bytes
 
 
 def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
-    """Predicted peak per memory for `plan` (its own `estimates` are ignored): RAM, and VRAM on a GPU."""
-    if plan.placement is not None:
-        return streaming.estimate(plan, plan.placement)
-    on_gpu = plan.place.kind == "cuda"
-    dtype = compute_dtype(plan.precision, plan.place.dtypes)
-    lines = _run_lines(plan, dtype)
-    waiting = cache.ram_lines(plan, dtype)
-    runtime = Line(
-        "overhead", plan.hardware.runtime_bytes, "Python, torch and transformers themselves, measured on this machine."
-    )
-    if not on_gpu:
-        return (MemoryEstimate("ram", (*lines, runtime), plan.budget.limit("ram")),)
+    """Predicted peak of RAM and, on a GPU, of VRAM. Does not read `plan.estimates`."""
+    dtype, placement = compute_dtype(plan.precision, plan.place.dtypes), plan.placement
+    on_device = streaming.device_lines(plan, placement, dtype) if placement else _device_lines(plan, dtype)
+    process = Line("overhead", plan.hardware.runtime_bytes, "Python, torch and transformers, measured on this machine.")
+    if plan.place.kind != "cuda":
+        return (_against_budget(plan, "ram", (*on_device, process)),)
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
-    vram = MemoryEstimate("vram", (*lines, workspace), plan.budget.limit("vram"))
-    driver = Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels.")
-    slab = Line("scratch", 2 * CONVERSION_BYTES, "Weights on their way from disk to the GPU.")
-    return (MemoryEstimate("ram", (*waiting, runtime, driver, slab), plan.budget.limit("ram")), vram)
+    in_ram = (
+        *cache.ram_lines(plan, dtype),
+        *(streaming.ram_lines(plan, placement) if placement else ()),
+        process,
+        Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
+        Line("scratch", 2 * CONVERSION_BYTES, "Weights in transit from disk to the GPU."),
+    )
+    return (_against_budget(plan, "ram", in_ram), _against_budget(plan, "vram", (*on_device, workspace)))
 
 
-def _run_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+def reestimate(plan: Plan, **changes: Any) -> Plan:
+    """`plan` with `changes` to its fields and new estimates; it moves to torch if a graph cannot do what it now asks."""
+    changed = replace(plan, **changes)
+    if changed.backend == "onnx" and needs_torch(changed):
+        changed = replace(changed, backend="torch", or_torch=False)
+    return replace(changed, estimates=estimate(changed))
+
+
+def needs_torch(plan: Plan) -> bool:
+    """Whether a graph cannot run `plan`: its weights are all resident, its KV cache is fp32 and holds every token."""
+    return plan.placement is not None or plan.window > 0 or plan.cache_type not in ("same", "none")
+
+
+def _against_budget(plan: Plan, memory: str, lines: tuple[Line, ...]) -> MemoryEstimate:
+    return MemoryEstimate(memory, lines, plan.budget.limit(memory))
+
+
+def _device_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
+    """What lies in the memory of the device that computes in `dtype`, without the process itself."""
     if plan.backend == "onnx":
         return _graph_lines(plan)
-    spec, batch = plan.spec, plan.batch
-    chunk = min(plan.prefill_chunk, plan.context)
+    spec = plan.spec
     weights = weight_bytes(spec, plan.precision, dtype)
-    kv = cache.device_bytes(plan, dtype)
-    activations = attending_bytes(plan, dtype) + logits_bytes(spec, batch, dtype)
-    dequantized = cache.unfolded_bytes(plan, dtype)
-    loading = loading_peak(spec, plan.precision, dtype) - weights
-    dense = layouts.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
-    scratch = max(dequantized, dense, loading - kv - activations)
+    kv, activations = cache.device_bytes(plan, dtype), activation_line(plan, dtype)
+    # The run allocates its cache and activations after loading, so only the larger of the two counts.
+    loading = loading_peak(spec, plan.precision, dtype) - weights - kv - activations.count
+    dequantized = layouts.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
+    scratch = max(cache.dequantized_bytes(plan, dtype), dequantized, loading, 0)
     return (
         Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
-        Line(
-            "kv",
-            kv,
-            cache.sentence(plan, dtype),
-        ),
-        Line("activations", activations, f"One block at work on {chunk:,} tokens x {batch}, and the logits."),
-        Line("scratch", max(0, scratch), "Buffers while loading, for a quantized cache or a layer multiplied out."),
+        Line("kv", kv, cache.sentence(plan, dtype)),
+        activations,
+        Line("scratch", scratch, "Buffers for loading, or for one dequantized layer of weights or cache."),
         *kernel_lines(plan),
     )
 
 
 def _graph_lines(plan: Plan) -> tuple[Line, ...]:
     spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
-    kv = exported.kv_bytes(spec, plan.remembered, batch) if plan.kv != "none" else 0
+    kv = exported.kv_bytes(spec, plan.cached_tokens, batch) if plan.cache_type != "none" else 0
     activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
     per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
     weights = exported.session_bytes(spec, plan.precision)
@@ -77,21 +87,8 @@ def _graph_lines(plan: Plan) -> tuple[Line, ...]:
         Line(
             "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
         ),
-        Line("kv", kv, f"{plan.remembered:,} tokens x {batch} at {per_token} a token (fp32)."),
-        Line("activations", activations, f"One block at work on {chunk:,} tokens, and the logits."),
+        Line("kv", kv, f"{plan.cached_tokens:,} tokens x {batch}, {per_token} per token (fp32)."),
+        Line("activations", activations, f"One block processing {chunk:,} tokens, and the logits."),
         Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
         Line("scratch", 0, "Graphs are mapped, not copied."),
     )
-
-
-def needs_torch(plan: Plan) -> bool:
-    """A graph's weights are all in memory, and its cache is in fp32 and of all tokens."""
-    return plan.placement is not None or plan.window > 0 or plan.kv not in ("same", "none")
-
-
-def reestimate(plan: Plan, **changes: Any) -> Plan:
-    """`plan` with `changes` and its estimates computed anew. What a graph cannot do makes it a plan for torch."""
-    changed = replace(plan, **changes)
-    if changed.backend == "onnx" and needs_torch(changed):
-        changed = replace(changed, backend="torch", or_torch=False)
-    return replace(changed, estimates=estimate(changed))

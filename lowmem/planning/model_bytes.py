@@ -1,9 +1,8 @@
-"""Predicted peak memory of a plan, by exact accounting from shapes.
+"""Bytes of a model's weights and activations, by exact accounting from shapes.
 
 Weights and KV cache are counted to the byte from the checkpoint's header. Activations are
-the tensors that are alive together at the widest point of one decoder block; the constants
-in this file name each of them. Nothing here is fitted to measurements; the benchmark
-`benchmarks/memory.py` shows how far the prediction is from the truth.
+the tensors alive together at the widest point of one decoder block. Nothing here is fitted
+to measurements; `benchmarks/memory.py` shows the error of the prediction.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ CUDA_WORKSPACE_BYTES = 96 * MB
 CUDA_RAM_BYTES = 900 * MB
 """RAM that the CUDA driver and torch's kernels take in the process once a GPU is used."""
 
-HEAP_OF_A_PASS = 2
-"""What glibc's heap grows to in a pass over a whole window, over the tensors that live at once: those that are freed leave holes
-into which the next do not fit (measured for 512 to 4,096 tokens: 2.0 to 2.2 times in int8, 1.3 to 1.8 in fp32)."""
+HEAP_FRAGMENTATION = 2
+"""glibc's heap over the live tensors in a pass without a cache: freed tensors leave holes that the next ones do not fit
+(measured for 512 to 4,096 tokens: 2.0 to 2.2 times in int8, 1.3 to 1.8 in fp32)."""
 
 EAGER_ATTENTION = frozenset({"gemma2", "gpt_neo", "gptj", "mpt"})
-"""Families whose attention has no fused kernel in transformers: the score matrix exists."""
+"""Model types whose attention has no fused kernel in transformers, so the score matrix is materialized."""
 
 
 def compute_dtype(precision: str, device_dtypes: tuple[str, ...]) -> str:
-    """The dtype of activations and KV cache: the precision itself, or what the device does best."""
+    """The dtype of activations and KV cache: the precision's own, else the device's best."""
     return PRECISIONS[precision].dtype or device_dtypes[0]
 
 
 def is_linear(tensor: Tensor) -> bool:
-    """Is this the weight of a linear layer inside a decoder block, which is what gets quantized?"""
+    """Whether this is the weight of a linear layer in a decoder block, which is what gets quantized."""
     return (
         len(tensor.shape) == 2
         and tensor.name.endswith(".weight")
@@ -47,14 +46,15 @@ def is_linear(tensor: Tensor) -> bool:
 
 
 def is_embedding(tensor: Tensor) -> bool:
-    """Is this a token or position embedding, or the output head?"""
+    """Whether this is a token or position embedding, or the output head."""
     return len(tensor.shape) == 2 and tensor.name.endswith("weight") and block_index(tensor.name) is None
 
 
 def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
-    """Bytes of the loaded weights, exact for each precision's layout.
+    """Bytes of the loaded weights, exact for the layout of each precision.
 
-    `dtype` is the compute dtype: what is not quantized is kept in it.
+    Args:
+        dtype: the compute dtype, in which unquantized tensors are held.
     """
     total = 0
     for tensor in spec.tensors:
@@ -63,7 +63,7 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         total += tensor_bytes(spec, tensor, precision, dtype)
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
     if dense.covers_embeddings and spec.tied:
-        # The packed output head cannot be indexed, so a tied embedding exists twice.
+        # A packed output head cannot be indexed, so a tied embedding is held twice.
         total += dense.linear_bytes(spec.vocab, spec.hidden)
     return total
 
@@ -71,8 +71,8 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
 def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
     if spec.stored and tensor.packed_layer:
         if spec.stored.method == BNB:
-            return tensor.nbytes  # held as they are stored
-        # A layer's parts are counted together, where its weight lies.
+            return tensor.nbytes  # held as stored
+        # All parts of a layer are counted with its weight.
         layer = _packed_shape(spec, tensor)
         return layouts.packed_bytes(spec.stored, *layer, dtype) if layer else 0
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
@@ -92,13 +92,13 @@ def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
 
 
 def linear_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer; GPT-2 stores its own the other way round."""
+    """(outputs, inputs) of a linear layer; GPT-2 stores its weights transposed."""
     first, second = tensor.shape
     return (second, first) if spec.model_type == "gpt2" else (first, second)
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
-    """Peak of one decoder block over `tokens` = chunk x batch new tokens that see `context` tokens.
+    """Peak of one decoder block over `tokens` = chunk x batch new tokens that attend to `context` tokens.
 
     Counted: the residual stream and its normed fp32 copy; then the larger of attention
     (q, k, v, their rotated copies, the output) and the MLP (gate, its activation, up, their
@@ -113,47 +113,50 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> 
     return residual + max(attention, mlp) + _masked_attention_bytes(spec, tokens, context, size)
 
 
-def attending_bytes(plan: Plan, dtype: str) -> int:
-    """Activations of the widest pass over a prompt, or of a token, that `plan` makes."""
+def activation_line(plan: Plan, dtype: str) -> Line:
+    """Activations of the widest forward pass that `plan` makes, and one row of logits per sequence."""
     chunk = min(plan.prefill_chunk, plan.context)
     alive = max(
         activation_bytes(plan.spec, min(chunk, most) * plan.batch, seen, dtype) for most, seen in cache.passes(plan)
     )
-    # With a cache, chunks are short, and the cache is not full yet when they are read.
-    return alive * HEAP_OF_A_PASS if plan.kv == "none" and plan.place.kind == "cpu" else alive
+    # With a cache, chunks are short and the cache is not yet full, so its room absorbs the holes.
+    if plan.cache_type == "none" and plan.place.kind == "cpu":
+        alive *= HEAP_FRAGMENTATION
+    total = alive + logits_bytes(plan.spec, plan.batch, dtype)
+    return Line("activations", total, f"One block processing {chunk:,} tokens x {plan.batch}, and the logits.")
 
 
 def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
     if context <= tokens and spec.model_type not in EAGER_ATTENTION:
         return 0
-    # The boolean mask, its two factors while it is made, and its copy in the compute dtype.
+    # The boolean mask, the two operands it is made from, and its copy in the compute dtype.
     mask = tokens * context * (3 + size)
     history = 2 * spec.heads * spec.head_dim * context * size
     repeated = history if spec.heads != spec.kv_heads else 0
     if size == 2:
-        repeated += history  # half precision is packed for the matrix kernels
+        repeated += history  # matrix kernels repack half precision
     scores = 2 * spec.heads * tokens * context * 4 if spec.model_type in EAGER_ATTENTION else 0
     return mask + repeated + scores
 
 
 def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
-    """One row of logits a sequence, in fp32, sorted with its indices and summed for top-p."""
+    """One row of logits per sequence: in fp32, sorted with its indices, and summed for top-p."""
     return batch * spec.vocab * (DTYPE_BYTES[dtype] + 4 * 4 + 2 * 8)
 
 
 def kernel_lines(plan: Plan) -> tuple[Line, ...]:
-    # Counted as weights: they come and stay with a model that is stored quantized.
+    """ONNX Runtime, where its kernels run a quantized checkpoint. Counted as weights: it is loaded with the model."""
     stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
     if stored is None or layouts.cpu_kernel(stored) != "nbits":
         return ()
-    return (Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, whose kernels multiply packed weights."),)
+    return (Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, whose kernels run the quantized layers."),)
 
 
 def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
-    """Most bytes the loader holds: what is finished, and the tensor at work with its temporaries.
+    """Most bytes the loader holds at once: finished tensors, and the current one with its temporaries.
 
     Follows the loader through the file: a large embedding at the beginning costs little, since
-    nothing else is there yet.
+    nothing else is loaded yet.
     """
     finished = peak = 0
     for tensor in spec.tensors:
@@ -164,7 +167,7 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         finished += final
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
     if dense.covers_embeddings and spec.tied:
-        # The head is packed from the embedding's codes, of which packing takes a copy.
+        # Packing the head copies the embedding's codes.
         finished += dense.linear_bytes(spec.vocab, spec.hidden)
         peak = max(peak, finished + spec.vocab * spec.hidden)
     return max(peak, finished)

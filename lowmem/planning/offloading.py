@@ -1,4 +1,4 @@
-"""Plans whose blocks do not all fit: which ones go elsewhere."""
+"""Plans whose blocks do not all fit: which of them to offload."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.placement import (
     Placement,
-    all_at_home,
+    all_resident,
     counted,
-    home,
+    resident_place,
     spread,
     stored_block_bytes,
 )
@@ -20,37 +20,34 @@ from lowmem.precisions import PRECISIONS
 
 
 def offloaded(plan: Plan) -> Plan | None:
-    """`plan` with as many blocks at home as its budgets allow, and the others as near as possible.
+    """`plan` with as many resident blocks as its budget allows, and the others in RAM before disk.
 
-    None when even one block at a time does not fit, or when the model's blocks are not known.
+    None if even one block at a time does not fit, or if the model's blocks are unknown.
     """
     kind = plan.place.kind
     if kind == "mps" or plan.spec.layers < 1 or len([s for s in stored_block_bytes(plan.spec) if s]) < plan.spec.layers:
         return None
-    # Only torch's modules can be filled and emptied.
+    # Only torch's modules can be emptied and filled again.
     base = replace(plan, precision=offload_precision(plan), placement=None, backend="torch", or_torch=False)
-    if kind == "cpu":
-        return _most(base, lambda count: _on_cpu(base, count))
-    return _most(base, lambda count: _on_gpu(base, count))
+    return _most_resident(base, _on_cpu if kind == "cpu" else _on_gpu)
 
 
 def further(plan: Plan) -> Plan | None:
-    """An offloaded plan with half as many blocks at home; None when there is none left."""
+    """An offloaded plan with half as many resident blocks; None if there are none left."""
     if plan.placement is None:
         return None
-    count = plan.placement.blocks.count(home(plan.place.kind))
+    count = plan.placement.blocks.count(resident_place(plan.place.kind))
     place = _on_cpu if plan.place.kind == "cpu" else _on_gpu
     return reestimate(plan, placement=place(plan, count // 2)) if count else None
 
 
 def smallest(plan: Plan) -> Plan:
-    """`plan` with every block on disk: nothing takes less memory."""
-    precision = offload_precision(plan)
-    return reestimate(plan, precision=precision, placement=Placement(("disk",) * plan.spec.layers))
+    """`plan` with every block on disk, which needs the least memory."""
+    return reestimate(plan, precision=offload_precision(plan), placement=Placement(("disk",) * plan.spec.layers))
 
 
 def offload_precision(plan: Plan) -> str:
-    """What an offloaded model is computed in: what is stored stays as it is, so only the computation's dtype matters."""
+    """The precision of an offloaded plan: its compute dtype, since blocks stream as they are stored."""
     if plan.spec.quantization:
         return "stored"
     stored = {tensor.dtype for tensor in counted(plan.spec) if len(tensor.shape) > 1}
@@ -63,6 +60,7 @@ def offload_precision(plan: Plan) -> str:
 
 
 def _on_cpu(plan: Plan, count: int) -> Placement:
+    """`count` blocks in RAM, the others on disk."""
     blocks = ["disk"] * plan.spec.layers
     for index in spread(count, plan.spec.layers):
         blocks[index] = "ram"
@@ -75,28 +73,32 @@ def _on_gpu(plan: Plan, count: int) -> Placement:
     for index in spread(count, plan.spec.layers):
         blocks[index] = "gpu"
     others = [index for index, place in enumerate(blocks) if place == "disk"]
-    low, high = 0, len(others)
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = _in_ram(blocks, others, middle)
-        ram = reestimate(plan, placement=tried).estimate("ram")
-        low, high = (middle, high) if ram and ram.verdict != "over" else (low, middle - 1)
-    return _in_ram(blocks, others, low)
+
+    def in_ram(count: int) -> Placement:
+        near = {others[number] for number in spread(count, len(others))}
+        return Placement(tuple("ram" if index in near else place for index, place in enumerate(blocks)))
+
+    def fits(count: int) -> bool:
+        ram = reestimate(plan, placement=in_ram(count)).estimate("ram")
+        return ram is not None and ram.verdict != "over"
+
+    return in_ram(_largest(0, len(others), fits))
 
 
-def _in_ram(blocks: list[str], others: list[int], count: int) -> Placement:
-    near = {others[place] for place in spread(count, len(others))}
-    return Placement(tuple("ram" if index in near else place for index, place in enumerate(blocks)))
-
-
-def _most(plan: Plan, place: Callable[[int], Placement]) -> Plan | None:
-    """The plan with most blocks at home that is not over its budgets."""
-    everything = reestimate(plan, placement=all_at_home(plan.spec, plan.place.kind))
+def _most_resident(plan: Plan, place: Callable[[Plan, int], Placement]) -> Plan | None:
+    """The plan with the most resident blocks that is within its budget; None if there is none."""
+    everything = reestimate(plan, placement=all_resident(plan.spec, plan.place.kind))
     if everything.verdict != "over":
         return everything
-    low, high = -1, plan.spec.layers - 1
+    count = _largest(
+        -1, plan.spec.layers - 1, lambda count: reestimate(plan, placement=place(plan, count)).verdict != "over"
+    )
+    return reestimate(plan, placement=place(plan, count)) if count >= 0 else None
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `high` that `fits`, by bisection; `low` if none above it does."""
     while low < high:
         middle = (low + high + 1) // 2
-        tried = reestimate(plan, placement=place(middle))
-        low, high = (middle, high) if tried.verdict != "over" else (low, middle - 1)
-    return reestimate(plan, placement=place(low)) if low >= 0 else None
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

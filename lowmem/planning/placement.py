@@ -1,7 +1,7 @@
-"""Where every decoder block lives, and how many bytes that is. Names and numbers only; no torch, no files.
+"""Where every decoder block lives, and its size in bytes. Plain data: no torch, no files.
 
-A block's home is the memory of the device that computes: "gpu", or "ram" on a CPU. Blocks elsewhere stream through two
-buffers there. What is no block (embeddings, the last norm, the head) is always at home.
+A resident block is in the memory of the device that computes: "gpu", or "ram" on a CPU. An offloaded block streams through
+two buffers there. Everything outside the blocks (embeddings, the last norm, the output head) is always resident.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lowmem.models.spec import ModelSpec, Tensor
 PLACES = ("gpu", "ram", "disk")
 
 SLOTS = 2
-"""Blocks in flight: one computes while the next arrives."""
+"""Blocks in transit: one computes while the next is copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Placement:
 
     Args:
         blocks: for every block one of `PLACES`.
-        mapped: blocks on disk are used where the page cache holds them, and count as RAM; without it they are read
+        mapped: blocks on disk are memory-mapped: the page cache holds them, and they count as RAM. Otherwise they are read
             past the page cache.
     """
 
@@ -35,7 +35,7 @@ class Placement:
         return tuple(index for index, place in enumerate(self.blocks) if place in places)
 
     def streamed(self, device_kind: str) -> tuple[int, ...]:
-        """Blocks that pass through the device's buffers with every token."""
+        """Blocks that stream through the device's buffers for every token."""
         if device_kind == "cpu":
             return () if self.mapped else self.indices("disk")
         return self.indices("ram", "disk")
@@ -50,19 +50,21 @@ class Placement:
         return ", ".join((f"{number} block{'s' * (number != '1')} {where}", *rest))
 
 
-def all_at_home(spec: ModelSpec, device_kind: str) -> Placement:
-    return Placement((home(device_kind),) * spec.layers)
+def all_resident(spec: ModelSpec, device_kind: str) -> Placement:
+    """Nothing offloaded."""
+    return Placement((resident_place(device_kind),) * spec.layers)
 
 
-def home(device_kind: str) -> str:
+def resident_place(device_kind: str) -> str:
+    """The place of resident blocks on a device of this kind."""
     return "ram" if device_kind == "cpu" else "gpu"
 
 
 def chosen(placement: Placement, place: str, indices: Iterable[int]) -> Placement:
-    """`placement` with the named blocks in `place`; negative numbers count from the end.
+    """`placement` with the blocks `indices` moved to `place`; negative numbers count from the end.
 
     Raises:
-        BadInput: there is no such block, or no such place.
+        BadInput: no such block or place.
     """
     blocks = list(placement.blocks)
     if place not in PLACES:
@@ -75,22 +77,22 @@ def chosen(placement: Placement, place: str, indices: Iterable[int]) -> Placemen
 
 
 def spread(count: int, of: int) -> tuple[int, ...]:
-    """`count` numbers below `of`, evenly spread: blocks at home give those on their way time to arrive."""
+    """`count` numbers below `of`, evenly spaced: while resident blocks compute, the offloaded ones are copied."""
     return tuple(number * of // count for number in range(count)) if count else ()
 
 
 def block_index(name: str) -> int | None:
-    """The block that a tensor belongs to, None outside of blocks: "model.layers.3.mlp.up_proj.weight" -> 3."""
+    """The block that a tensor belongs to, None outside the blocks: "model.layers.3.mlp.up_proj.weight" -> 3."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def counted(spec: ModelSpec) -> list[Tensor]:
-    """The stored tensors that a model is made of."""
+    """The tensors of a checkpoint that are loaded: no buffers, no copy of a tied output head."""
     return [t for t in spec.tensors if not (t.is_buffer or (spec.tied and t.is_output_embedding))]
 
 
 def stored_block_bytes(spec: ModelSpec) -> list[int]:
-    """Bytes of every block as the files hold it: what streams."""
+    """Bytes of every block as stored on disk, which is what streams."""
     sizes = [0] * spec.layers
     for tensor in counted(spec):
         index = block_index(tensor.name)

@@ -17,7 +17,7 @@ BACKENDS = ("torch", "onnx")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One share of a budget: "weights", "kv", "activations", "scratch" or "overhead"."""
+    """One line of an estimate: bytes of "weights", "kv", "activations", "scratch" or "overhead", and why."""
 
     key: str
     count: int
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Predicted peak bytes in one memory ("ram" or "vram"), share by share, against a limit."""
+    """Predicted peak in one memory ("ram" or "vram"), line by line, and the budget for it; all in bytes."""
 
     memory: str
     lines: tuple[Line, ...]
@@ -49,7 +49,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """A choice that was not taken, and why."""
+    """An alternative that the planner considered, and why it chose another."""
 
     choice: str
     reason: str
@@ -66,15 +66,15 @@ class Plan:
         device: torch device key, see `Device.key`.
         context: tokens (prompt and answer) the KV cache is planned for.
         batch: sequences at once.
-        kv: storage of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
+        cache_type: data type of the KV cache: "same" as the computation, "int8", "int4", "int2", or "none" without a cache.
         prefill_chunk: prompt tokens per forward pass.
-        placement: where the blocks live; None when all of them are in the memory of the device that computes.
-        estimates: predicted peak per memory: always "ram", and "vram" on a GPU.
-        reason: why this choice, for a person.
-        declined: what was looked at and not taken.
+        placement: where each block lives; None if all are in the memory of the device that computes.
+        estimates: predicted peak of "ram" and, on a GPU, of "vram".
+        reason: why this plan, in sentences for a person.
+        declined: the alternatives considered.
         backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
-        or_torch: the backend was the planner's own choice, and torch takes over when no graph comes of it.
-        window, sinks: tokens that are remembered, the latest and the first; a window of 0 remembers all.
+        or_torch: whether torch may take over if no graph can be made: the planner chose the backend.
+        window, sinks: latest and first tokens that stay cached; a window of 0 caches all.
     """
 
     spec: ModelSpec
@@ -84,7 +84,7 @@ class Plan:
     device: str
     context: int
     batch: int
-    kv: str
+    cache_type: str
     prefill_chunk: int
     estimates: tuple[MemoryEstimate, ...] = ()
     reason: str = ""
@@ -96,8 +96,8 @@ class Plan:
     placement: Placement | None = None
 
     @property
-    def remembered(self) -> int:
-        """Tokens of a sequence that the KV cache has room for."""
+    def cached_tokens(self) -> int:
+        """Tokens per sequence that the KV cache has room for."""
         return min(self.context, self.window + self.sinks) if self.window else self.context
 
     def estimate(self, memory: str) -> MemoryEstimate | None:
@@ -127,12 +127,12 @@ class Plan:
 
     @property
     def precision_label(self) -> str:
-        """The precision for a person; of a quantized checkpoint, what it holds."""
+        """The precision for a person; for a quantized checkpoint, its method and bits."""
         stored = self.spec.stored if self.precision == "stored" else None
         return stored.label if stored else PRECISIONS[self.precision].label
 
     def sentence(self) -> str:
-        """The verdict for a person, naming the number."""
+        """The verdict for a person, with its numbers."""
         tightest = max(self.estimates, key=lambda estimate: estimate.peak / max(estimate.limit, 1))
         memory = "GPU memory" if tightest.memory == "vram" else "RAM"
         peak, limit = format_bytes(tightest.peak), format_bytes(tightest.limit)

@@ -10,10 +10,10 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
-from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.estimate import reestimate
+from lowmem.planning.fallback import fall_back
 from lowmem.planning.goal import Goal
-from lowmem.planning.ladder import descend
 from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal
@@ -21,18 +21,18 @@ from lowmem.precisions import PRECISIONS
 from lowmem.units import GB, format_bytes
 
 COMFORTABLE_CONTEXT = 8192
-"""Automatic context grows up to this while it costs nothing that matters."""
+"""The automatic context grows up to this as long as the plan fits comfortably."""
 
 CPU_WEIGHTS_CEILING = 2 * GB
-"""Every token reads all weights once. At the 20 GB/s of an ordinary two-channel memory this is ten
-tokens a second, about reading speed; a larger model fits many CPUs but nobody wants to wait for it."""
+"""Every token reads all weights once. At the 20 GB/s of ordinary dual-channel memory this is ten
+tokens per second, about reading speed; a larger model fits many machines but is too slow to use."""
 
 GRAPH_PRECISIONS = tuple(key for key, precision in PRECISIONS.items() if "onnx" in precision.backends)
-"""What a graph for CPUs is written in."""
+"""Precisions of a graph for CPUs."""
 
 GRAPH_PARAMETERS = 50_000_000
-"""From so many on "auto" may choose ONNX Runtime. The first load writes the graph, which takes longer than a small model,
-fast as it is, would ever save."""
+"""The smallest model for which "auto" may choose ONNX Runtime. The first load writes the graph, which takes longer than a
+small model would ever save."""
 
 DEFAULT_GOAL = Goal()
 
@@ -44,16 +44,17 @@ def plan(
     goal: Goal = DEFAULT_GOAL,
     choices: Sequence[ModelSpec] | None = None,
 ) -> Plan:
-    """The best plan for `spec`; when `spec` is None, for the best of `choices` (default: the catalog).
+    """The best plan for `spec`; if `spec` is None, for the best of `choices` (default: the catalog).
 
-    Always returns a plan: when nothing fits it is the smallest, and its `verdict` is "over".
+    Always returns a plan: if nothing fits it is the smallest, and its `verdict` is "over".
 
     Args:
+        budget: see `MemoryBudget.bounded`.
         choices: models to choose from, best first.
 
     Raises:
-        BadInput: a goal outside any sense (context of zero, unknown precision or device).
-        Unsupported: a quantized checkpoint that cannot be run, or not in the precision asked for.
+        BadInput: an impossible goal, such as a context of 0 or an unknown precision or device.
+        Unsupported: a quantized checkpoint that cannot be run, or not in the chosen precision.
     """
     _check(goal, hardware, spec)
     if spec is not None:
@@ -68,8 +69,8 @@ def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
         raise BadInput(f"A batch of {goal.batch:,} is not possible.", "Use a value from 1 to 4,096.")
     if not 1 <= goal.prefill_chunk <= 1_000_000:
         raise BadInput(f"A prefill chunk of {goal.prefill_chunk:,} is not possible.", "Use a value from 16 to 8,192.")
-    if goal.kv not in KV_STORAGES:
-        raise BadInput(f"There is no KV cache storage {goal.kv!r}.", f"Choose one of {', '.join(KV_STORAGES)}.")
+    if goal.cache_type not in CACHE_TYPES:
+        raise BadInput(f"There is no KV cache type {goal.cache_type!r}.", f"Choose one of {', '.join(CACHE_TYPES)}.")
     keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
     if goal.device not in keys:
         raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")
@@ -94,40 +95,39 @@ def _catalog() -> list[ModelSpec]:
 
 
 def _graph_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:
-    """Why ONNX Runtime cannot serve this goal, or None."""
+    """Why ONNX Runtime cannot run this goal, or None."""
     if device_of(hardware, goal.device).kind != "cpu":
-        return "The ONNX backend computes on the CPU."
-    if goal.kv != "same":
-        return f"The ONNX backend keeps its KV cache in fp32, not in {goal.kv}."
+        return "The ONNX backend runs on the CPU only."
+    if goal.cache_type != "same":
+        return f"The ONNX backend has an fp32 KV cache, not {goal.cache_type}."
     if goal.precision not in ("auto", "stored", *GRAPH_PRECISIONS):
-        return f"An ONNX graph is made in {', '.join(GRAPH_PRECISIONS)}, not in {goal.precision}."
+        return f"ONNX graphs are available in {', '.join(GRAPH_PRECISIONS)}, not in {goal.precision}."
     return exported.refusal(spec)
 
 
 def _exported_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:
     if goal.backend == "torch" or goal.precision not in ("auto", spec.exported):
-        return f"{spec.name} is an exported graph: it runs in {spec.exported} on ONNX Runtime and in no other way."
+        return f"{spec.name} is an exported graph: it runs only in {spec.exported} on ONNX Runtime."
     return _graph_refusal(spec, hardware, replace(goal, precision="auto"))
 
 
-def _unasked_refusal(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget) -> str | None:
-    """Why nobody who did not ask for a graph gets one: its writing, beside this process, must keep the budget too."""
+def _graph_pays(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget) -> bool:
+    """Whether "auto" may choose a graph: the model is large enough, and writing it in a second process fits the budget."""
     if spec.exported:
-        return None
-    if spec.parameters < GRAPH_PARAMETERS:
-        return "It is small enough for torch."
+        return True
     precision = "stored" if spec.quantization else "int8"
     needed = 2 * hardware.runtime_bytes + exported.writing_bytes(spec, precision)
-    return f"Writing its graph takes {format_bytes(needed)}." if needed > budget.limit("ram") else None
+    return spec.parameters >= GRAPH_PARAMETERS and needed <= budget.limit("ram")
 
 
 def _choices(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal) -> list[tuple[str, str]]:
-    """(precision, backend) worth choosing automatically, best first: on CPUs a graph decodes several times as fast."""
+    """(precision, backend) that "auto" considers, best first: on CPUs a graph decodes several times faster than torch."""
     on_torch = [(precision, "torch") for precision in candidates(hardware, device_of(hardware, goal.device), spec)]
     if spec.exported:
         return [(spec.exported, "onnx")]
-    unasked = goal.backend == "auto" and _unasked_refusal(spec, hardware, budget)
-    if goal.backend == "torch" or unasked or _graph_refusal(spec, hardware, goal):
+    if goal.backend == "torch" or _graph_refusal(spec, hardware, goal):
+        return on_torch
+    if goal.backend == "auto" and not _graph_pays(spec, hardware, budget):
         return on_torch
     graphs = ["stored"] if spec.quantization else ["int8"] if goal.backend == "auto" else ["int8", "int4"]
     on_onnx = [(precision, "onnx") for precision in graphs]
@@ -146,7 +146,7 @@ def _draft(
         device=device.key,
         context=min(goal.context, spec.context),
         batch=goal.batch,
-        kv=goal.kv,
+        cache_type=goal.cache_type,
         prefill_chunk=goal.prefill_chunk,
         backend=backend,
         or_torch=backend == "onnx"
@@ -158,22 +158,19 @@ def _draft(
 
 
 def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:
-    """The first precision that fits; the smallest one when none does."""
+    """The plan in the first precision that fits, or in the smallest if none does."""
     if goal.precision != "auto":
-        # A precision by name means what it always meant: graphs have to be asked for, but for the one only they have.
-        backend = (
-            "onnx"
-            if goal.backend == "onnx" or "torch" not in PRECISIONS[goal.precision].backends or spec.exported
-            else "torch"
-        )
+        # A named precision runs on torch unless only graphs have it.
+        on_torch = "torch" in PRECISIONS[goal.precision].backends and not spec.exported and goal.backend != "onnx"
+        backend = "torch" if on_torch else "onnx"
         chosen = _draft(spec, hardware, budget, goal, goal.precision, backend)
         caution = exported.caution(spec, chosen.precision)
-        return replace(chosen, reason=f"Precision as asked for. {caution}" if caution else "Precision as asked for.")
+        return replace(chosen, reason=f"The precision you chose. {caution}" if caution else "The precision you chose.")
     drafts = [_draft(spec, hardware, budget, goal, *choice) for choice in _choices(spec, hardware, budget, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
-        return replace(chosen, reason="Nothing fits; this takes the least memory.", declined=_declined(drafts, chosen))
+        return replace(chosen, reason="Nothing fits; this needs the least memory.", declined=_declined(drafts, chosen))
     chosen = fitting[0]
     return replace(chosen, reason=_precision_reason(chosen), declined=_declined(drafts, chosen))
 
@@ -188,8 +185,8 @@ def _why_not(draft: Plan, chosen: Plan) -> str:
     if chosen.backend == "onnx" and draft.backend == "torch" and draft.precision in (chosen.precision, "int8"):
         return f"Fits in {format_bytes(draft.main.peak)}, but torch decodes several times slower than ONNX Runtime."
     if draft.place.kind == "cpu" and chosen.precision == "int8":
-        return f"Fits in {format_bytes(draft.main.peak)}, but reads more memory for every token, so it is slower."
-    return f"Fits in {format_bytes(draft.main.peak)}, but keeps fewer bits than there is room for."
+        return f"Fits in {format_bytes(draft.main.peak)}, but is slower: it reads more memory per token."
+    return f"Fits in {format_bytes(draft.main.peak)}, but there is room for more bits."
 
 
 def _title(plan: Plan) -> str:
@@ -198,25 +195,32 @@ def _title(plan: Plan) -> str:
 
 def _precision_reason(plan: Plan) -> str:
     if plan.backend == "onnx":
-        size, seconds = exported.disk_bytes(plan.spec, plan.precision), exported.writing_seconds(plan.spec)
-        about = f"{max(10, round(seconds, -1)):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-        once = f"is written once, in about {about}, and kept"
-        graph = "it is exported already" if plan.spec.exported else f"its graph ({format_bytes(size)}) {once}"
-        if caution := exported.caution(plan.spec, plan.precision):
-            return f"int4 on ONNX Runtime takes the least memory; {graph}. {caution}"
-        how = "int8 on ONNX Runtime" if plan.precision == "int8" else f"ONNX Runtime ({plan.precision_label})"
-        return f"{how} is the fastest on a CPU, at a small loss of precision; {graph}."
+        graph, caution = _graph_sentence(plan), exported.caution(plan.spec, plan.precision)
+        if caution:
+            return f"int4 on ONNX Runtime needs the least memory. {graph} {caution}"
+        if plan.precision == "int8":
+            return f"int8 on ONNX Runtime is fastest on a CPU, with a small loss of quality. {graph}"
+        return f"ONNX Runtime ({plan.precision_label}) is fastest on a CPU, with a small loss of quality. {graph}"
     if plan.place.kind == "cpu" and plan.precision == "int8":
-        return "int8 is the fastest on a CPU, at a small loss of precision."
+        return "int8 is fastest on a CPU, with a small loss of quality."
     if plan.precision in ("fp16", "bf16", "fp32"):
-        return f"{plan.precision} is the most exact that {plan.place.name} runs well, and it fits."
+        return f"{plan.precision} is the most accurate precision that {plan.place.name} runs well, and it fits."
     if plan.precision == "stored":
-        return f"The checkpoint is quantized ({plan.precision_label}) and runs as it is stored."
-    return f"{plan.precision_label} keeps as many bits as fit."
+        return f"The checkpoint is already quantized ({plan.precision_label}) and runs as stored."
+    return f"{plan.precision_label} has the most bits that fit."
+
+
+def _graph_sentence(plan: Plan) -> str:
+    if plan.spec.exported:
+        return "It is already exported."
+    size, seconds = exported.disk_bytes(plan.spec, plan.precision), exported.writing_seconds(plan.spec)
+    if seconds < 120:
+        return f"Its graph ({format_bytes(size)}) is written once, in about {max(10, round(seconds, -1)):.0f} s."
+    return f"Its graph ({format_bytes(size)}) is written once, in about {seconds / 60:.0f} min."
 
 
 def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:
-    """The best model that fits with room to spare, and then as much context as stays comfortable."""
+    """The best model that fits with room to spare, with as much context as fits comfortably."""
     if not choices:
         raise BadInput("There is no model to choose from.", "Name one: a hub id, a folder or a .gguf file.")
     declined: list[Declined] = []
@@ -228,11 +232,11 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryB
         declined.append(Declined(_title(draft), refusal))
     drafts = [_plan_model(spec, hardware, budget, goal) for spec in choices]
     least = min(drafts, key=lambda d: d.main.peak)
-    smallest = descend(replace(least, reason=""))
-    # "Nothing fits" was said of it as it was before.
+    smallest = fall_back(replace(least, reason=""))
+    # "Nothing fits" no longer holds after a fallback.
     reasons = (smallest.reason,) if smallest.verdict != least.verdict == "over" else (least.reason, smallest.reason)
     kept = tuple(d for d in declined if d.choice != _title(smallest))
-    return replace(smallest, reason=f"The smallest model there is. {' '.join(filter(None, reasons))}", declined=kept)
+    return replace(smallest, reason=f"The smallest model available. {' '.join(filter(None, reasons))}", declined=kept)
 
 
 def _too_slow(plan: Plan) -> str:
@@ -245,7 +249,7 @@ def _too_slow(plan: Plan) -> str:
     )
     if weights <= CPU_WEIGHTS_CEILING:
         return ""
-    return f"Too slow on a CPU, which would read {format_bytes(weights)} of weights for every token."
+    return f"Too slow on a CPU: every token would read {format_bytes(weights)} of weights."
 
 
 def _with_context(draft: Plan, goal: Goal, declined: tuple[Declined, ...]) -> Plan:

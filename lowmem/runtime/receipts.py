@@ -62,7 +62,7 @@ def generate_receipt(
         prefill_tps=first.prefill_tps,
         decode_tps=sum(chunk.decode_tps for chunk in last),
         notes=tuple(notes),
-        details={"context": plan.context, "kv": plan.kv, "finish": [chunk.finish for chunk in last]},
+        details={"context": plan.context, "kv": plan.cache_type, "finish": [chunk.finish for chunk in last]},
     )
 
 
@@ -99,7 +99,7 @@ def with_prompt(receipt: Receipt, plan: Plan, prompt: object, options: GenerateO
 
 def _load_snippet(plan: Plan) -> str:
     goal = (
-        f"lowmem.Goal(context={plan.context}, precision={plan.precision!r}, device={plan.device!r}, kv={plan.kv!r}, "
+        f"lowmem.Goal(context={plan.context}, precision={plan.precision!r}, device={plan.device!r}, cache_type={plan.cache_type!r}, "
         f"backend={plan.backend!r})"
     )
     return (

@@ -24,7 +24,7 @@ from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.planning.estimate import reestimate
-from lowmem.planning.ladder import lower_load, quantized_kv, without_graph
+from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv, without_graph
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
 
@@ -121,7 +121,7 @@ class Session:
             self._last_receipt = receipts.unload_receipt(plan, time.perf_counter() - started, taken, returned)
             return self._last_receipt
 
-    def price(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
+    def estimate(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
         """The resident plan re-priced for one action, whose context is prompt + max_new_tokens."""
         plan = self._planned()
         return reestimate(
@@ -131,7 +131,7 @@ class Session:
             window=options.window,
             sinks=options.sinks if options.window else 0,
             batch=batch * options.num_return_sequences,
-            kv=options.cache_type if options.use_cache else "none",
+            cache_type=options.cache_type if options.use_cache else "none",
             # Several answers to one prompt share one prefill, so its activations exist once.
             prefill_chunk=max(1, options.prefill_chunk // options.num_return_sequences)
             if options.use_cache
@@ -165,7 +165,7 @@ class Session:
             check_window(options, plan.spec.context)
             room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
             options = replace(options, max_new_tokens=room)
-            action = self.price(len(ids), options)
+            action = self.estimate(len(ids), options)
             if not force:
                 _refuse_if_over(action, "Ask for fewer new tokens, store the KV cache in int8, or load fewer bits.")
             notes = [note] if note else []
@@ -202,7 +202,7 @@ class Session:
 
             def fits(longest: int, size: int) -> bool:
                 nonlocal largest
-                accepted = force or self.price(longest, options, size).verdict != "over"
+                accepted = force or self.estimate(longest, options, size).verdict != "over"
                 largest = max(largest, size) if accepted else largest
                 return accepted
 
@@ -226,7 +226,7 @@ class Session:
                         done.append(event)
                     yield event
             longest = max(completion.prompt_tokens for completion in done)
-            action = self.price(longest, options, min(largest, len(prompts)))
+            action = self.estimate(longest, options, min(largest, len(prompts)))
             receipt = receipts.batch_receipt(action, time.perf_counter() - started, done, meter.peak)
             self._last_receipt = receipt
             yield receipt
@@ -289,7 +289,7 @@ class Session:
     ) -> Generator[Step, None, None]:
         """Load for torch instead of as a graph where only torch can do what is asked: `options`, or None for a look inside."""
         plan = self._resident()[1]
-        if plan.backend != "onnx" or (options is not None and self.price(1, options).backend == "onnx"):
+        if plan.backend != "onnx" or (options is not None and self.estimate(1, options).backend == "onnx"):
             return
         what = "show its layers" if options is None else "have a window, or a KV cache in fewer bits"
         on_torch = without_graph(plan, f"A graph cannot {what}.")
@@ -335,7 +335,7 @@ class Session:
                 if refused:
                     log.warning("no graph for %s", plan.spec.name, exc_info=error)
                 elif is_out_of_memory(error):
-                    lower = lower_load(plan)
+                    lower = next_fallback(plan, WHILE_LOADING)
                 else:
                     raise
                 if lower is None:

@@ -24,7 +24,7 @@ from lowmem.models.matching import by_module, match_names
 from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, Quantization
 from lowmem.models.spec import CODE_DTYPES
-from lowmem.planning.placement import Placement, block_index, home
+from lowmem.planning.placement import Placement, block_index, resident_place
 from lowmem.runtime.streaming.blocks import BlockFile, block_file
 from lowmem.runtime.streaming.streamer import Disk, Mapped, Source, Streamer
 from lowmem.runtime.streaming.transfer import Host, OnDevice
@@ -54,9 +54,9 @@ def offloaded_names(
             "Run it without offloading.",
         )
     found: dict[int, Names] = {}
-    at_home = home(device.type if device.type == "cpu" else "cuda")
+    resident = resident_place(device.type if device.type == "cpu" else "cuda")
     for index, place in enumerate(placement.blocks):
-        if place != at_home:
+        if place != resident:
             prefix = paths[id(blocks[index])] + "."
             found[index] = {name: stored for name, stored in names.items() if name.startswith(prefix)}
     return found

@@ -44,7 +44,7 @@ def as_json(plan: Plan) -> Json:
         "precision": plan.precision,
         "device": plan.device,
         "context": plan.context,
-        "kv": plan.kv,
+        "kv": plan.cache_type,
         "verdict": plan.verdict,
         "sentence": plan.sentence(),
         "reason": plan.reason,

@@ -87,7 +87,7 @@ def _generate(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
         (f"Weights in {plan.precision}", format_bytes(weights)),
         (
             "KV cache of a token",
-            format_bytes(kv / (plan.remembered * plan.batch) if kv else spec.kv_bytes_per_token(_dtype(plan))),
+            format_bytes(kv / (plan.cached_tokens * plan.batch) if kv else spec.kv_bytes_per_token(_dtype(plan))),
         ),
         ("Blocks x KV heads x numbers of each", f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem.events import Receipt
 from lowmem.offload.predict import Speed
-from lowmem.planning.placement import Placement, all_at_home
+from lowmem.planning.placement import Placement, all_resident
 from lowmem.planning.plan import Plan
 from lowmem.plots.engines import offload_methods
 from lowmem.plots.figure import to_svg
@@ -28,7 +28,7 @@ def picture(plan: Plan, speed: Speed | None, *, here: bool = True) -> str:
     Args:
         here: the model is on this machine.
     """
-    placement = plan.placement or all_at_home(plan.spec, plan.place.kind)
+    placement = plan.placement or all_resident(plan.spec, plan.place.kind)
     return (
         f'<section class="lm-stack"><h2>{escape(say("offload_blocks"))}</h2>{_legend(placement)}'
         f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{_prediction(plan, speed, here)}</div></div>'

@@ -8,7 +8,7 @@ from html import escape
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.window_limits import UNBOUNDED
 from lowmem.machine.monitor import Snapshot
-from lowmem.planning.ladder import remedies
+from lowmem.planning.fallback import remedies
 from lowmem.planning.plan import Line, MemoryEstimate, Plan
 from lowmem.precisions import PRECISIONS
 from lowmem.ui.i18n.strings import name, say

@@ -10,7 +10,7 @@ import gradio as gr
 
 from lowmem.events import Step
 from lowmem.fields import build
-from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
@@ -104,7 +104,7 @@ class Setup:
                     min_width=260,
                 )
                 self.kv = gr.Dropdown(
-                    [(name("choices", key), key) for key in KV_STORAGES],
+                    [(name("choices", key), key) for key in CACHE_TYPES],
                     value="same",
                     filterable=False,
                     label=say("kv"),

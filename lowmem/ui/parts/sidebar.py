@@ -127,4 +127,4 @@ class Sidebar:
 def resident_key(engine: Engine) -> str:
     """Names the resident plan, "" for none."""
     plan = engine.resident
-    return f"{plan.spec.ref} {plan.precision} {plan.device} {plan.context} {plan.kv}" if plan else ""
+    return f"{plan.spec.ref} {plan.precision} {plan.device} {plan.context} {plan.cache_type}" if plan else ""

@@ -15,7 +15,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.precisions import PRECISIONS
@@ -42,7 +42,7 @@ class Choice:
     precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
     context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
     device: str = option(AUTO, "Device", "Where the model computes.")
-    kv: str = option("same", "KV cache type", "Fewer bits take less memory.", choices=KV_STORAGES)
+    kv: str = option("same", "KV cache type", "Fewer bits take less memory.", choices=CACHE_TYPES)
     budget: MemoryBudget = UNLIMITED
 
 
@@ -165,7 +165,7 @@ class Engine:
             raise BadInput(f"There is no device {choice.device[:40]!r} here.", f"Choose one of {', '.join(keys)}.")
         spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
         context = min(choice.context, spec.context) if spec and spec.context else choice.context
-        goal = Goal(context=context, precision=choice.precision, device=choice.device, kv=choice.kv)
+        goal = Goal(context=context, precision=choice.precision, device=choice.device, cache_type=choice.kv)
         return self._plan(spec, choice.budget.bounded(hardware), goal)
 
     def _plan(self, spec: ModelSpec | None, budget: MemoryBudget, goal: Goal) -> Plan:
@@ -222,14 +222,14 @@ class Engine:
 
     def price(self, prompt_tokens: int, options: GenerateOptions) -> Plan | None:
         """The resident plan for one more answer, None when nothing is resident."""
-        return self.session.price(prompt_tokens, options) if self.resident else None
+        return self.session.estimate(prompt_tokens, options) if self.resident else None
 
     def price_whole(self, tokens: int) -> Plan | None:
         """The resident plan with a cache of all of `tokens`, whatever the model's context."""
         from lowmem.planning.estimate import reestimate
 
         plan = self.resident
-        return reestimate(plan, context=tokens, batch=1, kv="same") if plan else None
+        return reestimate(plan, context=tokens, batch=1, cache_type="same") if plan else None
 
     def child_budget(self, budget: MemoryBudget) -> MemoryBudget:
         """What a child process may use while this one keeps what it holds, a resident model included."""

@@ -90,7 +90,7 @@ class GenerateTab:
         plan = self.engine.resident
         plain = plan is not None and not plan.spec.has_chat_template
         note = render.quiet(say("no_template", model=plan.spec.name)) if plan and plain else ""
-        kv = gr.Dropdown(value=plan.kv) if plan else gr.skip()
+        kv = gr.Dropdown(value=plan.cache_type) if plan else gr.skip()
         return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv]
 
     def _price(self, choosing: bool, *values: Any) -> Any:

@@ -15,7 +15,7 @@ from lowmem.events import CancelToken
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
-from lowmem.planning.cache import KV_STORAGES
+from lowmem.planning.cache import CACHE_TYPES
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
@@ -92,7 +92,7 @@ class LongContextTab:
         )  # fmt: skip
         controls = widgets(GenerateOptions, OPTIONS, "long")
         self.kv = gr.Dropdown(
-            [(name("choices", key), key) for key in KV_STORAGES],
+            [(name("choices", key), key) for key in CACHE_TYPES],
             value="same",
             label=say("kv"),
             info=say("long_kv_help"),
@@ -157,5 +157,5 @@ class LongContextTab:
             plan = self.engine.price(0, self.read(*values))
         except Exception:
             plan = None
-        told = f"{plan.remembered:,}" if plan else ""
+        told = f"{plan.cached_tokens:,}" if plan else ""
         return [card, render.budget(plan, say("next_answer", tokens=told)) if plan else gr.skip()]

@@ -1,7 +1,7 @@
-"""What to try next when memory runs out: each rung is a function `Plan -> Plan | None`.
+"""The fallback chain: what to try when memory runs out. Each fallback is a function `Plan -> Plan | None`.
 
-A rung changes one thing, the cheapest for the person first, and returns None when it has
-nothing left to give. `next_rung` walks them in order.
+A fallback changes one thing and returns None when it cannot save any more. The chain is ordered by what costs the person
+least.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowmem.planning.precision import candidates
 
 MINIMUM_CONTEXT = 512
 
-Rung = Callable[[Plan], Plan | None]
+Fallback = Callable[[Plan], Plan | None]
 
 
 def shorter_context(plan: Plan) -> Plan | None:
@@ -29,17 +29,16 @@ def shorter_context(plan: Plan) -> Plan | None:
 
 def quantized_kv(plan: Plan) -> Plan | None:
     """The KV cache in int8."""
-    if plan.kv != "same" or plan.backend == "onnx":  # whose cache is fp32
+    if plan.cache_type != "same" or plan.backend == "onnx":  # a graph's cache is fp32
         return None
-    return reestimate(plan, kv="int8", reason="KV cache stored in int8.")
+    return reestimate(plan, cache_type="int8", reason="KV cache quantized to int8.")
 
 
 def fewer_bits(plan: Plan) -> Plan | None:
-    """The next precision of the same device that takes less memory for weights."""
+    """The next precision on the same device with smaller weights."""
     if plan.spec.exported:
         return None
-    device = plan.place
-    for precision in candidates(plan.hardware, device, plan.spec):
+    for precision in candidates(plan.hardware, plan.place, plan.spec):
         smaller = reestimate(
             plan, precision=precision, backend="torch", reason=f"Weights in {precision} instead of {plan.precision}."
         )
@@ -49,7 +48,7 @@ def fewer_bits(plan: Plan) -> Plan | None:
 
 
 def offload(plan: Plan) -> Plan | None:
-    """Blocks that do not fit stream from RAM or disk: slow, but only two of them need room."""
+    """Stream the blocks that do not fit from RAM or disk: slow, but only two of them need memory."""
     if plan.spec.exported:
         return None
     found = offloading.offloaded(plan) if plan.placement is None else offloading.further(plan)
@@ -59,21 +58,20 @@ def offload(plan: Plan) -> Plan | None:
 
 
 def other_memory(plan: Plan) -> Plan | None:
-    """From the GPU's memory to RAM, computing on the CPU: slow, but there is more of it."""
+    """From the GPU to the CPU: slower, but there is more RAM than GPU memory."""
     cpu = plan.hardware.cpu
     if plan.device == cpu.key:
         return None
-    precision = candidates(plan.hardware, cpu, plan.spec)[0]
     return reestimate(
         plan,
         device=cpu.key,
-        precision=precision,
-        reason="Moved from the GPU to the CPU, where there is more memory; slower.",
+        precision=candidates(plan.hardware, cpu, plan.spec)[0],
+        reason="Moved from the GPU to the CPU, which has more memory but is slower.",
     )
 
 
 def smaller_model(plan: Plan) -> Plan | None:
-    """The next smaller model of the catalog that is of the same use."""
+    """The next smaller chat model of the catalog."""
     from lowmem.models.catalog import CATALOG
 
     smaller = [entry.spec() for entry in CATALOG if not entry.gated and entry.chat]
@@ -84,7 +82,7 @@ def smaller_model(plan: Plan) -> Plan | None:
     return reestimate(
         plan,
         spec=spec,
-        # What a quantized checkpoint runs in, others do not.
+        # Only a quantized checkpoint runs as "stored".
         precision=candidates(plan.hardware, plan.place, spec)[0] if plan.precision == "stored" else plan.precision,
         backend="torch" if exported.refusal(spec) else plan.backend,
         context=min(plan.context, spec.context),
@@ -93,49 +91,39 @@ def smaller_model(plan: Plan) -> Plan | None:
 
 
 def without_graph(plan: Plan, why: str) -> Plan | None:
-    """The same on torch; None where the graph was asked for, or is all there is."""
+    """The same plan on torch; None if the person chose the graph, or the model is one."""
     return reestimate(plan, backend="torch", or_torch=False, reason=why) if plan.or_torch else None
 
 
-LADDER: tuple[Rung, ...] = (shorter_context, quantized_kv, fewer_bits, offload, other_memory, smaller_model)
+FALLBACKS: tuple[Fallback, ...] = (shorter_context, quantized_kv, fewer_bits, offload, other_memory, smaller_model)
 
-SAME_MODEL: tuple[Rung, ...] = LADDER[:-1]
+SAME_MODEL: tuple[Fallback, ...] = FALLBACKS[:-1]
+
+WHILE_LOADING: tuple[Fallback, ...] = (fewer_bits, offload, other_memory, smaller_model)
+"""What helps when loading itself runs out of memory: smaller weights, or weights somewhere else."""
 
 
-def next_rung(plan: Plan, ladder: tuple[Rung, ...] = LADDER) -> Plan | None:
-    """The first rung that saves memory on the device that was short; None at the bottom."""
-    for rung in ladder:
-        lower = rung(plan)
-        if lower is not None and _saves(lower, plan):
+def next_fallback(plan: Plan, chain: tuple[Fallback, ...] = FALLBACKS) -> Plan | None:
+    """The first plan of `chain` that needs less memory on the same device, or another device; None at its end."""
+    for fallback in chain:
+        lower = fallback(plan)
+        if lower is not None and (lower.device != plan.device or lower.main.peak < plan.main.peak):
             return lower
     return None
 
 
-def lower_load(plan: Plan) -> Plan | None:
-    """The next rung when loading itself ran out: only what makes the weights smaller, or moves them, helps."""
-    return next_rung(plan, (fewer_bits, offload, other_memory, smaller_model))
-
-
-def descend(plan: Plan, ladder: tuple[Rung, ...] = SAME_MODEL) -> Plan:
-    """Walk down until the plan is within its budget, or the ladder ends; the reasons add up."""
+def fall_back(plan: Plan, chain: tuple[Fallback, ...] = SAME_MODEL) -> Plan:
+    """Apply fallbacks until the plan fits its budget or the chain ends; the reasons add up."""
     steps: dict[str, str] = {}
     first = plan.reason
-    while plan.verdict == "over" and (lower := next_rung(plan, ladder)) is not None:
-        # Half the context and half again reads as one step: a later sentence replaces its like.
+    while plan.verdict == "over" and (lower := next_fallback(plan, chain)) is not None:
+        # Halving the context twice reads as one step: a later sentence of the same kind replaces the earlier.
         steps[lower.reason.split()[0]] = lower.reason
         plan = lower
     return replace(plan, reason=" ".join(filter(None, (first, *steps.values()))))
 
 
-def remedies(plan: Plan, ladder: tuple[Rung, ...] = LADDER) -> tuple[Plan, ...]:
-    """What would bring an over-budget plan within its budget by one kind of change: a plan per rung that can."""
-    found = []
-    for rung in ladder:
-        lower = descend(replace(plan, reason=""), (rung,))
-        if lower.verdict != "over":
-            found.append(lower)
-    return tuple(found)
-
-
-def _saves(lower: Plan, plan: Plan) -> bool:
-    return lower.device != plan.device or lower.main.peak < plan.main.peak
+def remedies(plan: Plan, chain: tuple[Fallback, ...] = FALLBACKS) -> tuple[Plan, ...]:
+    """For a plan over its budget: the plans that fit after one kind of change."""
+    changed = [fall_back(replace(plan, reason=""), (fallback,)) for fallback in chain]
+    return tuple(plan for plan in changed if plan.verdict != "over")
