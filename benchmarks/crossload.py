@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import ROOT, save, table
 from benchmarks.dense import dense, original
 from benchmarks.memory import demo_folder
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.models.source import read_spec
 
 REQUIREMENTS = ("torch>=2.8,<2.14", "gptqmodel")
@@ -75,7 +75,7 @@ def compared(python: Path, demo: Path, folder: Path) -> dict[str, Any]:
 def tokens(demo: Path) -> Any:
     from transformers import AutoTokenizer
 
-    ids: Sequence[int] = AutoTokenizer.from_pretrained(demo)(tail().text[: 16 * TOKENS])["input_ids"]
+    ids: Sequence[int] = AutoTokenizer.from_pretrained(demo)(evaluation_text().text[: 16 * TOKENS])["input_ids"]
     return np.array(ids[:TOKENS], dtype=np.int64)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import save, table
 from benchmarks.memory import demo_folder
-from lowmem.datasets.texts import head, tail
+from lowmem.datasets.texts import calibration_text, evaluation_text
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
@@ -81,7 +81,7 @@ def resident(precision: str) -> Session:
 def repeated(tokenizer: Any, tokens: int) -> list[int]:
     """Text that comes round so that the last block of 4,000 tokens is the one after the first window."""
     period = (tokens - BLOCK - WINDOW) // max(1, round((tokens - BLOCK - WINDOW) / 15_000))
-    ids = tokenizer(tail().text, add_special_tokens=False)["input_ids"][:period]
+    ids = tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][:period]
     return [ids[place % len(ids)] for place in range(tokens + TIMED + 1)]
 
 
@@ -154,7 +154,7 @@ def _perplexity(surprise: Tensor) -> float:
 def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Perplexity of a text through every cache; a pass has as many tokens as a block of the packed ones."""
     model, tokens = loaded(args.precision), args.tokens or 5000
-    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][: tokens + 1]
+    ids = model.tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][: tokens + 1]
     windowed = {"window": WINDOW, "sinks": SINKS}
     ways: dict[str, dict[str, Any]] = {
         "full cache": {},
@@ -180,7 +180,7 @@ def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Interleaved in one process, after 2,000 tokens of context."""
     model = loaded(args.precision)
-    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][:2600]
+    ids = model.tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][:2600]
     ways = {
         "full cache": GenerateOptions(),
         "window 1024 + 4 sinks": GenerateOptions(window=WINDOW, sinks=SINKS),
@@ -215,7 +215,7 @@ def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 
     folder = demo_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(tail().text, add_special_tokens=False)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(evaluation_text().text, add_special_tokens=False)["input_ids"]
     axes = {"axis_key": 0, "axis_value": 0} if args.backend == "quanto" else {"axis_key": 1, "axis_value": 1}
     quantized = f"transformers QuantizedCache ({args.backend})"
     theirs = {
@@ -281,7 +281,7 @@ def hidden(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, dict[str, Any]]:
-    session, text = resident(precision), 10 * (head().text + tail().text)
+    session, text = resident(precision), 10 * (calibration_text().text + evaluation_text().text)
     for event in actions.hidden_states(session, text, SEEN, STRIDE, Path(out), tokens=tokens):
         if isinstance(event, Receipt):
             receipt = event
@@ -299,7 +299,7 @@ def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, d
 def _throughput(precision: str) -> tuple[float, float, float]:
     """Interleaved: the same tokens by our windows into a file, and the same windows through the model, alone and by fours."""
     model = loaded(precision)
-    ids = model.tokenizer(tail().text, add_special_tokens=False)["input_ids"][: SEEN + 7 * STRIDE]
+    ids = model.tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][: SEEN + 7 * STRIDE]
     windows = torch.tensor(ids).unfold(0, SEEN, STRIDE)
     times: tuple[list[float], ...] = ([], [], [])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from benchmarks.common import lowmem, merged, save, table
 from benchmarks.dense import dense, original
 from benchmarks.memory import demo_folder
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.units import MB, format_bytes
 
 WINDOWS, LENGTH = 14, 512
@@ -98,7 +98,7 @@ def passages(folder: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = {"tail": tail().text, "gpl": GPL.read_text(encoding="utf-8")}
+    found = {"tail": evaluation_text().text, "gpl": GPL.read_text(encoding="utf-8")}
     ids = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in found.items()}
     return {name: torch.tensor(one[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH) for name, one in ids.items()}
 

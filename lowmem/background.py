@@ -1,6 +1,6 @@
-"""Blocking work that Stop interrupts: an iterator in a thread, a command in a child process, waiting for others.
+"""Running blocking work so that Stop interrupts it: an iterator in a thread, a command in a child process, a lock.
 
-A socket or a child cannot look at a `CancelToken`; here somebody else does, five times a second.
+A blocked socket or a child process cannot check a `CancelToken`; the functions here do, five times a second.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _QUEUED = 64
 
 
 def interruptible(items: Iterable[T], cancel: CancelToken, seconds: float = math.inf) -> Iterator[T]:
-    """`items`, made in a daemon thread; `Cancelled` within a tick even while the next one is awaited.
+    """Yield `items`, which a daemon thread produces; raises `Cancelled` within a tick, even while waiting for the next.
 
     Raises:
-        TimeoutError: they are not all there after `seconds`.
+        TimeoutError: the iterator has not ended after `seconds`.
     """
     deadline = time.monotonic() + seconds
-    made: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(_QUEUED)
+    results: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(_QUEUED)
     stop = threading.Event()
-    threading.Thread(target=_pump, args=(items, made, stop), daemon=True, name="lowmem-io").start()
+    threading.Thread(target=_pump, args=(items, results, stop), daemon=True, name="lowmem-io").start()
     try:
         while True:
             cancel.check()
             if time.monotonic() > deadline:
                 raise TimeoutError
             try:
-                kind, item = made.get(timeout=TICK_SECONDS)
+                kind, item = results.get(timeout=TICK_SECONDS)
             except queue.Empty:
                 continue
             if kind == "end":
@@ -56,11 +56,13 @@ def interruptible(items: Iterable[T], cancel: CancelToken, seconds: float = math
         stop.set()
 
 
-def _pump(items: Iterable[T], made: queue.Queue[tuple[str, T | BaseException | None]], stop: threading.Event) -> None:
+def _pump(
+    items: Iterable[T], results: queue.Queue[tuple[str, T | BaseException | None]], stop: threading.Event
+) -> None:
     def put(kind: str, item: T | BaseException | None = None) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
-                made.put((kind, item), timeout=TICK_SECONDS)
+                results.put((kind, item), timeout=TICK_SECONDS)
                 return
 
     try:
@@ -78,16 +80,16 @@ def _pump(items: Iterable[T], made: queue.Queue[tuple[str, T | BaseException | N
 
 
 def stoppable(call: Callable[[], T], cancel: CancelToken) -> T:
-    """The result of a blocking call; `Cancelled` within a tick when Stop is pressed."""
+    """Return the result of a blocking call; raises `Cancelled` within a tick when Stop is pressed."""
     return next(interruptible((call() for _ in range(1)), cancel))
 
 
 @contextlib.contextmanager
 def locked(target: Path, cancel: CancelToken, note: str) -> Iterator[Iterator[Step]]:
-    """Hold the lock of `target` within the block, once the steps that this gives have been gone through.
+    """Lock `target`. The block must first iterate over the steps that it receives, which wait for the lock.
 
     Args:
-        note: what is said while another process, or another thread, holds it.
+        note: progress message while another process or thread holds the lock.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"), thread_local=False)
@@ -117,10 +119,13 @@ def run_child(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Generator[Step, None, tuple[int, str]]:
-    """Run `command` quietly, killing it with all of its children on Stop.
+    """Run `command` without output; Stop kills it and all of its children.
 
-    Yields as progress the bytes below `watch` out of `total`, as far as there is something to watch.
-    Returns the exit status (negative: killed by that signal) and the last line of standard error.
+    Args:
+        watch: folder whose size in bytes, out of `total`, is the progress that is yielded.
+
+    Returns:
+        the exit status (negative: killed by that signal) and the last line of standard error.
     """
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
@@ -156,6 +161,6 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 def _size_below(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # a file may vanish or be renamed while it is looked at
+        with contextlib.suppress(OSError):  # a file may be deleted or renamed in the meantime
             total += file.stat().st_size if file.is_file() else 0
     return total

@@ -9,7 +9,7 @@ import torch
 from test_generate_cache_window import GREEDY
 from toys import prompt, tokenizer, toy
 
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken
 from lowmem.longctx import actions
@@ -86,7 +86,7 @@ def test_the_demo_model_recalls_what_is_in_its_window_and_nothing_beyond() -> No
     for _ in session.load(plan(read_spec("demo"), hardware, MemoryBudget.detect(hardware), goal)):
         pass
     options = replace(GREEDY, window=512, cache_type="int8")
-    *_, receipt = actions.recall(session, tail().text, options, distances=(256, 1024))
+    *_, receipt = actions.recall(session, evaluation_text().text, options, distances=(256, 1024))
     within, beyond = receipt.details["recalls"]
     assert within["recalled"]
     assert within["probability"] > 10 * beyond["probability"]

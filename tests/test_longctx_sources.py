@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from lowmem.datasets import long_text as sources
-from lowmem.datasets.long_text import fetched, long_text, plain
+from lowmem.datasets.long_text import fetch_text, html_to_text, long_text
 from lowmem.errors import BadInput, Cancelled, LowMemError, Offline
 from lowmem.events import CancelToken
 
@@ -83,14 +83,14 @@ def public(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_texts_and_pages_are_read_as_people_see_them(path: str, text: str, public: str) -> None:
     found = long_text("pasted", None, public + path)
     assert (found.name, found.text) == ("127.0.0.1", text)
-    assert plain(PAGE) == "Café\n\naulait"
+    assert html_to_text(PAGE) == "Café\n\naulait"
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/pdf", "The address gives application/pdf, not text."),
-        ("/binary", "The text holds binary data."),
+        ("/pdf", "The URL returns application/pdf, not text."),
+        ("/binary", "The text contains binary data."),
         ("/empty", "The text is empty."),
         ("/declared", "The text is larger than the 4.00 MB allowed."),
         ("/huge", "The text is larger than the 4.00 MB allowed."),
@@ -98,7 +98,7 @@ def test_texts_and_pages_are_read_as_people_see_them(path: str, text: str, publi
         ("/missing", "/missing answers with status 404."),
         ("/again", "127.0.0.1 redirects more than 4 times."),
         ("/inside", "169.254.169.254 is not on the public network."),
-        ("/elsewhere", "'file:///etc/passwd' is no address of a text."),
+        ("/elsewhere", "'file:///etc/passwd' is not the URL of a text."),
     ],
 )
 def test_what_is_not_a_text_is_refused_in_one_sentence(path: str, message: str, public: str) -> None:
@@ -109,10 +109,10 @@ def test_what_is_not_a_text_is_refused_in_one_sentence(path: str, message: str, 
 
 
 def test_an_answer_that_drips_is_given_up(public: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(sources, "MAX_SECONDS", 0.5)
     started = time.monotonic()
     with pytest.raises(Offline, match=r"127\.0\.0\.1 has not sent the whole text within 0 s"):
-        fetched(f"{public}/drip", CancelToken())
+        fetch_text(f"{public}/drip", CancelToken())
     assert time.monotonic() - started < 3
 
 
@@ -120,7 +120,7 @@ def test_stop_does_not_wait_for_the_network(public: str) -> None:
     cancel = CancelToken()
     threading.Timer(0.3, cancel.set).start()
     with pytest.raises(Cancelled):
-        fetched(f"{public}/drip", cancel)
+        fetch_text(f"{public}/drip", cancel)
 
 
 def test_nobody_there_is_said(public: str) -> None:
@@ -128,11 +128,11 @@ def test_nobody_there_is_said(public: str) -> None:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     with pytest.raises(Offline, match=r"127\.0\.0\.1 cannot be reached: .*refused"):
-        fetched(f"http://127.0.0.1:{port}/", CancelToken())
+        fetch_text(f"http://127.0.0.1:{port}/", CancelToken())
     with pytest.raises(Offline, match="cannot be reached: Invalid URL in location header"):
-        fetched(f"{public}/nowhere", CancelToken())
+        fetch_text(f"{public}/nowhere", CancelToken())
     with pytest.raises(Offline, match=r"nowhere\.invalid cannot be found"):
-        fetched("http://nowhere.invalid/", CancelToken())
+        fetch_text("http://nowhere.invalid/", CancelToken())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_nobody_there_is_said(public: str) -> None:
 )  # fmt: skip
 def test_the_servers_own_network_is_not_looked_into(host: str) -> None:
     with pytest.raises(LowMemError, match="is not on the public network"):
-        fetched(f"http://{host}/", CancelToken())
+        fetch_text(f"http://{host}/", CancelToken())
 
 
 def test_a_name_that_leads_inside_the_second_time_is_not_sent_a_byte(
@@ -158,12 +158,12 @@ def test_a_name_that_leads_inside_the_second_time_is_not_sent_a_byte(
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     with pytest.raises(BadInput, match=r"127\.0\.0\.1 is not on the public network"):
-        fetched(f"{server.replace('127.0.0.1', 'localhost')}/text", CancelToken())
+        fetch_text(f"{server.replace('127.0.0.1', 'localhost')}/text", CancelToken())
     assert not told
     assert not Handler.asked
 
 
 @pytest.mark.parametrize("address", ["/etc/passwd", "file:///etc/passwd", "ftp://example.org/x", "http://a:b:c/"])
 def test_paths_are_no_addresses(address: str) -> None:
-    with pytest.raises(BadInput, match="is no address of a text"):
+    with pytest.raises(BadInput, match="is not the URL of a text"):
         long_text(source=address)

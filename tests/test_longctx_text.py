@@ -12,7 +12,7 @@ import torch
 from toys import save_toy
 
 from lowmem.__main__ import main
-from lowmem.datasets.long_text import MOST_CHARACTERS, long_text
+from lowmem.datasets.long_text import MAX_CHARACTERS, long_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.longctx.curve import Curve
@@ -37,7 +37,7 @@ def test_the_first_source_that_is_given_is_taken(tmp_path: Path) -> None:
         ("", "The text is empty."),
         (" \n", "The text is empty."),
         ("a\0b", "The text holds binary data."),
-        ("x" * (MOST_CHARACTERS + 1), r"2,000,001 characters, more than the 2,000,000 that are accepted"),
+        ("x" * (MAX_CHARACTERS + 1), r"2,000,001 characters, more than the 2,000,000 that are accepted"),
     ],
 )
 def test_what_is_no_text_is_refused(text: str, message: str) -> None:

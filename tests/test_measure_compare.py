@@ -285,9 +285,9 @@ def test_remains_of_a_killed_comparison_are_removed(folder, jobs):
 
 
 def test_calibrated_methods_on_their_own_calibration_text_are_marked(folder, jobs, tmp_path):
-    from lowmem.datasets.texts import head
+    from lowmem.datasets.texts import calibration_text
 
-    (tmp_path / "same.txt").write_text(head().text[:20_000])
+    (tmp_path / "same.txt").write_text(calibration_text().text[:20_000])
     *_, receipt = compare(folder, parse_variants("awq"), tmp_path / "same.txt", options=QUICK)
     assert "is also in the calibration text" in receipt.notes[0]
     *_, receipt = compare(folder, parse_variants("awq"), options=QUICK)

@@ -13,17 +13,17 @@ import fake_hub
 import pytest
 
 from lowmem.datasets import hub_texts, texts
-from lowmem.datasets.texts import head, overlap, tail
+from lowmem.datasets.texts import calibration_text, evaluation_text, overlap
 from lowmem.errors import BadInput, CorruptModel, Offline
 
 
 def test_the_manual_is_split_for_calibration_and_evaluation():
-    first, last = head(), tail()
+    first, last = calibration_text(), evaluation_text()
     assert (first.name, last.name) == ("manual (head)", "manual (tail)")
     assert len(first.text) > 3 * len(last.text)
     assert len(last.text) > 50_000
     assert overlap(last.text, first.text) < 0.01
-    assert head("manual") == first
+    assert calibration_text("manual") == first
 
 
 def test_overlap_is_the_share_of_the_text_that_the_other_holds():
@@ -39,9 +39,9 @@ def test_overlap_is_the_share_of_the_text_that_the_other_holds():
 def test_a_file_of_ones_own_is_used_whole(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeffGrüße aus dem Leuchtturm.".encode())
-    assert tail(file) == head(str(file))
-    assert tail(file).text == "Grüße aus dem Leuchtturm."
-    assert tail(file).name == "mine.txt"
+    assert evaluation_text(file) == calibration_text(str(file))
+    assert evaluation_text(file).text == "Grüße aus dem Leuchtturm."
+    assert evaluation_text(file).name == "mine.txt"
 
 
 @pytest.mark.parametrize(
@@ -59,22 +59,22 @@ def test_what_is_not_text_is_refused(tmp_path, content, words):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(BadInput, match=words) as caught:
-        tail(file)
+        evaluation_text(file)
     assert caught.value.hint
 
 
 def test_a_folder_and_a_huge_file_are_refused(tmp_path, monkeypatch):
     with pytest.raises(BadInput):
-        tail(tmp_path)
+        evaluation_text(tmp_path)
     monkeypatch.setattr(texts, "MAX_FILE_BYTES", 10)
     (tmp_path / "huge.txt").write_text("more than ten bytes")
     with pytest.raises(BadInput, match="19 B, more than the 10 B"):
-        tail(tmp_path / "huge.txt")
+        evaluation_text(tmp_path / "huge.txt")
 
 
 def test_wikitext_without_a_hub_names_what_can_be_used_instead():
-    with pytest.raises(Offline, match="WikiText-2 is not here") as caught:
-        tail("wikitext2")
+    with pytest.raises(Offline, match="WikiText-2 has not been downloaded") as caught:
+        evaluation_text("wikitext2")
     assert "'manual'" in caught.value.hint
 
 
@@ -99,19 +99,19 @@ def test_wikitext_is_fetched_once(hub, monkeypatch):
     data = archive()
     hub.add("datasets/ggml-org/ci", {"wikitext-2-raw-v1.zip": data})
     monkeypatch.setattr(hub_texts, "_WIKITEXT_SHA256", hashlib.sha256(data).hexdigest())
-    assert tail("wikitext2").text == " = Robert Boulter = \n"
-    assert head("wikitext2").text == " = Training = \n"
-    assert head("wikitext2").name == "wikitext2 (train)"
-    assert head("wikitext2") == head("wikitext2")
+    assert evaluation_text("wikitext2").text == " = Robert Boulter = \n"
+    assert calibration_text("wikitext2").text == " = Training = \n"
+    assert calibration_text("wikitext2").name == "wikitext2 (train)"
+    assert calibration_text("wikitext2") == calibration_text("wikitext2")
     assert len(hub.requests) == 2
 
 
 def test_a_damaged_or_missing_wikitext(hub):
-    with pytest.raises(Offline, match="does not give"):
-        tail("wikitext2")
+    with pytest.raises(Offline, match="hub refuses"):
+        evaluation_text("wikitext2")
     hub.add("datasets/ggml-org/ci", {"wikitext-2-raw-v1.zip": archive()[:-1]})
     with pytest.raises(CorruptModel, match="damaged"):
-        tail("wikitext2")
+        evaluation_text("wikitext2")
 
 
 def c4(*texts: str) -> bytes:
@@ -122,8 +122,8 @@ def test_of_c4_the_beginning_is_read(hub, monkeypatch):
     monkeypatch.setattr(hub_texts, "C4_CHARACTERS", 14)
     files = {"en/c4-train.00000-of-01024.json.gz": c4("One page.", "Another.", "A third.")}
     hub.add("datasets/allenai/c4", files | {"en/c4-validation.00000-of-00008.json.gz": c4("Held out.")})
-    assert head("c4") == texts.Text("c4 (train)", "One page.\n\nAno")
-    assert tail("c4").text == "Held out."
+    assert calibration_text("c4") == texts.Text("c4 (train)", "One page.\n\nAno")
+    assert evaluation_text("c4").text == "Held out."
 
 
 # By name: gzip writes the time into its data, and two processes must call a test the same.
@@ -132,5 +132,5 @@ def test_of_c4_the_beginning_is_read(hub, monkeypatch):
 )
 def test_a_damaged_c4(hub, data):
     hub.add("datasets/allenai/c4", {"en/c4-train.00000-of-01024.json.gz": data})
-    with pytest.raises(CorruptModel, match="C4 arrived damaged"):
-        head("c4")
+    with pytest.raises(CorruptModel, match="C4 is damaged"):
+        calibration_text("c4")

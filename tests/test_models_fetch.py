@@ -236,7 +236,7 @@ def test_disk_that_fills_up_meanwhile(hub: FakeHub, toy_files: Files, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(download._Arrival, "accept", full)
+    monkeypatch.setattr(download._PartialFile, "accept", full)
     with pytest.raises(DiskFull, match=r"config\.json"):
         run(REPO)
 

@@ -122,3 +122,10 @@ def test_offline_is_said(folder: Path) -> None:
         push(folder, "ada/made", TOKEN)
     with pytest.raises(BadInput, match="not a model folder"):
         push(folder.parent, "ada/made", TOKEN)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_cannot_be_reached_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Offline, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        push(folder, "ada/made", TOKEN)

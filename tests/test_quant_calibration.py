@@ -14,7 +14,7 @@ from lowmem.quant.calibration import Calibration, overlap_warning, token_samples
 
 def test_samples_are_runs_of_the_head_spread_over_it() -> None:
     samples = token_samples(toys.tokenizer(), Calibration(samples=10, length=64), toys.CONTEXT)
-    head = texts.head().text
+    head = texts.calibration_text().text
     assert len(samples) == 10
     positions = [head.index(toys.tokenizer().decode(sample)) for sample in samples]
     assert all(len(sample) == 64 for sample in samples)
@@ -25,7 +25,7 @@ def test_samples_are_runs_of_the_head_spread_over_it() -> None:
 def test_calibration_and_evaluation_never_share_a_part() -> None:
     samples = token_samples(toys.tokenizer(), Calibration(samples=200, length=64), toys.CONTEXT)
     seen = " ".join(toys.tokenizer().decode(sample) for sample in samples)
-    assert not overlap_warning(seen, texts.tail().text)
+    assert not overlap_warning(seen, texts.evaluation_text().text)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:

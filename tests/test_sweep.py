@@ -19,7 +19,7 @@ import pytest
 import toys
 
 from lowmem.__main__ import main
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.errors import BadInput, Cancelled, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import MemoryBudget
@@ -298,7 +298,7 @@ def test_a_folder_takes_one_sweep_at_a_time(folder, jobs, tmp_path):
 
 
 def test_the_text_is_written_once_since_running_cells_read_it(folder, tmp_path):
-    grid, text = grid_of(folder), tail()
+    grid, text = grid_of(folder), evaluation_text()
     with opened(tmp_path / "out", grid, text) as table:
         first = (table.work(folder) / "text.txt").stat()
         assert table.work(folder) == table.work(folder)

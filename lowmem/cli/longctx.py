@@ -12,7 +12,7 @@ from lowmem.cli.arguments import MODEL_HELP, add_budget, add_force, add_json, bu
 from lowmem.cli.console import finish, follow
 from lowmem.cli.plan import add_device
 from lowmem.datasets.long_text import long_text
-from lowmem.datasets.texts import CHARACTERS_PER_TOKEN, MANUAL, NAMES, Text, tail
+from lowmem.datasets.texts import CHARACTERS_PER_TOKEN, MANUAL, NAMES, Text, evaluation_text
 from lowmem.errors import BadInput
 from lowmem.events import Chunk, Receipt
 from lowmem.fields import build
@@ -164,7 +164,7 @@ def _text(args: argparse.Namespace) -> str:
 
 def _source(args: argparse.Namespace) -> Text:
     """Unlike the page, the command line sets no limit to the size of a file."""
-    return long_text(source=args.text) if "://" in args.text else tail(args.text)
+    return long_text(source=args.text) if "://" in args.text else evaluation_text(args.text)
 
 
 def _load(args: argparse.Namespace) -> Session:

@@ -1,6 +1,7 @@
-"""WikiText-2 and C4 from the hub: fetched once, as plain text, each from the file that others take it from too.
+"""WikiText-2 and C4 from the hub, downloaded once and stored as plain text.
 
-Knows files and their packing; what they are used for is the business of `texts`.
+Each comes from the file that other projects use, so that perplexities can be compared. `texts` decides what they are
+used for.
 """
 
 from __future__ import annotations
@@ -19,23 +20,21 @@ from lowmem.events import CancelToken
 from lowmem.models import hub
 from lowmem.settings import settings
 
-SPLITS = {"head": "train", "tail": "test"}
-
 C4_CHARACTERS = 4_000_000
-"""As much of a part of C4 is read, from its start: a million tokens, of 300 GB."""
+"""Characters read from the start of a split of C4: a million tokens out of 300 GB."""
 
-# The archive of Merity et al. (arXiv 1609.07843) as llama.cpp's scripts fetch it: plain text, no Parquet.
+# The archive of Merity et al. (arXiv 1609.07843) that llama.cpp's scripts download: plain text, no Parquet.
 _WIKITEXT_BYTES = 4_721_645
 _WIKITEXT_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 
-# The files, and their commit, of the published GPTQ code (arXiv 2210.17323).
+# The files and the commit that the published GPTQ code uses (arXiv 2210.17323).
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
 _GZIP = 16 + zlib.MAX_WBITS
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set: its name for a person, where it is, and how one part is read from it."""
+    """A dataset: its display name, its location, and the function that downloads one split."""
 
     label: str
     repo: str
@@ -43,16 +42,16 @@ class _Source:
     fetch: Callable[[_Source, str, CancelToken], str]
 
 
-def read(name: str, split: str, cancel: CancelToken) -> str:
-    """The text `name` of `TEXTS`, its part "train" or "test".
+def hub_text(name: str, split: str, cancel: CancelToken) -> str:
+    """The split "train" or "test" of the dataset `name` of `TEXTS`.
 
     Raises:
-        Offline: it is not here, and the hub cannot be reached or does not give it.
-        CorruptModel: it arrived damaged.
+        Offline: it has not been downloaded yet, and the hub cannot be reached or refuses it.
+        CorruptModel: the download is damaged.
     """
     file = settings().home / "texts" / f"{name}-{split}.txt"
     if not file.is_file():
-        text = _fetched(TEXTS[name], split, cancel)
+        text = _fetch(TEXTS[name], split, cancel)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".part")
         unfinished.write_text(text, encoding="utf-8")
@@ -60,16 +59,16 @@ def read(name: str, split: str, cancel: CancelToken) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _fetched(source: _Source, split: str, cancel: CancelToken) -> str:
+def _fetch(source: _Source, split: str, cancel: CancelToken) -> str:
     try:
         return source.fetch(source, split, cancel)
     except Offline as error:
         raise Offline(
-            f"{source.label} is not here. {error.message}", f"{error.hint} The text 'manual' is always here."
+            f"{source.label} has not been downloaded. {error.message}", f"{error.hint} The text 'manual' works offline."
         ) from error
     except LowMemError as error:
         if isinstance(error, ModelNotFound | GatedModel):
-            raise Offline(f"The hub does not give {source.label}.", "Use the text 'manual' or a file.") from error
+            raise Offline(f"The hub refuses {source.label}.", "Use the text 'manual' or a file.") from error
         raise
 
 
@@ -109,7 +108,9 @@ def _c4(source: _Source, split: str, cancel: CancelToken) -> str:
 
 
 def _damaged(source: _Source, count: int) -> CorruptModel:
-    return CorruptModel(f"{source.label} arrived damaged ({count:,} bytes).", "Try again, or use 'manual'.")
+    return CorruptModel(
+        f"The download of {source.label} is damaged ({count:,} bytes).", "Try again, or use the text 'manual'."
+    )
 
 
 TEXTS = {

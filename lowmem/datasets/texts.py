@@ -1,6 +1,6 @@
-"""The texts that models are measured on, and those that calibration may see: never the same part.
+"""Texts for calibration and for evaluation, which never overlap.
 
-Knows names, files and characters; nothing of tokens or models.
+Knows names, files and characters, nothing about tokens or models.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from lowmem.units import MB, format_bytes
 MANUAL, WIKITEXT, C4 = "manual", "wikitext2", "c4"
 NAMES = (MANUAL, WIKITEXT, C4)
 
-HEAD_SHARE = 0.75
-"""The first three quarters of the manual's characters are its head, the rest its tail.
+CALIBRATION_SHARE = 0.75
+"""Share of the manual's characters, from the start, that is for calibration; the rest is for evaluation.
 
-The manual repeats itself: paragraphs of the tail that are in the head as well, a tenth of it, are left out.
+The manual repeats itself: a tenth of the paragraphs at the end also occur before, and are left out.
 """
 
 MAX_FILE_BYTES = 16 * MB
 
 SHINGLE_WORDS = 13
-"""Texts overlap where so many words in a row are the same (the measure of arXiv 2005.14165, appendix C)."""
+"""Number of consecutive words that must match to count as an overlap (arXiv 2005.14165, appendix C)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text and what to call it beside a figure."""
+    """A text and its name in reports."""
 
     name: str
     text: str
 
 
-def head(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text:
-    """The part of a text that calibration may use.
+def calibration_text(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text:
+    """The part of a text that is for calibration.
 
     Args:
-        source: "manual" (the head of the standard library's reference), "wikitext2" or "c4" (of their training
-            parts, from the hub) or a file of one's own, which is used whole.
+        source: "manual" (the first part of the Python language reference), "wikitext2" or "c4" (their training
+            splits, from the hub), or the path of a text file, which is used whole.
 
     Raises:
-        BadInput: not a text that can be used.
+        BadInput: the file cannot be used.
         Offline: the hub cannot be reached.
     """
-    return _part(source, "head", cancel)
+    return _part(source, "head", "train", cancel)
 
 
-def tail(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text:
-    """The part of a text that quality is measured on, see `head`; of the hub's texts the part made for it."""
-    return _part(source, "tail", cancel)
+def evaluation_text(source: str | Path = MANUAL, cancel: CancelToken | None = None) -> Text:
+    """The part of a text that is for evaluation, see `calibration_text`; of the hub's datasets the test split."""
+    return _part(source, "tail", "test", cancel)
 
 
 def overlap(text: str, other: str) -> float:
-    """The share of `text`, 0 to 1, that is in `other` word for word, in runs of `SHINGLE_WORDS` words."""
+    """The share of `text`, 0 to 1, that also occurs in `other`, in runs of `SHINGLE_WORDS` words."""
     words = text.split()
     size = min(SHINGLE_WORDS, len(words), len(other.split()))
     if not size:
@@ -68,22 +68,21 @@ def overlap(text: str, other: str) -> float:
     return len(found) / len(wanted)
 
 
-def _part(source: str | Path, part: str, cancel: CancelToken | None) -> Text:
+def _part(source: str | Path, part: str, split: str, cancel: CancelToken | None) -> Text:
     if source == MANUAL:
         return Text(f"{MANUAL} ({part})", _manual()[part])
     if source in hub_texts.TEXTS:
-        split = hub_texts.SPLITS[part]
-        return Text(f"{source} ({split})", hub_texts.read(str(source), split, cancel or CancelToken()))
+        return Text(f"{source} ({split})", hub_texts.hub_text(str(source), split, cancel or CancelToken()))
     return _file(Path(source))
 
 
 @functools.cache
 def _manual() -> dict[str, str]:
-    """Head and tail of `pydoc_data.topics`: 465 KB of English reference prose, a little different in every Python."""
+    """Head and tail of `pydoc_data.topics`: 465 KB of English reference prose, slightly different in each Python."""
     from pydoc_data.topics import topics
 
     whole = "\n".join(topics[name] for name in sorted(topics))
-    middle = whole.index("\n", int(HEAD_SHARE * len(whole))) + 1
+    middle = whole.index("\n", int(CALIBRATION_SHARE * len(whole))) + 1
     head, tail = whole[:middle], whole[middle:]
     seen = {paragraph.strip() for paragraph in head.split("\n\n")}
     kept = [paragraph for paragraph in tail.split("\n\n") if paragraph.strip() not in seen]
@@ -96,19 +95,21 @@ def _file(path: Path) -> Text:
         if size > MAX_FILE_BYTES:
             largest = format_bytes(MAX_FILE_BYTES)
             raise BadInput(
-                f"{path.name} has {format_bytes(size)}, more than the {largest} allowed.", "Give a part of it."
+                f"{path.name} has {format_bytes(size)}, more than the {largest} allowed.", "Use a part of it."
             )
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise BadInput(f"There is no file {path}.", f"Give a text file, or one of {', '.join(NAMES)}.") from None
+        raise BadInput(f"There is no file {path}.", f"Use a text file, or one of {', '.join(NAMES)}.") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path.name} is not UTF-8 text (byte {error.start:,}).", "Save it as UTF-8.") from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}.", "Give a text file.") from None
-    if not text.strip() or "\0" in text:
-        raise BadInput(f"{path.name} holds {'no text' if not text.strip() else 'binary data'}.", "Give a text file.")
+        raise BadInput(f"{path} cannot be read: {error.strerror}.", "Use a text file.") from None
+    if not text.strip():
+        raise BadInput(f"{path.name} contains no text.", "Use a text file.")
+    if "\0" in text:
+        raise BadInput(f"{path.name} contains binary data.", "Use a text file.")
     return Text(path.name, text)
 
 
 CHARACTERS_PER_TOKEN = 16
-"""No more text than this is given to the tokenizer for each token that is wanted."""
+"""Upper bound on the characters that are passed to the tokenizer for each token needed."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.events import CancelToken, Step
 from lowmem.export.reference import streamed_model
 from lowmem.models.checkpoint import Checkpoint
@@ -133,7 +133,7 @@ def _windows(folder: Path) -> tuple[str, Tensor]:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     decoder = config.get_text_config(decoder=True)
     count, length = proof_windows(decoder.vocab_size, decoder.max_position_embeddings)
-    text = tail()
+    text = evaluation_text()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         ids = tokenizer(text.text[: 16 * count * length], add_special_tokens=False)["input_ids"][: count * length]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.events import Receipt, Step
 from lowmem.export.run import RACE_NEW, RACE_PROMPTS, RACE_RUNS
 from lowmem.generate.options import GenerateOptions
@@ -97,7 +97,7 @@ def _steps(events: Any) -> Generator[Step, None, None]:
 
 def _prompt(session: Session, length: int) -> str:
     tokenizer = session._resident()[0].tokenizer
-    ids = tokenizer(tail().text[: 16 * length], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(evaluation_text().text[: 16 * length], add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids[:length])
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.datasets.texts import MANUAL, Text, tail
+from lowmem.datasets.texts import MANUAL, Text, evaluation_text
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.longctx.options import StrategyOptions
@@ -84,7 +84,7 @@ def compare_strategies(
     """Stream `text` with every strategy; yields the points as each strategy ends, and a receipt with all of them.
 
     Args:
-        text: a `Text`, or "manual", "wikitext2" or a file, see `datasets.texts.tail`.
+        text: a `Text`, or "manual", "wikitext2" or a file, see `evaluation_text`.
         budget: of each process.
 
     Raises:
@@ -92,7 +92,7 @@ def compare_strategies(
         Cancelled: within a second; the points so far have been yielded.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
-    spec, chosen = read_spec(ref), text if isinstance(text, Text) else tail(text, cancel)
+    spec, chosen = read_spec(ref), text if isinstance(text, Text) else evaluation_text(text, cancel)
     points: list[Point] = []
     device, chosen_precision = "", precision
     with tempfile.TemporaryDirectory(prefix="lowmem-strategies-") as work:

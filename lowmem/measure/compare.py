@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.datasets.texts import MANUAL, Text, head, tail
+from lowmem.datasets.texts import MANUAL, Text, calibration_text, evaluation_text
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
@@ -56,7 +56,7 @@ def compare(
     """Measure every variant of `ref`; rows come as they finish, a receipt with all of them comes last.
 
     Args:
-        text: "manual", "wikitext2" or a file, see `measure.texts.tail`.
+        text: "manual", "wikitext2" or a file, see `evaluation_text`.
         reference: the variant that the others are held against; it is measured first in any case.
         budget: for each process; what is free on this machine where it sets no limit.
 
@@ -65,7 +65,7 @@ def compare(
         Cancelled: within a second; the rows so far have been yielded, nothing else is left.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
-    spec, chosen = read_spec(ref), tail(text, cancel)
+    spec, chosen = read_spec(ref), evaluation_text(text, cancel)
     first = parse_variant(reference)
     ordered = list(dict.fromkeys([first, *variants]))
     rows: list[Row] = []
@@ -209,7 +209,9 @@ def against(row: Row, reference: Row) -> Row:
 def notes_on(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator[str]:
     """What a reader of the figures should know."""
     methods = {variant.method for variant in variants if variant.method}
-    if any(get(method).calibrated for method in methods) and (warning := overlap_warning(head().text, text.text)):
+    if any(get(method).calibrated for method in methods) and (
+        warning := overlap_warning(calibration_text().text, text.text)
+    ):
         yield warning
     if methods and spec.source.detail == demo.DETAIL:
         yield "These weights were once rounded to 4 bits in groups of 32: groups of 32 restore them, judge 64 or 128."

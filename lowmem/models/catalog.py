@@ -1,7 +1,7 @@
-"""Good small models up to 8B, described exactly enough to plan with, without a network.
+"""A catalog of good models up to 8B parameters, described exactly enough to plan without a network.
 
-The numbers are those of each repository's config.json and weight files. Where a header has been read it is
-preferred; `source.py` sees to that.
+The numbers are those of each repository's config.json and weight files. `source.py` prefers the headers of the
+files where it can read them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Entry:
     """A model of the catalog.
 
     Args:
-        ref: what to ask for: a hub id, or "demo".
-        label: its name for people.
+        ref: a hub id, or "demo".
+        label: display name.
         parameters: as published.
         use: "chat", "completion" or "code".
         quality: rank for automatic choice: higher answers better (0-100, our judgement of public evaluations).
-        config: the fields of its config.json that decide its shape.
-        dtype: how the weights are stored.
-        stored_head: whether the file holds an output embedding; None means as its shape says.
+        config: the fields of its config.json that determine its shape.
+        dtype: dtype of the stored weights.
+        stored_head: whether the checkpoint contains an output embedding; None means when it is not tied.
     """
 
     ref: str
@@ -44,16 +44,16 @@ class Entry:
 
     @property
     def chat(self) -> bool:
-        """Made for conversation, with a chat template."""
+        """Trained for conversation, with a chat template."""
         return self.use != "completion"
 
     def spec(self) -> ModelSpec:
-        """The spec that the model's own files would give; no network, no file."""
+        """The spec that the model's files would give, without reading them."""
         return _spec(self)
 
 
 def find(ref: str) -> Entry | None:
-    """The entry of a reference, also under the short ids ("gpt2") from before the hub had organisations."""
+    """The entry of a reference; short ids from before the hub had organisations ("gpt2") work too."""
     ref = _SHORT_IDS.get(ref, ref)
     return next((entry for entry in CATALOG if entry.ref == ref), None)
 
@@ -72,7 +72,7 @@ def synthetic(
     dtype: str = "fp16",
     name: str = "synthetic",
 ) -> ModelSpec:
-    """The spec of a Llama of any size: for benchmarks, tests and made-up machines."""
+    """The spec of a Llama of any size, for benchmarks and tests."""
     config = _config("llama", layers, hidden, intermediate, heads, kv_heads or heads, vocab, context, tied=tied)
     shape = read_shape(config | ({"head_dim": head_dim} if head_dim else {}))
     return _assemble(shape, ModelSource(name, name), dtype)

@@ -1,4 +1,4 @@
-"""safetensors written as the tensors come, so that no more than one is ever in memory."""
+"""Writing safetensors one tensor at a time, so that no more than one is in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowmem.models.safetensors_header import DTYPES
 from lowmem.units import GB
 
 HEADER_ROOM = 1 << 20
-"""Bytes kept free for the header, which is known only at the end: enough for some 8000 tensors."""
+"""Bytes reserved for the header, which is known only at the end: enough for about 8,000 tensors."""
 
 _NAMES = {TORCH_DTYPES[ours]: theirs for theirs, ours in DTYPES.items()}
 
@@ -25,12 +25,12 @@ Metadata = Mapping[str, str]
 
 
 def write_safetensors(path: Path, tensors: Named, metadata: Metadata | None = None) -> int:
-    """Write `tensors` in their order; the file has its name only once it is complete. Returns its bytes.
+    """Write `tensors` in order; the file gets its name once it is complete. Returns its size in bytes.
 
     The header is padded with spaces to `HEADER_ROOM`, as the format allows.
 
     Raises:
-        ValueError: two tensors of one name, or more than the header has room for.
+        ValueError: duplicate names, or more tensors than the header has room for.
     """
     with _writing(path, metadata) as writer:
         for name, tensor in tensors:
@@ -39,9 +39,9 @@ def write_safetensors(path: Path, tensors: Named, metadata: Metadata | None = No
 
 
 def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB, metadata: Metadata | None = None) -> int:
-    """Write a model's weights as `model.safetensors`, or as numbered shards with their index. Returns all bytes.
+    """Write a model's weights as `model.safetensors`, or as numbered shards with an index. Returns the total bytes.
 
-    A shard ends before the tensor that would bring it above `shard_bytes`.
+    A shard ends before the tensor that would take it above `shard_bytes`.
     """
     shards: list[_Writer] = []
     rest = iter(tensors)
@@ -83,7 +83,7 @@ def _writing(path: Path, metadata: Metadata | None) -> Iterator[_Writer]:
 
 
 class _Writer:
-    """One file under way: `position` counts the tensors' bytes."""
+    """A file being written; `position` counts the bytes of the tensors."""
 
     def __init__(self, path: Path, out: BinaryIO) -> None:
         self.path, self._out = path, out

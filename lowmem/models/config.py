@@ -1,6 +1,6 @@
-"""config.json read as a shape: layers, heads, window, context; and which models are taken at all.
+"""Reading config.json: the model's shape (layers, heads, window, context), and whether the model is supported.
 
-Knows the key names and defaults of the families in `SUPPORTED`. Knows nothing about files or weights.
+Knows the keys and defaults of the families in `SUPPORTED`, nothing about files or weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SUPPORTED = (
     "granite", "cohere", "cohere2", "starcoder2", "codegen", "xglm", "biogpt", "nemotron", "glm", "glm4", "helium",
     "persimmon", "arcee", "apertus", "seed_oss", "exaone4", "ernie4_5", "hunyuan_v1_dense", "internlm3",
 )  # fmt: skip
-"""Causal models that transformers itself implements with a plain key-value cache.
+"""Causal language models that transformers implements with a standard KV cache.
 
-For these a repository's own code (`auto_map`) is never needed, and never run."""
+Code in their repositories (`auto_map`) is not needed and never run."""
 
 _ENCODERS = frozenset({
     "albert", "bert", "camembert", "clip", "convbert", "deberta", "deberta-v2", "distilbert", "electra",
@@ -89,19 +89,19 @@ class Shape:
 
 
 def is_encoder(model_type: str) -> bool:
-    """A model that reads text but cannot write any?"""
+    """Is this an encoder model, which reads text but does not generate any?"""
     return model_type in _ENCODERS
 
 
 def check_supported(config: Config, name: str, encoders: bool = False) -> None:
-    """Refuse what cannot be run, or only by running the repository's own code.
+    """Refuse models that cannot be run, or only with code from their repository.
 
     Args:
-        encoders: take those that read text too.
+        encoders: accept text encoders too.
 
     Raises:
-        UnsafeModel: the architecture exists only as code inside the repository.
-        Unsupported: an encoder, or an architecture without a plain key-value cache.
+        UnsafeModel: the architecture exists only as code in the repository.
+        Unsupported: an encoder, or an architecture without a standard KV cache.
         CorruptModel: no model_type.
     """
     model_type = config.get("model_type")
@@ -109,24 +109,24 @@ def check_supported(config: Config, name: str, encoders: bool = False) -> None:
         return
     if not isinstance(model_type, str) or not model_type:
         raise CorruptModel(f"config.json of {name} has no model_type.", "Check that this is a transformers model.")
-    choose = "Choose a text generation model such as those in the list."
+    choose = "Choose a text generation model, such as one from the list."
     if config.get("auto_map"):
         raise UnsafeModel(
             f"{name} needs Python code from its own repository to run (model_type {model_type!r}).",
-            "lowmem never runs downloaded code; " + choose[0].lower() + choose[1:],
+            "lowmem never runs downloaded code: choose a text generation model, such as one from the list.",
         )
     if model_type in _ENCODERS:
-        raise Unsupported(f"{name} is an encoder ({model_type}): it reads text but cannot write any.", choose)
+        raise Unsupported(f"{name} is an encoder ({model_type}): it reads text but does not generate any.", choose)
     if model_type in _ENCODER_DECODERS:
         raise Unsupported(f"{name} is an encoder-decoder ({model_type}), not a causal language model.", choose)
-    raise Unsupported(f"{name} is of a kind that lowmem does not run (model_type {model_type!r}).", choose)
+    raise Unsupported(f"{name} has an architecture that lowmem does not support (model_type {model_type!r}).", choose)
 
 
 def read_shape(config: Config, name: str = "the model") -> Shape:
-    """The shape that a config.json describes, GPT-2 style names and nested `text_config` included.
+    """Read the shape from a config.json, with GPT-2 style keys and nested `text_config` too.
 
     Raises:
-        CorruptModel: a number is missing or makes no sense.
+        CorruptModel: a number is missing or invalid.
     """
     text = config.get("text_config")
     outer_type = str(config.get("model_type", ""))
@@ -154,13 +154,13 @@ def read_shape(config: Config, name: str = "the model") -> Shape:
 
 
 def _positive(config: Config, names: tuple[str, ...], owner: str) -> int:
-    """The first of `names` that is given, 0 when none is."""
+    """The value of the first of `names` that is present, 0 when none is."""
     for key in names:
         value = config.get(key)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
-            raise CorruptModel(f"config.json of {owner} says {key} = {str(value)[:40]!r}.", "Fetch the model again.")
+            raise CorruptModel(f"config.json of {owner} has {key} = {str(value)[:40]!r}.", "Fetch the model again.")
         return value
     return 0
 
@@ -168,7 +168,7 @@ def _positive(config: Config, names: tuple[str, ...], owner: str) -> int:
 def _number(config: Config, field: str, owner: str) -> int:
     value = _positive(config, _NAMES[field], owner)
     if not value:
-        raise CorruptModel(f"config.json of {owner} lacks {_NAMES[field][0]}.", "Fetch the model again.")
+        raise CorruptModel(f"config.json of {owner} has no {_NAMES[field][0]}.", "Fetch the model again.")
     return value
 
 
@@ -185,7 +185,7 @@ def _kv_heads(config: Config, heads: int, name: str) -> int:
 
 
 def _layer_types(config: Config, model_type: str, layers: int) -> tuple[tuple[str, ...], int]:
-    """Per layer "full" or "sliding", and the window, by the rules of transformers' config classes."""
+    """ "full" or "sliding" for each layer, and the window, by the rules of transformers' config classes."""
     window = config.get("sliding_window") or 0
     if not isinstance(window, int) or config.get("use_sliding_window") is False:
         window = 0
@@ -207,6 +207,6 @@ def _layer_types(config: Config, model_type: str, layers: int) -> tuple[tuple[st
 
 
 def _tied(config: Config, merged: Config, model_type: str) -> bool:
-    # The outer value wins: it is the one that the model class which is loaded looks at.
+    # The outer value wins: it is the one that the model class reads.
     given = (source.get("tie_word_embeddings") for source in (config, merged))
     return bool(next((value for value in given if value is not None), model_type in _TIED_BY_DEFAULT))

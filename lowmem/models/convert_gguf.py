@@ -1,7 +1,8 @@
-"""A GGUF file made into a folder of safetensors, once, in a process of its own.
+"""Converting a GGUF file to a folder of safetensors, in a process of its own.
 
-transformers dequantizes with torch, which takes a multiple of the model's size and never leaves a
-process again; a child gives all of it back. Run as `python -m lowmem.models.convert_gguf FILE FOLDER DTYPE`.
+transformers dequantizes with torch, which takes a multiple of the model's size and does not return it to the
+system; when a child process exits, all of it is free again. Run as
+`python -m lowmem.models.convert_gguf FILE FOLDER DTYPE`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _EXACT_BELOW = 4 * GB
 
 
 def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
-    """Write the model in `gguf` to `folder` as transformers saves it, with tokenizer and chat template.
+    """Write the model in `gguf` to `folder` with transformers' `save_pretrained`, tokenizer and chat template included.
 
-    fp32 keeps the dequantized values exactly; a model that would be larger than 4 GB that way is stored in
-    fp16, whose rounding is far below that of any packed type.
+    fp32 preserves the dequantized values exactly. A model larger than 4 GB in fp32 is stored in fp16, whose rounding
+    error is far below that of any GGUF type.
 
     Raises:
         CorruptModel, Unsupported: a file that cannot be converted.
@@ -62,7 +63,7 @@ def main(gguf: str, folder: str, dtype: str) -> None:
     source, name = str(Path(gguf).parent), Path(gguf).name
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch_dtype)
-    # The weights are plain now; with this left in place, saving and loading would look for packed ones.
+    # The weights are dequantized; with this left in place, saving and loading would look for packed ones.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

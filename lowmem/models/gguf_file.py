@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata and tensors, with exact bytes for every packed type.
+"""Reading the header of a GGUF file: metadata and tensors, with the exact size of every packed type.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-Reads no weights, and works on ranged reads of a remote file as well. Converts nothing.
+Reads no weights, and works on byte ranges of a remote file too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODEL_TYPES = {
     "qwen3moe": "qwen3_moe", "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "gpt2": "gpt2",
     "falcon": "falcon", "bloom": "bloom", "stablelm": "stablelm", "starcoder2": "starcoder2", "nemotron": "nemotron",
 }  # fmt: skip
-"""GGUF architectures that transformers can convert, and its own names for them."""
+"""GGUF architectures that transformers can convert -> its `model_type`."""
 
 _CONFIG_KEYS = {
     "block_count": "num_hidden_layers",
@@ -63,7 +63,7 @@ _MAX_ENTRIES = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Gguf:
-    """Metadata (arrays only as their lengths) and the tensors in file order, under transformers' names."""
+    """Metadata (an array is represented by its length) and tensors in file order, under transformers' names."""
 
     metadata: dict[str, Any]
     tensors: tuple[Tensor, ...]
@@ -86,7 +86,7 @@ class Gguf:
 
 
 def read_gguf(file: Ranged) -> Gguf:
-    """Parse and check the header of `file`.
+    """Parse and validate the header of `file`.
 
     Raises:
         CorruptModel: not GGUF, or truncated.
@@ -95,11 +95,11 @@ def read_gguf(file: Ranged) -> Gguf:
     try:
         return _parse(_Cursor(file))
     except (struct.error, UnicodeDecodeError, OverflowError):
-        raise CorruptModel(f"{file.name} is not a sound GGUF file.", "Fetch the model again.") from None
+        raise CorruptModel(f"{file.name} is not a valid GGUF file.", "Fetch the model again.") from None
 
 
 class _Cursor:
-    """Reads a header front to back, in blocks large enough for a remote file."""
+    """Reads a header sequentially, in blocks large enough for a remote file."""
 
     _BLOCK = 1 << 20
 
@@ -130,14 +130,14 @@ class _Cursor:
     def count(self, what: str) -> int:
         value: int = self.number("Q")
         if value > _MAX_ENTRIES:
-            raise CorruptModel(f"{self.file.name} claims to hold {value:,} {what}.", "Fetch the model again.")
+            raise CorruptModel(f"{self.file.name} claims to contain {value:,} {what}.", "Fetch the model again.")
         return value
 
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """A metadata value; an array is passed over and given as its length."""
+        """A metadata value; an array is skipped and represented by its length."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -164,7 +164,9 @@ def _parse(cursor: _Cursor) -> Gguf:
         raise CorruptModel(f"{name} is not a GGUF file.", "Check the path, or fetch it again.")
     version = cursor.number("I")
     if version not in (2, 3):
-        raise Unsupported(f"{name} is GGUF version {version}; versions 2 and 3 are read.", "Choose a newer file.")
+        raise Unsupported(
+            f"{name} is GGUF version {version}; only versions 2 and 3 are supported.", "Choose a newer file."
+        )
     tensor_count, value_count = cursor.count("tensors"), cursor.count("metadata values")
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
@@ -182,7 +184,7 @@ def _parse(cursor: _Cursor) -> Gguf:
 
 
 def _tensor(cursor: _Cursor) -> tuple[Tensor, int]:
-    """One tensor and its offset in the data section. GGUF lists the fastest dimension first."""
+    """A tensor and its offset in the data section. GGUF lists the fastest-varying dimension first."""
     name, dimensions = cursor.text(), cursor.number("I")
     if dimensions > 8:
         raise CorruptModel(f"{cursor.file.name}: {name} has {dimensions} dimensions.", "Fetch the model again.")

@@ -1,16 +1,22 @@
-"""The Hugging Face Hub over plain HTTP: what a repository holds, small files, byte ranges, streams.
+"""A client of the Hugging Face Hub: listing a repository, small files, byte ranges, streams.
 
-Knows the hub's addresses and how it says no. Knows nothing about models or folders.
-Only `settings().hub_endpoint` ever sees the token: redirects to other hosts drop it (httpx does).
+Knows the hub's URLs and status codes, nothing about models or folders. The token is sent to
+`settings().hub_endpoint` only: httpx drops it when a redirect leads to another host.
+
+Why not huggingface_hub, which `push.py` uses: `model_info` and `get_safetensors_metadata` read responses of any
+size into memory, even gigabytes from a server that ignores Range; and its exceptions are those of its HTTP library,
+which differs between the versions that requirements.txt allows (httpx in 1.x, httpx2 in 2.x). For downloads see
+`download.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -31,7 +37,7 @@ _ask_again: dict[str, float] = {}
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a repository; `digest` is "sha256:..." (LFS), "git:..." (blob id) or ""."""
+    """A file in a repository; `digest` is "sha256:..." (LFS), "git:..." (blob id) or ""."""
 
     name: str
     size: int
@@ -47,6 +53,7 @@ class Repository:
     files: dict[str, RemoteFile]
     licence: str = ""
     gated: bool = False
+    _cache: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def owner(self) -> str:
@@ -57,9 +64,11 @@ class Repository:
         return self.files.keys()
 
     def read(self, name: str) -> bytes:
-        """A small file, whole."""
-        with _request(self.repo, self.address(name)) as response:
-            return _body(response, name)
+        """The content of a small file, downloaded once."""
+        if name not in self._cache:
+            with _request(self.repo, self.url(name)) as response:
+                self._cache[name] = _body(response, name)
+        return self._cache[name]
 
     def ranged(self, name: str) -> HubFile:
         return HubFile(self, self.files[name])
@@ -68,7 +77,7 @@ class Repository:
         file = self.files[name]
         return file.digest or f"{self.commit}:{file.size}"
 
-    def address(self, name: str) -> str:
+    def url(self, name: str) -> str:
         return f"/{self.repo}/resolve/{self.commit}/{quote(name)}"
 
 
@@ -91,14 +100,14 @@ def _answers(endpoint: str) -> bool:
 
 
 def repository(repo: str, revision: str = "main") -> Repository:
-    """What the hub holds under `repo`, with exact sizes and hashes. One small request.
+    """List a repository, with exact sizes and hashes. One request.
 
     Raises:
         ModelNotFound, GatedModel, Offline.
     """
-    address = f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
-    with _request(repo, address) as response:
-        data = parse_object(_body(response, address), f"The hub's description of {repo}")
+    url = f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
+    with _request(repo, url) as response:
+        data = parse_object(_body(response, url), f"The hub's description of {repo}")
     try:
         files = {file.name: file for file in map(_remote_file, data["siblings"])}
         commit = str(data["sha"])
@@ -120,9 +129,9 @@ def _licence(data: Mapping[str, Any]) -> str:
 
 
 class HubFile:
-    """A file of a repository as a `Ranged`: headers are read without the weights behind them."""
+    """A `Ranged` file in a repository: its header is read without downloading the weights that follow."""
 
-    _BLOCK = 128 * 1024  # most safetensors headers are smaller: one request instead of two
+    _BLOCK = 128 * 1024  # larger than most safetensors headers: one request instead of two
 
     def __init__(self, repository: Repository, file: RemoteFile) -> None:
         self.name, self.size = file.name, file.size
@@ -139,9 +148,9 @@ class HubFile:
         return self._fetch(offset, length)
 
     def _fetch(self, offset: int, length: int) -> bytes:
-        address, wanted = self._repository.address(self.name), {"Range": f"bytes={offset}-{offset + length - 1}"}
-        with _request(self._repository.repo, address, wanted) as response:
-            # A server that ignores ranges would send gigabytes: take what is needed and hang up.
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        with _request(self._repository.repo, self._repository.url(self.name), headers) as response:
+            # A server that ignores Range would send gigabytes: read what is needed, then close the connection.
             skip = 0 if response.status_code == 206 else offset
             data = bytearray()
             for chunk in response.iter_raw():
@@ -154,15 +163,15 @@ class HubFile:
 
 
 def stream(repository: Repository, name: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The file's bytes from `offset` as (position, chunk).
+    """Yield the bytes of a file from `offset` on as (position, chunk).
 
-    The first position is 0 instead of `offset` when the server does not resume.
+    The first position is 0 instead of `offset` when the server does not support Range.
 
     Raises:
         Offline: the connection broke; call again with the new offset.
     """
     headers = {"Range": f"bytes={offset}-"} if offset else {}
-    with _request(repository.repo, repository.address(name), headers) as response:
+    with _request(repository.repo, repository.url(name), headers) as response:
         position = offset if response.status_code == 206 else 0
         for chunk in response.iter_raw():
             yield position, chunk
@@ -170,19 +179,14 @@ def stream(repository: Repository, name: str, offset: int = 0) -> Iterator[tuple
 
 
 @contextlib.contextmanager
-def _request(repo: str, address: str, headers: Mapping[str, str] | None = None) -> Iterator[httpx.Response]:
-    """GET an address of the hub; every failure leaves as a `LowMemError`."""
+def _request(repo: str, url: str, headers: Mapping[str, str] | None = None) -> Iterator[httpx.Response]:
+    """GET a path of the hub; every failure is raised as a `LowMemError`."""
     now = settings()
     if now.hub_offline:
-        raise Offline("HF_HUB_OFFLINE is set, so the hub is not asked.", "Unset it, or choose a local model.")
-    sent = {"User-Agent": f"lowmem/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
-    if now.hub_token:
-        sent["Authorization"] = f"Bearer {now.hub_token}"
+        raise Offline("HF_HUB_OFFLINE is set, so the hub is not contacted.", "Unset it, or choose a local model.")
+    authorization = {"Authorization": f"Bearer {now.hub_token}"} if now.hub_token else {}
     try:
-        with (
-            httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers=sent) as client,
-            client.stream("GET", now.hub_endpoint + address) as response,
-        ):
+        with _client().stream("GET", now.hub_endpoint + url, headers={**authorization, **(headers or {})}) as response:
             if response.status_code not in (200, 206):
                 raise _refusal(repo, response)
             yield response
@@ -190,17 +194,28 @@ def _request(repo: str, address: str, headers: Mapping[str, str] | None = None) 
         raise Offline(f"{now.hub_endpoint} cannot be reached ({_short(error)}).", "Check the connection.") from error
 
 
+@functools.cache
+def _client() -> httpx.Client:
+    """One client per process: loading the certificates takes longer than most requests."""
+    headers = {"User-Agent": f"lowmem/{__version__}", "Accept-Encoding": "identity"}
+    return httpx.Client(timeout=TIMEOUT, follow_redirects=True, headers=headers)
+
+
 def _refusal(repo: str, response: httpx.Response) -> LowMemError:
-    """The hub's status codes, see huggingface_hub's `hf_raise_for_status`: 401 hides what does not exist."""
+    """Map the hub's status codes as huggingface_hub's `hf_raise_for_status` does; a missing repository answers 401."""
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
     page = f"{settings().hub_endpoint}/{repo}"
     if code == "GatedRepo" or (status == 403 and code != "RepoNotFound"):
-        token = "with the account of your HF_TOKEN" if settings().hub_token else "and set HF_TOKEN to your token"
-        return GatedModel(f"{repo} is gated: its authors want their licence accepted.", f"Accept it at {page} {token}.")
+        hint = (
+            f"Accept it at {page} with the account of your HF_TOKEN."
+            if settings().hub_token
+            else f"Accept it at {page} and set HF_TOKEN to your token."
+        )
+        return GatedModel(f"{repo} is gated: its authors require you to accept the licence.", hint)
     if code == "RevisionNotFound":
-        return ModelNotFound(f"{repo} has no such revision.", f"Look at {page} for its branches and commits.")
+        return ModelNotFound(f"{repo} has no such revision.", f"See {page} for its branches and commits.")
     if code == "EntryNotFound":
-        return ModelNotFound(f"{repo} lacks a file that it should have.", f"Look at {page}/tree/main.")
+        return ModelNotFound(f"A file is missing from {repo}.", f"See {page}/tree/main.")
     if status in (401, 404):
         return ModelNotFound(
             f"There is no model {repo!r} on the hub.", "Check the spelling; a private one needs HF_TOKEN."

@@ -1,6 +1,6 @@
-"""What a person types to name a model, checked before anything is asked of disk or network.
+"""Parsing model references, before anything is read from disk or network.
 
-On a public page these texts come from strangers.
+On a public page these strings come from strangers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _HINT = 'Use "demo", a hub id such as HuggingFaceTB/SmolLM2-360M-Instruct, a mod
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A checked reference.
+    """A parsed and validated reference.
 
     Args:
         kind: "demo", "hub", "hub_gguf" (one file of a repository), "folder" or "gguf".
-        text: as typed, without surrounding space.
+        text: as typed, without surrounding whitespace.
         repo, revision, file: of a hub reference.
         path: of a folder or GGUF file, absolute.
     """
@@ -44,32 +44,31 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """A short name for people."""
+        """Short display name."""
         if self.kind in ("folder", "gguf"):
             return self.path.name.split("@")[0].split("--")[-1].removesuffix(".gguf")
         return (self.file or self.repo or DEMO_REPO).split("/")[-1].removesuffix(".gguf")
 
 
 def parse_ref(ref: str, allow_paths: bool = True) -> Reference:
-    """Tell what `ref` names. Looks whether a path exists, and opens nothing.
+    """Parse `ref`. Checks whether a path exists; opens no file.
 
     Args:
-        allow_paths: False on a page that strangers use: of local paths only those below
-            `settings().models` and `settings().outputs` are then accepted.
+        allow_paths: False on a public page: only local paths below `settings().models` and `settings().outputs`
+            are then accepted.
 
     Raises:
         BadInput: not a reference, or a path that is not allowed.
     """
     text = ref.strip() if isinstance(ref, str) else ""
     if not text or len(text) > MAX_LENGTH or not text.isprintable():
-        shown = "It is empty." if not text else f"{text[:40]!r} cannot name a model."
-        raise BadInput(shown, _HINT)
+        raise BadInput("The model is empty." if not text else f"{text[:40]!r} cannot name a model.", _HINT)
     if text == DEMO:
         return Reference("demo", text)
     path = _local_path(text, look=allow_paths)
     if path is not None:
         if not allow_paths and not any(path.is_relative_to(root) for root in _open_roots()):
-            raise BadInput(f"{text[:80]!r} is outside the folders that this page may use.", _HINT)
+            raise BadInput(f"{text[:80]!r} is outside the folders that this page has access to.", _HINT)
         return Reference("gguf" if path.suffix.lower() == ".gguf" else "folder", text, path=path)
     match = _HUB.fullmatch(text)
     if not match or ".." in text or "--" in match["repo"]:
@@ -79,7 +78,7 @@ def parse_ref(ref: str, allow_paths: bool = True) -> Reference:
 
 
 def _local_path(text: str, look: bool) -> Path | None:
-    """The absolute path that `text` means, None when it reads as a hub id. `look` lets existing files decide."""
+    """The absolute path that `text` names, None for a hub id. With `look`, an existing file or folder wins."""
     explicit = text.startswith(("/", "./", "../", "~", ".\\", "..\\")) or text[1:3] in (":\\", ":/")
     try:
         path = Path(text).expanduser()

@@ -1,7 +1,8 @@
-"""The header of a safetensors file: which tensors it holds, checked against its size.
+"""Reading the header of a safetensors file: which tensors it contains, validated against the file's size.
 
 Format: 8 bytes little-endian header length, a JSON object, then the tensors' bytes without gaps
-(https://github.com/huggingface/safetensors#format). Reads no weights.
+(https://github.com/huggingface/safetensors#format). Reads no weights. huggingface_hub's `get_safetensors_metadata`
+works on hub files only, and checks neither offsets nor sizes, so a truncated or hostile file would pass.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-"""safetensors' dtype names and ours."""
+"""dtype names of safetensors -> those of lowmem."""
 
 MAX_HEADER = 100_000_000
-"""The format's own bound on the header, in bytes."""
+"""The format's limit on the size of the header, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Tensors in file order, where each begins (bytes from the start of the file), and free-text metadata."""
+    """Tensors in file order, the offset of each in bytes from the start of the file, and free-text metadata."""
 
     tensors: tuple[Tensor, ...]
     offsets: dict[str, int]
@@ -35,11 +36,11 @@ class Header:
 
 
 def read_header(file: Ranged) -> Header:
-    """Parse and check the header of `file`.
+    """Parse and validate the header of `file`.
 
     Raises:
         CorruptModel: not safetensors, or header, shapes and file size contradict each other.
-        Unsupported: a dtype that lowmem does not know.
+        Unsupported: an unknown dtype.
     """
     if file.size < 8:
         raise CorruptModel(f"{file.name} has {file.size} bytes: too short for safetensors.", "Fetch the model again.")
@@ -60,7 +61,7 @@ def read_header(file: Ranged) -> Header:
 
 
 def _entry(file: Ranged, name: str, value: Any) -> tuple[Tensor, int, int]:
-    """One tensor with its begin and end, relative to the end of the header."""
+    """A tensor with its begin and end in bytes, relative to the end of the header."""
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -91,4 +92,4 @@ def _without_gaps(file: Ranged, start: int, entries: list[tuple[Tensor, int, int
 
 
 def _corrupt(file: Ranged, what: str) -> CorruptModel:
-    return CorruptModel(f"{file.name} is not a sound safetensors file: it has {what}.", "Fetch the model again.")
+    return CorruptModel(f"{file.name} is not a valid safetensors file: it has {what}.", "Fetch the model again.")

@@ -1,6 +1,6 @@
-"""The tensors of a model family, written down from its shape: an inventory without any file.
+"""Listing the tensors of a model from its shape alone, without any file.
 
-Names, order and biases are those of transformers' checkpoints. Norms and biases count too: sums are exact.
+Names, order and biases are those of transformers' checkpoints. Norms and biases are included, so sums are exact.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 _FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 FAMILIES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "phi", "gpt2")
-"""Model types that `inventory` knows."""
+"""Model types supported by `inventory`."""
 
 
 def inventory(shape: Shape, dtype: str, stored_head: bool | None = None) -> tuple[Tensor, ...]:
-    """Every tensor that a checkpoint of this shape stores.
+    """All tensors in a checkpoint of this shape.
 
     Args:
-        stored_head: whether the file holds an output embedding; by default when it is not tied.
+        stored_head: whether the checkpoint contains an output embedding; by default when it is not tied.
     """
     head = not shape.tied if stored_head is None else stored_head
     if shape.model_type not in FAMILIES:
@@ -87,7 +87,7 @@ def _phi(shape: Shape, head: bool) -> Parts:
 
 
 def _gpt2(shape: Shape, head: bool) -> Parts:
-    """GPT-2's linear layers are stored transposed (inputs first), and its causal masks are stored as well."""
+    """GPT-2 stores its linear layers transposed (inputs first), and its causal masks."""
     hidden, inner, context = shape.hidden, shape.intermediate, shape.context
     yield "wte.weight", (shape.vocab, hidden)
     yield "wpe.weight", (context, hidden)

@@ -36,7 +36,7 @@ still matches, the folder is the checkpoint that `fingerprint` identified on the
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A model ready to be loaded without network; `ref` is what to ask for."""
+    """A model that can be loaded without a network, under the reference `ref`."""
 
     ref: str
     name: str
@@ -77,12 +77,12 @@ def read_spec(ref: str, allow_paths: bool = True, encoders: bool = False) -> Mod
 
 
 def local_folder(ref: str) -> Path | None:
-    """The folder with config.json, safetensors and tokenizer, or None when `ref` must be fetched first."""
+    """The folder with config.json, safetensors and tokenizer; None when `ref` must be fetched first."""
     return find_folder(parse_ref(ref))
 
 
 def is_local(ref: str) -> bool:
-    """Can `ref` be loaded without network?"""
+    """Can `ref` be loaded without a network?"""
     reference = parse_ref(ref)
     return (reference.kind == "gguf" and reference.path.is_file()) or find_folder(reference) is not None
 
@@ -94,14 +94,14 @@ def local_models() -> list[LocalModel]:
 
 
 def with_local_models(error: Offline) -> Offline:
-    """The same error with a hint that says what can be used instead."""
+    """The same error with a hint that lists the models on this machine."""
     names = [model.ref for model in local_models()]
     offer = f"On this machine: {', '.join(names[:8])}." if names else "No model is on this machine yet."
     return Offline(error.message, f"{error.hint} {offer}")
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What `RECORD` says about a folder; empty when there is none."""
+    """The content of a folder's `RECORD`, empty when there is none."""
     try:
         data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,7 +143,7 @@ def folder_name(reference: Reference, commit: str = "") -> str:
 
 
 def gguf_in(repository: hub.Repository, reference: Reference) -> str:
-    """The GGUF file that `reference` names; `ModelNotFound` with those that are there."""
+    """The GGUF file that `reference` names; raises `ModelNotFound`, which lists those that exist."""
     if reference.file not in repository.files:
         known = ", ".join(sorted(name for name in repository.names if name.endswith(".gguf"))[:6]) or "none"
         raise ModelNotFound(f"{reference.repo} has no file {reference.file}.", f"Its GGUF files: {known}.")
@@ -176,7 +176,7 @@ def _is_revision(folder: Path, revision: str) -> bool:
 
 
 def _models_in(root: Path) -> Iterator[Path]:
-    """Finished model folders: those under work are named otherwise, see `fetch.py`."""
+    """Finished model folders; unfinished ones have another name, see `fetch.py`."""
     if root.is_dir():
         for folder in root.iterdir():
             if not folder.name.startswith(".") and not folder.name.endswith(".part") and (folder / CONFIG).is_file():
@@ -192,7 +192,7 @@ def _local_model(folder: Path) -> LocalModel:
 
 
 def _leads_to(ref: str, folder: Path) -> bool:
-    """Not when a newer commit was fetched since, or the GGUF file that was converted is gone."""
+    """False when a newer commit has been fetched since, or the converted GGUF file is gone."""
     try:
         return find_folder(parse_ref(ref)) == folder
     except BadInput:

@@ -1,6 +1,6 @@
-"""A model before any weight is read: shapes, dtypes and bytes, from config.json and file headers.
+"""What is known about a model before its weights are read: source, shapes, dtypes, sizes.
 
-Pure data and arithmetic; no torch, no network. `source.py` reads the files.
+Pure data and arithmetic, without torch or network; `source.py` reads config.json and the file headers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPE_BYTES = {
     "int64": 8,
     "uint64": 8,
 }
-"""Bytes per element of unpacked dtypes. GGUF tensors keep their type's name ("q4_1"); ask their `nbytes`."""
+"""Bytes per element of unpacked dtypes. For GGUF tensors, whose dtype is a type name such as "q4_1", see `nbytes`."""
 
 CONVERSION_BYTES = 64 * MB
 """Stored bytes that a checkpoint converts to another dtype or layout at a time: what that takes besides the result."""
@@ -40,7 +40,8 @@ PACKED_PARTS = (
     ".SCB", ".weight_format", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax",
     ".weight.nested_quant_map", ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4",
 )  # fmt: skip
-"""What GPTQ and AWQ, compressed-tensors, and bitsandbytes store in place of a weight, or beside one of codes."""
+"""Suffixes of the tensors that GPTQ and AWQ, compressed-tensors, and bitsandbytes store in place of a weight, or beside
+a weight of codes."""
 
 CODE_DTYPES = ("int8", "uint8")
 
@@ -49,7 +50,7 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.ma
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One stored tensor. `nbytes` is what the file holds, exact even for packed GGUF types."""
+    """A stored tensor. `nbytes` is its exact size in the file, for packed GGUF types too."""
 
     name: str
     dtype: str
@@ -65,12 +66,12 @@ class Tensor:
 
     @property
     def is_buffer(self) -> bool:
-        """Stored by old checkpoints (causal masks, rotary frequencies), recomputed by every loader."""
+        """A causal mask or rotary frequencies, which old checkpoints store and every loader recomputes."""
         return self.name.endswith(_BUFFERS)
 
     @property
     def packed_layer(self) -> str:
-        """The layer whose packed weight, zero points, scales or order this may be, or ""."""
+        """The layer of which this may be the packed weight, zero points, scales or order, or ""."""
         if self.is_packed_weight:
             return self.name.rpartition(".")[0]
         part = next((part for part in PACKED_PARTS if self.name.endswith(part)), "")
@@ -78,7 +79,7 @@ class Tensor:
 
     @property
     def is_packed_weight(self) -> bool:
-        """May these be a layer's codes?"""
+        """Could this be the codes of a layer?"""
         return self.name.endswith(".qweight") or (self.name.endswith(".weight") and self.dtype in CODE_DTYPES)
 
     @property
@@ -123,15 +124,15 @@ class ModelSpec:
         model_type: `config.json`'s model_type ("llama", "gpt2", ...).
         tensors: every stored tensor, in file order.
         layers, hidden, intermediate, heads, kv_heads, head_dim, vocab: the shape.
-        context: positions the model was made for.
-        layer_types: per layer "full" or "sliding".
-        sliding_window: tokens a sliding layer remembers (0 without such layers).
-        tied: input and output embedding are one tensor.
-        quantization: the checkpoint's own quantization method ("gptq", "awq", ...), or "".
-        stored: the details of that quantization, None without one.
+        context: maximum number of positions.
+        layer_types: "full" or "sliding" attention for each layer.
+        sliding_window: tokens that a sliding layer attends to (0 without such layers).
+        tied: input and output embedding share one tensor.
+        quantization: quantization method of the checkpoint ("gptq", "awq", ...), or "".
+        stored: details of that quantization, None without one.
         size_on_disk: bytes of the weight files.
-        has_chat_template: the tokenizer knows how to format a conversation.
-        exported: the precision of the graph that is all there is of the model, "" where there are weights.
+        has_chat_template: the tokenizer can format a conversation.
+        exported: precision of the graph of an exported model, "" for a model with weights.
     """
 
     source: ModelSource
@@ -172,7 +173,7 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Parameters, without stored buffers; a tied embedding counts once even where the file holds it twice."""
+        """Number of parameters, without buffers; a tied embedding counts once even when it is stored twice."""
         packed = self.packed_layers
         counted = (t for t in self.tensors if not (t.is_buffer or (self.tied and t.is_output_embedding)))
         plain = (t for t in counted if t.packed_layer not in packed)
@@ -180,18 +181,18 @@ class ModelSpec:
 
     @property
     def packed_layers(self) -> dict[str, Shape]:
-        """Name -> (outputs, inputs) of the linear layers that the files hold quantized."""
+        """Name -> (outputs, inputs) of the linear layers that are stored quantized."""
         if self.stored is None or self.stored.refusal():
             return {}
         weights = (t for t in self.tensors if t.is_packed_weight and len(t.shape) == 2)
         return {t.packed_layer: self.stored.linear_shape((t.shape[0], t.shape[1])) for t in weights}
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """KV cache bytes that one more token costs while every layer still grows."""
+        """Bytes of KV cache per token, before any sliding layer is full."""
         return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
     def kv_bytes(self, context: int, batch: int, dtype: str) -> int:
-        """KV cache bytes of `batch` sequences of `context` tokens; sliding layers stop growing."""
+        """Bytes of KV cache for `batch` sequences of `context` tokens; sliding layers hold no more than their window."""
         per_layer_token = 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
         tokens = sum(min(context, self.sliding_window) if kind == "sliding" else context for kind in self.layer_types)
         return batch * per_layer_token * tokens

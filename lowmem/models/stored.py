@@ -1,4 +1,4 @@
-"""What lowmem keeps on this machine's disk: models, what was made of them, graphs; told by size, and deleted."""
+"""Listing and deleting what lowmem stores on disk: models, outputs, graphs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lowmem.models.spec import ModelSource
 from lowmem.settings import settings
 
 KINDS = {"models": "fetched", "outputs": "made here", "graphs": "graph"}
-"""Folder of LOWMEM_HOME -> what its folders are."""
+"""Folder of LOWMEM_HOME -> label of what it contains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One folder.
+    """A stored folder.
 
     Args:
-        key: what `find` takes, "models/demo".
-        name: for people.
-        kind: of `KINDS`.
+        key: path below LOWMEM_HOME, such as "models/demo"; see `find`.
+        name: display name.
+        kind: a label of `KINDS`.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Stored:
 
 
 def stored() -> list[Stored]:
-    """Everything that is finished, the largest first."""
+    """All finished folders, largest first."""
     found = [_stored(root, folder) for root in KINDS for folder in _folders(settings().home / root)]
     return sorted(found, key=lambda one: (-one.nbytes, one.key))
 
@@ -48,7 +48,7 @@ def stored() -> list[Stored]:
 def find(key: str) -> Stored:
     """
     Raises:
-        BadInput: nothing is kept under `key`; a path that leads elsewhere is never one.
+        BadInput: `key` is not that of a stored folder; paths to other folders are never accepted.
     """
     known = {one.key: one for one in stored()}
     if key not in known:
@@ -57,19 +57,19 @@ def find(key: str) -> Stored:
 
 
 def delete(doomed: Stored) -> None:
-    """Delete what `stored` lists. It disappears at once or not at all.
+    """Delete a stored folder. It disappears from the list atomically.
 
     Raises:
-        BadInput: the disk does not let go of it.
+        BadInput: the file system refuses.
     """
     away = doomed.folder.with_name(f".{doomed.folder.name}.deleted")
     try:
-        shutil.rmtree(away, ignore_errors=True)  # what an earlier deletion did not get through
+        shutil.rmtree(away, ignore_errors=True)  # left by an interrupted deletion
         doomed.folder.rename(away)
         shutil.rmtree(away)
     except OSError as error:
         raise BadInput(
-            f"{doomed.name} cannot be deleted: {error.strerror}.", "Close what uses it, then try again."
+            f"{doomed.name} cannot be deleted: {error.strerror}.", "Close the program that uses it, then try again."
         ) from error
 
 

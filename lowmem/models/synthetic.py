@@ -1,4 +1,4 @@
-"""Llamas of any size with random weights: the memory and speed of a model without its download."""
+"""Writing Llama models of any size with random weights, to measure memory and speed without a download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowmem.units import GB
 _INIT_STD = 0.02
 GPTQ_BITS = 4
 
-_POOL = 1_048_583  # a prime, so that no row of a matrix repeats another
+_POOL = 1_048_583  # prime, so that no two rows of a matrix are equal
 
 
 def write_random_model(
@@ -41,16 +41,16 @@ def write_random_model(
     tokenizer_from: Path | None = None,
     shard_bytes: int = 2 * GB,
 ) -> ModelSpec:
-    """Write a Llama that transformers loads, one tensor in memory at a time.
+    """Write a Llama checkpoint that transformers can load, one tensor in memory at a time.
 
-    Weights are drawn with standard deviation 0.02 (norms are 1), so activations stay in range and logits finite.
+    Weights have a standard deviation of 0.02 (norms are 1), so that activations stay in range and logits finite.
 
     Args:
         dtype: "fp32", "fp16" or "bf16".
-        tokenizer_from: a model folder whose tokenizer files are copied; `vocab` must hold its ids.
+        tokenizer_from: a model folder whose tokenizer files are copied; `vocab` must cover its ids.
 
     Returns:
-        the spec of what was written.
+        the spec of the checkpoint.
     """
     spec = synthetic(
         layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
@@ -63,10 +63,10 @@ def write_random_model(
 def write_random_gptq(
     folder: Path, *, group_size: int = 128, seed: int = 0, tokenizer_from: Path | None = None, **shape: Any
 ) -> None:
-    """The same as a GPTQ checkpoint of random codes: 4 bits, symmetric, activations again in range.
+    """Write a GPTQ checkpoint with random codes: 4 bits, symmetric, activations in range as well.
 
     Args:
-        shape: as `write_random_model` takes it; `hidden` and `intermediate` are multiples of the group.
+        shape: arguments of `write_random_model`; `hidden` and `intermediate` must be multiples of the group size.
     """
     spec = synthetic(**shape, dtype="fp16", name=folder.name)
     quantization = {
@@ -101,14 +101,14 @@ def _random_codes(tensors: tuple[Tensor, ...], group: int, seed: int) -> Iterato
         (outputs, inputs), layer = tensor.shape, tensor.name.removesuffix(".weight")
         words = torch.randint(-(2**31), 2**31 - 1, stored.qweight_shape(outputs, inputs), generator=generator)
         yield f"{layer}.qweight", words.to(torch.int32)
-        # Zero points of 8, stored less one; codes of 0 to 15 then spread around 0 by 4.6.
+        # Zero points of 8, stored as 7; codes of 0 to 15 then have a standard deviation of 4.6 around 0.
         yield f"{layer}.qzeros", torch.full((inputs // group, outputs // 8), 0x77777777, dtype=torch.int32)
         yield f"{layer}.scales", torch.full((inputs // group, outputs), _INIT_STD / 4.6, dtype=torch.float16)
         yield f"{layer}.g_idx", torch.arange(inputs, dtype=torch.int32) // group
 
 
 def _random_tensors(tensors: tuple[Tensor, ...], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    # Drawing 7 billion normal numbers takes minutes. Windows into one pool of them are as good for timing.
+    # Drawing 7 billion normal numbers takes minutes. For timing, windows into one pool of them do as well.
     pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)) * _INIT_STD
     position = 0
     for tensor in tensors:
@@ -121,7 +121,7 @@ def _random_tensors(tensors: tuple[Tensor, ...], seed: int) -> Iterator[tuple[st
 
 
 def _window(pool: torch.Tensor, start: int, length: int) -> torch.Tensor:
-    """`length` numbers of the endlessly repeated pool, from `start`."""
+    """`length` numbers from `start` on, with the pool repeated as often as necessary."""
     result = torch.empty(length, dtype=pool.dtype)
     done = 0
     while done < length:

@@ -1,4 +1,4 @@
-"""Does the tokenizer in a folder belong to the model? Read from its files, without transformers."""
+"""Checking that the tokenizer in a folder belongs to the model, without loading transformers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from lowmem.errors import CorruptModel
 from lowmem.models.spec import ModelSpec
 
-_OPAQUE = ("tokenizer.model", "spiece.model", "vocab.txt")  # there, but of a size that cannot be read here
-_SLACK = 1000  # one id in so many may lie beyond the embedding: Gemma 3's image token does
+_OPAQUE = ("tokenizer.model", "spiece.model", "vocab.txt")  # formats whose vocabulary size is not read here
+_SLACK = 1000  # one id in 1,000 may exceed the embedding: Gemma 3's image token does
 
 
 def check_tokenizer(folder: Path, spec: ModelSpec) -> None:
-    """Refuse a model without tokenizer, or with one that makes ids which its embedding does not have.
+    """Refuse a model without a tokenizer, or with one that produces ids outside the model's embedding.
 
     Raises:
         CorruptModel: naming both sizes.
@@ -26,16 +26,16 @@ def check_tokenizer(folder: Path, spec: ModelSpec) -> None:
         raise CorruptModel(f"{spec.name} has no tokenizer.", "Add its tokenizer.json to the model's folder.")
     if size > spec.vocab + spec.vocab // _SLACK:
         raise CorruptModel(
-            f"The tokenizer of {spec.name} is that of another model: it has {size:,} tokens, the model {spec.vocab:,}.",
+            f"The tokenizer of {spec.name} belongs to another model: it has {size:,} tokens, the model {spec.vocab:,}.",
             "Fetch the model again, or put its own tokenizer.json in its folder.",
         )
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """One more than the largest id of the base vocabulary; None when no file says.
+    """One more than the largest id in the base vocabulary; None when no file tells.
 
     Raises:
-        CorruptModel: a tokenizer file that is not what its name says.
+        CorruptModel: a tokenizer file cannot be parsed.
     """
     for name in ("tokenizer.json", "vocab.json"):
         if (folder / name).is_file():

@@ -59,7 +59,7 @@ def token_samples(tokenizer: Any, calibration: Calibration, context: int, cancel
             f"Samples of {calibration.length:,} tokens do not fit the model's context of {context:,}.",
             f"Use {context:,} or fewer.",
         )
-    text = texts.head(_source(calibration.text), cancel)
+    text = texts.calibration_text(_source(calibration.text), cancel)
     start = _start(tokenizer)
     fresh = calibration.length - len(start)
     needed = calibration.samples * fresh

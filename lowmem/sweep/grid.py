@@ -58,7 +58,7 @@ class Grid:
 
     Args:
         reference: the variant that the others of a model are held against; it is measured first in any case.
-        text: what quality is measured on, see `measure.texts.tail`.
+        text: what quality is measured on, see `evaluation_text`.
         budget: for all processes together.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-from lowmem.datasets.texts import tail
+from lowmem.datasets.texts import evaluation_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import MemoryBudget
@@ -68,7 +68,7 @@ def sweep(
         Cancelled: within a second; the table stays, and the same call goes on from it.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
-    text = tail(grid.text, cancel)
+    text = evaluation_text(grid.text, cancel)
     specs = {model: read_spec(model) for model in grid.models}
     hardware = probe()
     if budget is None:

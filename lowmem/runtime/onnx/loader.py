@@ -1,7 +1,7 @@
-"""From a plan to an exported model in memory: its graph from the cache, or written there first.
+"""Loading the exported graph of a plan from the cache, which is filled first when necessary.
 
-Graphs are kept under LOWMEM_HOME by what they were made from and how, so a model is exported once. Writing runs
-in a process of its own, whose memory ends with it.
+Graphs are cached under LOWMEM_HOME, keyed by the fingerprint of the model and the export options, so each is written
+once. Writing runs in a child process, which returns its memory to the system when it exits.
 """
 
 from __future__ import annotations

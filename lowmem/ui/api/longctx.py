@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lowmem.datasets.long_text import long_text
-from lowmem.datasets.texts import MANUAL, tail
+from lowmem.datasets.texts import MANUAL, evaluation_text
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
@@ -76,7 +76,9 @@ def _recall(engine: Engine) -> Callable[..., Iterator[Json]]:
         """Is a fact remembered half a window later, and two windows later? With window 0: 2,048 tokens later."""
         engine.require_model()
         token, options = CancelToken(), build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": kv})
-        yield from _as_json(engine, actions.recall(engine.session, tail().text, options, cancel=token), token)
+        yield from _as_json(
+            engine, actions.recall(engine.session, evaluation_text().text, options, cancel=token), token
+        )
 
     return recall
 

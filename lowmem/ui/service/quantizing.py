@@ -100,7 +100,7 @@ class Workshop:
         """A sentence when a visitor's own text contains part of the evaluation text, else ""."""
         from lowmem.quant.calibration import overlap_warning
 
-        return overlap_warning(texts.head(Path(calibration)).text, texts.tail().text)
+        return overlap_warning(texts.calibration_text(Path(calibration)).text, texts.evaluation_text().text)
 
     def variants(self) -> list[str]:
         """What can be put side by side here: precisions that run, then quantizations."""

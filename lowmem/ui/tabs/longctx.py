@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.datasets.long_text import MOST_CHARACTERS, long_text
+from lowmem.datasets.long_text import MAX_CHARACTERS, long_text
 from lowmem.datasets.texts import NAMES
 from lowmem.events import CancelToken
 from lowmem.fields import build
@@ -58,7 +58,7 @@ class LongContextTab:
             placeholder=say("long_text_hint"),
             lines=6,
             max_lines=10,
-            max_length=MOST_CHARACTERS + 1,  # a browser cuts off in silence; this is refused with the bound
+            max_length=MAX_CHARACTERS + 1,  # a browser cuts off in silence; this is refused with the bound
             elem_id="long-text",
         )
         with gr.Row(elem_id="long-source"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.datasets.texts import MANUAL, Text, tail
+from lowmem.datasets.texts import MANUAL, Text, evaluation_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
@@ -164,7 +164,7 @@ class RecallMode:
                 result = render_longctx.recalls(receipt)
             return [result]
 
-        return actions.recall(self.engine.session, tail(MANUAL).text, options, cancel=token), view
+        return actions.recall(self.engine.session, evaluation_text(MANUAL).text, options, cancel=token), view
 
 
 class ExerciseMode:
