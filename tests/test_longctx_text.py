@@ -36,8 +36,8 @@ def test_the_first_source_that_is_given_is_taken(tmp_path: Path) -> None:
     [
         ("", "The text is empty."),
         (" \n", "The text is empty."),
-        ("a\0b", "The text holds binary data."),
-        ("x" * (MAX_CHARACTERS + 1), r"2,000,001 characters, more than the 2,000,000 that are accepted"),
+        ("a\0b", "The text contains binary data."),
+        ("x" * (MAX_CHARACTERS + 1), r"2,000,001 characters, more than the 2,000,000 allowed"),
     ],
 )
 def test_what_is_no_text_is_refused(text: str, message: str) -> None:

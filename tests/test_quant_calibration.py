@@ -49,7 +49,7 @@ def test_samples_begin_as_the_tokenizer_begins_texts(monkeypatch: pytest.MonkeyP
 
 
 def test_the_hubs_text_without_a_hub_says_what_is_here() -> None:
-    with pytest.raises(Offline, match="WikiText-2 is not here"):
+    with pytest.raises(Offline, match="WikiText-2 has not been downloaded"):
         token_samples(toys.tokenizer(), Calibration("wikitext2", 4, 32), toys.CONTEXT)
 
 

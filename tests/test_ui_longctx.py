@@ -128,7 +128,7 @@ def test_the_price_moves_with_window_and_bits(tab: LongContextTab) -> None:
         ("hidden", (TEXT, None, "", "-1", "npy", 65, 64), "A stride of 65 does not work with windows of 64"),
         ("hidden", (TEXT, None, "", "-1", "npy", 32, 0), "has 0 tokens"),
         ("perplexity", (TEXT, None, "", "cache", 1, 8, 8, 0.7, 1.0, "same"), "8 sinks leave no room"),
-        ("continue", ("", None, "/etc/passwd", *OPTIONS), "is no address of a text"),
+        ("continue", ("", None, "/etc/passwd", *OPTIONS), "is not the URL of a text"),
         ("continue", (TEXT, None, "", 4096, 4, 0.7, 1.0, "same"), "A window of 4,096 tokens with 4 sinks"),
     ],
 )

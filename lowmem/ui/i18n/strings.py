@@ -395,7 +395,7 @@ ENGLISH: dict[str, Any] = {
     "empty_hint": "Write something first.",
     "nothing_loaded": "No model is loaded.",
     "nothing_loaded_hint": "Load one first.",
-    "too_long": "The text has {count:,} characters, more than the {limit:,} that are accepted.",
+    "too_long": "The text has {count:,} characters, more than the {limit:,} allowed.",
     "too_long_hint": "Shorten it.",
 }
 
