@@ -120,7 +120,7 @@ def test_another_precision_is_refused(precision: str, packed: Path, session: Ses
 
 def test_the_reference_refuses_them(packed: Path) -> None:
     with pytest.raises(Unsupported, match="does not run quantized checkpoints"):
-        list(job(str(packed), "accelerate", "An old map", 3))
+        list(job(str(packed), "accelerate", "An old map", 3, {}))
     assert where("accelerate", 2).disk == (0, 1)
 
 
