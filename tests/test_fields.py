@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowmem.errors import BadInput
-from lowmem.fields import build, option
+from lowmem.fields import build, describe, option
 from lowmem.generate.options import GenerateOptions
 
 
@@ -82,9 +82,9 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 
 def test_every_generation_option_explains_itself_and_its_default_is_valid() -> None:
     assert build(GenerateOptions, dataclasses.asdict(GenerateOptions())) == GenerateOptions()
-    for field in dataclasses.fields(GenerateOptions):
-        assert field.metadata["label"], field.name
-        assert field.metadata["help"].endswith("."), field.name
+    for one in describe(GenerateOptions):
+        assert one.label, one.name
+        assert one.help.endswith("."), one.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lowmem.errors import BadInput
-from lowmem.fields import build
+from lowmem.fields import Option, build, describe
 from lowmem.machine.budget import MemoryBudget
 from lowmem.units import parse_bytes
 
@@ -72,21 +71,20 @@ def add_json(parser: argparse.ArgumentParser, what: str = "receipt") -> None:
 
 def add_options(parser: Any, kind: type, flags: Mapping[str, str] | None = None) -> None:
     """Add a flag for every field of the options dataclass `kind`; `flags` overrides the names of some."""
-    for field in dataclasses.fields(kind):
-        add_option(parser, field, (flags or {}).get(field.name, ""))
+    for option in describe(kind):
+        add_option(parser, option, (flags or {}).get(option.name, ""))
 
 
-def add_option(parser: Any, field: dataclasses.Field[Any], flag: str = "", suffix: str = "") -> None:
-    """Add a flag for one field declared with `fields.option`. It is None when absent, so `build` uses the default."""
-    choices = field.metadata["choices"] or None
-    settings: dict[str, Any] = {"metavar": None if choices else "X", "choices": choices}
-    if isinstance(field.default, bool):
+def add_option(parser: Any, option: Option, flag: str = "", suffix: str = "") -> None:
+    """Add a flag for one option. It is None when absent, so `build` uses the default."""
+    settings: dict[str, Any] = {"metavar": None if option.choices else "X", "choices": option.choices or None}
+    if isinstance(option.default, bool):
         settings = {"action": argparse.BooleanOptionalAction}
-    elif isinstance(field.default, tuple):
+    elif isinstance(option.default, tuple):
         settings = {"action": "append", "metavar": "TEXT"}
-    help = f"{field.metadata['help']}{suffix}".replace("%", "%%")
-    parser.add_argument(flag or _flag(field.name), dest=field.name, help=help, **settings)
-    for old in field.metadata["aliases"]:
+    help = f"{option.help}{suffix}".replace("%", "%%")
+    parser.add_argument(flag or _flag(option.name), dest=option.name, help=help, **settings)
+    for old in option.aliases:
         parser.add_argument(_flag(old), dest=old, **settings | {"help": argparse.SUPPRESS})
 
 
@@ -94,9 +92,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def given(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) -> dict[str, Any]:
-    """The options among `fields` that are on the command line, by name or earlier name, for `fields.build`."""
-    names = [name for field in fields for name in (field.name, *field.metadata["aliases"])]
+def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """The `options` that are on the command line, by name or earlier name, for `fields.build`."""
+    names = [name for option in options for name in (option.name, *option.aliases)]
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
@@ -106,7 +104,7 @@ def options(args: argparse.Namespace, kind: type[Options]) -> Options:
     Raises:
         BadInput: a value is out of range.
     """
-    return build(kind, given(args, dataclasses.fields(kind)))  # type: ignore[arg-type]
+    return build(kind, given(args, describe(kind)))
 
 
 def check_parent(path: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lowmem.datasets.long_text import long_text
 from lowmem.datasets.texts import CHARACTERS_PER_TOKEN, MANUAL, NAMES, Text, evaluation_text
 from lowmem.errors import BadInput
 from lowmem.events import Chunk, Receipt
-from lowmem.fields import build
+from lowmem.fields import build, describe
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.curve import Span
@@ -124,7 +123,7 @@ def _recall(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    chosen = {field.name: getattr(args, field.name) for field in fields(StrategyOptions)}
+    chosen = {option.name: getattr(args, option.name) for option in describe(StrategyOptions)}
     options = build(StrategyOptions, {name: value for name, value in chosen.items() if value is not None})
     points: list[Point] = []
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from lowmem import quant
 from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_option, add_options, budget, check_parent, given
 from lowmem.cli.console import finish, follow
+from lowmem.fields import Option, describe
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import probe
@@ -35,20 +35,20 @@ def add_command(commands: Any) -> None:
     kind.add_argument("--sym", dest="symmetric", action="store_true", default=None, help="no zero points")
     kind.add_argument("--asym", dest="symmetric", action="store_false", default=None, help="a zero point per group")
     add_options(parser, Calibration, _CALIBRATION_FLAGS)
-    for field, methods in _method_fields().values():
-        if field.name not in _COMMON:
-            add_option(parser, field, suffix=f" ({', '.join(methods)})")
+    for option, methods in _method_options().values():
+        if option.name not in _COMMON:
+            add_option(parser, option, suffix=f" ({', '.join(methods)})")
     add_budget(parser, vram=False)
     add_json(parser)
     parser.set_defaults(run=run)
 
 
-def _method_fields() -> dict[str, tuple[dataclasses.Field[Any], list[str]]]:
+def _method_options() -> dict[str, tuple[Option, list[str]]]:
     """Every option of a method, with the names of the methods that have it."""
-    found: dict[str, tuple[dataclasses.Field[Any], list[str]]] = {}
+    found: dict[str, tuple[Option, list[str]]] = {}
     for method in quant.all_methods():
-        for field in dataclasses.fields(method.Options):
-            found.setdefault(field.name, (field, []))[1].append(method.name)
+        for option in describe(method.Options):
+            found.setdefault(option.name, (option, []))[1].append(method.name)
     return found
 
 
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     request = QuantizeRequest.validated(
         args.model,
         args.method,
-        given(args, [field for field, _ in _method_fields().values()]),
-        given(args, dataclasses.fields(Calibration)),
+        given(args, [option for option, _ in _method_options().values()]),
+        given(args, describe(Calibration)),
         hardware=hardware,
         out=args.out,
         budget=budget(args).bounded(hardware) if args.ram else UNLIMITED,

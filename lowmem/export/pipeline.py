@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -16,6 +16,7 @@ from lowmem.errors import BadInput, DiskFull, DoesNotFit, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
+from lowmem.fields import changed
 from lowmem.kernels.int8_linear import largest_code
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes, probe
@@ -267,8 +268,7 @@ class _Job:
 
 
 def _snippet(ref: str, options: ExportOptions) -> str:
-    changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    arguments = ", ".join(f"{name}={value!r}" for name, value in changed(options).items())
     return (
         "from pathlib import Path\n"
         "import lowmem\n"

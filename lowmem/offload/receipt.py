@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from lowmem.events import Receipt
+from lowmem.fields import changed
 from lowmem.generate.options import GenerateOptions
 from lowmem.offload.predict import Speed
 from lowmem.planning.placement import resident_place
@@ -57,7 +58,6 @@ def _pace(receipt: Receipt) -> dict[str, float]:
 
 def repeating(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool) -> str:
     """Python that makes this plan again and answers the same prompts."""
-    changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
     budget = ", ".join(f"{memory}={limit}" for memory, limit in plan.budget.as_dict().items())
     asked = list(prompts) if sum(map(len, prompts)) <= LONGEST_PROMPT else ["..."]
     return (
@@ -67,7 +67,7 @@ def repeating(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw:
         f"goal = lowmem.Goal(context={plan.context}, batch={plan.batch}, precision={_precision(plan)!r}, "
         f"device={plan.device!r})\n"
         f"plan = plan_for(session, {plan.spec.ref!r}, goal, lowmem.MemoryBudget({budget}), where={_where(plan)})\n"
-        f"options = lowmem.GenerateOptions({_arguments(changed)})\n"
+        f"options = lowmem.GenerateOptions({_arguments(changed(options))})\n"
         f"for event in run(session, plan, {asked!r}, options, raw={raw}):\n"
         "    if isinstance(event, lowmem.Chunk):\n"
         '        print(event.text, end="", flush=True)\n'

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lowmem.events import Chunk, Completion, Receipt
+from lowmem.fields import changed
 from lowmem.generate.options import GenerateOptions
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
@@ -86,8 +87,7 @@ def batch_receipt(plan: Plan, seconds: float, done: Sequence[Completion], peak: 
 
 def with_prompt(receipt: Receipt, plan: Plan, prompt: object, options: GenerateOptions, raw: bool) -> Receipt:
     """The receipt with the call that was made; `plan` is the resident one."""
-    changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    arguments = ", ".join(f"{name}={value!r}" for name, value in changed(options).items())
     call = (
         f"\noptions = lowmem.GenerateOptions({arguments})\n"
         f"for event in session.generate({_short(prompt)}, options{', raw=True' if raw else ''}):\n"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import gradio as gr
 
-from lowmem.fields import build
+from lowmem.fields import Option, build, describe
 from lowmem.ui.i18n.strings import name, say
 
 T = TypeVar("T")
@@ -16,19 +15,18 @@ T = TypeVar("T")
 SLIDER_LIMIT = 4096  # beyond it a slider is too coarse to aim with
 
 
-def widget(field: dataclasses.Field[Any], prefix: str = "option") -> gr.components.Component:
-    """The control that suits a field: dropdown, checkbox, slider, number or text."""
-    meta = field.metadata
-    default: Any = field.default
-    labels: dict[str, Any] = {"label": meta["label"], "info": meta["help"], "elem_id": f"{prefix}-{field.name}"}
-    if meta["choices"]:
+def widget(option: Option, prefix: str = "option") -> gr.components.Component:
+    """The control that suits an option: dropdown, checkbox, slider, number or text."""
+    default = option.default
+    labels: dict[str, Any] = {"label": option.label, "info": option.help, "elem_id": f"{prefix}-{option.name}"}
+    if option.choices:
         return gr.Dropdown(
-            [(name("choices", key), key) for key in meta["choices"]], value=default, filterable=False, **labels
+            [(name("choices", key), key) for key in option.choices], value=default, filterable=False, **labels
         )
     if isinstance(default, bool):
         return gr.Checkbox(value=default, **labels)
     if isinstance(default, (int, float)):
-        low, high, step = meta["low"], meta["high"], meta["step"]
+        low, high, step = option.low, option.high, option.step
         if low is None or high is None or high > 1 << 20:
             return gr.Number(value=default, precision=0 if isinstance(default, int) else None, **labels)
         return gr.Slider(low, min(high, SLIDER_LIMIT), value=default, step=step, buttons=[], **labels)
@@ -39,7 +37,7 @@ def widget(field: dataclasses.Field[Any], prefix: str = "option") -> gr.componen
 
 def widgets(kind: type, names: Iterable[str], prefix: str = "option") -> dict[str, Any]:
     """Controls for the named fields, in that order, made where the call stands in the layout."""
-    known = {field.name: field for field in dataclasses.fields(kind)}
+    known = {option.name: option for option in describe(kind)}
     return {key: widget(known[key], prefix) for key in names}
 
 
@@ -49,7 +47,7 @@ def read(kind: type[T], names: Sequence[str], values: Sequence[Any]) -> T:
     Raises:
         BadInput: a value outside its range, named.
     """
-    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {option.name: option for option in describe(kind)}
     given = {}
     for key, value in zip(names, values, strict=True):
         if isinstance(known[key].default, tuple) and isinstance(value, str):

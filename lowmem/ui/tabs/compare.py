@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import gradio as gr
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
 from lowmem.events import Receipt, Step
+from lowmem.fields import describe
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.plots.figure import to_png, to_svg
@@ -64,7 +64,7 @@ class CompareView:
                 possible, value=self.exercise_variants, label=say("variants"), elem_id="compare-variants"
             )
             with gr.Accordion(say("measure_options"), open=False, elem_id="compare-options"):
-                fields = [field.name for field in dataclasses.fields(MeasureOptions)]
+                fields = [option.name for option in describe(MeasureOptions)]
                 self.options = widgets(MeasureOptions, fields, "measure")
             with gr.Row(elem_classes="lm-actions"):
                 self.exercise = gr.Button(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import gradio as gr
 
+from lowmem.fields import describe
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
@@ -20,7 +20,7 @@ from lowmem.ui.tabs.chat import Chat
 from lowmem.ui.tabs.completion import Completion
 
 MAIN = ("max_new_tokens", "temperature", "top_p")
-REST = tuple(field.name for field in dataclasses.fields(GenerateOptions) if field.name not in MAIN)
+REST = tuple(option.name for option in describe(GenerateOptions) if option.name not in MAIN)
 PRICED = ("max_new_tokens", "num_return_sequences", "cache_type", "window", "sinks", "use_cache", "prefill_chunk")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import gradio as gr
 from lowmem import quant
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
+from lowmem.fields import describe
 from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
@@ -194,11 +194,11 @@ def _is_result(ref: str) -> bool:
 
 
 def _extra(method: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(get(method).Options) if field.name not in _MAIN]
+    return [option.name for option in describe(get(method).Options) if option.name not in _MAIN]
 
 
 def _preset(method: str, key: str) -> Any:
-    return next(field.default for field in dataclasses.fields(get(method).Options) if field.name == key)
+    return next(option.default for option in describe(get(method).Options) if option.name == key)
 
 
 def _possible(method: str, **options: Any) -> bool:
