@@ -126,9 +126,10 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
         fetch = say("disk_free", size=format_bytes(disk_free))
     licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
     over = _why(plan) if plan.verdict == "over" else ""
+    detail = f' <small class="lm-muted">{escape(plan.spec.source.detail)}</small>' if plan.spec.source.detail else ""
     return (
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
-        f'<h2 class="lm-model">{escape(plan.spec.name)}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
+        f'<h2 class="lm-model">{escape(plan.spec.name)}{detail}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
         f'<dl class="lm-facts">{cells}</dl>{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
     )
 
