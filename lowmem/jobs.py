@@ -20,7 +20,7 @@ JOBS = {
     "draw_weights": "lowmem.plots.weights:job",
     "measure_strategy": "lowmem.longctx.job:measure_strategy",
     "offload": "lowmem.offload.run:job",
-    "measure_offload": "lowmem.offload.run:measure",
+    "measure_offload": "lowmem.offload.run:measure_speeds",
 }
 
 

@@ -49,7 +49,7 @@ IGNORED = re.compile(
 )
 CODE = re.compile(
     r"^pip install|^vllm serve|rotary\{\}|^\\\(|=\"|@media|-\{\}bit|^\{\{:|^PyTorch fp32$|^ONNX Runtime$|tokens  perplexity"
-    r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^Where\(|^[\d.]+ [KMG]B$|^Quantização |^GPTQ: Q|^Inferência |^Otimização |^GPT-2 Small|^BERT |^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
+    r"|^\{\} weights$|threads$|^(?:vram|blocks) \{\}$|^BlockPlacement\(|^[\d.]+ [KMG]B$|^Quantização |^GPTQ: Q|^Inferência |^Otimização |^GPT-2 Small|^BERT |^\{\} · \{\} · \{\} tokens$|^bitsandbytes, "
 )
 """Patterns, file names, styles and names of products, in any language the same."""
 

@@ -19,7 +19,7 @@ from lowmem.generate.cache.block import BlockLayer, pack, quantize, unpack
 from lowmem.generate.cache.packed import PackedLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
-from lowmem.offload.run import Where, plan_for, run
+from lowmem.offload.run import BlockPlacement, plan_for, run
 from lowmem.planning.cache import BLOCK, block_bytes
 from lowmem.planning.goal import Goal
 from lowmem.runtime.session import Session
@@ -154,9 +154,9 @@ def test_streamed_blocks_write_the_same_through_packed_caches(fields: dict[str, 
     save_toy("llama", tmp_path)
     options = replace(GREEDY, unbounded=True, max_new_tokens=150, **fields)
     texts = []
-    for where in (Where(ram=()), Where(disk=(0, 1), may_map=False)):
+    for where in (BlockPlacement(ram=()), BlockPlacement(disk=(0, 1), may_map=False)):
         session = Session()
-        plan = plan_for(session, str(tmp_path), Goal(context=300, precision="fp32"), where=where)
+        plan = plan_for(session, str(tmp_path), Goal(context=300, precision="fp32"), placement=where)
         events = run(session, plan, ["An old map", "A river"], options, raw=True, force=True)
         texts.append([event for event in events if isinstance(event, Completion)])
         session.unload()

@@ -22,7 +22,7 @@ from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.models.synthetic import write_random_gptq
-from lowmem.offload.run import Where, job, plan_for, run, where
+from lowmem.offload.run import BlockPlacement, job, placement_of, plan_for, run
 from lowmem.planning.goal import Goal
 from lowmem.planning.placement import Placement
 from lowmem.runtime.session import Session
@@ -44,10 +44,10 @@ FORMS = {
 }
 PLACES = {
     "auto": None,
-    "half": Where(disk=(1,)),
-    "disk": Where(disk=(0, 1)),
-    "past the cache": Where(disk=(0, 1), may_map=False),
-    "resident": Where(resident=True),
+    "half": BlockPlacement(disk=(1,)),
+    "disk": BlockPlacement(disk=(0, 1)),
+    "past the cache": BlockPlacement(disk=(0, 1), may_map=False),
+    "resident": BlockPlacement(resident=True),
 }
 
 
@@ -91,7 +91,7 @@ def states(session: Session) -> torch.Tensor:
 def test_every_placement_runs_and_computes_the_same(packed: Path, session: Session) -> None:
     found = {}
     for name, places in PLACES.items():
-        plan = plan_for(session, str(packed), Goal(context=64), where=places)
+        plan = plan_for(session, str(packed), Goal(context=64), placement=places)
         assert plan.precision == "stored"
         *events, receipt = run(session, plan, ["An old map"], OPTIONS, raw=True)
         assert isinstance(receipt, Receipt)
@@ -103,7 +103,7 @@ def test_every_placement_runs_and_computes_the_same(packed: Path, session: Sessi
 
 
 def test_they_pass_through_device_buffers_as_on_a_gpu(packed: Path, session: Session) -> None:
-    plan = plan_for(session, str(packed), Goal(context=64), where=PLACES["past the cache"])
+    plan = plan_for(session, str(packed), Goal(context=64), placement=PLACES["past the cache"])
     list(session.load(plan))
     expected, loaded = states(session), session._loaded
     assert loaded is not None
@@ -115,17 +115,17 @@ def test_they_pass_through_device_buffers_as_on_a_gpu(packed: Path, session: Ses
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
 def test_another_precision_is_refused(precision: str, packed: Path, session: Session) -> None:
     with pytest.raises(LowMemError, match="it runs as stored, not in"):
-        plan_for(session, str(packed), Goal(context=64, precision=precision), where=PLACES["disk"])
+        plan_for(session, str(packed), Goal(context=64, precision=precision), placement=PLACES["disk"])
 
 
 def test_the_reference_refuses_them(packed: Path) -> None:
-    with pytest.raises(Unsupported, match="does not run quantized checkpoints"):
+    with pytest.raises(Unsupported, match="cannot offload quantized checkpoints"):
         list(job(str(packed), "accelerate", "An old map", 3, {}))
-    assert where("accelerate", 2).disk == (0, 1)
+    assert placement_of("accelerate", 2).disk == (0, 1)
 
 
 def test_a_live_quantized_model_is_not_offloaded(packed: Path, session: Session) -> None:
-    list(session.load(plan_for(session, str(packed), Goal(context=64), where=PLACES["resident"]), CancelToken()))
+    list(session.load(plan_for(session, str(packed), Goal(context=64), placement=PLACES["resident"]), CancelToken()))
     assert session._loaded is not None
     with pytest.raises(Unsupported, match="cannot be moved once they are loaded"):
         apply(session._loaded.model, packed, Placement(("disk", "disk")))
@@ -139,7 +139,7 @@ def test_a_model_that_was_quantized_while_it_was_loaded_is_not_moved(
         pytest.importorskip("bitsandbytes")
     toys.save_toy("llama", tmp_path)
     goal = Goal(context=64, precision=precision)
-    list(session.load(plan_for(session, str(tmp_path), goal, where=PLACES["resident"])))
+    list(session.load(plan_for(session, str(tmp_path), goal, placement=PLACES["resident"])))
     assert session._loaded is not None
     with pytest.raises(Unsupported, match="cannot be moved once they are loaded"):
         apply(session._loaded.model, tmp_path, Placement(("disk", "disk")))

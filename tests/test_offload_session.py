@@ -21,8 +21,8 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
-from lowmem.offload.planned import by_budget, most_answers, placed
-from lowmem.offload.run import Where, plan_for, run
+from lowmem.offload.plans import largest_batch, place_blocks, place_by_budget
+from lowmem.offload.run import BlockPlacement, plan_for, run
 from lowmem.planning.fallback import offload
 from lowmem.planning.goal import Goal
 from lowmem.planning.offloading import smallest
@@ -31,7 +31,7 @@ from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
 OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
-ALL = Where(disk=(0, 1))
+ALL = BlockPlacement(disk=(0, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +79,11 @@ def test_streamed_equals_all_at_home(name: str, dtype: torch.dtype, session: Ses
     toys.save_toy(name, tmp_path)
     stored_in(tmp_path, dtype)
     goal = Goal(context=64, precision="fp32")
-    home = plan_for(session, str(tmp_path), goal, where=Where(ram=()))
+    home = plan_for(session, str(tmp_path), goal, placement=BlockPlacement(ram=()))
     text, _ = answer(session, home)
     expected = ids(session)
-    for plan in (direct(plan_for(session, str(tmp_path), goal, where=ALL)),
-                 direct(plan_for(session, str(tmp_path), goal, where=Where(disk=(1,))))):  # fmt: skip
+    for plan in (direct(plan_for(session, str(tmp_path), goal, placement=ALL)),
+                 direct(plan_for(session, str(tmp_path), goal, placement=BlockPlacement(disk=(1,))))):  # fmt: skip
         streamed, receipt = answer(session, plan)
         assert streamed == text
         assert torch.equal(ids(session), expected)
@@ -110,7 +110,7 @@ def test_packed_blocks_stream_as_they_are_stored(
     name: str, recipe: packed_toys.Recipe, session: Session, tmp_path: Path
 ) -> None:
     dense = packed_toys.save(name, tmp_path, recipe)
-    plan = plan_for(session, str(tmp_path), Goal(context=64), where=ALL)
+    plan = plan_for(session, str(tmp_path), Goal(context=64), placement=ALL)
     assert plan.precision == "stored"
     assert plan.placement == Placement(("disk", "disk"))
     _, receipt = answer(session, plan)
@@ -127,7 +127,7 @@ def test_packed_blocks_stream_as_they_are_stored(
 
 def test_mapped_where_the_budget_holds_the_model(session: Session, tmp_path: Path) -> None:
     toys.save_toy("llama", tmp_path)
-    plan = plan_for(session, str(tmp_path), Goal(context=64), where=ALL)
+    plan = plan_for(session, str(tmp_path), Goal(context=64), placement=ALL)
     assert plan.placement is not None
     assert plan.placement.mapped
     text, receipt = answer(session, plan)
@@ -136,7 +136,7 @@ def test_mapped_where_the_budget_holds_the_model(session: Session, tmp_path: Pat
 
 
 def test_a_file_cut_short_ends_the_answer_and_the_session_goes_on(session: Session, tmp_path: Path) -> None:
-    plan = direct(plan_for(session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), where=ALL))
+    plan = direct(plan_for(session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), placement=ALL))
     text, _ = answer(session, plan)
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
@@ -165,7 +165,7 @@ def seven_billion(session: Session) -> Plan:
 def test_as_many_blocks_stay_as_the_budget_holds(seven_billion: Plan) -> None:
     counts = []
     for ram in (3_000_000_000, 6_000_000_000, 10_000_000_000, 40_000_000_000):
-        made = by_budget(big(seven_billion, ram))
+        made = place_by_budget(big(seven_billion, ram))
         assert made.verdict != "over"
         assert made.placement is not None
         counts.append(made.placement.blocks.count("ram"))
@@ -182,9 +182,9 @@ def test_a_small_budget_does_not_change_the_precision(session: Session, tmp_path
 
 def test_a_budget_below_the_smallest_names_the_number_that_would_do(seven_billion: Plan) -> None:
     with pytest.raises(DoesNotFit, match="one block at a time") as refused:
-        by_budget(big(seven_billion, 700_000_000))
+        place_by_budget(big(seven_billion, 700_000_000))
     least = smallest(seven_billion).main.peak
-    assert by_budget(big(seven_billion, int(least * 1.01))).verdict != "over"
+    assert place_by_budget(big(seven_billion, int(least * 1.01))).verdict != "over"
     assert "Allow at least" in refused.value.hint
 
 
@@ -203,7 +203,7 @@ def test_a_graph_that_does_not_fit_is_offloaded_as_a_model(seven_billion: Plan) 
 
 
 def test_the_rung_after_it_halves_what_stays(seven_billion: Plan) -> None:
-    plan = by_budget(big(seven_billion, 10_000_000_000))
+    plan = place_by_budget(big(seven_billion, 10_000_000_000))
     counts = []
     while (lower := offload(plan)) is not None:
         assert lower.main.peak < plan.main.peak
@@ -214,10 +214,10 @@ def test_the_rung_after_it_halves_what_stays(seven_billion: Plan) -> None:
 
 
 def test_a_batch_grows_with_the_budget(seven_billion: Plan) -> None:
-    sizes = [most_answers(big(seven_billion, ram), by_budget).batch for ram in (3_000_000_000, 4_000_000_000)]
+    sizes = [largest_batch(big(seven_billion, ram), place_by_budget).batch for ram in (3_000_000_000, 4_000_000_000)]
     assert 1 < sizes[0] < sizes[1]
     chosen_places = [
-        most_answers(big(seven_billion, ram), lambda plan: placed(plan, Placement(("disk",) * 32))).batch
+        largest_batch(big(seven_billion, ram), lambda plan: place_blocks(plan, Placement(("disk",) * 32))).batch
         for ram in (3_000_000_000, 9_000_000_000)
     ]
     assert 1 < chosen_places[0] < chosen_places[1]
@@ -225,7 +225,7 @@ def test_a_batch_grows_with_the_budget(seven_billion: Plan) -> None:
 
 def test_a_model_that_cannot_be_placed_has_no_batch(seven_billion: Plan) -> None:
     with pytest.raises(DoesNotFit):
-        most_answers(big(seven_billion, 700_000_000), by_budget)
+        largest_batch(big(seven_billion, 700_000_000), place_by_budget)
 
 
 def test_lists_of_blocks_are_read_and_refused() -> None:
@@ -273,8 +273,10 @@ def test_int8_and_nf4_stream_as_they_are_stored(method: str, bits: int, session:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(source)
     toys.tokenizer().save_pretrained(source)
     quantize(source, out, (method, {} if method == "int8_dynamic" else {"bits": bits}))
-    reference = session_states(Session(), plan_for(session, str(out), Goal(context=64), where=Where(disk=())))
-    states = session_states(session, plan_for(session, str(out), Goal(context=64), where=ALL))
+    reference = session_states(
+        Session(), plan_for(session, str(out), Goal(context=64), placement=BlockPlacement(disk=()))
+    )
+    states = session_states(session, plan_for(session, str(out), Goal(context=64), placement=ALL))
     assert (states - reference).norm() < 0.05 * reference.norm()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import toys
 from conftest import machine
+from lowmem.sweep.forecast import peaks, quantized
 from torch import Tensor, nn
 from ui_stub import StubEngine
 
@@ -35,7 +36,6 @@ from lowmem.quant.gptq_format import GptqFormat
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.run import quantize
 from lowmem.runtime.session import Session
-from lowmem.sweep.forecast import peaks, quantized
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.engine import Engine, precision_label

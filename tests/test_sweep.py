@@ -34,7 +34,7 @@ from lowmem.planning.model_bytes import weight_bytes
 from lowmem.quant import METHODS, get
 from lowmem.quant.pipeline import quantize_folder
 from lowmem.settings import settings
-from lowmem.sweep.forecast import peaks, quantized
+from lowmem.sweep.estimate import peaks, quantized
 from lowmem.sweep.grid import MOST_CELLS, Grid, make_grid, read_grid
 from lowmem.sweep.local import LocalPool, Task
 from lowmem.sweep.run import sweep

@@ -93,7 +93,7 @@ def test_what_was_never_measured_is_said_and_then_measured(tab: OffloadTab, fold
 
 @pytest.mark.parametrize(
     ("where", "disk", "message"),
-    [("choose", "7", "There are no blocks 7"), ("choose", "x", "is no block"), ("choose", "1-0", "no blocks 1-0")],
+    [("choose", "7", "There are no blocks 7"), ("choose", "x", "is not a block"), ("choose", "1-0", "no blocks 1-0")],
 )
 def test_bad_lists_stay_in_place(where: str, disk: str, message: str, tab: OffloadTab, folder: Path) -> None:
     picture, button, problem = tab._price(*values(tab, folder, where, disk))
@@ -126,7 +126,7 @@ def test_answers_at_once_differ(answers: int, tab: OffloadTab, folder: Path) -> 
 def test_as_many_answers_as_pay(tab: OffloadTab, folder: Path) -> None:
     made = tab.depot.plan(Ask(str(folder), answers=0))
     assert made.batch > 1
-    assert f"{made.batch} answers at once" in made.reason
+    assert f"serves {made.batch} sequences" in made.reason
     with pytest.raises(BadInput, match="65 answers"):
         tab.depot.plan(Ask(str(folder), answers=65))
 
@@ -180,7 +180,7 @@ def test_endpoints(client: Client, folder: Path) -> None:
     rows = list(client.submit(PROMPT, model=str(folder), new_tokens=2, methods=["ram"], api_name="/offload_compare"))
     assert rows[-1]["method"] == "ram"
     for wrong, message in (
-        ({"ram": "120M"}, "Even one block at a time"),
+        ({"ram": "120M"}, "Even block by block"),
         ({"disk_blocks": "9"}, "There are no blocks 9"),
     ):
         with pytest.raises(AppError, match=message):

@@ -16,8 +16,8 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.models.source import read_spec
-from lowmem.offload.planned import blocks
-from lowmem.offload.run import Where, plan_for, run, together
+from lowmem.offload.plans import parse_blocks
+from lowmem.offload.run import BlockPlacement, batched, plan_for, run
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
@@ -53,7 +53,7 @@ def run_command(args: argparse.Namespace) -> int:
         raise BadInput(f"{args.max_new_tokens} new tokens are not possible.", "Choose at least 1.")
     measure_runtime_bytes()
     layers = read_spec(args.model).layers
-    places = Where(blocks(args.ram_blocks, layers), blocks(args.disk_blocks, layers))
+    places = BlockPlacement(parse_blocks(args.ram_blocks, layers), parse_blocks(args.disk_blocks, layers))
     if args.reference:
         receipt = follow(_reference(args))
     else:
@@ -76,7 +76,7 @@ def _batch(text: str) -> int:
 
 def _events(session: Session, plan: Plan, args: argparse.Namespace) -> Iterator[Any]:
     options = GenerateOptions(max_new_tokens=args.max_new_tokens, greedy=not args.sample)
-    prompts, options = together(args.prompt, options, plan.batch)
+    prompts, options = batched(args.prompt, options, plan.batch)
     return run(session, plan, prompts, options, raw=args.raw, again=args.measure, force=args.force)
 
 

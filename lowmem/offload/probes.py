@@ -1,6 +1,6 @@
-"""How fast this machine computes with weights in the forms that files store them in, measured with the layers that run.
+"""Measures how fast this machine computes with stored weights, using the layers that generation runs.
 
-A rate is stored bytes per second for one token of each of `rows` sequences. Imported late: everything here needs torch.
+A rate is in stored bytes per second, for one token of each of `rows` sequences. Import this late, since it needs torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, INT8, Quantization
 
 INPUTS, OUTPUTS = 2048, 8192
-"""Of the layer that is measured: its weights are more than caches hold."""
+"""Shape of the measured layer, whose weights exceed the processor's caches."""
 
 BNB_BLOCK = 64
 BLOCKS = 8
@@ -28,23 +28,23 @@ CPU = torch.device("cpu")
 
 
 def block_rate(device: str) -> float:
-    """Blocks per second that compute next to nothing: what Python and torch take for a block, whatever its size."""
+    """Tiny blocks per second, which shows the overhead of Python and torch per block."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=2
     )
     model, token = LlamaForCausalLM(config).eval().to(device), torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.inference_mode():
-        # Bringing the answer back waits for the device.
+        # Copying the result to the CPU waits for the device.
         return bandwidth.rate(lambda: model(token).logits.cpu(), BLOCKS)
 
 
 def dense_rate(dtype: str, rows: int = 1) -> float:
-    """Of a matrix that is stored in `dtype`, and computed with in fp32."""
+    """Rate of a matrix stored in `dtype` and computed in fp32."""
     return _rate(StoredLinear(torch.zeros(OUTPUTS, INPUTS, dtype=TORCH_DTYPES[dtype]), None), rows)
 
 
 def streamed_rate(stored: Quantization, rows: int = 1) -> float:
-    """Of the codes of a layer that streams as it is stored."""
+    """Rate of the packed weights of a streamed layer, which stay in their stored form."""
     parts = _parts(stored)
     if stored.method in (INT8, BNB) and stored.bits == 8:
         return dense_rate("int8", rows)
@@ -57,8 +57,8 @@ def streamed_rate(stored: Quantization, rows: int = 1) -> float:
     return _rate(layer, rows, parts["qweight"])
 
 
-def home_rate(stored: Quantization, rows: int = 1) -> float:
-    """Of the codes of a layer that is loaded for good, in whatever form the fastest kernel wants them."""
+def resident_rate(stored: Quantization, rows: int = 1) -> float:
+    """Rate of the packed weights of a resident layer, in the form that the fastest kernel uses."""
     parts = _parts(stored)
     layer = packed_linear.stored_linear(stored, "probe", parts, (OUTPUTS, INPUTS), CPU, torch.float32)
     return _rate(layer, rows, parts["qweight" if "qweight" in parts else "weight"])
@@ -72,7 +72,7 @@ def _rate(layer: nn.Module, rows: int, codes: Tensor | None = None) -> float:
 
 
 def _parts(stored: Quantization) -> dict[str, Tensor]:
-    """The tensors of a layer as a checkpoint has them; what the weights are does not matter."""
+    """The tensors of a layer as in a checkpoint; their values do not matter."""
     if stored.method == BNB and stored.bits == 4:
         return bnb_linear.packed4(torch.zeros(OUTPUTS, INPUTS), BNB_BLOCK, stored.layout, True, "float32").tensors
     if stored.method in (INT8, BNB):
@@ -85,6 +85,6 @@ def _parts(stored: Quantization) -> dict[str, Tensor]:
         "scales": torch.ones(groups, OUTPUTS, dtype=torch.float16),
     }
     if stored.desc_act:
-        # Every input in another group than its neighbour, as act-order leaves them.
+        # Neighbouring inputs are in different groups, as with activation order.
         parts["g_idx"] = torch.arange(INPUTS, dtype=torch.int32) % groups
     return parts

@@ -1,4 +1,4 @@
-"""The receipt of an offloaded run: what it cost, where the blocks were, and the Python that repeats it."""
+"""The receipt of an offloaded run: placement, bytes read, speed, and a Python snippet that repeats it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 from lowmem.events import Receipt
 from lowmem.fields import changed
 from lowmem.generate.options import GenerateOptions
-from lowmem.offload.predict import Speed
+from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.placement import resident_place
 from lowmem.planning.plan import Plan
 
 LONGEST_PROMPT = 600
 
 
-def completed(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: dict[str, int], snippet: str) -> Receipt:
-    """The session's receipt with what only offloading knows.
+def offload_receipt(
+    receipt: Receipt, plan: Plan, speed: SpeedEstimate, read: int, loading: dict[str, int], snippet: str
+) -> Receipt:
+    """The session's receipt with the details of offloading.
 
     Args:
-        read: bytes that were fetched for this answer.
-        loading: peak bytes of the loading before it, where there was one.
+        read: bytes read from offloaded blocks for this answer.
+        loading: peak bytes of loading the model, if it was loaded for this answer.
     """
     return replace(
         receipt,
@@ -29,7 +31,7 @@ def completed(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: di
         details={
             **receipt.details,
             **_pace(receipt),
-            "placement": plan.placement.sentence() if plan.placement else "all blocks at home",
+            "placement": plan.placement.sentence() if plan.placement else "all blocks resident",
             "blocks": list(plan.placement.blocks) if plan.placement else [],
             "mapped": bool(plan.placement and plan.placement.mapped),
             "bytes_read": read,
@@ -38,37 +40,37 @@ def completed(receipt: Receipt, plan: Plan, speed: Speed, read: int, loading: di
             "bound_by": speed.bound_by,
             "disk_bytes_per_second": speed.disk_rate,
         },
-        # A run that had to load has lived through that, too.
+        # The peak includes loading.
         measured={m: max(count, loading.get(m, 0)) for m, count in receipt.measured.items()},
         snippet=snippet,
     )
 
 
 def _pace(receipt: Receipt) -> dict[str, float]:
-    """Seconds of a pass, which makes a token for every sequence."""
+    """Measured seconds per pass, which generates a token for every sequence."""
     pace = {"tokens_per_second": receipt.decode_tps}
     if receipt.action == "generate" and receipt.decode_tps:
         pace["seconds_per_token"] = len(receipt.details["finish"]) / receipt.decode_tps
     elif receipt.action == "batch" and receipt.new_tokens:
-        # The prompts' pass is one more.
+        # Includes the pass over the prompts.
         steps = -(-receipt.new_tokens // int(receipt.details["completions"]))
         pace["seconds_per_token"] = receipt.seconds / steps
     return pace
 
 
-def repeating(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool) -> str:
-    """Python that makes this plan again and answers the same prompts."""
+def repeat_snippet(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool) -> str:
+    """Python code that plans and runs the same prompts again."""
     budget = ", ".join(f"{memory}={limit}" for memory, limit in plan.budget.as_dict().items())
-    asked = list(prompts) if sum(map(len, prompts)) <= LONGEST_PROMPT else ["..."]
+    shown = list(prompts) if sum(map(len, prompts)) <= LONGEST_PROMPT else ["..."]
     return (
         "import lowmem\n"
-        "from lowmem.offload.run import Where, plan_for, run\n\n"
+        "from lowmem.offload.run import BlockPlacement, plan_for, run\n\n"
         "session = lowmem.Session()\n"
         f"goal = lowmem.Goal(context={plan.context}, batch={plan.batch}, precision={_precision(plan)!r}, "
         f"device={plan.device!r})\n"
-        f"plan = plan_for(session, {plan.spec.ref!r}, goal, lowmem.MemoryBudget({budget}), where={_where(plan)})\n"
+        f"plan = plan_for(session, {plan.spec.ref!r}, goal, lowmem.MemoryBudget({budget}), placement={_where(plan)})\n"
         f"options = lowmem.GenerateOptions({_arguments(changed(options))})\n"
-        f"for event in run(session, plan, {asked!r}, options, raw={raw}):\n"
+        f"for event in run(session, plan, {shown!r}, options, raw={raw}):\n"
         "    if isinstance(event, lowmem.Chunk):\n"
         '        print(event.text, end="", flush=True)\n'
     )
@@ -80,12 +82,12 @@ def _precision(plan: Plan) -> str:
 
 def _where(plan: Plan) -> str:
     if plan.placement is None:
-        return "Where(resident=True)"
+        return "BlockPlacement(resident=True)"
     places = {"disk": plan.placement.indices("disk")}
     if resident_place(plan.place.kind) != "ram":
         places["ram"] = plan.placement.indices("ram")
     lists = {place: list(indices) for place, indices in places.items()}
-    return f"Where({_arguments(lists)}, may_map={plan.placement.mapped})"
+    return f"BlockPlacement({_arguments(lists)}, may_map={plan.placement.mapped})"
 
 
 def _arguments(values: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Offloading as accelerate does it, to compare with: hooks that fetch each tensor when its module runs."""
+"""Offloading with accelerate as a reference: hooks load each tensor when its module runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PLACES = {"disk": "disk", "ram": "cpu"}
 
 
 def device_map(plan: Plan, parameters: Iterable[str]) -> dict[str, str]:
-    """accelerate's `device_map` for the plan's placement: one entry a block, one for each module outside of them."""
+    """accelerate's `device_map` for the plan's placement: one entry per block and per module outside of blocks."""
     found: dict[str, str] = {}
     for name in parameters:
         index = block_index(name)
@@ -49,13 +49,13 @@ def device_map(plan: Plan, parameters: Iterable[str]) -> dict[str, str]:
 
 
 def run(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, None, Receipt]:
-    """Continue `prompt`; the receipt is the generator's return value.
+    """Continue `prompt`; the return value of the generator is the receipt.
 
     Raises:
         DiskFull, Unsupported: see `loaded`.
     """
     folder = yield from fetch(plan.spec.source, CancelToken())
-    yield Step(0, 0, "Loading the way accelerate does")
+    yield Step(0, 0, "Loading with accelerate")
     started, before = time.perf_counter(), _read_bytes()
     last: Chunk = Chunk("")
     with PeakMeter() as meter, loaded(plan, folder) as ready:
@@ -84,7 +84,7 @@ def run(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, No
 
 
 def _read_bytes() -> int:
-    """Bytes that this process has had fetched from disks (Linux; 0 elsewhere)."""
+    """Bytes that this process has read from disk (Linux only, else 0)."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -94,15 +94,15 @@ def _read_bytes() -> int:
 
 @contextmanager
 def loaded(plan: Plan, folder: Path) -> Iterator[Loaded]:
-    """The model as `from_pretrained(device_map=...)` loads it, with the plan's placement.
+    """The model loaded by `from_pretrained(device_map=...)` with the plan's placement.
 
     Raises:
-        DiskFull: there is no room for the copies that it makes of weights which are not in safetensors files already.
+        DiskFull: no room for the copies that accelerate writes of weights whose stored dtype differs from the computed one.
         Unsupported: the checkpoint is quantized.
     """
     if plan.spec.quantization:
         raise Unsupported(
-            "accelerate's disk map does not run quantized checkpoints.", "Compare with the original model."
+            "accelerate cannot offload quantized checkpoints to disk.", "Compare with the original model."
         )
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
     with _spill(plan, dtype) as spill:
@@ -111,7 +111,7 @@ def loaded(plan: Plan, folder: Path) -> Iterator[Loaded]:
 
 def _load(plan: Plan, folder: Path, dtype: torch.dtype, spill: Path) -> Loaded:
     empty = empty_model(folder)
-    # Modules with nothing but buffers, such as rotary frequencies, want a place too.
+    # Modules that have only buffers, such as rotary frequencies, also need an entry.
     names = [name for name, _ in (*empty.named_parameters(remove_duplicate=False), *empty.named_buffers())]
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -127,7 +127,7 @@ def _load(plan: Plan, folder: Path, dtype: torch.dtype, spill: Path) -> Loaded:
 
 @contextmanager
 def _spill(plan: Plan, dtype: torch.dtype) -> Iterator[Path]:
-    """A folder for what accelerate writes: weights in another dtype than the files hold. It goes with the model."""
+    """A temporary folder for the weights that accelerate writes in another dtype than the stored one."""
     root = settings().home / "spill"
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob("*-*"):
@@ -137,8 +137,8 @@ def _spill(plan: Plan, dtype: torch.dtype) -> Iterator[Path]:
     needed, free = plan.spec.parameters * dtype.itemsize, disk_free_bytes(root)
     if free < needed:
         raise DiskFull(
-            f"accelerate may write {format_bytes(needed)} to disk, where {format_bytes(free)} are free.",
-            "Make room, or compare with a smaller model.",
+            f"accelerate may write {format_bytes(needed)} to disk, but only {format_bytes(free)} are free.",
+            "Free up space, or compare with a smaller model.",
         )
     with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as folder:
         yield Path(folder)

@@ -1,6 +1,6 @@
-"""One prompt through an offloaded model: plan, load, generate, and what it cost next to what was predicted.
+"""Generation with an offloaded model: plan, load, generate, and compare the measured speed with the estimate.
 
-The command line, the tab and the benchmark run this; `job` is the same in a process of its own.
+The command line, the Offload tab and the benchmark call `run`; `job` does the same in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.offload.planned import by_budget, most_answers, placed
-from lowmem.offload.predict import predict, weights
-from lowmem.offload.receipt import completed, repeating
+from lowmem.offload.estimate import estimate_speed, largest_file
+from lowmem.offload.plans import largest_batch, place_blocks, place_by_budget
+from lowmem.offload.receipt import offload_receipt, repeat_snippet
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.goal import Goal
 from lowmem.planning.offloading import offload_precision
@@ -28,21 +28,21 @@ from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 
-MOST_SEQUENCES = 16
-"""Answers to one prompt that `GenerateOptions.num_return_sequences` allows."""
+MAX_SEQUENCES = 16
+"""The upper limit of `GenerateOptions.num_return_sequences`."""
 
 METHODS = ("auto", "resident", "ram", "disk", "streamed", "both", "accelerate")
-"""By budget; without offloading; blocks in RAM; on disk (in place where the budget holds them, or always past the page cache);
-the first half in RAM and the others on disk; on disk through accelerate's hooks."""
+"""auto: by budget. resident: no offloading. ram: all blocks in RAM. disk: on disk, memory-mapped if the budget holds them.
+streamed: on disk, bypassing the page cache. both: half in RAM, half on disk. accelerate: on disk with accelerate's hooks."""
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
-    """What somebody said about blocks: numbers for a place; None leaves all to the budget.
+class BlockPlacement:
+    """Which blocks to offload; with neither `ram` nor `disk`, the budget decides.
 
     Args:
-        ram, disk: blocks to be sent there. On a CPU, RAM is home.
-        may_map: blocks on disk may be used in place, if the RAM budget holds them.
+        ram, disk: indices of the blocks to offload there. On a CPU, blocks in RAM are resident.
+        may_map: blocks on disk may be memory-mapped if the RAM budget holds them.
         resident: no offloading at all.
     """
 
@@ -52,7 +52,7 @@ class Where:
     resident: bool = False
 
     @property
-    def chosen(self) -> bool:
+    def explicit(self) -> bool:
         return self.ram is not None or self.disk is not None
 
 
@@ -61,58 +61,58 @@ def plan_for(
     model: str | ModelSpec,
     goal: Goal,
     budget: MemoryBudget = UNLIMITED,
-    where: Where | None = None,
-    most: bool = False,
+    placement: BlockPlacement | None = None,
+    maximize_batch: bool = False,
 ) -> Plan:
-    """The plan of an offloaded run, by budget unless `where` chooses.
+    """The plan of an offloaded run.
 
     Args:
-        most: for as many sequences at once as pay, whatever `goal.batch` says.
+        placement: which blocks to offload; by default as many stay resident as the budget holds.
+        maximize_batch: ignore `goal.batch` and plan for the batch size with the highest throughput, see `largest_batch`.
 
     Raises:
-        DoesNotFit: the budget is below what one block at a time takes; says which would do.
-        BadInput: blocks that there are not.
+        DoesNotFit: the budget does not even hold one block at a time; the hint says which budget does.
+        BadInput: a block that the model does not have.
     """
     hardware = session.hardware()
-    # The precision of a resident model is another question: what streams is what is stored.
     spec = read_spec(model) if isinstance(model, str) else model
     base = make_plan(spec, hardware, budget.bounded(hardware), replace(goal, backend="torch"))
     if goal.precision == "auto":
-        # What a small budget made the planner choose is no wish.
+        # The planner chose a precision for a resident model, whereas offloaded blocks keep the stored one.
         precision = offload_precision(replace(base, precision=goal.precision))
-        base = reestimate(base, precision=precision, reason="Everything at home, as without offloading.")
-    if where is not None and where.resident:
+        base = reestimate(base, precision=precision, reason="All blocks are resident, without offloading.")
+    if placement is not None and placement.resident:
         return base
-    place: Callable[[Plan], Plan] = by_budget
-    if where is not None and where.chosen:
-        placement = all_resident(base.spec, base.place.kind)
-        for name, indices in (("ram", where.ram), ("disk", where.disk)):
-            placement = chosen(placement, name, indices or ())
-        place = partial(placed, placement=placement, may_map=where.may_map)
-    return most_answers(base, place) if most else place(base)
+    place: Callable[[Plan], Plan] = place_by_budget
+    if placement is not None and placement.explicit:
+        blocks = all_resident(base.spec, base.place.kind)
+        for name, indices in (("ram", placement.ram), ("disk", placement.disk)):
+            blocks = chosen(blocks, name, indices or ())
+        place = partial(place_blocks, placement=blocks, may_map=placement.may_map)
+    return largest_batch(base, place) if maximize_batch else place(base)
 
 
-def measure(
+def measure_speeds(
     model: str, disk: list[int], in_ram: list[int], mapped: bool, batch: int = 1, again: bool = False
 ) -> Generator[Step, None, None]:
-    """A job of its own that measures what predicting this placement takes: its caller need not load torch for it."""
-    yield Step(0, 0, "Measuring how fast this machine reads")
-    places = Where(tuple(in_ram), tuple(disk), may_map=mapped)
-    plan = plan_for(Session(), model, Goal(batch=batch), where=places)
+    """The job that measures the speeds that `estimate_speed` needs for a placement, so that its caller need not load torch."""
+    yield Step(0, 0, "Measuring this machine's read speed")
+    placement = BlockPlacement(tuple(in_ram), tuple(disk), may_map=mapped)
+    plan = plan_for(Session(), model, Goal(batch=batch), placement=placement)
     folder = yield from fetch(plan.spec.source, CancelToken())
-    predict(plan, weights(folder) or folder, again)
+    estimate_speed(plan, largest_file(folder) or folder, again)
 
 
-def where(method: str, layers: int) -> Where:
-    """The blocks that a method of the comparison sends away."""
+def placement_of(method: str, layers: int) -> BlockPlacement:
+    """The placement of one of `METHODS` other than "auto"."""
     everything = tuple(range(layers))
     if method == "ram":
-        return Where(ram=everything)
+        return BlockPlacement(ram=everything)
     if method in ("disk", "streamed", "accelerate"):
-        return Where(disk=everything, may_map=method == "disk")
+        return BlockPlacement(disk=everything, may_map=method == "disk")
     if method == "both":
-        return Where(ram=everything[: layers // 2], disk=everything[layers // 2 :])
-    return Where(resident=method == "resident")
+        return BlockPlacement(ram=everything[: layers // 2], disk=everything[layers // 2 :])
+    return BlockPlacement(resident=method == "resident")
 
 
 def run(
@@ -126,14 +126,17 @@ def run(
     again: bool = False,
     force: bool = False,
 ) -> Iterator[Step | Chunk | Completion | Receipt]:
-    """Load `plan` unless it is loaded, and answer: one prompt as a stream, several at once as completions.
+    """Load `plan` unless it is loaded, and generate: yields chunks for one prompt, completions for several.
 
-    The receipt's details say where the blocks were, bytes read, and seconds per token, predicted and measured.
+    The receipt's details have the placement, the bytes read, and predicted and measured seconds per token.
+
+    Args:
+        again: measure the machine's speeds again instead of using stored ones.
     """
     cancel = cancel or CancelToken()
     folder = yield from fetch(plan.spec.source, cancel)
-    yield Step(0, 0, "Measuring how fast this machine reads")
-    speed = predict(plan, weights(folder) or folder, again)
+    yield Step(0, 0, "Measuring this machine's read speed")
+    speed = estimate_speed(plan, largest_file(folder) or folder, again)
     loading: dict[str, int] = {}
     if session.plan is None or replace(session.plan, estimates=(), hardware=plan.hardware) != replace(
         plan, estimates=()
@@ -152,14 +155,14 @@ def run(
     for event in events:
         if isinstance(event, Receipt):
             read = session.streamed_bytes - before
-            yield completed(event, plan, speed, read, loading, repeating(plan, prompts, options, raw))
+            yield offload_receipt(event, plan, speed, read, loading, repeat_snippet(plan, prompts, options, raw))
         else:
             yield event
 
 
-def together(prompt: str, options: GenerateOptions, batch: int) -> tuple[list[str], GenerateOptions]:
-    """What `run` takes for `batch` answers to one prompt: as one answer in parts, the prompt is processed once."""
-    if batch <= MOST_SEQUENCES:
+def batched(prompt: str, options: GenerateOptions, batch: int) -> tuple[list[str], GenerateOptions]:
+    """Arguments of `run` for `batch` continuations of one prompt, which is processed only once where possible."""
+    if batch <= MAX_SEQUENCES:
         return [prompt], replace(options, num_return_sequences=batch)
     return [prompt] * batch, options
 
@@ -175,28 +178,29 @@ def job(
     disk: list[int] | None = None,
     in_ram: list[int] | None = None,
 ) -> Generator[Step, None, dict[str, Any]]:
-    """One method of the comparison, in a process of its own; returns the receipt as a dictionary.
+    """The job that runs one method of the comparison; returns the receipt as a dict.
 
     Args:
         method: one of `METHODS`.
-        disk, in_ram: blocks for "auto" that are chosen instead of left to the budget.
+        budget: fields of `MemoryBudget`.
+        disk, in_ram: blocks to offload with "auto", instead of by budget.
     """
     if method not in METHODS:
         raise BadInput(f"There is no method {method!r}.", f"Choose one of {', '.join(METHODS)}.")
     session = Session()
     yield Step(0, 0, "Starting torch")
     layers = read_spec(model).layers
-    places = where(method, layers)
+    placement = placement_of(method, layers)
     if method == "auto" and (disk is not None or in_ram is not None):
-        places = Where(None if in_ram is None else tuple(in_ram), None if disk is None else tuple(disk))
-    plan = plan_for(session, model, Goal(context=context, batch=batch), MemoryBudget(**budget), places)
+        placement = BlockPlacement(None if in_ram is None else tuple(in_ram), None if disk is None else tuple(disk))
+    plan = plan_for(session, model, Goal(context=context, batch=batch), MemoryBudget(**budget), placement)
     options = GenerateOptions(max_new_tokens=new_tokens, greedy=True)
     if method == "accelerate":
         from lowmem.offload import reference
 
         return (yield from reference.run(plan, prompt, options)).as_dict()
     receipt: Receipt | None = None
-    for event in run(session, plan, *together(prompt, options, batch), raw=True):
+    for event in run(session, plan, *batched(prompt, options, batch), raw=True):
         if isinstance(event, Receipt):
             receipt = event
         elif isinstance(event, Chunk):

@@ -30,7 +30,7 @@ from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.sweep.forecast import peaks
+from lowmem.sweep.estimate import peaks
 from lowmem.sweep.local import MARGIN, Report, Task, allotment
 from lowmem.version import __version__
 

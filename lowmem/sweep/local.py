@@ -19,7 +19,7 @@ from lowmem.measure.compare import Setting
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.models.spec import ModelSpec
-from lowmem.sweep.forecast import Peaks
+from lowmem.sweep.estimate import Peaks
 from lowmem.sweep.grid import Cell
 
 MARGIN = 1 / 8

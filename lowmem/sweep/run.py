@@ -17,7 +17,7 @@ from lowmem.measure.compare import against, notes_on
 from lowmem.measure.rows import Row
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.sweep.forecast import peaks
+from lowmem.sweep.estimate import peaks
 from lowmem.sweep.grid import Cell, Grid
 from lowmem.sweep.local import MARGIN, LocalPool, Report, Task
 from lowmem.sweep.table import Table, default_folder, opened, ordered

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from lowmem.events import Receipt
-from lowmem.offload.predict import Speed
+from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.placement import Placement, all_resident
 from lowmem.planning.plan import Plan
 from lowmem.plots.engines import offload_methods
@@ -22,7 +22,7 @@ FEW_TOKENS = 4
 """Fewer say nothing of speed."""
 
 
-def picture(plan: Plan, speed: Speed | None, *, here: bool = True) -> str:
+def picture(plan: Plan, speed: SpeedEstimate | None, *, here: bool = True) -> str:
     """The model as a column of blocks, what is at home, and the prediction beside it.
 
     Args:
@@ -68,7 +68,7 @@ def _legend(placement: Placement) -> str:
     return f'<ul class="lm-places">{items}</ul>'
 
 
-def _prediction(plan: Plan, speed: Speed | None, here: bool) -> str:
+def _prediction(plan: Plan, speed: SpeedEstimate | None, here: bool) -> str:
     budgets = render.budget(plan, f"{plan.spec.name} · {plan.precision_label}")
     lines = [plan.reason]
     if speed is None:

@@ -16,9 +16,9 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.models.source import local_folder
 from lowmem.models.spec import ModelSpec
-from lowmem.offload.planned import blocks
-from lowmem.offload.predict import Speed, predict, weights
-from lowmem.offload.run import METHODS, Where, plan_for, run, together
+from lowmem.offload.estimate import SpeedEstimate, estimate_speed, largest_file
+from lowmem.offload.plans import parse_blocks
+from lowmem.offload.run import METHODS, BlockPlacement, batched, plan_for, run
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.ui.service.engine import Engine
@@ -64,21 +64,21 @@ class Depot:
             raise BadInput(f"{ask.answers:,} answers at once are not possible here.", f"Choose 0 to {MOST_ANSWERS}.")
         spec = self.engine.spec(ask.model)
         goal = Goal(context=CONTEXT, batch=max(1, ask.answers))
-        return plan_for(self.engine.session, spec, goal, ask.budget, _where(ask, spec), most=not ask.answers)
+        return plan_for(self.engine.session, spec, goal, ask.budget, _where(ask, spec), maximize_batch=not ask.answers)
 
     def here(self, plan: Plan) -> bool:
         """Is the model on this machine?"""
         return _weights(plan.spec) is not None
 
-    def speed(self, plan: Plan) -> Speed | None:
+    def speed(self, plan: Plan) -> SpeedEstimate | None:
         """Seconds per token, None while the model is not on this machine or the machine was not measured."""
         file = _weights(plan.spec)
         try:
-            return predict(plan, file, None) if file else None
+            return estimate_speed(plan, file, None) if file else None
         except Unmeasured:
             return None
 
-    def measure(self, plan: Plan, again: bool = False) -> Speed | None:
+    def measure(self, plan: Plan, again: bool = False) -> SpeedEstimate | None:
         """As `speed`, but what was never measured is measured now, in a process of its own; some seconds.
 
         Not while the model computes: both would be slower than they are.
@@ -108,7 +108,7 @@ class Depot:
         """
         plan = self.plan(ask)
         options = GenerateOptions(max_new_tokens=_checked(new_tokens), greedy=plan.batch == 1)
-        for event in run(self.engine.session, plan, *together(prompt, options, plan.batch), cancel, raw=True):
+        for event in run(self.engine.session, plan, *batched(prompt, options, plan.batch), cancel, raw=True):
             if isinstance(event, Receipt):
                 self.engine.note(event)
             yield event
@@ -138,9 +138,10 @@ def _one(method: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterato
         yield {"method": method, "error": str(error)}
 
 
-def _where(ask: Ask, spec: ModelSpec) -> Where:
-    return Where(
-        blocks(ask.ram_blocks.strip() or None, spec.layers), blocks(ask.disk_blocks.strip() or None, spec.layers)
+def _where(ask: Ask, spec: ModelSpec) -> BlockPlacement:
+    return BlockPlacement(
+        parse_blocks(ask.ram_blocks.strip() or None, spec.layers),
+        parse_blocks(ask.disk_blocks.strip() or None, spec.layers),
     )
 
 
@@ -153,4 +154,4 @@ def _checked(new_tokens: int) -> int:
 def _weights(spec: ModelSpec) -> Path | None:
     """A weight file of a model that is on this machine."""
     folder = local_folder(spec.ref)
-    return weights(folder) if folder else None
+    return largest_file(folder) if folder else None

@@ -9,7 +9,7 @@ import gradio as gr
 
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.machine.budget import MemoryBudget
-from lowmem.offload.predict import Speed
+from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import offload as render_offload
 from lowmem.ui.html import plan as render
@@ -152,7 +152,7 @@ class OffloadTab:
         problem = render.quiet(plan.sentence()) if over else ""
         return [self._picture(plan, speed), gr.Button(interactive=not over), problem]
 
-    def _picture(self, plan: Plan, speed: Speed | None) -> str:
+    def _picture(self, plan: Plan, speed: SpeedEstimate | None) -> str:
         return render_offload.picture(plan, speed, here=self.depot.here(plan))
 
     def _measure(self, *values: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Seconds per token of an offloaded model, from what must move and how fast this machine moves it.
+"""Estimates seconds per token of an offloaded model from the bytes to move and this machine's measured speeds.
 
-A block's bytes arrive while others compute, so a token takes the longer of the two. Speeds are measured on this machine, see
-`machine.bandwidth`; those of the arithmetic on stored weights with the very layers that run, see `probes`.
+Blocks are transferred while others compute, so a token takes as long as the slowest of disk, bus and computation.
+Bandwidths come from `machine.bandwidth`, the speed of computing with stored weights from `probes`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from lowmem.planning import model_bytes
 from lowmem.planning.placement import block_index, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
 
-PLAIN, STREAMED, HOME = "plain", "streamed", "loaded"
-"""Weights in the dtype of the computation, and codes as they are stored or as they were loaded; other kinds are dtypes."""
+DENSE, STREAMED, RESIDENT = "plain", "streamed", "loaded"
+"""Dense weights in the compute dtype; packed weights of streamed and of resident blocks. Other kinds are stored dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """What a pass, a token of every sequence, is predicted to take, in seconds, and why.
+class SpeedEstimate:
+    """Estimated time of one pass, which generates a token for every sequence.
 
     Args:
-        disk, bus, compute: seconds each would take alone.
-        disk_bytes, bus_bytes: what one pass moves.
-        disk_rate, bus_rate: bytes per second, 0 where nothing was asked of it.
+        disk, bus, compute: seconds that each takes on its own.
+        disk_bytes, bus_bytes: bytes moved per pass.
+        disk_rate, bus_rate: bytes per second; 0 if not used.
     """
 
     disk: float
@@ -48,18 +48,19 @@ class Speed:
         return max((self.disk, "the disk"), (self.bus, "the bus"), (self.compute, "the computation"))[1]
 
 
-def weights(folder: Path) -> Path | None:
-    """The file of a model that its disk is measured with: the largest. None where there is none."""
+def largest_file(folder: Path) -> Path | None:
+    """The largest weight file in `folder`, with which the disk's speed is measured; None if there is none."""
     return max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, default=None)
 
 
-def predict(plan: Plan, file: Path, again: bandwidth.Again = False) -> Speed:
-    """The speed of `plan`, whose weights lie on the disk of `file`.
+def estimate_speed(plan: Plan, file: Path, again: bandwidth.Again = False) -> SpeedEstimate:
+    """The estimated speed of `plan`, whose weights are on the same disk as `file`.
 
-    Measuring imports torch and takes some seconds; with `again` None nothing is measured, and nothing imported.
+    Speeds that have not been measured yet are measured, which imports torch and takes a few seconds. With `again` True
+    all are measured again; with None nothing is measured or imported.
 
     Raises:
-        bandwidth.Unmeasured: `again` is None, and something was never measured here.
+        bandwidth.Unmeasured: `again` is None and a speed has not been measured on this machine.
     """
     placement, kind = plan.placement, plan.place.kind
     sizes = stored_block_bytes(plan.spec)
@@ -69,7 +70,7 @@ def predict(plan: Plan, file: Path, again: bandwidth.Again = False) -> Speed:
         bus_bytes = sum(sizes[index] for index in placement.streamed(kind)) if kind != "cpu" else 0
     disk_rate = bandwidth.disk_bandwidth(file, again) if disk_bytes else 0.0
     bus_rate = bandwidth.bus_bandwidth(plan.device, again) if bus_bytes else 0.0
-    return Speed(
+    return SpeedEstimate(
         disk_bytes / disk_rate if disk_rate else 0.0,
         bus_bytes / bus_rate if bus_rate else 0.0,
         _compute_seconds(plan, again),
@@ -87,27 +88,27 @@ def _compute_seconds(plan: Plan, again: bandwidth.Again) -> float:
 
 
 def _gpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
-    """Every weight passes through the GPU once a token, as many bytes as it is stored in; and each block takes its launches."""
+    """Every weight is read from GPU memory once per token in its stored form, plus kernel launches per block."""
     stored_bytes = sum(tensor.nbytes for tensor in _multiplied(plan.spec))
     return stored_bytes / bandwidth.vram_bandwidth(plan.device, again) + plan.spec.layers / _blocks(plan.device, again)
 
 
 def _cpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
-    """Every weight passes through the processor once a token, at the rate of the form it is held in."""
+    """Every weight is read from RAM once per token, at the rate of the form it is held in."""
     dtype = model_bytes.compute_dtype(plan.precision, plan.place.dtypes)
     streamed = set(plan.placement.streamed("cpu")) if plan.placement else set()
     held: dict[str, int] = {}
     for tensor in _multiplied(plan.spec):
         kind = _kind(plan, block_index(tensor.name) in streamed, tensor, dtype)
-        # Dense weights that are loaded for good are held in another dtype, or in int8.
-        size = model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype) if kind == PLAIN else tensor.nbytes
+        # Resident dense weights are held in the compute dtype or in int8.
+        size = model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype) if kind == DENSE else tensor.nbytes
         held[kind] = held.get(kind, 0) + size
     rates = {kind: _rate(kind, plan, again) for kind in held}
     return sum(size / rates[kind] for kind, size in held.items()) + plan.spec.layers / _blocks("cpu", again)
 
 
 def _multiplied(spec: ModelSpec) -> list[Tensor]:
-    """The matrices that every token is multiplied by: of an embedding it takes one row, of packed layers codes count."""
+    """Weights read for every token: matrices, except embeddings (a token reads one row); of packed layers only the codes."""
     return [
         tensor
         for tensor in counted(spec)
@@ -119,28 +120,28 @@ def _multiplied(spec: ModelSpec) -> list[Tensor]:
 
 def _kind(plan: Plan, streams: bool, tensor: Tensor, dtype: str) -> str:
     if tensor.packed_layer:
-        return STREAMED if streams else HOME
-    return PLAIN if plan.placement is None or tensor.dtype == dtype else tensor.dtype
+        return STREAMED if streams else RESIDENT
+    return DENSE if plan.placement is None or tensor.dtype == dtype else tensor.dtype
 
 
 def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
-    """Bytes per second of one kind of weights, for a token of every sequence of the plan."""
-    rows = 1 << (plan.batch - 1).bit_length()  # few sizes are enough, and each is measured once
+    """Bytes of one kind of weights per second, at the plan's batch size."""
+    rows = 1 << (plan.batch - 1).bit_length()  # powers of two only, because each size is measured
     many = f"x{rows}" if rows > 1 else ""
-    if kind == PLAIN and not many:
+    if kind == DENSE and not many:
         return bandwidth.ram_bandwidth(again, _inputs(plan.spec))
-    if kind not in (STREAMED, HOME):
-        dtype = "fp32" if kind == PLAIN else kind
+    if kind not in (STREAMED, RESIDENT):
+        dtype = "fp32" if kind == DENSE else kind
         return bandwidth.kept(f"{dtype}-weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
     stored = plan.spec.stored
-    assert stored is not None  # or nothing would be packed
+    assert stored is not None  # because weights are packed
     name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}{many}"
-    measure = "streamed_rate" if kind == STREAMED else "home_rate"
+    measure = "streamed_rate" if kind == STREAMED else "resident_rate"
     return bandwidth.kept(name, again, lambda: getattr(_probes(), measure)(stored, rows))
 
 
 def _inputs(spec: ModelSpec) -> int:
-    """About what most of the model's matrices have."""
+    """Input features typical of the model's matrices."""
     return min(bandwidth.INPUTS, max(256, 1 << spec.hidden.bit_length() - 1))
 
 
@@ -149,6 +150,6 @@ def _blocks(device: str, again: bandwidth.Again) -> float:
 
 
 def _probes() -> Any:
-    from lowmem.offload import probes  # which brings torch
+    from lowmem.offload import probes  # imports torch
 
     return probes

@@ -1,7 +1,4 @@
-"""Plans with a placement: by budget, or as somebody chose it; and the number that would do where none fits.
-
-Decides, and says why; imports no torch.
-"""
+"""Plans with a placement of blocks, by budget or as requested. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,20 +14,20 @@ from lowmem.planning.placement import Placement, counted, stored_block_bytes
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
 
-LARGEST_BATCH = 256
+MAX_BATCH = 256
 
 
-def by_budget(plan: Plan) -> Plan:
-    """`plan` with as many blocks at home as its budgets allow.
+def place_by_budget(plan: Plan) -> Plan:
+    """`plan` with as many resident blocks as its budget holds.
 
     Raises:
-        DoesNotFit: not even one block at a time fits; says which budget would do.
-        Unsupported: the model cannot be taken apart.
+        DoesNotFit: not even one block at a time fits; the hint says which budget does.
+        Unsupported: the model cannot run block by block.
     """
     found = offloaded(plan)
     if found is not None and found.placement is not None:
         streams = found.placement.streamed(found.place.kind)
-        reason = "All blocks fit." if not streams else f"{found.placement.sentence()}: what the budget holds stays."
+        reason = "All blocks fit." if not streams else f"{found.placement.sentence()}, as the budget allows."
         return replace(found, reason=reason)
     least = smallest(plan)
     over = next((estimate for estimate in least.estimates if estimate.verdict == "over"), None)
@@ -38,43 +35,44 @@ def by_budget(plan: Plan) -> Plan:
         raise Unsupported(f"{plan.spec.name} cannot run block by block on {plan.place.name}.", "Choose another model.")
     memory = "GPU memory" if over.memory == "vram" else "RAM"
     raise DoesNotFit(
-        f"Even one block at a time, {plan.spec.name} needs {format_bytes(over.peak)} of {memory}; the budget is "
+        f"Even block by block, {plan.spec.name} needs {format_bytes(over.peak)} of {memory}, more than the budget of "
         f"{format_bytes(over.limit)}.",
         f"Allow at least {format_bytes(over.peak * 1.01)}, or shorten the context.",
     )
 
 
-def placed(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
-    """`plan` with the blocks where somebody wants them; on disk in place where that is allowed and the RAM budget holds them."""
-    chosen = replace(plan, precision=offload_precision(plan), reason=f"As chosen: {placement.sentence()}.")
+def place_blocks(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
+    """`plan` with this placement; blocks on disk are memory-mapped if `may_map` and the RAM budget holds them."""
+    chosen = replace(plan, precision=offload_precision(plan), reason=f"As requested: {placement.sentence()}.")
     if may_map and _may_map(chosen) and placement.indices("disk"):
         mapped = reestimate(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
-            why = "The RAM budget holds them, so they are used in place and count as RAM."
+            why = "The RAM budget holds the blocks on disk, so they are memory-mapped and count as RAM."
             return replace(mapped, reason=f"{mapped.reason} {why}")
     return reestimate(chosen, placement=placement)
 
 
 def _may_map(plan: Plan) -> bool:
-    """Blocks can be used in place on a CPU that computes in the dtype that is stored."""
+    """Whether blocks can be memory-mapped: on a CPU that computes in the stored dtype."""
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
     return plan.place.kind == "cpu" and all(tensor.dtype == dtype for tensor in counted(plan.spec))
 
 
-def most_answers(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:
-    """`plan` placed for as many sequences at once as pay: one pass of the weights serves them all.
+def largest_batch(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:
+    """`plan` placed for the batch size with the highest throughput, up to `MAX_BATCH`.
 
-    More sequences take room from blocks at home, which then have to move; what counts is sequences per byte of a pass.
+    Each pass over the weights serves all sequences of a batch, but a larger KV cache leaves room for fewer resident
+    blocks. The batch size doubles as long as it fits and increases sequences per byte moved.
 
     Args:
-        place: places a plan, such as `by_budget`.
+        place: places the blocks of a plan, such as `place_by_budget`.
 
     Raises:
         DoesNotFit, Unsupported: see `place`; not even one sequence fits.
     """
     best = place(reestimate(plan, batch=1))
     size = 2
-    while size <= LARGEST_BATCH:
+    while size <= MAX_BATCH:
         try:
             tried = place(reestimate(plan, batch=size))
         except DoesNotFit:
@@ -84,21 +82,21 @@ def most_answers(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:
         if size / _pass_bytes(tried) > best.batch / _pass_bytes(best):
             best = tried
         size *= 2
-    return replace(best, reason=f"{best.reason} {best.batch} answers at once share each pass.")
+    return replace(best, reason=f"{best.reason} Each pass over the weights serves {best.batch} sequences.")
 
 
 def _pass_bytes(plan: Plan) -> float:
-    """What a pass moves, in bytes from where streamed blocks come from; memory at home is about ten times as fast."""
+    """Cost of a pass in bytes of streamed blocks; resident memory is about ten times as fast."""
     sizes = stored_block_bytes(plan.spec)
     streamed = plan.placement.streamed(plan.place.kind) if plan.placement else ()
     return sum(sizes[index] for index in streamed) + sum(sizes) / 10
 
 
-def blocks(text: str | None, layers: int) -> tuple[int, ...] | None:
-    """`"0-2,7" -> (0, 1, 2, 7)`, "all", None for None.
+def parse_blocks(text: str | None, layers: int) -> tuple[int, ...] | None:
+    """Block indices from a list such as "0-2,7" or "all"; None for None.
 
     Raises:
-        BadInput: not such a list, or a block that there is not.
+        BadInput: not such a list, or a block that the model does not have.
     """
     if text is None:
         return None
@@ -108,7 +106,7 @@ def blocks(text: str | None, layers: int) -> tuple[int, ...] | None:
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
-            raise BadInput(f"{part!r} is no block.", "Write numbers and ranges like 0-5,9, or all.")
+            raise BadInput(f"{part!r} is not a block.", "Use numbers and ranges such as 0-5,9, or all.")
         first, last = int(match[1]), int(match[2] or match[1])
         if last >= layers or first > last:
             raise BadInput(f"There are no blocks {part}.", f"The model has blocks 0 to {layers - 1}.")

@@ -24,9 +24,9 @@ from lowmem.models.catalog import synthetic
 from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.models.source import read_spec
 from lowmem.offload import probes, reference
-from lowmem.offload.planned import placed
-from lowmem.offload.predict import predict, weights
-from lowmem.offload.run import Where, job, measure, plan_for, run
+from lowmem.offload.estimate import estimate_speed, largest_file
+from lowmem.offload.plans import place_blocks
+from lowmem.offload.run import BlockPlacement, job, measure_speeds, plan_for, run
 from lowmem.planning.goal import Goal
 from lowmem.planning.placement import Placement
 from lowmem.planning.planner import plan
@@ -61,13 +61,13 @@ def result(steps: Generator[Any, None, Any]) -> Any:
 
 def test_what_is_not_known_is_not_measured_unasked(session: Session, tmp_path: Path) -> None:
     folder = toys.save_toy("llama", tmp_path)
-    made = plan_for(session, str(folder), Goal(context=64), where=Where(disk=(0, 1), may_map=False))
-    file = weights(folder)
+    made = plan_for(session, str(folder), Goal(context=64), placement=BlockPlacement(disk=(0, 1), may_map=False))
+    file = largest_file(folder)
     assert file is not None
     with pytest.raises(bandwidth.Unmeasured):
-        predict(made, file, None)
-    list(measure(str(folder), [0, 1], [], mapped=False))
-    speed = predict(made, file, None)
+        estimate_speed(made, file, None)
+    list(measure_speeds(str(folder), [0, 1], [], mapped=False))
+    speed = estimate_speed(made, file, None)
     assert speed.seconds_per_token > 0
     assert speed.disk_bytes > 0
 
@@ -92,7 +92,7 @@ def test_every_stored_form_can_be_measured(stored: Quantization) -> None:
     if stored.method == BNB:
         pytest.importorskip("bitsandbytes")
     assert probes.streamed_rate(stored) > 0
-    assert probes.home_rate(stored) > 0
+    assert probes.resident_rate(stored) > 0
 
 
 @pytest.fixture
@@ -109,15 +109,15 @@ def test_a_prediction_names_what_it_waits_for(disk: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp32", vocab=1000)
     block = sum(tensor.nbytes for tensor in spec.tensors if ".layers.0." in tensor.name)
-    slow_disk = placed(
+    slow_disk = place_blocks(
         plan(spec, machine(), MemoryBudget(10**10), Goal(precision="fp32")), Placement(("disk",) * 4), False
     )
     figures = {"ram 256 inputs 2 threads": 1e10, "blocks cpu 2 threads": 1e6, f"disk {disk.stat().st_dev}": 1e6}
-    speed = predict(slow_disk, disk, None)
+    speed = estimate_speed(slow_disk, disk, None)
     assert speed.bound_by == "the disk"
     assert speed.seconds_per_token == pytest.approx(4 * block / 1e6)
     figures = figures | {"blocks cpu 2 threads": 0.1}
-    assert predict(slow_disk, disk, None).bound_by == "the computation"
+    assert estimate_speed(slow_disk, disk, None).bound_by == "the computation"
 
 
 def test_a_gpu_waits_for_bus_disk_or_its_own_memory(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,18 +132,21 @@ def test_a_gpu_waits_for_bus_disk_or_its_own_memory(disk: Path, monkeypatch: pyt
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp16", vocab=1000)
     base = plan(spec, machine(vram_gb=4), MemoryBudget(10**10, 4 * 10**9), Goal(precision="fp16"))
     for places, bound in ((("gpu",) * 4, "the computation"), (("ram",) * 4, "the bus")):
-        assert predict(placed(base, Placement(places)), disk, None).bound_by == bound
+        assert estimate_speed(place_blocks(base, Placement(places)), disk, None).bound_by == bound
     figures = figures | {f"disk {disk.stat().st_dev}": 1e8}
-    mixed = predict(placed(base, Placement(("gpu", "ram", "disk", "disk"))), disk, None)
+    mixed = estimate_speed(place_blocks(base, Placement(("gpu", "ram", "disk", "disk"))), disk, None)
     assert mixed.bound_by == "the disk"
     assert mixed.bus_bytes == 3 * mixed.disk_bytes // 2
 
 
-@pytest.mark.parametrize("where", [Where(disk=(0,), may_map=False), Where(disk=(0, 1)), Where(resident=True), None])
+@pytest.mark.parametrize(
+    "where",
+    [BlockPlacement(disk=(0,), may_map=False), BlockPlacement(disk=(0, 1)), BlockPlacement(resident=True), None],
+)
 def test_a_receipt_repeats_its_run(
-    where: Where | None, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: BlockPlacement | None, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = plan_for(session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), where=where)
+    made = plan_for(session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), placement=where)
     events = list(run(session, made, ["An old map"], OPTIONS, raw=True))
     receipt = events[-1]
     assert isinstance(receipt, Receipt)
@@ -158,7 +161,7 @@ def test_a_receipt_repeats_its_run(
 
 def test_a_quantized_checkpoint_repeats_too(session: Session, tmp_path: Path) -> None:
     packed_toys.save("llama", tmp_path, packed_toys.Recipe())
-    made = plan_for(session, str(tmp_path), Goal(context=64), where=Where(disk=(1,)))
+    made = plan_for(session, str(tmp_path), Goal(context=64), placement=BlockPlacement(disk=(1,)))
     receipt = list(run(session, made, ["An old map"], OPTIONS, raw=True))[-1]
     assert isinstance(receipt, Receipt)
     exec(receipt.snippet, names := {})
@@ -169,7 +172,10 @@ def test_a_quantized_checkpoint_repeats_too(session: Session, tmp_path: Path) ->
 def test_stop_does_not_wait_for_a_slow_disk(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 4096)
     made = plan_for(
-        session, str(toys.save_toy("llama", tmp_path)), Goal(context=64), where=Where(disk=(0, 1), may_map=False)
+        session,
+        str(toys.save_toy("llama", tmp_path)),
+        Goal(context=64),
+        placement=BlockPlacement(disk=(0, 1), may_map=False),
     )
     cancel, events = CancelToken(), list(run(session, made, ["An old map"], OPTIONS, raw=True))
     answer = [event.text for event in events if isinstance(event, Chunk)]
@@ -204,7 +210,9 @@ def test_the_reference_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytes
 
 def test_the_spec_stays_readable_while_it_streams(session: Session, tmp_path: Path) -> None:
     folder = toys.save_toy("gpt2", tmp_path)
-    made = plan_for(session, read_spec(str(folder)), Goal(context=64), where=Where(disk=(0, 1), may_map=False))
+    made = plan_for(
+        session, read_spec(str(folder)), Goal(context=64), placement=BlockPlacement(disk=(0, 1), may_map=False)
+    )
     list(run(session, made, ["An old map"], OPTIONS, raw=True))
     assert session._loaded is not None
     assert session._loaded.model.num_parameters() > 0
