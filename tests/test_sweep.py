@@ -35,7 +35,7 @@ from lowmem.quant import METHODS, get
 from lowmem.quant.pipeline import quantize_folder
 from lowmem.settings import settings
 from lowmem.sweep.estimate import peaks, quantized
-from lowmem.sweep.grid import MOST_CELLS, Grid, make_grid, read_grid
+from lowmem.sweep.grid import MAX_CELLS, Grid, make_grid, read_grid
 from lowmem.sweep.local import LocalPool, Task
 from lowmem.sweep.run import sweep
 from lowmem.sweep.table import opened
@@ -73,7 +73,7 @@ def test_a_grid_is_models_times_precisions_and_methods_times_settings(tmp_path):
     names += ["gptq:4:64:samples=16", "gptq:4:64:symmetric=true:samples=16", "hqq:4:64"]
     assert [cell.name for cell in grid.cells()] == [f"{model} {name}" for model in ("demo", "a/b") for name in names]
     assert [cell.variant.name for cell in grid.cells() if cell.is_reference] == ["fp32", "fp32"]
-    assert (grid.ram, grid.vram, grid.text, grid.options.tokens) == (4 * GB, None, "wikitext2", 512)
+    assert (grid.budget, grid.text, grid.options.tokens) == (MemoryBudget(4 * GB), "wikitext2", 512)
     sym = parse_variant("gptq:4:64:symmetric=true:samples=16")
     assert sym in grid.variants
     assert (sym.options, sym.calibration) == ({"bits": 4, "group_size": 64, "symmetric": True}, {"samples": 16})
@@ -84,24 +84,24 @@ def test_a_grid_is_models_times_precisions_and_methods_times_settings(tmp_path):
     [
         ("", "empty"),
         ("[1, 2]", "empty"),
-        ("models: [demo\nprecisions: x", "not YAML, see line"),
-        ("models: [demo]", "no precision and no method"),
+        ("models: [demo\nprecisions: x", "not valid YAML, see line"),
+        ("models: [demo]", "neither precisions nor methods"),
         ("precisions: [fp32]", "no model"),
-        ("models: [demo]\nmethod: [rtn]", "no 'method'"),
+        ("models: [demo]\nmethod: [rtn]", "no key 'method'"),
         ("models: [demo]\nmethods: [rnt]", "method 'rnt'"),
         ("models: [demo]\nmethods: {rtn: {bits: [3, 5]}}", "in 5 bits"),
         ("models: [demo]\nmethods: {awq: {bits: [3, 4]}}", "stores 4 bits, not 3"),
         ("models: [demo]\nmethods: {rtn: {colour: red}}", "'colour'"),
-        ("models: [demo]\nmethods: {rtn: 4}", "rtn of the grid"),
+        ("models: [demo]\nmethods: {rtn: 4}", "rtn in the grid"),
         ("models: [demo]\nprecisions: [fp31]", "'fp31'"),
-        ("models: [demo]\nprecisions: ['gptq:4:64']", "no precision"),
-        ("models: [1]\nprecisions: [fp32]", "models of the grid"),
+        ("models: [demo]\nprecisions: ['gptq:4:64']", "not a precision"),
+        ("models: [1]\nprecisions: [fp32]", "models in the grid"),
         ("models: [demo]\nprecisions: [fp32]\nmeasure: {tokens: 1}", "Tokens of text is 1"),
         ("models: [demo]\nprecisions: [fp32]\nram: much", "not a size"),
-        (f"models: [demo]\nmethods: {{rtn: {{group_size: {list(range(16, 1100))}}}}}", f"more than {MOST_CELLS}"),
+        (f"models: [demo]\nmethods: {{rtn: {{group_size: {list(range(16, 1100))}}}}}", f"more than {MAX_CELLS}"),
         ("models: &a [demo]\nprecisions: *a", "'demo'"),
-        ("models: !!python/object/apply:os.system ['true']", "not YAML"),
-        ("\x00", "not YAML"),
+        ("models: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("\x00", "not valid YAML"),
     ],
 )
 def test_what_is_no_grid_ends_with_3_and_one_sentence(tmp_path, capsys, monkeypatch, text, words):
@@ -188,7 +188,7 @@ def test_cells_run_side_by_side_and_never_hold_more_than_the_budget(folder, jobs
     assert isinstance(receipt, Receipt)
     assert [row["variant"] for row in receipt.details["rows"]] == [cell.variant.name for cell in grid.cells()]
     assert rows[1].perplexity_change == pytest.approx(rows[1].perplexity / rows[0].perplexity - 1)
-    assert any("side by side, each with 1 of the cores" in note for note in receipt.notes)
+    assert any("ran in parallel with 1 cores each" in note for note in receipt.notes)
     steps = [event for event in events if isinstance(event, Step)]
     assert steps[-1].done <= steps[-1].total == 800
     references = [arguments for _, arguments, _ in jobs.calls if arguments.get("is_reference")]
@@ -199,7 +199,7 @@ def test_one_worker_runs_one_cell_at_a_time_with_all_cores(folder, jobs):
     *_, receipt = sweep(grid_of(folder, methods={"rtn": {"bits": [4, 8], "group_size": 32}}), workers=1)
     assert jobs.most == 1
     assert {arguments["threads"] for _, arguments, _ in jobs.calls} == {probe().cores}
-    assert not any("side by side" in note for note in receipt.notes)
+    assert not any("in parallel" in note for note in receipt.notes)
 
 
 def test_a_cell_that_passes_its_allotment_is_run_again_with_the_whole_budget(folder, jobs):
@@ -281,7 +281,7 @@ def test_a_grid_that_grew_keeps_its_rows_and_other_conditions_are_refused(folder
     rows = rows_of(sweep(grid_of(folder, methods={"rtn": {"group_size": 32}}), out))
     assert len(rows) == 3
     assert [name for name, _, _ in jobs.calls] == ["fp32", "rtn", "stored"]
-    with pytest.raises(BadInput, match="measured otherwise"):
+    with pytest.raises(BadInput, match="under other conditions"):
         list(sweep(grid_of(folder, measure=MEASURE | {"tokens": 100}), out))
     (out / "results.json").write_text("{")
     with pytest.raises(BadInput, match="not the table of a sweep"):
@@ -291,7 +291,7 @@ def test_a_grid_that_grew_keeps_its_rows_and_other_conditions_are_refused(folder
 def test_a_folder_takes_one_sweep_at_a_time(folder, jobs, tmp_path):
     first = sweep(grid_of(folder), tmp_path / "out")
     next(first)
-    with pytest.raises(BadInput, match="Another sweep is at work"):
+    with pytest.raises(BadInput, match="Another sweep is running"):
         next(sweep(grid_of(folder), tmp_path / "out"))
     first.close()
     assert len(rows_of(sweep(grid_of(folder), tmp_path / "out"))) == 2

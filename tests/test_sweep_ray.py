@@ -87,7 +87,7 @@ def test_an_address_without_a_cluster_is_one_sentence(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
     folder = str(toys.save_toy("llama", tmp_path / "toy"))
     grid = make_grid({"models": [folder], "precisions": ["fp32"], "measure": MEASURE})
-    with pytest.raises(BadInput, match="No Ray cluster answers at auto"):
+    with pytest.raises(BadInput, match="No Ray cluster responds at auto"):
         list(sweep(grid, tmp_path / "out", ray="auto"))
 
 

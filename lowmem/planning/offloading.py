@@ -51,7 +51,7 @@ def offload_precision(plan: Plan) -> str:
     if plan.spec.quantization:
         return "stored"
     stored = {tensor.dtype for tensor in counted(plan.spec) if len(tensor.shape) > 1}
-    if PRECISIONS[plan.precision].dtype:
+    if plan.precision in PRECISIONS and PRECISIONS[plan.precision].dtype:  # not "auto"
         return plan.precision
     best = plan.place.dtypes[0]
     if plan.place.kind == "cpu" and stored == {"bf16"} and "bf16" in plan.place.dtypes:

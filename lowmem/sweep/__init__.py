@@ -1,1 +1,1 @@
-"""Many models, methods and settings in one table: what a comparison is for one model, for a grid, on one machine or many."""
+"""Sweeps: comparisons over a grid of models, methods and settings, on one machine or on a cluster."""

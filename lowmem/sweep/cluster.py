@@ -1,12 +1,12 @@
-"""Cells on a Ray cluster: the same cells, each a task that Ray retries on another machine when its worker dies.
+"""Runs cells on a Ray cluster. Each cell is a task that Ray retries on another machine if its worker dies.
 
-What a cell needs travels with it: names, options, the evaluation text, and through Ray's object store the predictions of
-the model's reference. What comes back is the row, and from a reference its predictions, which are kept in the sweep's own
-folder. Models do not travel: every machine fetches them by name (a folder must be there under the same path), and quantized
-checkpoints stay, and end, where they are made. Workers must be able to import lowmem, in the version of this process.
+A task carries names, options and the evaluation text; the predictions of the model's reference go through Ray's object
+store. It returns the row and, for a reference, its predictions, which this process stores in the sweep's folder. Models
+are not sent: every machine downloads them by name (a local folder must exist under the same path on all of them), and
+quantized checkpoints are deleted where they were made. Workers need the same version of lowmem as this process.
 
-Ray counts the peaks that this machine predicts as its "memory", so that a machine takes as many cells as fit; there each
-cell keeps to what its own machine predicts, and an eighth, as on one machine. Imports ray only when a pool is made.
+The peaks estimated here are passed to Ray as its "memory" resource, so that each machine runs as many cells as fit. Its
+own limit comes from an estimate on the worker, plus `MARGIN`, as on a single machine. ray is imported when a pool is made.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ from lowmem.version import __version__
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_TRIES = 5
-"""A cell whose worker died so often is given up."""
+MAX_TRIES = 5
+"""Times that a cell is started before it is given up because its workers died."""
 
 _INSTALL = 'Install it: pip install "ray>=2.40".'
 
 
 def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray | None]:
-    """On a worker: the row of one cell as a dict, and the predictions of a reference, bytes as uint8 [n].
+    """Runs on a worker: the row of one cell as a dict and, for a reference, its predictions as uint8 [bytes].
 
     Args:
         task: "model", "variant", "is_reference", "text", "options", "version".
-        reference: predictions to compare with; None for the reference itself, or where it failed.
+        reference: predictions to compare with; None for the reference itself, or if it failed.
     """
     import numpy as np
 
     if task["version"] != __version__:
         raise Unsupported(
-            f"A worker has lowmem {__version__}, this machine {task['version']}.", "Install the same everywhere."
+            f"A worker has lowmem {__version__}, but this machine has {task['version']}.",
+            "Install the same version on all machines.",
         )
     variant, is_reference = parse_variant(task["variant"]), task["is_reference"]
     spec, options = read_spec(task["model"]), build(MeasureOptions, task["options"])
@@ -69,7 +70,7 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
 
 
 def _budget(spec: ModelSpec, variant: Variant, options: MeasureOptions) -> MemoryBudget:
-    """What a cell may hold here; all that is free where it cannot be planned."""
+    """The memory a cell may use on this machine; all that is free if there is no estimate."""
     hardware = probe()
     free = MemoryBudget.detect(hardware)
     found = peaks(spec, variant, options, hardware, free)
@@ -89,11 +90,11 @@ class RayPool:
     """Runs tasks on the cluster at `address` ("auto", "host:6379" or "ray://host:10001").
 
     Args:
-        most: cells side by side, 0 for as many as the cluster takes.
+        most: cells to run in parallel, 0 for as many as the cluster has room for.
 
     Raises:
         MissingDependency: Ray is not installed.
-        BadInput: no cluster answers there.
+        BadInput: no cluster responds at the address.
     """
 
     def __init__(self, address: str, most: int, cancel: CancelToken) -> None:
@@ -108,7 +109,7 @@ class RayPool:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadInput(
-                f"No Ray cluster answers at {address}: {reason}", "Start one with ray start --head, or leave out --ray."
+                f"No Ray cluster responds at {address}: {reason}", "Start one with ray start --head, or omit --ray."
             ) from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._largest = max((int(node.get("memory", 0)) for node in nodes), default=0)
@@ -117,7 +118,7 @@ class RayPool:
         self._references: dict[Path, Any] = {}
 
     def start(self, task: Task) -> bool:
-        """Hand a task to Ray, which keeps it until a machine has room."""
+        """Submit a task to Ray, which starts it when a machine has room."""
         if self._most and len(self._running) >= self._most:
             return False
         sent = {
@@ -128,16 +129,16 @@ class RayPool:
             "options": asdict(task.options),
             "version": __version__,
         }
-        # A machine that is smaller than the prediction says so itself; waiting for a larger one could last forever.
+        # Never ask for more than the largest machine has, or Ray would wait forever; the worker reports what does not fit.
         wanted = min(int(task.peaks["ram"] * (1 + MARGIN)) if task.peaks else self._largest, self._largest)
         remote = self._ray.remote(run_cell).options(
-            num_cpus=1, num_gpus=self._gpus, memory=wanted, max_retries=MOST_TRIES - 1, name=task.cell.name
+            num_cpus=1, num_gpus=self._gpus, memory=wanted, max_retries=MAX_TRIES - 1, name=task.cell.name
         )
         self._running[remote.remote(sent, self._reference(task))] = task
         return True
 
     def _reference(self, task: Task) -> Any:
-        """The reference's predictions in the object store, owned by this process: no machine's death loses them."""
+        """The reference's predictions in the object store; this process owns them, so they survive the death of any worker."""
         import numpy as np
 
         path = task.work / "reference.bin"
@@ -148,7 +149,7 @@ class RayPool:
         return self._references[path]
 
     def reports(self, seconds: float) -> list[Report]:
-        """Rows of cells that have ended, waiting at most `seconds` for one."""
+        """Reports of finished cells; waits at most `seconds` for the first."""
         self._cancel.check()
         if not self._running:
             time.sleep(seconds)
@@ -163,7 +164,7 @@ class RayPool:
             raise _cause(error) from None
         except self._ray.exceptions.RayError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            row = asdict(Row(task.cell.variant.name, error=f"Its worker died {MOST_TRIES} times: {reason}"))
+            row = asdict(Row(task.cell.variant.name, error=f"Its worker died {MAX_TRIES} times: {reason}"))
             reference = None
         if reference is not None:
             unfinished = task.work / "reference.part"
@@ -172,18 +173,18 @@ class RayPool:
         return Report(task, row=Row(**row))
 
     def note(self) -> str:
-        return "Cells ran on a cluster, each with one core or one GPU: compare speeds only between equal machines."
+        return "Cells ran on a cluster with one core or one GPU each: compare speeds only between identical machines."
 
     def close(self) -> None:
-        """End what still runs, and leave the cluster."""
+        """Cancel running tasks and disconnect from the cluster."""
         for handle in self._running:
             self._ray.cancel(handle, force=True)
         self._ray.shutdown()
 
 
 def _cause(error: Any) -> Exception:
-    """What a task failed with before it could make a row: another version, a folder that is not there, no lowmem."""
+    """The exception that kept a task from returning a row: another version, a missing folder, lowmem not installed."""
     cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
     if isinstance(cause, ModuleNotFoundError):
-        return Unsupported(f"The cluster's machines lack a package: {cause}", "Install lowmem on each of them.")
+        return Unsupported(f"A package is missing on the cluster's machines: {cause}", "Install lowmem on all of them.")
     return cause

@@ -1,4 +1,4 @@
-"""The peak of one cell before it starts, so that cells can be laid side by side. Pure arithmetic, no torch."""
+"""Estimates the peak memory of a cell, so that cells can run in parallel. Pure arithmetic, imports no torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.request import QuantizeRequest
 
 Peaks = dict[str, int]
-"""Bytes by memory, "ram" and where a GPU is used "vram"."""
+"""Bytes by memory: "ram" and, if a GPU is used, "vram"."""
 
 
 def peaks(
     spec: ModelSpec, variant: Variant, options: MeasureOptions, hardware: Hardware, budget: MemoryBudget
 ) -> Peaks | None:
-    """The predicted peaks of making and measuring `variant`; None when it cannot be planned, as its own run will say."""
+    """The estimated peaks of making and measuring `variant`; None if it cannot be planned, which running it will report."""
     goal = Goal(context=options.prompt_tokens + options.new_tokens, precision=variant.precision or "stored")
     try:
         if variant.precision:
@@ -38,7 +38,7 @@ def peaks(
 
 
 def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:
-    """The spec of the checkpoint that quantizing `spec` will make."""
+    """The spec of the checkpoint that quantizing `spec` yields."""
     stored = parse_quantization(request.method.config(request.options))
     tensors = tuple(_stored(spec, tensor, stored, request) for tensor in spec.tensors)
     return replace(spec, tensors=tensors, quantization=stored.method, stored=stored)

@@ -1,4 +1,4 @@
-"""What a sweep consists of: models x (precisions, methods x settings), from a YAML file or from plain data.
+"""The grid of a sweep: models x (precisions + methods x settings), from a YAML file or plain data.
 
     models: [demo, Qwen/Qwen2.5-0.5B-Instruct]
     precisions: [fp32, int8]
@@ -9,7 +9,7 @@
     measure: {tokens: 1024}
     ram: 4G
 
-A setting with a list is tried value by value. Knows names and counts; reads no model. No torch.
+Every value in a setting's list is tried. Reads no model and imports no torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lowmem.precisions import PRECISIONS
 from lowmem.units import MB, format_bytes
 
 KEYS = ("models", "precisions", "methods", "text", "reference", "measure", "ram", "vram")
-MOST_CELLS = 500
+MAX_CELLS = 500
 LARGEST_FILE_BYTES = 1 * MB
 
 _EXAMPLE = "Write it like: models: [demo], precisions: [fp32, int8], methods: {rtn: {bits: [3, 4]}}."
@@ -41,7 +41,7 @@ _EXAMPLE = "Write it like: models: [demo], precisions: [fp32, int8], methods: {r
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One line of the table: a variant of a model."""
+    """One row of the table: a variant of a model."""
 
     model: str
     variant: Variant
@@ -54,11 +54,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A checked grid.
+    """A validated grid.
 
     Args:
-        reference: the variant that the others of a model are held against; it is measured first in any case.
-        text: what quality is measured on, see `evaluation_text`.
+        reference: the variant that a model's others are compared with; it is always measured, and first.
+        text: the evaluation text, see `evaluation_text`.
         budget: for all processes together.
     """
 
@@ -70,7 +70,7 @@ class Grid:
     budget: MemoryBudget = UNLIMITED
 
     def cells(self) -> list[Cell]:
-        """Every variant of every model, each model's reference first."""
+        """All variants of all models, each model's reference first."""
         others = [variant for variant in self.variants if variant != self.reference]
         return [
             Cell(model, variant, variant == self.reference)
@@ -83,7 +83,7 @@ def read_grid(path: Path) -> Grid:
     """The grid in a YAML (or JSON) file.
 
     Raises:
-        BadInput: it cannot be read, or is no grid.
+        BadInput: the file cannot be read or is not a grid.
     """
     import yaml
 
@@ -92,33 +92,33 @@ def read_grid(path: Path) -> Grid:
             raise BadInput(f"{path} has {format_bytes(size)}, too much for a grid.", _EXAMPLE)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}.", "Name a YAML file.") from None
+        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}.", "Choose a YAML file.") from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise BadInput(f"{path} is not YAML, see line {line}.", _EXAMPLE) from None
+        raise BadInput(f"{path} is not valid YAML, see line {line}.", _EXAMPLE) from None
     return make_grid(content)
 
 
 def make_grid(content: Any) -> Grid:
-    """The grid that plain data describes: a mapping with `KEYS`, see above.
+    """The grid described by plain data, a mapping with `KEYS`.
 
     Raises:
-        BadInput: naming what is wrong.
+        BadInput: naming the invalid part.
     """
     if not isinstance(content, Mapping) or not content:
         raise BadInput("The grid is empty.", _EXAMPLE)
     if unknown := [str(key) for key in content if key not in KEYS]:
-        raise BadInput(f"A grid has no {unknown[0][:40]!r}.", f"It may have {', '.join(KEYS)}.")
+        raise BadInput(f"A grid has no key {unknown[0][:40]!r}.", f"Its keys are {', '.join(KEYS)}.")
     models, precisions = _texts(content, "models"), _texts(content, "precisions")
     methods = _methods(content.get("methods") or {})
     if not models:
-        raise BadInput("The grid names no model.", _EXAMPLE)
+        raise BadInput("The grid has no models.", _EXAMPLE)
     count = len(models) * (len(precisions) + sum(map(_count, methods.values())))
     if not count:
-        raise BadInput("The grid names no precision and no method.", _EXAMPLE)
-    if count > MOST_CELLS:
-        raise BadInput(f"The grid has {count:,} cells, more than {MOST_CELLS}.", "Leave out some settings.")
+        raise BadInput("The grid has neither precisions nor methods.", _EXAMPLE)
+    if count > MAX_CELLS:
+        raise BadInput(f"The grid has {count:,} cells, more than {MAX_CELLS}.", "Remove some settings.")
     reference = parse_variant(str(content.get("reference") or "fp32"))
     variants = [_precision(word) for word in precisions]
     variants += [make_variant(method, chosen) for method, settings in methods.items() for chosen in _product(settings)]
@@ -136,12 +136,12 @@ def _texts(content: Mapping[str, Any], key: str) -> list[str]:
     given = content.get(key) or []
     words = [given] if isinstance(given, str) else given
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
-        raise BadInput(f"{key} of the grid is no list of names.", _EXAMPLE)
+        raise BadInput(f"{key} in the grid is not a list of names.", _EXAMPLE)
     return [word.strip() for word in words]
 
 
 def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
-    """Settings by method; a list of names has none."""
+    """Method -> settings; methods in a plain list have none."""
     if isinstance(given, (str, list)):
         given = dict.fromkeys(_texts({"methods": given}, "methods"))
     methods = _mapping(given, "methods")
@@ -154,14 +154,16 @@ def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
 
 def _mapping(given: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise BadInput(f"{key} of the grid is no mapping of names to values.", _EXAMPLE)
+        raise BadInput(f"{key} in the grid is not a mapping of names to values.", _EXAMPLE)
     return given
 
 
 def _precision(word: str) -> Variant:
     variant = parse_variant(word)
     if not variant.precision:
-        raise BadInput(f"{word[:40]!r} is no precision.", f"Choose from {', '.join(PRECISIONS)}; methods are apart.")
+        raise BadInput(
+            f"{word[:40]!r} is not a precision.", f"Choose from {', '.join(PRECISIONS)}; list methods under methods."
+        )
     return variant
 
 

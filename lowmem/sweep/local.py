@@ -1,7 +1,7 @@
-"""Cells on this machine: each in processes of its own, as many side by side as their predicted peaks allow.
+"""Runs cells on this machine, each in processes of its own, as many in parallel as their estimated peaks allow.
 
-A cell gets an allotment, its predicted peak and an eighth, which its processes may not pass; the allotments of cells that
-run side by side never exceed the budget. One whose memory runs out all the same is tried once more with the whole budget.
+A cell's allotment is its estimated peak plus `MARGIN`, which its processes may not exceed; the allotments of parallel cells
+never exceed the budget. A cell that still runs out of memory is tried once more with the whole budget.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from lowmem.sweep.estimate import Peaks
 from lowmem.sweep.grid import Cell
 
 MARGIN = 1 / 8
-"""A cell may pass its prediction by this share; a larger error ends it."""
-
+"""Share by which a cell may exceed its estimate before it is stopped."""
 
 CLOSING_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A cell that is ready to run, and all that it needs.
+    """A cell that is ready to run.
 
     Args:
-        work: its model's folder, with the evaluation text and the reference's predictions.
-        peaks: None where it could not be planned, which running it will explain.
+        work: the model's working folder, with the evaluation text and the reference's predictions.
+        peaks: estimated peaks; None if it could not be planned, which running it will report.
     """
 
     cell: Cell
@@ -47,7 +46,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of a task: a step, a row, or neither when it has to be run again."""
+    """News of a task: a step, a row, or neither if it has to run again."""
 
     task: Task
     step: Step | None = None
@@ -55,18 +54,18 @@ class Report:
 
 
 def allotment(peaks: Peaks, budget: MemoryBudget) -> MemoryBudget:
-    """What a cell with such peaks may hold, on a machine with this budget."""
+    """The memory that a cell with these peaks may use, on a machine with this budget."""
     enough = {memory: int(peak * (1 + MARGIN)) for memory, peak in peaks.items()}
     return MemoryBudget(enough["ram"], None if budget.vram is None else enough.get("vram", 0))
 
 
 class LocalPool:
-    """Runs tasks in threads that wait for their processes.
+    """Runs tasks in threads that wait for the tasks' processes.
 
     Args:
-        budget: bytes for all processes together.
-        workers: most cells side by side.
-        threads: cores for each.
+        budget: for all processes together.
+        workers: most cells to run in parallel.
+        threads: cores per cell.
     """
 
     def __init__(self, budget: MemoryBudget, workers: int, threads: int, cancel: CancelToken) -> None:
@@ -77,7 +76,7 @@ class LocalPool:
         self._reports: SimpleQueue[Report | BaseException] = SimpleQueue()
 
     def start(self, task: Task) -> bool:
-        """Start a task, unless there is no room for it now."""
+        """Start a task if there is room for it now."""
         allotment = self._allotment(task)
         if self._running and (len(self._running) >= self.workers or not self._fits(allotment)):
             return False
@@ -106,7 +105,7 @@ class LocalPool:
             self._reports.put(error)
 
     def _report(self, task: Task, budget: MemoryBudget) -> Report:
-        """Run a task to its end, its steps reported on the way."""
+        """Run a task to its end, reporting its steps."""
         started, cell = time.perf_counter(), task.cell
         setting = Setting(task.spec, task.work, task.options, budget, self.cancel, self.threads)
         steps = setting.row(cell.variant, cell.is_reference)
@@ -124,7 +123,7 @@ class LocalPool:
             return Report(task, row=setting.failed(cell.variant, error, time.perf_counter() - started))
 
     def reports(self, seconds: float) -> list[Report]:
-        """What happened, waiting at most `seconds` for something."""
+        """New reports; waits at most `seconds` for the first."""
         gathered: list[Report] = []
         try:
             while True:
@@ -141,11 +140,11 @@ class LocalPool:
         if self.workers == 1:
             return ""
         return (
-            f"Up to {self.workers} cells ran side by side, each with {self.threads} of the cores: speeds are below those of "
-            "a cell alone, which one worker at a time measures."
+            f"Up to {self.workers} cells ran in parallel with {self.threads} cores each, so speeds are lower than those of a "
+            "cell on its own. Use one worker to measure those."
         )
 
     def close(self) -> None:
-        """Wait for the processes, which the token has ended."""
+        """Wait for the processes, which end when the token is set."""
         for thread in self._threads:
             thread.join(CLOSING_SECONDS)

@@ -1,4 +1,4 @@
-"""The sweep itself: which cell comes next, what is known already, and the receipt. Where cells run is the pool's matter."""
+"""Runs a sweep: decides which cell comes next, continues from earlier results, and makes the receipt; a pool runs cells."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Pool(Protocol):
     """Where cells run."""
 
     def start(self, task: Task) -> bool:
-        """Start a task, unless there is no room for it now."""
+        """Start a task if there is room for it now."""
         ...
 
     def reports(self, seconds: float) -> list[Report]:
-        """What happened, waiting at most `seconds` for something."""
+        """New reports; waits at most `seconds` for the first."""
         ...
 
     def close(self) -> None: ...
 
     def note(self) -> str:
-        """What a reader of the speeds should know, or ""."""
+        """A caveat for readers of the speeds, or ""."""
         ...
 
 
@@ -54,18 +54,18 @@ def sweep(
     budget: MemoryBudget | None = None,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Row | Receipt]:
-    """Measure every cell of `grid`; rows come as cells finish, those of an earlier run first, the receipt last.
+    """Measure every cell of `grid`; yields the rows of earlier runs, new rows as cells finish, and a receipt.
 
     Args:
-        folder: where the table is kept, see `table`; one named after the grid when None.
-        workers: most cells side by side; as many as fit when 0.
-        ray: address of a Ray cluster that runs the cells, see `cluster`; this machine when "".
+        folder: where the table is stored, see `table`; by default a folder derived from the grid.
+        workers: most cells to run in parallel; 0 for as many as fit.
+        ray: address of a Ray cluster to run the cells on, see `cluster`; "" for this machine.
         budget: for all cells on this machine together; that of the grid, less this process, when None.
 
     Raises:
-        BadInput, ModelNotFound, Offline: models, text or folder cannot be used.
-        MissingDependency: Ray is wanted and not installed.
-        Cancelled: within a second; the table stays, and the same call goes on from it.
+        BadInput, ModelNotFound, Offline: a model, the text or the folder is not usable.
+        MissingDependency: Ray is requested but not installed.
+        Cancelled: within a second; the table is kept, and the same call continues from it.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
     text = evaluation_text(grid.text, cancel)
@@ -89,7 +89,7 @@ def sweep(
 
 def _pool(run: _Run, workers: int, ray: str, cancel: CancelToken) -> Pool:
     if workers < 0:
-        raise BadInput(f"{workers} cells side by side make no sense.", "Use 1 or more, or 0 for as many as fit.")
+        raise BadInput(f"{workers} parallel cells are not possible.", "Use 1 or more, or 0 for as many as fit.")
     if ray:
         from lowmem.sweep.cluster import RayPool
 
@@ -99,7 +99,7 @@ def _pool(run: _Run, workers: int, ray: str, cancel: CancelToken) -> Pool:
 
 
 class _Run:
-    """One pass over the cells that are missing."""
+    """One run over the cells that are missing in the table."""
 
     def __init__(
         self, grid: Grid, specs: dict[str, ModelSpec], table: Table, hardware: Hardware, budget: MemoryBudget
@@ -111,7 +111,7 @@ class _Run:
         self._started: dict[Cell, int] = {}
 
     def _missing(self) -> list[Cell]:
-        """Cells without a figure; with them comes their reference, whose predictions are compared with."""
+        """Cells without results, and their references if the predictions to compare with are gone."""
         missing = [cell for cell in self.cells if self.table.row(cell) is None]
         models = {cell.model for cell in missing}
         gone = [model for model in models if not (self.table.work(model) / "reference.bin").exists()]
@@ -127,14 +127,14 @@ class _Run:
         return peaks(self.specs[cell.model], cell.variant, self.grid.options, self.hardware, self.budget)
 
     def rows_so_far(self) -> Iterator[Row]:
-        """Of an earlier run."""
+        """Rows of earlier runs."""
         for cell in self.cells:
             if cell not in self.pending and (row := self.table.row(cell)):
                 self.rows.append(row)
                 yield row
 
     def drive(self, pool: Pool, cancel: CancelToken) -> Iterator[Step | Row]:
-        """Run what is pending. A model's cells wait for its reference; a failed reference lets them go."""
+        """Run the pending cells. A model's cells wait until its reference has finished or failed."""
         waiting = list(self.pending)
         while waiting or self._started:
             cancel.check()
@@ -151,7 +151,7 @@ class _Run:
                 del self._started[cell]
                 if report.row is None:
                     waiting.insert(0, cell)
-                    yield self._step(f"{cell.name}: again, with the whole budget")
+                    yield self._step(f"{cell.name}: running again with the whole budget")
                 else:
                     yield self._finished(cell, report.row, waiting)
 

@@ -1,10 +1,10 @@
-"""The table of a sweep as it lies on disk: written as a whole after every cell, so that a killed sweep goes on from it.
+"""The table of a sweep on disk, rewritten after every cell so that an interrupted sweep can continue.
 
-    FOLDER/results.json    rows, and the conditions under which they can be compared
-    FOLDER/results.csv     the same for people
-    FOLDER/work/           predictions of references and unfinished checkpoints, removed at the end
+    FOLDER/results.json    rows, and the conditions under which they are comparable
+    FOLDER/results.csv     the same rows as CSV
+    FOLDER/work/           predictions of references and unfinished checkpoints, deleted at the end
 
-Rows are known by model and variant. Those that failed are tried again by the next run.
+Rows are identified by model and variant. The next run tries failed ones again.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ RESULTS, TABLE, WORK, LOCK = "results.json", "results.csv", "work", "lock"
 
 
 class Table:
-    """Rows of a sweep in `folder`; made by `opened`."""
+    """The rows of a sweep in `folder`; created by `opened`."""
 
     def __init__(self, folder: Path, conditions: dict[str, Any], text: Text) -> None:
         self.folder, self.conditions, self.text = folder, conditions, text
         self._rows = {(row.model, row.variant): row for row in _read(folder, conditions)}
 
     def row(self, cell: Cell) -> Row | None:
-        """The finished row of a cell; None when there is none, or it failed."""
+        """The row of a cell; None if it is missing or failed."""
         row = self._rows.get((cell.model, cell.variant.name))
         return row if row and not row.error else None
 
     def add(self, row: Row) -> None:
-        """Keep a row.
+        """Add or replace a row, and write the table.
 
         Raises:
             BadInput: the folder cannot be written.
@@ -55,7 +55,7 @@ class Table:
         write_atomically(self.folder / TABLE, to_csv(list(self._rows.values())))
 
     def work(self, model: str) -> Path:
-        """The folder of a model's cells, with the evaluation text in it."""
+        """The working folder of a model's cells, with the evaluation text."""
         folder = self.folder / WORK / _slug(model)
         folder.mkdir(parents=True, exist_ok=True)
         if not (path := folder / "text.txt").exists():  # cells may be reading it
@@ -63,7 +63,7 @@ class Table:
         return folder
 
     def clear(self, model: str) -> None:
-        """Remove what a finished model needs no more."""
+        """Delete a finished model's working folder."""
         shutil.rmtree(self.folder / WORK / _slug(model), ignore_errors=True)
 
     def finish(self) -> None:
@@ -72,19 +72,19 @@ class Table:
 
 @contextmanager
 def opened(folder: Path, grid: Grid, text: Text) -> Iterator[Table]:
-    """The table in `folder`, for one process at a time.
+    """Open the table in `folder` for this process alone.
 
     Raises:
-        BadInput: the folder cannot be made, is in use, or holds rows of other conditions.
+        BadInput: the folder cannot be created, is in use, or has rows of other conditions.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise BadInput(f"Another sweep is at work in {folder}.", "Wait for it, or name another folder.") from None
+        raise BadInput(f"Another sweep is running in {folder}.", "Wait for it, or choose another folder.") from None
     except OSError as error:
-        raise BadInput(f"{folder} cannot be made: {error.strerror}.", "Name a folder that can be written.") from None
+        raise BadInput(f"{folder} cannot be created: {error.strerror}.", "Choose a writable folder.") from None
     try:
         yield Table(folder, conditions(grid, text), text)
     finally:
@@ -92,13 +92,13 @@ def opened(folder: Path, grid: Grid, text: Text) -> Iterator[Table]:
 
 
 def default_folder(grid: Grid, text: Text) -> Path:
-    """Where a grid's table is kept unless a folder is named: the same grid finds it again."""
+    """The default folder of a grid's table; equal grids have equal folders."""
     what = [conditions(grid, text), [cell.name for cell in grid.cells()]]
     return settings().outputs / f"sweep-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
 
 
 def conditions(grid: Grid, text: Text) -> dict[str, Any]:
-    """What must be the same for rows to be comparable."""
+    """Everything that must be equal for rows to be comparable."""
     return {
         "version": __version__,
         "text": text.name,
@@ -109,7 +109,7 @@ def conditions(grid: Grid, text: Text) -> dict[str, Any]:
 
 
 def ordered(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Row]:
-    """Rows in the order of the grid, whichever finished first."""
+    """Rows in the order of the grid."""
     place = {(cell.model, cell.variant.name): index for index, cell in enumerate(cells)}
     return sorted(rows, key=lambda row: place.get((row.model, row.variant), len(place)))
 
@@ -124,9 +124,9 @@ def _read(folder: Path, conditions: dict[str, Any]) -> list[Row]:
         same = content["conditions"] == conditions
         rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in content["rows"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise BadInput(f"{path} is not the table of a sweep.", "Name another folder.") from None
+        raise BadInput(f"{path} is not the table of a sweep.", "Choose another folder.") from None
     if not same:
-        raise BadInput(f"{folder} holds rows that were measured otherwise.", "Name another folder.")
+        raise BadInput(f"{folder} has rows that were measured under other conditions.", "Choose another folder.")
     return rows
 
 

@@ -20,7 +20,7 @@ from lowmem.quant.estimate import Estimate, check_model, estimate_quantization, 
 from lowmem.quant.request import QuantizeRequest, output_folder
 from lowmem.quant.run import quantize_isolated
 from lowmem.settings import settings
-from lowmem.sweep.grid import MOST_CELLS, Grid
+from lowmem.sweep.grid import MAX_CELLS, Grid
 from lowmem.ui.service.engine import Engine
 
 MOST_VARIANTS = 12
@@ -134,8 +134,8 @@ class Workshop:
         cells = len(grid.cells())
         if self.engine.public and cells > MOST_VARIANTS:
             raise BadInput(f"{cells} cells are more than the {MOST_VARIANTS} of a visitor.", "Choose fewer.")
-        if cells > MOST_CELLS:
-            raise BadInput(f"{cells:,} cells are more than {MOST_CELLS}.", "Choose fewer.")
+        if cells > MAX_CELLS:
+            raise BadInput(f"{cells:,} cells are more than {MAX_CELLS}.", "Choose fewer.")
         self._check_measuring(grid.text, grid.options)
         for model in grid.models:
             self.engine.spec(model)  # refuses models that whoever asks may not name
