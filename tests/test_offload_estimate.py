@@ -201,11 +201,11 @@ def test_the_reference_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytes
     folder = toys.save_toy("llama", tmp_path / "toy")
     home = tmp_path / "lowmem-home" / "spill"
     (home / "999999999-left").mkdir(parents=True)
-    assert result(job(str(folder), "accelerate", "An old map", 4))["details"]["seconds_per_token"] > 0
+    assert result(job(str(folder), "accelerate", "An old map", 4, {}))["details"]["seconds_per_token"] > 0
     assert list(home.iterdir()) == []
     monkeypatch.setattr(reference, "disk_free_bytes", lambda _: 1000)
     with pytest.raises(DiskFull, match="may write"):
-        list(job(str(folder), "accelerate", "An old map", 4))
+        list(job(str(folder), "accelerate", "An old map", 4, {}))
 
 
 def test_the_spec_stays_readable_while_it_streams(session: Session, tmp_path: Path) -> None:
