@@ -1,7 +1,7 @@
-"""What long work yields: steps, text and, last of all, a receipt.
+"""What long actions yield: steps, text and, last, a receipt.
 
-Every long action of the engine is a generator of these. The generator checks its
-`CancelToken` at least once a second and raises `Cancelled` when it is set.
+Every long action of the engine is a generator of these. It checks its `CancelToken` at least
+once a second and raises `Cancelled` when the token is set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Progress: `done` of `total` units (`unit` "B" means bytes); total 0 means unknown."""
+    """Progress: `done` of `total` units (`unit` "B" is bytes); a total of 0 is unknown."""
 
     done: int
     total: int
@@ -68,7 +68,7 @@ class Receipt:
     """What an action cost: the last event of every action.
 
     `predicted` and `measured` are peak bytes by memory ("ram", "vram"); `notes` are
-    sentences worth reading (a step down the ladder, a limit reached); `snippet` is Python
+    sentences worth reading (a fallback, a limit reached); `snippet` is Python
     that repeats the action; `details` holds numbers particular to the action.
     """
 

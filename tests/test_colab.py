@@ -136,4 +136,4 @@ def test_every_cell_runs_with_the_demo_in_the_7bs_place(demo_home: Path, monkeyp
     assert re.search(r"then \d+\.\d tokens a second", whole)
     predicted, measured = map(float, re.search(r"ram: predicted (\S+) GB, measured (\S+) GB", whole).groups())  # type: ignore[union-attr]
     assert measured <= predicted * 1.15
-    assert "given back" in printed[-1]
+    assert "Freed" in printed[-1]

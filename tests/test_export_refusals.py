@@ -241,7 +241,7 @@ def test_what_only_torch_can_do_is_refused_for_an_exported_folder(made: Path) ->
     assert (best.precision, best.or_torch) == ("int8", False)
     list(session.load(best))
     options = GenerateOptions(max_new_tokens=4, window=32)
-    said(Unsupported, "cannot have a window", lambda: list(session.generate("Hello", options, raw=True)))
+    said(Unsupported, "has no window", lambda: list(session.generate("Hello", options, raw=True)))
     assert session.plan is not None
     lower = next_fallback(best, WHILE_LOADING)
     assert lower is None or not lower.spec.exported

@@ -1,4 +1,4 @@
-"""Receipts: what an action cost, and the Python that repeats it."""
+"""Run receipts: what an action cost, and the Python code that repeats it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowmem.units import format_bytes
 
 
 def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[str], folder: Path) -> Receipt:
-    # Loading holds no cache yet: the weights and one tensor on its way.
+    # Loading holds no cache yet, only weights and the tensor being read.
     predicted = reestimate(plan, context=1, batch=1, prefill_chunk=1).predicted
     return Receipt(
         action="load",
@@ -39,7 +39,7 @@ def unload_receipt(plan: Plan, seconds: float, taken: int, returned: int) -> Rec
         precision=plan.precision,
         device=plan.device,
         seconds=seconds,
-        notes=(f"{format_bytes(max(0, returned))} given back, {share:.0%} of what loading took.",),
+        notes=(f"Freed {format_bytes(max(0, returned))}, {share:.0%} of what loading took.",),
         details={"taken_bytes": taken, "returned_bytes": returned, "returned_share": share},
     )
 
@@ -47,7 +47,7 @@ def unload_receipt(plan: Plan, seconds: float, taken: int, returned: int) -> Rec
 def generate_receipt(
     plan: Plan, seconds: float, last: Sequence[Chunk], peak: dict[str, int], notes: list[str]
 ) -> Receipt:
-    """`last`: the final chunk of each sequence; speeds add up over sequences decoded together."""
+    """`last` is the final chunk of each sequence; speeds add up over sequences decoded together."""
     first = last[0] if last else Chunk("")
     return Receipt(
         action="generate",
@@ -86,7 +86,7 @@ def batch_receipt(plan: Plan, seconds: float, done: Sequence[Completion], peak: 
 
 
 def with_prompt(receipt: Receipt, plan: Plan, prompt: object, options: GenerateOptions, raw: bool) -> Receipt:
-    """The receipt with the call that was made; `plan` is the resident one."""
+    """`receipt` with the code of its call; `plan` is the resident plan."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in changed(options).items())
     call = (
         f"\noptions = lowmem.GenerateOptions({arguments})\n"

@@ -1,7 +1,7 @@
-"""The one resident model: load, price, generate, unload, and what to do when memory runs out.
+"""The resident model: load, estimate, generate, unload, and fall back when memory runs out.
 
-Knows nothing of web pages or command lines. Every action is a generator of events that ends
-in a `Receipt`; one lock makes everybody queue for the one model.
+Independent of web pages and command lines. Every action is a generator of events that ends
+in a `Receipt`; a lock serializes actions on the one model.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ log = logging.getLogger("lowmem.session")
 Message = dict[str, str]
 
 PYTHON_BYTES = 15_000_000
-"""RSS of a bare interpreter, which `runtime_bytes` counts and a running process holds already."""
+"""RSS of a bare interpreter: counted in `runtime_bytes`, but already held by a running process."""
 
 
 class Session:
-    """Owns the resident model. One per process; safe to call from many threads."""
+    """Owns the resident model. One per process; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loaded: Loaded | None = None
         self._plan: Plan | None = None
-        self._taken_bytes = 0  # by loading
-        self._overhead_bytes = 0  # of the process beside the weights
+        self._taken_bytes = 0  # memory that loading took
+        self._overhead_bytes = 0  # memory of the process without the weights
         self._load_receipt: Receipt | None = None
         self._last_receipt: Receipt | None = None
         self._busy = ""
@@ -70,17 +70,17 @@ class Session:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that the resident model has fetched from disk or RAM since it was loaded."""
+        """Bytes that the resident model has streamed from disk or RAM since it was loaded."""
         streamer = self._loaded.streamer if self._loaded else None
         return streamer.bytes_read if streamer else 0
 
     @property
     def busy(self) -> str:
-        """What is going on now ("Loading ..."), or ""."""
+        """The current action ("Loading ..."), or ""."""
         return self._busy
 
     def hardware(self) -> Hardware:
-        """The machine now, with `runtime_bytes` as this very process will have it without a model."""
+        """The machine now; `runtime_bytes` is what this process will hold without a model."""
         found = probe()
         if self._loaded is not None:
             return replace(found, runtime_bytes=self._overhead_bytes)
@@ -89,14 +89,14 @@ class Session:
         return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes - PYTHON_BYTES)
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
-        """Fetch if need be, free the resident model, load; down the ladder when memory runs out.
+        """Download the model if it is missing, free the resident one and load; on out-of-memory, follow the fallback chain.
 
         Args:
-            force: go on although the prediction is over the budget, and do not enforce it.
+            force: load even if the estimate exceeds the budget, and do not enforce the budget.
 
         Raises:
             DoesNotFit: the plan exceeds its budget and `force` is off.
-            OutOfMemory: even the last rung of the ladder did not fit.
+            OutOfMemory: no fallback is left.
         """
         cancel = cancel or CancelToken()
         yield from self._turn(f"Loading {plan.spec.name}", cancel)
@@ -110,7 +110,7 @@ class Session:
             self._done()
 
     def unload(self) -> Receipt | None:
-        """Give the memory back; None when nothing was loaded. Waits for running work to end."""
+        """Free the model's memory, after the current action ends; None if nothing was loaded."""
         with self._lock:
             plan, started = self._plan, time.perf_counter()
             if plan is None:
@@ -122,7 +122,7 @@ class Session:
             return self._last_receipt
 
     def estimate(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
-        """The resident plan re-priced for one action, whose context is prompt + max_new_tokens."""
+        """The resident plan re-estimated for one action, with a context of prompt and `max_new_tokens`."""
         plan = self._planned()
         return reestimate(
             plan,
@@ -132,7 +132,7 @@ class Session:
             sinks=options.sinks if options.window else 0,
             batch=batch * options.num_return_sequences,
             cache_type=options.cache_type if options.use_cache else "none",
-            # Several answers to one prompt share one prefill, so its activations exist once.
+            # Sequences of one prompt share one prefill, so its activations exist once.
             prefill_chunk=max(1, options.prefill_chunk // options.num_return_sequences)
             if options.use_cache
             else min(plan.spec.context, options.window or plan.spec.context),
@@ -147,11 +147,11 @@ class Session:
         raw: bool = False,
         force: bool = False,
     ) -> Iterator[Step | Chunk | Receipt]:
-        """Stream an answer to a prompt or a conversation. `raw` completes text without the chat template.
+        """Stream an answer to a prompt or conversation; `raw` completes the text without the chat template.
 
         Raises:
             BadInput: nothing loaded, an empty prompt, a prompt beyond the context.
-            DoesNotFit: the action is predicted to exceed the budget and `force` is off.
+            DoesNotFit: the estimate exceeds the budget and `force` is off.
             OutOfMemory, CorruptModel (numbers that are not numbers), Cancelled (before the first token).
         """
         from lowmem.generate.prompts import check_length, encode_prompt
@@ -159,7 +159,7 @@ class Session:
         cancel = cancel or CancelToken()
         yield from self._turn("Generating", cancel)
         try:
-            yield from self._make_able(options, cancel, force)
+            yield from self._ensure_backend(options, cancel, force)
             loaded, plan = self._resident()
             ids = encode_prompt(loaded.tokenizer, prompt, raw)
             check_window(options, plan.spec.context)
@@ -167,7 +167,7 @@ class Session:
             options = replace(options, max_new_tokens=room)
             action = self.estimate(len(ids), options)
             if not force:
-                _refuse_if_over(action, "Ask for fewer new tokens, store the KV cache in int8, or load fewer bits.")
+                _refuse_if_over(action, "Generate fewer tokens, quantize the KV cache to int8, or load fewer bits.")
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
             self._last_receipt = receipts.with_prompt(receipt, plan, prompt, options, raw)
@@ -185,7 +185,7 @@ class Session:
         batch_size: int | None = None,
         force: bool = False,
     ) -> Iterator[Step | Completion | Receipt]:
-        """Answer many prompts; completions come as each batch ends, in order of length.
+        """Answer many prompts; completions come after each batch, in order of prompt length.
 
         Args:
             batch_size: prompts at once; None lets the budget decide.
@@ -195,7 +195,7 @@ class Session:
         cancel = cancel or CancelToken()
         yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
         try:
-            yield from self._make_able(options, cancel, force)
+            yield from self._ensure_backend(options, cancel, force)
             loaded, plan = self._resident()
             check_window(options, plan.spec.context)
             largest = batch_size or 1
@@ -241,18 +241,18 @@ class Session:
         *,
         force: bool = False,
     ) -> Generator[Step | E, None, tuple[T, dict[str, int]]]:
-        """Let `job` use the resident model in its turn; returns what it returns, and the peak bytes by memory.
+        """Run `job` on the resident model; returns its result and the peak bytes by memory.
 
         Args:
-            job: gets the model, its plan and a check of the budget to call in every long loop.
+            job: is called with the model, its plan and a budget check to call in every long loop.
 
         Raises:
             BadInput: nothing is loaded.
-            Unsupported: an exported graph is, whose layers nobody sees.
+            Unsupported: the model is an exported graph, whose layers are not accessible.
         """
         yield from self._turn(what, cancel)
         try:
-            yield from self._make_able(None, cancel, force)
+            yield from self._ensure_backend(None, cancel, force)
             loaded, plan = self._resident()
             with self._meter(plan, force) as meter:
                 result = yield from job(loaded, plan, meter.check)
@@ -262,7 +262,7 @@ class Session:
             self._done()
 
     def _turn(self, what: str, cancel: CancelToken) -> Iterator[Step]:
-        """Wait for the model to be free, saying what it is busy with."""
+        """Wait until the model is free; steps say what it is busy with."""
         while not self._lock.acquire(timeout=0.2):
             cancel.check()
             yield Step(0, 0, f"Waiting for: {self._busy or 'other work'}")
@@ -276,7 +276,7 @@ class Session:
 
     def _planned(self) -> Plan:
         if self._plan is None:
-            raise BadInput("No model is loaded.", "Load one first; the recommended set-up is one click.")
+            raise BadInput("No model is loaded.", "Load one first; the recommended setup takes one click.")
         return self._plan
 
     def _resident(self) -> tuple[Loaded, Plan]:
@@ -284,21 +284,22 @@ class Session:
         assert self._loaded is not None  # set together
         return self._loaded, plan
 
-    def _make_able(
+    def _ensure_backend(
         self, options: GenerateOptions | None, cancel: CancelToken, force: bool
     ) -> Generator[Step, None, None]:
-        """Load for torch instead of as a graph where only torch can do what is asked: `options`, or None for a look inside."""
+        """Reload a graph for torch if only torch can run `options`; None asks for access to the layers."""
         plan = self._resident()[1]
         if plan.backend != "onnx" or (options is not None and self.estimate(1, options).backend == "onnx"):
             return
-        what = "show its layers" if options is None else "have a window, or a KV cache in fewer bits"
-        on_torch = without_graph(plan, f"A graph cannot {what}.")
+        reason = (
+            "An exported graph does not expose its layers."
+            if options is None
+            else "An exported graph has no window and no quantized KV cache."
+        )
+        on_torch = without_graph(plan, reason)
         if on_torch is None:
-            raise Unsupported(
-                f"{plan.spec.name} runs as an exported graph, which cannot {what}.",
-                "Load the original model for torch.",
-            )
-        yield Step(0, 0, f"A graph cannot {what}: loading for torch")
+            raise Unsupported(f"{plan.spec.name} is loaded as a graph. {reason}", "Load the original model for torch.")
+        yield Step(0, 0, f"{reason} Loading for torch.")
         if not force:
             _refuse_if_over(on_torch, "Choose a smaller model or fewer bits.")
         self._load_receipt = yield from self._load(on_torch, cancel, force)
@@ -313,7 +314,7 @@ class Session:
         release_memory()
 
     def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
-        """Try `plan`, then lower rungs; the return value is the receipt."""
+        """Load `plan` or the first fallback that works; the return value is the receipt."""
         from lowmem.machine.oom import is_out_of_memory
         from lowmem.models.fetch import fetch
         from lowmem.models.source import resolve_folder
@@ -328,9 +329,9 @@ class Session:
                 peak = yield from self._attempt(plan, folder, cancel, force)
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
-                # Nobody asked for the graph, so whatever is wrong with it is no reason to go without the model.
-                why = str(error) if isinstance(error, LowMemError) else "There is no graph for it."
-                lower = None if isinstance(error, Cancelled) else without_graph(plan, f"{why} Torch runs it.")
+                # The planner chose the graph, so its failure is no reason to refuse the model.
+                why = str(error) if isinstance(error, LowMemError) else "The graph could not be made."
+                lower = None if isinstance(error, Cancelled) else without_graph(plan, f"{why} Torch runs it instead.")
                 refused = lower is not None
                 if refused:
                     log.warning("no graph for %s", plan.spec.name, exc_info=error)
@@ -377,7 +378,7 @@ class Session:
     def _generate(
         self, ids: list[int], options: GenerateOptions, action: Plan, notes: list[str], cancel: CancelToken, force: bool
     ) -> Generator[Step | Chunk, None, Receipt]:
-        """Stream; when memory runs out before any text, once more with a smaller footprint."""
+        """Stream; if memory runs out before any text, try once more with a quantized cache and a smaller prefill chunk."""
         from lowmem.generate.text import stream
         from lowmem.machine.oom import is_out_of_memory
 
@@ -409,22 +410,22 @@ class Session:
                             f"Memory ran out while reading {len(ids):,} prompt tokens.",
                             "Shorten the prompt, or load fewer bits.",
                         ) from error
-                # Only here, after the handler, is the failed attempt's cache garbage.
+                # Only after the exception handler can the failed attempt's cache be collected.
                 release_memory()
                 if last or lower is None:
                     written = sum(chunk.new_tokens for chunk in last.values())
-                    notes.append(f"Memory ran out after {written:,} tokens; what was written is kept.")
+                    notes.append(f"Memory ran out after {written:,} tokens; the text so far is kept.")
                     break
                 meter.exceeded = ""
                 action = lower
                 options = replace(options, cache_type="int8", prefill_chunk=max(16, options.prefill_chunk // 4))
-                notes.append("Memory ran out. " + lower.reason)
+                notes.append(f"Memory ran out. {lower.reason}")
                 yield Step(0, 0, notes[-1])
         return receipts.generate_receipt(action, time.perf_counter() - started, list(last.values()), meter.peak, notes)
 
 
 def _start_torch() -> None:
-    """Where torch enters a process that may never need it; it takes seconds."""
+    """Import torch, which takes seconds and which a process may never need."""
     from lowmem.generate import batching, text  # noqa: F401  what the first answer would import
     from lowmem.runtime import loader  # noqa: F401
 
@@ -435,7 +436,7 @@ def _refuse_if_over(plan: Plan, hint: str) -> None:
 
 
 def _guarded(events: Generator[Step, None, T], check: Callable[[], None]) -> Generator[Step, None, T]:
-    """Pass events and the return value on, checking between them."""
+    """Forward events and the return value, with a check between events."""
     while True:
         check()
         try:
@@ -446,7 +447,7 @@ def _guarded(events: Generator[Step, None, T], check: Callable[[], None]) -> Gen
 
 
 def _resident_bytes() -> int:
-    """What the process holds: RSS, and on a GPU what torch holds there."""
+    """Memory of this process: RSS, and what torch has reserved on a GPU."""
     import psutil
 
     held = psutil.Process().memory_info().rss

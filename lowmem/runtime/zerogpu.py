@@ -1,10 +1,10 @@
-"""A GPU that is lent for one action at a time, as ZeroGPU Spaces do.
+"""ZeroGPU Spaces, where a GPU is attached for one action at a time.
 
-The app's own process has none. What `spaces.GPU` decorates runs in a worker that has one for as many seconds as were
-asked for; arguments and what it yields are pickled, and nothing else comes back. So loading a model here fetches and
-plans it; each answer loads it in its worker, which keeps it for the next answer if it lives that long. Seconds are
-predicted from the plan, since visitors have few of them a day. Importing this needs the package `spaces`, which wants
-to be imported before torch.
+The app's own process has no GPU. A function decorated with `spaces.GPU` runs in a worker that has one for a requested
+number of seconds; its arguments and what it yields are pickled, and nothing else comes back. So loading a model only
+downloads and plans it; each answer loads it in its worker, which keeps it for the next answer if it lives that long.
+The seconds are estimated from the plan, since visitors have a small daily quota. Needs the package `spaces`, which must
+be imported before torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Event = Step | Chunk | Completion | Receipt
 
-# Half an RTX Pro 6000 Blackwell, on the cautious side: seconds that were not needed are given back.
+# Half an RTX Pro 6000 Blackwell, estimated cautiously: unused seconds are not charged.
 START_SECONDS = 15.0  # torch, CUDA and the first kernels, from a cold disk
 READ_BYTES_PER_SECOND = 0.8e9
 VRAM_BYTES_PER_SECOND = 500e9
@@ -42,21 +42,21 @@ CHARACTERS_PER_TOKEN = 3
 PROMPTS_AT_ONCE = 8
 SAFETY = 1.5
 LONGEST_SECONDS = 110
-"""Anonymous visitors have 120 a day, and a longer wish than what they have left is refused."""
+"""Anonymous visitors have 120 seconds per day, and a request for more than they have left is refused."""
 GRACE_SECONDS = 5.0  # the worker starts before its clock does
 
-_kept: Session | None = None
-"""The worker's session; the app's own process never has one here."""
+_worker_session: Session | None = None
+"""The worker's session; always None in the app's own process."""
 
 
-def predicted_seconds(
+def estimated_seconds(
     plan: Plan,
     asked: str | Sequence[Message] | Sequence[str],
     options: GenerateOptions,
-    raw: bool = False,  # noqa: ARG001  it is called with what `lent` is called with
+    raw: bool = False,  # noqa: ARG001  called with the arguments of `lent`
     batch_size: int | None = None,
 ) -> int:
-    """Seconds to ask the GPU for: to load `plan` and to answer, with room for error; `LONGEST_SECONDS` at most."""
+    """GPU seconds to request for loading `plan` and answering, with a safety margin; at most `LONGEST_SECONDS`."""
     prompts = 1 if isinstance(asked, str) or not asked or isinstance(asked[0], dict) else len(asked)
     turns = math.ceil(prompts / (batch_size or PROMPTS_AT_ONCE))
     load = START_SECONDS + plan.spec.size_on_disk / READ_BYTES_PER_SECOND
@@ -65,7 +65,7 @@ def predicted_seconds(
     return min(LONGEST_SECONDS, math.ceil(SAFETY * (load + read + turns * options.max_new_tokens * token)))
 
 
-@spaces.GPU(duration=predicted_seconds)
+@spaces.GPU(duration=estimated_seconds)
 def lent(
     plan: Plan,
     asked: str | Sequence[Message] | Sequence[str],
@@ -73,21 +73,21 @@ def lent(
     raw: bool = False,
     batch_size: int | None = None,
 ) -> Iterator[Event | LowMemError]:
-    """In the worker: load the plan unless it is there, then answer a prompt or conversation, or a tuple of prompts.
+    """Runs in the worker: load the plan unless it is loaded, then answer a prompt, a conversation or a tuple of prompts.
 
-    Ends by itself before the GPU is taken away. A `LowMemError` is yielded, since raised ones lose their sentence.
+    Ends before the GPU is detached. Yields a `LowMemError` instead of raising it, since raised ones lose their message.
     """
-    global _kept
+    global _worker_session
     gpu_is_attached()
     token = CancelToken()
-    timer = threading.Timer(predicted_seconds(plan, asked, options, raw, batch_size) - GRACE_SECONDS, token.set)
+    timer = threading.Timer(estimated_seconds(plan, asked, options, raw, batch_size) - GRACE_SECONDS, token.set)
     timer.daemon = True
     timer.start()
     started = time.perf_counter()
-    _kept = session = _kept or Session()
+    _worker_session = session = _worker_session or Session()
     try:
         if session.plan != plan:
-            gpu = _pretend(plan)
+            gpu = _limit_vram(plan)
             yield from (event for event in session.load(plan, token) if isinstance(event, Step))
         else:
             gpu = _real_memory()
@@ -98,15 +98,15 @@ def lent(
             else session.generate(asked, options, token, raw=raw)  # type: ignore[arg-type]
         )
         for event in work:
-            yield _told(event, gpu, loading, token.cancelled) if isinstance(event, Receipt) else event
+            yield _with_gpu(event, gpu, loading, token.cancelled) if isinstance(event, Receipt) else event
     except LowMemError as error:
         yield error
     finally:
         timer.cancel()
 
 
-def _pretend(plan: Plan) -> dict[str, Any]:
-    """Let torch have no more of the card than the budget, as on a card of that size."""
+def _limit_vram(plan: Plan) -> dict[str, Any]:
+    """Limit torch to the VRAM budget, as on a GPU of that size; returns the real GPU."""
     gpu, limit = _real_memory(), plan.budget.vram
     if gpu and limit is not None:
         import torch
@@ -116,7 +116,7 @@ def _pretend(plan: Plan) -> dict[str, Any]:
 
 
 def _real_memory() -> dict[str, Any]:
-    """What the worker's GPU says of itself; empty where there is none."""
+    """Name and memory of the worker's GPU; empty without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -125,23 +125,23 @@ def _real_memory() -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(), "gpu_total_bytes": total, "gpu_free_bytes": free}
 
 
-def _told(receipt: Receipt, gpu: dict[str, Any], loading: float, out_of_time: bool) -> Receipt:
-    notes = (f"Loading on the lent GPU took {loading:.1f} s of it.",) if loading > 1 else ()
+def _with_gpu(receipt: Receipt, gpu: dict[str, Any], loading: float, out_of_time: bool) -> Receipt:
+    notes = (f"Loading the model took {loading:.1f} s of GPU time.",) if loading > 1 else ()
     if out_of_time:
-        notes = (*notes, "The seconds that the GPU was lent for are over.")
+        notes = (*notes, "The GPU time for this action is used up.")
     details = receipt.details | gpu | {"loading_seconds": loading}
     return replace(receipt, notes=(*receipt.notes, *notes), details=details)
 
 
 class LentSession(Session):
-    """The session of a Space whose GPU is lent. On the CPU it is like any other."""
+    """The session of a ZeroGPU Space. On the CPU it is an ordinary session."""
 
     def _attempt(
         self, plan: Plan, folder: Path, cancel: CancelToken, force: bool
     ) -> Generator[Step, None, dict[str, int]]:
         if plan.place.kind == "cpu":
             return (yield from super()._attempt(plan, folder, cancel, force))
-        yield Step(0, 0, "The GPU comes with the first answer")
+        yield Step(0, 0, "A GPU is attached with the first answer")
         self._taken_bytes, self._overhead_bytes = 0, plan.hardware.runtime_bytes
         self._plan = plan
         return {}
@@ -153,7 +153,7 @@ class LentSession(Session):
     def _resident(self) -> tuple[Loaded, Plan]:
         if self._lends:
             raise Unsupported(
-                "This needs a model that stays in memory, and here the GPU is lent for one answer at a time.",
+                "This needs a model that stays in memory, but here a GPU is attached for one answer at a time.",
                 "Load the model with CPU under Runs on.",
             )
         return super()._resident()
@@ -192,7 +192,7 @@ class LentSession(Session):
     def _lent(
         self, what: str, asked: Any, options: GenerateOptions, raw: bool, batch_size: int | None, cancel: CancelToken
     ) -> Iterator[Event]:
-        """Pass on what the worker yields; Stop takes effect at its next event."""
+        """Forward what the worker yields; Stop takes effect at its next event."""
         yield from self._turn(what, cancel)
         try:
             plan, started = self._planned(), time.perf_counter()
@@ -222,14 +222,14 @@ class LentSession(Session):
 
 
 def _sentences(events: Iterator[Event | LowMemError]) -> Iterator[Event]:
-    """The events; what the worker or the lender refuses is raised as a sentence."""
+    """The events; a refusal by the worker or by ZeroGPU is raised as a `LowMemError`."""
     try:
         for event in events:
             if isinstance(event, LowMemError):
                 raise event
             yield event
     except Exception as error:
-        # The lender's own kind is gradio's, which the engine does not know: a title and a message.
+        # ZeroGPU raises gradio's error, which the engine does not import; it has a title and a message.
         title, message = getattr(error, "title", ""), getattr(error, "message", "")
         if isinstance(error, LowMemError) or "ZeroGPU" not in str(title):
             raise
