@@ -118,7 +118,7 @@ def quantize(page: Any) -> None:
 def how(page: Any) -> None:
     _tab(page, "Quantize")
     page.click("#quantize-modes button[role=tab]:has-text('How it works')")
-    page.click("#explain-draw")
+    page.click("#explain-start")
     page.wait_for_selector("#explain-pictures svg", timeout=LONG)
 
 
@@ -129,7 +129,7 @@ def compare(page: Any) -> None:
     for option, value in (("tokens", 512), ("window", 256), ("stride", 128), ("prompt_tokens", 64), ("runs", 1)):
         _fill(page, f"measure-{option}", value)
     page.click("#compare-options > button")
-    page.click("#compare-exercise")
+    page.click("#compare-example")
     page.wait_for_selector("#compare-csv:visible", timeout=2 * LONG)
     page.evaluate("document.querySelector('#compare-variants').scrollIntoView()")
 
@@ -161,8 +161,8 @@ def export(page: Any) -> None:
     page.wait_for_selector("#export-card .lm-pill")
     page.click("#export-start")
     page.wait_for_selector("#export-load", timeout=LONG)
-    page.click("#race-start")
-    page.wait_for_selector("#race-plot svg", timeout=LONG)
+    page.click("#benchmark-start")
+    page.wait_for_selector("#benchmark-plot svg", timeout=LONG)
     page.evaluate("document.querySelector('#export-receipt').scrollIntoView()")
 
 

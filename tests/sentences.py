@@ -18,7 +18,7 @@ ERRORS = {name for name, kind in vars(lowmem.errors).items() if isinstance(kind,
 SHOWN_ARGUMENTS = {**dict.fromkeys(ERRORS, (0, 1)), "option": (1, 2), "Step": (2,), "Line": (2,)}
 """Calls whose arguments at these places are shown, a single word too."""
 
-COMMANDS = ("__main__.py", "launch.py", "arguments.py", "card.py")
+COMMANDS = ("__main__.py", "launch.py", "arguments.py", "publish.py", "card.py")
 """The command line, the endpoints' documentation and model cards speak English; failures may come up in the page, too."""
 
 QUIET_CALLS = {

@@ -24,6 +24,7 @@ from lowmem.errors import MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.settings import settings
 from lowmem.ui.api.arguments import ARGUMENTS, SPECIAL
+from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED
 from lowmem.ui.launch import launch_options, serve
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.engine import Engine
@@ -105,22 +106,22 @@ def client() -> Iterator[Client]:
 ACTIONS = {
     "load": ("load", "anyway", "quantize-load", "export-load"),
     "unload": ("unload", "unload-bar"),
-    "generate": ("continue", "long-continue-start"),
+    "generate": ("completion-start", "long-continue-start"),
     "chat": ("long-chat-run-start",),
-    "batch": ("run-batch",),
+    "batch": ("batch-start",),
     "quantize": ("quantize-start",),
-    "compare": ("compare-start", "compare-exercise"),
+    "compare": ("compare-start", "compare-example"),
     "sweep": ("sweep-start",),
-    "look": ("explain-draw",),
+    "inspect_weights": ("explain-start",),
     "offload": ("offload-start",),
     "offload_plan": ("offload-again",),
     "offload_compare": ("offload-compare-start",),
     "perplexity": ("long-perplexity-start",),
     "hidden_states": ("long-hidden-start",),
     "recall": ("long-recall-start",),
-    "exercise": ("long-exercise-start",),
+    "compare_strategies": ("long-strategies-start",),
     "export": ("export-start",),
-    "race": ("race-start",),
+    "benchmark": ("benchmark-start",),
     "delete": ("delete-stored",),
     "push": ("push-start", "export-push-start"),
 }
@@ -151,10 +152,10 @@ def test_no_argument_is_described_that_there_is_not(client: Client) -> None:
         ("/sweep", [[], ["fp32"]], "no model"),
         ("/sweep", [["demo"], [], {"rnt": {}}], "'rnt'"),
         ("/sweep", [["demo"], ["fp32"], {}, "/etc/passwd"], "no text"),
-        ("/forecast", ["demo", "magic"], "'magic'"),
+        ("/estimate_quantize", ["demo", "magic"], "'magic'"),
         ("/push", ["/etc", "me/it"], "Only results of this page"),
-        ("/race", ["/etc"], "Only results of this page"),
-        ("/export_forecast", ["demo", "onnx", "int3"], "int3"),
+        ("/benchmark", ["/etc"], "Only results of this page"),
+        ("/estimate_export", ["demo", "onnx", "int3"], "int3"),
         ("/recall", [], "No model is loaded"),
     ],
 )
@@ -164,11 +165,18 @@ def test_what_cannot_be_done_is_said_in_a_sentence(client: Client, endpoint: str
 
 
 def test_forecasts_are_plain_numbers(client: Client) -> None:
-    made = client.predict("demo", "rtn", api_name="/forecast")
+    made = client.predict("demo", "rtn", api_name="/estimate_quantize")
     assert made["verdict"] == "fits"
     assert 100_000_000 < made["estimate"]["output_bytes"] < 150_000_000
-    assert client.predict("demo", api_name="/export_forecast")["disk_bytes"] > 0
+    assert client.predict("demo", api_name="/estimate_export")["disk_bytes"] > 0
     assert "demo" in client.predict(api_name="/models")["models"]
+
+
+def test_an_earlier_name_answers_and_says_the_new_one(client: Client) -> None:
+    assert set(RENAMED.values()) <= {endpoint.name for endpoint in ENDPOINTS}
+    made = client.predict("demo", "rtn", api_name="/forecast")
+    assert made.pop("renamed") == "/forecast is now called /estimate_quantize; the old name will be removed."
+    assert made["output_bytes"] == client.predict("demo", "rtn", api_name="/estimate_quantize")["output_bytes"]
 
 
 def test_mcp_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +209,8 @@ def test_the_endpoints_are_mcp_tools() -> None:
         tools, answers = asyncio.run(ask())
     finally:
         demo.close()
-    assert {*ACTIONS, "plan", "models", "machine", "receipt", "forecast", "export_forecast", "stored"} == set(tools)
+    assert {endpoint.name for endpoint in ENDPOINTS} | set(RENAMED) == set(tools)
+    assert set(ACTIONS) <= set(tools)
     quantize = tools["quantize"]
     assert "Quantize a model" in quantize.description
     assert quantize.inputSchema["properties"]["group_size"]["type"] in ("number", "integer")

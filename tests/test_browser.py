@@ -175,7 +175,7 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
     page.click("#modes button[role=tab]:has-text('Batch')")
     page.fill("#prompts textarea", "Name a river.\nName <b>two</b> colours.")
     visit.limit_answer(8)
-    page.click("#run-batch")
+    page.click("#batch-start")
     page.wait_for_selector("#csv", timeout=60_000)
     assert page.locator("#batch-table tbody tr").count() == 2
     assert "<b>two</b>" in page.inner_text("#batch-table")

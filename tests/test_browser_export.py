@@ -40,10 +40,10 @@ def test_export_by_clicking_then_chat(browser: Any, url: str, size: str, scheme:
     link = page.locator("#export-receipt a[download='model.onnx.data']").get_attribute("href")
     answer = page.request.get(f"{url.rstrip('/')}/{link}")
     assert answer.body() == (made / "model.onnx.data").read_bytes()
-    page.click("#race-start")
-    page.wait_for_selector("#race-plot svg", timeout=90_000)
-    assert page.locator("#race-plot svg").count() == 2
-    page.locator("#race-plot").scroll_into_view_if_needed()
+    page.click("#benchmark-start")
+    page.wait_for_selector("#benchmark-plot svg", timeout=90_000)
+    assert page.locator("#benchmark-plot svg").count() == 2
+    page.locator("#benchmark-plot").scroll_into_view_if_needed()
     visit.shot("raced")
     page.click("#export-load")
     page.wait_for_selector("#message textarea", timeout=60_000)

@@ -127,14 +127,14 @@ def test_the_exercise_in_one_click(browser: Any, url: str, tmp_path: Path) -> No
     page = tab(visit)
     mode(page, "Exercise")
     for option, value in (("tokens", 300), ("window", 64), ("points", 2)):
-        fill(page, f"exercise-{option}", value)
-    page.click("#long-exercise-start")
-    page.wait_for_selector("#long-exercise-files a", timeout=180_000)
-    assert page.locator("#long-exercise-table tbody tr").count() == 5
-    assert page.locator("#long-exercise-plots svg").count() == 1
+        fill(page, f"strategies-{option}", value)
+    page.click("#long-strategies-start")
+    page.wait_for_selector("#long-strategies-files a", timeout=180_000)
+    assert page.locator("#long-strategies-table tbody tr").count() == 5
+    assert page.locator("#long-strategies-plots svg").count() == 1
     with page.expect_download() as download:
-        page.click("#long-exercise-files a[download='exercise.csv']")
-    download.value.save_as(tmp_path / "exercise.csv")
-    assert len((tmp_path / "exercise.csv").read_text().splitlines()) == 11
+        page.click("#long-strategies-files a[download='strategies.csv']")
+    download.value.save_as(tmp_path / "strategies.csv")
+    assert len((tmp_path / "strategies.csv").read_text().splitlines()) == 11
     visit.shot("measured")
     visit.close()

@@ -67,7 +67,7 @@ def test_offload_by_clicking(browser: Any, url: str, size: str, scheme: str) -> 
 
 
 def test_the_exercise_by_one_click_and_its_stop(browser: Any, url: str) -> None:  # noqa: F811
-    visit = Visit(browser, url, "desktop", "dark", "offload-exercise")
+    visit = Visit(browser, url, "desktop", "dark", "offload-methods")
     page = visit.page
     page.click("#tabs button[role=tab]:has-text('Offload') >> nth=0")
     page.wait_for_selector("#offload-picture .lm-blocks")

@@ -75,7 +75,7 @@ def test_how_it_works_draws_the_models_own_weights(browser: Any, url: str) -> No
     page = visit.page
     page.click("#tabs button[role=tab]:has-text('Quantize') >> nth=0")
     page.click("#quantize-modes button[role=tab]:has-text('How it works')")
-    page.click("#explain-draw")
+    page.click("#explain-start")
     page.wait_for_selector("#explain-pictures svg", timeout=60_000)
     assert page.locator("#explain-pictures svg").count() == 2
     visit.shot("pictures")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 import toys
@@ -37,9 +38,11 @@ from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.run import quantize
 from lowmem.runtime.session import Session
 from lowmem.sweep.grid import make_grid
+from lowmem.ui import tabs
 from lowmem.ui.page import build_ui
+from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.service.compare import CompareService
 from lowmem.ui.service.engine import Engine, precision_label
-from lowmem.ui.service.quantizing import Workshop
 from lowmem.ui.tabs.quantize_form import _bits
 from lowmem.units import GB
 
@@ -158,10 +161,21 @@ def test_a_quantization_method_is_estimated_run_saved_loaded_and_measured(tmp_pa
 def test_a_quantization_method_is_offered_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
     page = str(build_ui(StubEngine()).config)
     assert "('Toy rounding', 'toy')" in page
-    assert "toy:4:64" in Workshop(StubEngine()).variants()
+    assert "toy:4:64" in CompareService(StubEngine()).variants()
     assert _bits("toy") == _bits("rtn")
     grid = make_grid({"models": ["demo"], "methods": {"toy": {"bits": [3, 4]}}})
     assert [cell.variant.name for cell in grid.cells()] == ["fp32", "toy:3:64", "toy:4:64"]
     with pytest.raises(SystemExit):
         main(["quantize", "--help"])
     assert "toy" in capsys.readouterr().out
+
+
+def test_a_tab_is_a_key_a_title_and_what_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(context: Context) -> None:
+        gr.HTML(context.engine.hardware().line(), elem_id="toy")
+
+    monkeypatch.setattr(tabs, "TABS", (*tabs.TABS, Tab("toys", "Toys", build)))
+    components = build_ui(StubEngine()).config["components"]
+    titles = {one["props"]["id"]: one["props"]["label"] for one in components if one["type"] == "tabitem"}
+    assert titles["toys"] == "Toys"
+    assert any(one["props"].get("elem_id") == "toy" for one in components)

@@ -20,13 +20,14 @@ from lowmem.errors import BadInput, Cancelled, DoesNotFit
 from lowmem.events import CancelToken, Chunk, Completion, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.settings import settings
+from lowmem.ui.api.endpoints import RENAMED
 from lowmem.ui.html import plan as render
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.parts.bind import Jobs, explain, pump
 from lowmem.ui.parts.fields import read
+from lowmem.ui.service import prompts
 from lowmem.ui.service.engine import Choice
-from lowmem.ui.tabs import prompts
 from lowmem.ui.tabs.chat import conversation
 
 ENDPOINTS = {
@@ -45,15 +46,15 @@ ENDPOINTS = {
     "/perplexity",
     "/hidden_states",
     "/recall",
-    "/exercise",
+    "/compare_strategies",
     "/models",
-    "/forecast",
+    "/estimate_quantize",
     "/sweep",
-    "/look",
+    "/inspect_weights",
     "/push",
-    "/export_forecast",
+    "/estimate_export",
     "/export",
-    "/race",
+    "/benchmark",
     "/offload_plan",
     "/offload",
     "/offload_compare",
@@ -84,7 +85,7 @@ def loaded(client: Client) -> Client:
 
 def test_every_action_has_a_named_endpoint_and_the_plumbing_is_private(client: Client) -> None:
     info = client.view_api(return_format="dict", print_info=False)
-    assert set(info["named_endpoints"]) == ENDPOINTS
+    assert set(info["named_endpoints"]) == ENDPOINTS | {f"/{old}" for old in RENAMED}
     assert info["unnamed_endpoints"] == {}
     for name, endpoint in info["named_endpoints"].items():
         assert endpoint["description"].strip(), name
@@ -155,7 +156,7 @@ def test_absurd_options_get_a_sentence_and_the_app_goes_on(
     [
         (("/generate", ""), "There is nothing to send."),
         (("/generate", "x" * 200_001), "The text has 200,001 characters"),
-        (("/chat", "hi", [{"role": "wizard", "content": "x"}]), "A message of the history is not one."),
+        (("/chat", "hi", [{"role": "wizard", "content": "x"}]), "A message of the history is malformed."),
         (("/batch", []), "There are no prompts."),
         (("/plan", "a b"), "'a b' is not the name of a model."),
         (("/plan", "demo", "int3"), "Precision: there is no 'int3'."),

@@ -14,13 +14,14 @@ from gradio_client.exceptions import AppError, AuthenticationError
 from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, NotAllowed
+from lowmem.events import CancelToken
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui.launch import launch_options, serve
 from lowmem.ui.page import build_ui
 from lowmem.ui.service import rate_limits as limits
-from lowmem.ui.service.access import ENDLESS, MOST_TOKENS, Access
-from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.service.access import MOST_TOKENS, UNBOUNDED, Access
 from lowmem.ui.service.rate_limits import MOST_BODY_BYTES, RULES, Counter, Rule, VisitorLimits
+from lowmem.ui.service.results import push_result
 
 VISITOR, OWNER = ("ada", "secret"), ("owner", "own secret")
 TIGHT = ("Qwen/Qwen2.5-7B-Instruct", "auto", 512, "auto", "same", "1G", "")
@@ -72,18 +73,18 @@ def test_a_visitor_chats(visitor: Client) -> None:
         (("stranger/model", "/plan"), "This page runs only the models it lists"),
         (("stranger/model", "rtn", "/quantize"), "This page runs only the models it lists"),
         (("stranger/model", ["fp32"], "/compare"), "This page runs only the models it lists"),
-        (("stranger/model", "/exercise"), "This page runs only the models it lists"),
-        (("stranger/model", "/look"), "This page runs only the models it lists"),
+        (("stranger/model", "/compare_strategies"), "This page runs only the models it lists"),
+        (("stranger/model", "/inspect_weights"), "This page runs only the models it lists"),
         (("stranger/model", "/offload_plan"), "This page runs only the models it lists"),
         (("The sky", "stranger/model", "/offload"), "This page runs only the models it lists"),
         (("The sky", "stranger/model", "/offload_compare"), "This page runs only the models it lists"),
-        (("stranger/model", "/export_forecast"), "This page runs only the models it lists"),
+        (("stranger/model", "/estimate_export"), "This page runs only the models it lists"),
         (("stranger/model", "/export"), "This page runs only the models it lists"),
         ((["stranger/model"], ["fp32"], "/sweep"), "This page runs only the models it lists"),
         (("models/demo", "/delete"), "Deleting from this disk is left to the owner"),
         (("/stored",), "Looking at the disk is left to the owner"),
         (("/etc", "me/it", "/push"), "Pushing to the hub is left to the owner"),
-        (("demo", {"tokens": 5000}, "/exercise"), "5,000 tokens of text are more than the 4,096"),
+        (("demo", {"tokens": 5000}, "/compare_strategies"), "5,000 tokens of text are more than the 4,096"),
         (("Hi", {"max_new_tokens": 5000}, "/generate"), "5,000 new tokens are more than the 4,096"),
         ((["Hi"] * 101, "/batch"), "101 prompts are more than the 100"),
     ],
@@ -105,11 +106,11 @@ def test_the_owner_may(owner: Client) -> None:
 def test_outside_an_event_nobody_owns_a_public_page(tmp_path: Path) -> None:
     access = Access(public=True, owner="owner")
     with pytest.raises(NotAllowed, match="Pushing to the hub"):
-        Workshop(StubEngine(access=access)).push(str(tmp_path), "a/b", "token", True, None)  # type: ignore[arg-type]
+        next(push_result(access, str(tmp_path), "a/b", "token", True, CancelToken()))
     with pytest.raises(NotAllowed, match="new tokens"):
         access.check_work(GenerateOptions(max_new_tokens=10_000))
     assert Access().owned
-    assert (access.longest, Access().longest) == (MOST_TOKENS, ENDLESS)
+    assert (access.longest, Access().longest) == (MOST_TOKENS, UNBOUNDED)
 
 
 # --- how often and how much

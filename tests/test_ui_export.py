@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -23,7 +22,11 @@ from lowmem.settings import settings
 from lowmem.ui.html import export as export_render
 from lowmem.ui.page import build_ui
 from lowmem.ui.parts.bind import Jobs
-from lowmem.ui.tabs.export import ExportTab, _own_result
+from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.service.results import result_folder
+from lowmem.ui.service.services import Services
+from lowmem.ui.tabs.export import ExportTab
 from lowmem.units import GB, MB
 
 DEMO = find("demo").spec()
@@ -41,7 +44,7 @@ def made(folder: str, **details: Any) -> Receipt:
 def test_the_page_has_the_tab_and_one_of_each_element() -> None:
     page = build_ui(StubEngine())
     ids = [block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)]
-    assert {"export-model", "export-start", "export-card", "race-start", "export-push-token"} <= set(ids)
+    assert {"export-model", "export-start", "export-card", "benchmark-start", "export-push-token"} <= set(ids)
     assert len(ids) == len(set(ids))
 
 
@@ -90,34 +93,32 @@ def test_a_race_is_drawn_for_every_length() -> None:
     figures = graph_benchmark(result)
     assert sum(len(axes.patches) for figure in figures for axes in figure.axes) == 6  # the missing figures have no bar
     assert "128 tokens" in to_svg(figures[1])
-    assert "200" in export_render.race_table(result)
+    assert "200" in export_render.benchmark_table(result)
 
 
 def test_only_results_of_the_page_are_loaded(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="Only results"):
-        _own_result(made(str(tmp_path)).as_dict())
+        result_folder(str(tmp_path))
 
 
 def test_pricing_explains_a_bad_choice() -> None:
     with gr.Blocks():
         tab = _tab()
-    card, button, problem = tab._price("demo", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits))
+    card, button, problem = tab._estimate(
+        "demo", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits)
+    )
     assert "Predicted" in card or problem
     assert problem == "" or button.interactive is False
-    *_, problem = tab._price("no/such model", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits))
+    *_, problem = tab._estimate(
+        "no/such model", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits)
+    )
     assert problem
 
 
 def _tab() -> ExportTab:
-    from lowmem.ui.parts.sidebar import Sidebar
-    from lowmem.ui.service.quantizing import Workshop
 
-    engine, jobs = StubEngine(), Jobs()
-    sidebar = Sidebar(engine, None)
-    with gr.Tabs() as tabs, gr.Tab("generate", id="generate"):
-        controls = {name: gr.Textbox() for name in ("model", "precision", "device", "context")}
-    setup: Any = SimpleNamespace(**controls, fit_context=lambda *_: None, load_on=lambda trigger: None)
-    return ExportTab(Workshop(engine), jobs, sidebar, tabs, setup)
+    engine = StubEngine()
+    return ExportTab(Context(Services(engine), Jobs(), Sidebar(engine)))
 
 
 def test_the_jobs_export_and_race_in_processes_of_their_own(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_the_jobs_export_and_race_in_processes_of_their_own(tmp_path: Path) -> N
     assert receipt.details["folder"] == str(out)
     assert receipt.measured["ram"] > 0
     assert output_folder(spec.name, ExportOptions(precision="int8")) != out
-    assert _own_result(receipt.as_dict()) == out.resolve()
+    assert result_folder(receipt.details["folder"]) == out.resolve()
     *_, result = race(str(source), out)
     assert isinstance(result, dict)
     assert all(value > 0 for value in result["onnx"]["prefill_tps"])

@@ -25,9 +25,11 @@ from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
+from lowmem.ui.service.services import Services
 from lowmem.ui.tabs.longctx import LongContextTab
 from lowmem.ui.tabs.longctx_measuring import layer_list
 
@@ -56,7 +58,7 @@ def loaded(engine: Engine) -> Engine:
 @pytest.fixture(scope="module")
 def tab(loaded: Engine) -> LongContextTab:
     with gr.Blocks():
-        return LongContextTab(loaded, Jobs(), Sidebar(loaded))
+        return LongContextTab(Context(Services(loaded), Jobs(), Sidebar(loaded)))
 
 
 def mode(tab: LongContextTab, kind: str) -> Any:
@@ -169,14 +171,14 @@ def test_endpoints(client: Client) -> None:
 def test_the_exercise_is_an_endpoint(client: Client, loaded: Engine) -> None:
     assert loaded.resident is not None
     model, options = loaded.resident.spec.ref, {"tokens": 300, "window": 64, "points": 1}
-    job = client.submit(model, options, text=TEXT, api_name="/exercise")
+    job = client.submit(model, options, text=TEXT, api_name="/compare_strategies")
     receipt = job.result(timeout=300)["receipt"]
     assert [point["error"] for point in receipt["details"]["points"]] == [""] * 5
     assert len({point["strategy"] for point in receipt["details"]["points"]}) == 5
     assert {"strategy", "tokens", "perplexity", "token_seconds", "kv_bytes", "ram_bytes"} <= job.outputs()[-2].keys()
     assert receipt["details"]["text"] == "pasted"
     with pytest.raises(AppError, match="Tokens of text"):
-        client.predict(model, {"tokens": 1}, api_name="/exercise")
+        client.predict(model, {"tokens": 1}, api_name="/compare_strategies")
 
 
 def test_a_visitor_gets_a_long_text_and_no_endless_one(tab: LongContextTab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,13 +191,13 @@ def test_a_visitor_gets_a_long_text_and_no_endless_one(tab: LongContextTab, monk
     assert isinstance(event, Receipt)
     assert event.new_tokens > 600
     with pytest.raises(NotAllowed, match="5,000 tokens of text are more than the 4,096"):
-        mode(tab, "exercise")._start(CancelToken(), TEXT, None, "", 5000, 64, 4, "4", 2, "", "")
+        mode(tab, "strategies")._start(CancelToken(), TEXT, None, "", 5000, 64, 4, "4", 2, 8.0)
 
 
 def test_without_a_model_every_mode_says_so() -> None:
     with gr.Blocks():
         empty = StubEngine()
-        tab = LongContextTab(empty, Jobs(), Sidebar(empty))
+        tab = LongContextTab(Context(Services(empty), Jobs(), Sidebar(empty)))
     with pytest.raises(BadInput, match="No model is loaded"):
         mode(tab, "recall")._start(CancelToken(), *OPTIONS)
     assert "Load a model" in tab._card("", None, *OPTIONS)

@@ -15,15 +15,18 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import CancelToken, Receipt
+from lowmem.fields import build
 from lowmem.machine import bandwidth
 from lowmem.ui.html import offload as render_offload
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
-from lowmem.ui.service.offloading import Ask, Depot
+from lowmem.ui.service.offload import OffloadRequest, OffloadService
+from lowmem.ui.service.services import Services
 from lowmem.ui.tabs.offload import OffloadTab
 
 PROMPT = "An old map"
@@ -50,7 +53,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def tab(engine: Engine) -> OffloadTab:
     with gr.Blocks():
-        return OffloadTab(Depot(engine), Jobs(), Sidebar(engine))
+        return OffloadTab(Context(Services(engine), Jobs(), Sidebar(engine)))
 
 
 def values(tab: OffloadTab, folder: Path, where: str = "auto", disk: str = "", answers: int = 1) -> list[Any]:
@@ -68,25 +71,25 @@ def test_the_page_has_one_of_each_element() -> None:
 def test_a_gpu_has_a_slider_of_its_own(vram: float, seen: bool) -> None:
     engine = StubEngine(vram)
     with gr.Blocks():
-        tab = OffloadTab(Depot(engine), Jobs(), Sidebar(engine))
+        tab = OffloadTab(Context(Services(engine), Jobs(), Sidebar(engine)))
     assert tab.vram.visible is seen
     assert tab.ram_list.visible is seen
 
 
 def test_the_column_is_coloured_by_where_blocks_live(tab: OffloadTab, folder: Path) -> None:
-    picture, button, problem = tab._price(*values(tab, folder))
+    picture, button, problem = tab._estimate(*values(tab, folder))
     assert picture.count('data-place="ram" title="block') == 2
     assert button.interactive
     assert problem == ""
-    picture = tab._price(*values(tab, folder, "choose", "1"))[0]
+    picture = tab._estimate(*values(tab, folder, "choose", "1"))[0]
     assert picture.count('data-place="mapped" title="block') == 1
 
 
 def test_what_was_never_measured_is_said_and_then_measured(tab: OffloadTab, folder: Path) -> None:
     wish = values(tab, folder, "disk")
-    assert "once this machine has been measured" in tab._price(*wish)[0]
+    assert "once this machine has been measured" in tab._estimate(*wish)[0]
     assert "per token, bound by" in tab._measure(*wish)
-    assert "per token, bound by" in tab._price(*wish)[0]
+    assert "per token, bound by" in tab._estimate(*wish)[0]
     *_, ready = tab._measure_again(*wish)
     assert ready.interactive
 
@@ -96,7 +99,7 @@ def test_what_was_never_measured_is_said_and_then_measured(tab: OffloadTab, fold
     [("choose", "7", "There are no blocks 7"), ("choose", "x", "is not a block"), ("choose", "1-0", "no blocks 1-0")],
 )
 def test_bad_lists_stay_in_place(where: str, disk: str, message: str, tab: OffloadTab, folder: Path) -> None:
-    picture, button, problem = tab._price(*values(tab, folder, where, disk))
+    picture, button, problem = tab._estimate(*values(tab, folder, where, disk))
     assert picture == ""
     assert not button.interactive
     assert message in problem
@@ -110,8 +113,8 @@ def test_a_run_ends_in_predicted_against_measured(tab: OffloadTab, folder: Path)
     assert text
     assert "tok/s" in live
     assert "predicted" in made
-    assert tab.depot.engine.last_receipt is not None
-    assert tab.depot.engine.last_receipt.action == "offload"
+    assert tab.service.engine.last_receipt is not None
+    assert tab.service.engine.last_receipt.action == "offload"
 
 
 @pytest.mark.parametrize("answers", [3, 20])
@@ -124,15 +127,15 @@ def test_answers_at_once_differ(answers: int, tab: OffloadTab, folder: Path) -> 
 
 
 def test_as_many_answers_as_pay(tab: OffloadTab, folder: Path) -> None:
-    made = tab.depot.plan(Ask(str(folder), answers=0))
+    made = tab.service.plan(OffloadRequest(str(folder), answers=0))
     assert made.batch > 1
     assert f"serves {made.batch} sequences" in made.reason
-    with pytest.raises(BadInput, match="65 answers"):
-        tab.depot.plan(Ask(str(folder), answers=65))
+    with pytest.raises(BadInput, match="Sequences is 65"):
+        build(OffloadRequest, {"model": str(folder), "answers": 65})
 
 
 def test_the_exercise_is_a_table_and_a_plot(tab: OffloadTab, folder: Path) -> None:
-    events = tab.depot.compare(Ask(str(folder)), PROMPT, 3, CancelToken(), ("streamed", "accelerate"))
+    events = tab.service.compare(OffloadRequest(str(folder)), PROMPT, 3, CancelToken(), ("streamed", "accelerate"))
     rows = [event for event in events if isinstance(event, dict)]
     assert [row["method"] for row in rows] == ["streamed", "accelerate"]
     rows.append({"method": "disk", "error": "too <large>"})
@@ -141,23 +144,23 @@ def test_the_exercise_is_a_table_and_a_plot(tab: OffloadTab, folder: Path) -> No
     assert "disk, past the cache" in table
     assert "<svg" in render_offload.plot(rows, "toy")
     with pytest.raises(BadInput, match="There is no method 'x'"):
-        list(tab.depot.compare(Ask(str(folder)), PROMPT, 3, CancelToken(), ("x",)))
+        list(tab.service.compare(OffloadRequest(str(folder)), PROMPT, 3, CancelToken(), ("x",)))
 
 
 def test_a_public_page_reads_no_strangers_folder(folder: Path) -> None:
-    depot = Depot(Engine(access=Access(public=True)))
+    service = OffloadService(Engine(access=Access(public=True)))
     for attempt in (
-        lambda: depot.plan(Ask(str(folder))),
-        lambda: list(depot.compare(Ask(str(folder)), "x", 1, CancelToken())),
+        lambda: service.plan(OffloadRequest(str(folder))),
+        lambda: list(service.compare(OffloadRequest(str(folder)), "x", 1, CancelToken())),
     ):
         with pytest.raises(LowMemError):
             attempt()
 
 
 def test_speed_is_told_only_where_the_model_is(tab: OffloadTab) -> None:
-    plan = tab.depot.plan(Ask("demo"))
-    assert tab.depot.speed(plan) is None
-    assert tab.depot.measure(plan) is None
+    plan = tab.service.plan(OffloadRequest("demo"))
+    assert tab.service.speed(plan) is None
+    assert tab.service.measure(plan) is None
     assert "once the model is on this machine" in tab._picture(plan, None)
 
 
@@ -191,8 +194,8 @@ def test_endpoints(client: Client, folder: Path) -> None:
 
 def test_a_file_that_is_taken_away_leaves_the_page_standing(tmp_path: Path, client: Client, engine: Engine) -> None:
     own = save_toy("gpt2", tmp_path / "own")
-    depot = Depot(engine)
-    made = list(depot.run(Ask(str(own), disk_blocks="all"), PROMPT, 3, CancelToken()))
+    service = OffloadService(engine)
+    made = list(service.run(OffloadRequest(str(own), disk_blocks="all"), PROMPT, 3, CancelToken()))
     assert isinstance(made[-1], Receipt)
     (own / "model.safetensors").rename(own / "elsewhere")
     with pytest.raises(AppError, match="no weights"):

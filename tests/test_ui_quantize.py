@@ -1,4 +1,4 @@
-"""The Quantize tab without a browser: its endpoints, its refusals, its pieces. The workshop quantizes nothing."""
+"""The Quantize tab without a browser: its endpoints, its refusals, its pieces. The stub quantizes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.machine.budget import MemoryBudget
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.rows import Row
 from lowmem.plots.weights import by_block, losses
 from lowmem.quant import METHODS
@@ -27,7 +27,10 @@ from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
-from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.service.compare import CompareService
+from lowmem.ui.service.quantize import QuantizeService
+from lowmem.ui.service.results import push_result
+from lowmem.ui.service.services import Services
 from lowmem.ui.tabs.quantize_form import _bits, _groups
 from lowmem.units import GB, MB
 
@@ -48,7 +51,7 @@ def receipt(folder: str = "/nowhere/made") -> Receipt:
     )  # fmt: skip
 
 
-class StubWorkshop(Workshop):
+class StubQuantizeService(QuantizeService):
     """Estimates are real; the work is a few steps, watched for Stop."""
 
     stopped = 0
@@ -62,6 +65,8 @@ class StubWorkshop(Workshop):
             yield Step(number, 60, f"Block {number}")
         yield receipt()
 
+
+class StubCompareService(CompareService):
     def compare(self, ref: str, variants: Any, *given: Any) -> Iterator[Step | Row | Receipt]:
         super().compare(ref, variants, *given)  # refuses what cannot be compared
         for number, name in enumerate(variants):
@@ -71,13 +76,13 @@ class StubWorkshop(Workshop):
 
 
 @pytest.fixture(scope="module")
-def workshop() -> StubWorkshop:
-    return StubWorkshop(StubEngine())
+def service() -> StubQuantizeService:
+    return StubQuantizeService(StubEngine())
 
 
 @pytest.fixture(scope="module")
-def client(workshop: StubWorkshop) -> Iterator[Client]:
-    demo = build_ui(workshop.engine, workshop=workshop)
+def client(service: StubQuantizeService) -> Iterator[Client]:
+    demo = build_ui(services=Services(service.engine, quantize=service, compare=StubCompareService(service.engine)))
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield Client(url, verbose=False)
     demo.close()
@@ -89,13 +94,13 @@ def test_quantize_streams_steps_and_ends_in_the_receipt(client: Client) -> None:
     assert frames[-1]["receipt"]["details"]["bits_per_weight"] == 4.36
 
 
-def test_a_caller_who_leaves_stops_the_work(client: Client, workshop: StubWorkshop) -> None:
-    before = workshop.stopped
+def test_a_caller_who_leaves_stops_the_work(client: Client, service: StubQuantizeService) -> None:
+    before = service.stopped
     job = client.submit("demo", "rtn", api_name="/quantize")
     next(iter(job))
     job.cancel()
     deadline = time.monotonic() + 5
-    while workshop.stopped == before and time.monotonic() < deadline:
+    while service.stopped == before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert list(client.submit("demo", "rtn", api_name="/quantize"))[-1]["receipt"]
 
@@ -134,18 +139,18 @@ def test_bad_input_gets_a_sentence(client: Client, call: tuple[Any, ...], senten
 # --- the estimate
 
 
-def test_what_needs_more_than_the_budget_is_said_with_the_number(workshop: StubWorkshop) -> None:
-    big = workshop.request("Qwen/Qwen2.5-7B-Instruct", "gptq", budget=MemoryBudget.parse("2G"))
-    expected = workshop.estimate(big)
+def test_what_needs_more_than_the_budget_is_said_with_the_number(service: StubQuantizeService) -> None:
+    big = service.request("Qwen/Qwen2.5-7B-Instruct", "gptq", budget=MemoryBudget.parse("2G"))
+    expected = service.estimate(big)
     assert expected.verdict == "over"
     assert "more than the" in expected.sentence()
-    small = workshop.estimate(workshop.request("Qwen/Qwen2.5-7B-Instruct", "rtn", budget=MemoryBudget.parse("4G")))
+    small = service.estimate(service.request("Qwen/Qwen2.5-7B-Instruct", "rtn", budget=MemoryBudget.parse("4G")))
     assert small.verdict == "fits"
     assert 3.5 * GB < small.output_bytes < 6 * GB
 
 
-def test_the_time_is_that_of_the_last_run_once_there_was_one(workshop: StubWorkshop) -> None:
-    arguments = (workshop.engine.spec("demo"), QuantizeRequest.validated("demo", "rtn"))
+def test_the_time_is_that_of_the_last_run_once_there_was_one(service: StubQuantizeService) -> None:
+    arguments = (service.engine.spec("demo"), QuantizeRequest.validated("demo", "rtn"))
     assert "EPYC" in estimate_quantization(*arguments).timing
     record_speed(*arguments, seconds=100.0)
     learnt = estimate_quantization(*arguments)
@@ -155,55 +160,55 @@ def test_the_time_is_that_of_the_last_run_once_there_was_one(workshop: StubWorks
     assert estimate_quantization(*arguments).seconds < 100.0
 
 
-def test_a_quantized_model_or_another_family_is_refused(workshop: StubWorkshop) -> None:
-    spec = workshop.engine.spec("demo")
+def test_a_quantized_model_or_another_family_is_refused(service: StubQuantizeService) -> None:
+    spec = service.engine.spec("demo")
     with pytest.raises(Unsupported, match="already quantized with gptq"):
         check_model(dataclasses.replace(spec, quantization="gptq"), 64)
     with pytest.raises(Unsupported, match="'mamba' cannot be quantized block by block"):
         check_model(dataclasses.replace(spec, model_type="mamba"), 64)
 
 
-def test_results_go_below_the_outputs_and_never_over_each_other(workshop: StubWorkshop) -> None:
-    request = workshop.request("demo", "rtn", {"bits": 3})
-    first = workshop.output(request)
+def test_results_go_below_the_outputs_and_never_over_each_other(service: StubQuantizeService) -> None:
+    request = service.request("demo", "rtn", {"bits": 3})
+    first = service.output(request)
     assert first == settings().outputs / "SmolLM2-135M-Instruct-rtn-3bit-g64"
     first.mkdir(parents=True)
-    assert workshop.output(request).name == f"{first.name}-2"
+    assert service.output(request).name == f"{first.name}-2"
 
 
 # --- a page that strangers use
 
 
 @pytest.fixture
-def public() -> Workshop:
+def public() -> Services:
     engine = StubEngine()
     engine.access = Access(public=True)
-    return Workshop(engine)
+    return Services(engine)
 
 
-def test_strangers_name_no_files(public: Workshop, tmp_path: Path) -> None:
+def test_strangers_name_no_files(public: Services, tmp_path: Path) -> None:
     text = tmp_path / "secret.txt"
     text.write_text("secret")
     with pytest.raises(BadInput, match="no calibration text"):
-        public.request("demo", "gptq", calibration={"text": str(text)})
+        public.quantize.request("demo", "gptq", calibration={"text": str(text)})
     with pytest.raises(BadInput, match="outside the folders"):
         public.engine.spec(str(tmp_path))
     options = SimpleNamespace(tokens=1_000_000)
     with pytest.raises(BadInput, match="more than 65,536"):
-        public.compare("demo", ["fp32"], "manual", options, CancelToken(), {})  # type: ignore[arg-type]
+        public.compare.compare("demo", ["fp32"], "manual", options, UNLIMITED, CancelToken())  # type: ignore[arg-type]
 
 
 def test_strangers_push_nothing_and_owners_only_results(
-    public: Workshop, workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    public: Services, service: QuantizeService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hosts-own")
     made = settings().outputs / "made"
     made.mkdir(parents=True)
     (made / "config.json").write_text("{}")
     with pytest.raises(NotAllowed, match="left to the owner"):
-        public.push(str(made), "ada/made", "typed", True, CancelToken())
+        next(push_result(public.engine.access, str(made), "ada/made", "typed", True, CancelToken()))
     with pytest.raises(BadInput, match="Only results"):
-        workshop.push(str(tmp_path), "ada/made", "typed", True, CancelToken())
+        next(push_result(service.engine.access, str(tmp_path), "ada/made", "typed", True, CancelToken()))
 
 
 # --- pieces

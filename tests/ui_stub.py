@@ -165,10 +165,10 @@ class StubEngine(Engine):
         own = 180 * MB + (0 if vram else resident)
         return Snapshot(1 * GB + own, 8 * GB, 7 * GB - own, own, vram, 41 * GB)
 
-    def _read_spec(self, ref: str) -> ModelSpec:
+    def _read_spec(self, ref: str, encoders: bool = False) -> ModelSpec:
         if entry := find(ref):
             return replace(entry.spec(), has_chat_template=entry.chat)
-        return super()._read_spec(ref)
+        return super()._read_spec(ref, encoders)
 
     def download_bytes(self, spec: ModelSpec) -> int:
         return spec.size_on_disk if spec.ref == "demo" else 0

@@ -98,8 +98,8 @@ def optimised(report: dict[str, Any]) -> str:
     return figures(say("export_optimised").split("|"), rows)
 
 
-def race_table(result: dict[str, Any]) -> str:
-    """The figures of a race."""
+def benchmark_table(result: dict[str, Any]) -> str:
+    """The figures of a benchmark."""
     rows = [
         (
             f"{length}",
@@ -108,7 +108,7 @@ def race_table(result: dict[str, Any]) -> str:
         )
         for index, length in enumerate(result["prompts"])
     ]
-    return figures(say("export_race_table").split("|"), rows)
+    return figures(say("export_benchmark_table").split("|"), rows)
 
 
 def _milliseconds(value: float | None) -> str:

@@ -64,7 +64,8 @@ def perplexity(receipt: Receipt) -> str:
     return _facts(facts)
 
 
-def hidden(receipt: Receipt, path: Path) -> str:
+def hidden(receipt: Receipt) -> str:
+    path = Path(receipt.details["file"])
     shape = " x ".join(f"{size:,}" for size in receipt.details["shape"])
     facts = [
         ("shape", f"{shape} {receipt.details['dtype']}"),
@@ -103,7 +104,7 @@ def points(found: Sequence[Point]) -> str:
         )
         for point in latest.values()
     ]
-    return _table(ENGLISH["exercise_table"], rows)
+    return _table(ENGLISH["strategies_table"], rows)
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:

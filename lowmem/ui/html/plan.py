@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from typing import Any
 
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.window_limits import UNBOUNDED
@@ -284,6 +285,15 @@ def _facts(one: Receipt) -> list[tuple[str, str]]:
 
 
 # --- generation
+
+
+def status(events: Sequence[Any], before: str) -> str:
+    """The line under an answer: the latest chunk's figures, a step until there is one; `before` if nothing is new."""
+    chunks = [event for event in events if isinstance(event, Chunk)]
+    steps = [event for event in events if isinstance(event, Step)]
+    if chunks:
+        return live(chunks[-1])
+    return progress(steps[-1]) if steps and "lm-live" not in before else before
 
 
 def live(chunk: Chunk | None) -> str:

@@ -167,7 +167,7 @@ ENGLISH: dict[str, Any] = {
     "on_disk_size": "Size on disk",
     # compare
     "variants": "Variants",
-    "exercise": "FP32, INT8 and INT4 side by side",
+    "compare_example": "FP32, INT8 and INT4 side by side",
     "run_compare": "Compare the ticked",
     "measured_on": "Measured on",
     "measure_options": "How it is measured",
@@ -259,9 +259,9 @@ ENGLISH: dict[str, Any] = {
     "offload_answers_help": "A pass serves all. 0: as many as pay.",
     "offload_writing": "Writing",
     "offload_run": "Load and run",
-    "offload_exercise": "Compare every way",
-    "offload_exercise_title": "The exercise: every way, side by side",
-    "offload_exercise_help": "Each in a process of its own, with the text above: without offloading, blocks in RAM, "
+    "offload_compare": "Compare every way",
+    "offload_compare_title": "The exercise: every way, side by side",
+    "offload_compare_help": "Each in a process of its own, with the text above: without offloading, blocks in RAM, "
     "on disk, streamed past the page cache, half and half, and accelerate's disk map.",
     "offload_again": "Measure this machine again",
     "offload_measuring": "Measuring ...",
@@ -304,7 +304,7 @@ ENGLISH: dict[str, Any] = {
     "long_read_it": "I have read it. What do you want to know?",
     "long_perplexity": "Perplexity",
     "long_perplexity_start": "Measure along the text",
-    "long_way": "How the text is read",
+    "long_reading": "How the text is read",
     "long_by_cache": "Once, through the cache: window, sinks and KV bits apply",
     "long_by_windows": "By windows over it: window and stride apply",
     "long_hidden": "Hidden states",
@@ -315,9 +315,9 @@ ENGLISH: dict[str, Any] = {
     "long_recall": "Memory test",
     "long_recall_help": "The model is told a secret word, reads on through other text, and is asked for it: half a window later, and two windows later; 2,048 tokens later where no window forgets.",
     "long_recall_start": "Test what is remembered",
-    "long_exercise": "Exercise",
-    "long_exercise_help": "The text above, or the manual where there is none, read with a full cache, a window without sinks, a window with sinks, a window computed anew for every token, and a quantized cache, each in a process of its own; with the resident model, or the demo model. A few minutes.",
-    "long_exercise_start": "Run the exercise",
+    "long_strategies": "Exercise",
+    "long_strategies_help": "The text above, or the manual where there is none, read with a full cache, a window without sinks, a window with sinks, a window computed anew for every token, and a quantized cache, each in a process of its own; with the resident model, or the demo model. A few minutes.",
+    "long_strategies_start": "Run the exercise",
     "long_explain": "What is remembered, and what is forgotten",
     "long_load_first": "Load a model in the Generate tab first; the exercise runs without.",
     "long_remembered": "Remembered",
@@ -329,7 +329,7 @@ ENGLISH: dict[str, Any] = {
     "remembered": "remembered",
     "forgotten": "forgotten",
     "recall_table": ("Tokens back", "The word is", "Sure of it", "Of a word never told"),
-    "exercise_table": ("Way", "Tokens", "Perplexity", "ms a token", "Cache", "RAM"),
+    "strategies_table": ("Way", "Tokens", "Perplexity", "ms a token", "Cache", "RAM"),
     "long_how": (
         (
             "Window",
@@ -379,8 +379,8 @@ ENGLISH: dict[str, Any] = {
     "export_nodes": "Nodes",
     "export_latency": "64 tokens at once",
     "export_fusions": "Fusions",
-    "start_race": "Race against PyTorch",
-    "export_race_table": "Prompt tokens|PyTorch prefill/s|ONNX prefill/s|PyTorch per token|ONNX per token",
+    "start_benchmark": "Race against PyTorch",
+    "export_benchmark_table": "Prompt tokens|PyTorch prefill/s|ONNX prefill/s|PyTorch per token|ONNX per token",
     # learn
     "learn": "Learn",
     "learn_does": "What it does",

@@ -1,80 +1,149 @@
-"""A button, its Stop, progress and notice around one generator of the engine: what every action of a page needs."""
+"""Long work behind a button: its queue, Stop, progress and notice, the same for every action of the page."""
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from lowmem.events import Receipt, Step
-from lowmem.settings import settings
+from lowmem.events import Step
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs, notice, pump, stops
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import Engine
+from lowmem.ui.parts.bind import HEAVY, QUICK, notice, pump, stops
+from lowmem.ui.parts.context import Context
+
+Updates = dict[Any, Any]
+"""Component -> what it becomes."""
 
 View = Callable[[Sequence[Any]], list[Any]]
-"""Takes the events that gathered, none at the end, and returns what the outputs become."""
+"""Takes the latest events, none at the end, and returns what the outputs become."""
 
-Start = Callable[..., tuple[Iterator[Any], View]]
-"""(token, *values of the inputs) -> the engine's events, begun lazily, and a view of them."""
+Start = Callable[..., tuple[Iterator[Any], View] | None]
+"""(token, *values of the inputs) -> the events, begun lazily, and a view of them; None if there is nothing to do."""
 
 
 class Runner:
-    """Built where it stands in the layout; `kind` names its work and its elements."""
+    """Runs one kind of work on components that are there already.
 
-    def __init__(self, engine: Engine, jobs: Jobs, kind: str, label: str) -> None:
-        self.engine, self.jobs, self.kind = engine, jobs, kind
-        with gr.Row(elem_classes="lm-actions"):
-            self.run = gr.Button(label, variant="primary", scale=0, min_width=200, elem_id=f"{kind}-start")
-            self.stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id=f"{kind}-stop")
-        self.progress = gr.HTML(elem_id=f"{kind}-progress")
-        self.notice = gr.HTML(elem_id=f"{kind}-notice")
+    Args:
+        kind: names the work to `Jobs`.
+        running, idle: what buttons become while it runs, and afterwards.
+        stop: the event that stops it.
+        progress, notice: where steps and failures are shown. A view whose outputs include `progress` draws it itself.
+        starting: the key of the sentence before the first step.
+        queue: event settings of the work.
+    """
 
-    def wire(
-        self, sidebar: Sidebar, inputs: list[Any], outputs: list[Any], start: Start, also: Sequence[Any] = ()
+    def __init__(
+        self,
+        context: Context,
+        kind: str,
+        *,
+        running: Updates,
+        idle: Updates,
+        stop: Any,
+        progress: gr.HTML,
+        notice: gr.HTML,
+        starting: str = "starting",
+        queue: dict[str, Any] = HEAVY,
+    ) -> None:
+        self.engine, self.jobs, self.sidebar = context.engine, context.jobs, context.sidebar
+        self.kind, self.running, self.idle = kind, running, idle
+        self.progress, self.notice, self.starting, self.queue = progress, notice, starting, queue
+        stops(stop, self.jobs, kind, progress)
+
+    def wire(self, inputs: list[Any], outputs: list[Any], start: Start) -> None:
+        """Say what is run, before the first `on`."""
+        self.inputs, self.outputs, self.start = inputs, outputs, start
+
+    def on(
+        self,
+        trigger: Any,
+        *,
+        start: Start | None = None,
+        begin: Callable[..., list[Any] | None] = lambda: [],
+        begin_inputs: list[Any] | None = None,
     ) -> Any:
-        """`also`: further events that start it. Returns the last event, to chain on."""
-        self._start, self._count = start, len(outputs)
-        own = [self.run, self.stop, self.progress, self.notice]
-        begun = gr.on([self.run.click, *also], self._begin, None, own, **QUICK)
-        stops(self.stop.click, self.jobs, self.kind, self.progress)
-        return sidebar.after(begun.then(self._go, inputs, [*own, *outputs], **HEAVY))
+        """Run whenever `trigger` fires: a button's `click`, or the `then` of another event.
 
-    def _begin(self, request: gr.Request) -> list[Any]:
+        Args:
+            start: in place of the usual one.
+            begin: (*values of `begin_inputs`) -> what the outputs become at once; None if there is nothing to do.
+
+        Returns:
+            The last event, to chain on.
+        """
+
+        def prepare(request: gr.Request, *values: Any) -> Updates:
+            return self._prepared(request, begin(*values))
+
+        def run(request: gr.Request, *values: Any) -> Iterator[Updates]:
+            yield from self._run(request, start or self.start, values)
+
+        everything = list(dict.fromkeys([*self.idle, self.progress, self.notice, *self.outputs]))
+        begun = trigger(prepare, begin_inputs, everything, **QUICK)
+        return self.sidebar.after(begun.then(run, self.inputs, everything, **self.queue))
+
+    def _prepared(self, request: gr.Request, outputs: list[Any] | None) -> Updates:
+        if outputs is None:
+            return {self.notice: ""}
         self.jobs.begin(request, self.kind)
-        note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("starting")
-        return [gr.Button(interactive=False), gr.Button(visible=True), render.progress(Step(0, 0, note)), ""]
+        busy = self.engine.busy if self.queue is HEAVY else ""
+        waiting = Step(0, 0, say("waiting", busy=busy) if busy else say(self.starting))
+        own = {**self.running, self.progress: render.progress(waiting), self.notice: ""}
+        return own | {one: value for one, value in zip(self.outputs, outputs, strict=False) if one not in own}
 
-    def _go(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def _run(self, request: gr.Request, start: Start, values: Sequence[Any]) -> Iterator[Updates]:
         trouble, view = "", None
         try:
             with self.jobs.running(request, self.kind) as token:
-                events, view = self._start(token, *values)
+                started = start(token, *values)
+                if started is None:
+                    return
+                events, view = started
                 for gathered in pump(events, token):
-                    steps = [event for event in gathered if isinstance(event, Step)]
-                    others = [event for event in gathered if not isinstance(event, Step)]
-                    for receipt in (event for event in others if isinstance(event, Receipt)):
-                        self.engine.note(receipt)
-                    moved = render.progress(steps[-1]) if steps else gr.skip()
-                    if steps or others:
-                        yield [gr.skip(), gr.skip(), moved, gr.skip(), *(view(others) if others else self._skips())]
+                    if updates := self._updates(gathered, view):
+                        yield updates
         except Exception as error:
             trouble = notice(error)
-        last = view([]) if view else self._skips()
-        yield [gr.Button(interactive=True), gr.Button(visible=False), "", trouble, *last]
+        last = dict(zip(self.outputs, view([]), strict=True)) if view else {}
+        yield {**self.idle, self.progress: "", self.notice: "", **last, **({self.notice: trouble} if trouble else {})}
 
-    def _skips(self) -> list[Any]:
-        return [gr.skip()] * self._count
+    def _updates(self, gathered: Sequence[Any], view: View) -> Updates:
+        steps = [event for event in gathered if isinstance(event, Step)]
+        others = [event for event in gathered if not isinstance(event, Step)]
+        updates: Updates = {self.progress: render.progress(steps[-1])} if steps else {}
+        seen = gathered if self.progress in self.outputs else others
+        return updates | dict(zip(self.outputs, view(seen), strict=True)) if seen else updates
 
 
-def new_folder(kind: str) -> Path:
-    """A new folder for what an action writes, below `settings().outputs`."""
-    folder = settings().outputs / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    folder.mkdir(parents=True)
-    return folder
+class ButtonRunner(Runner):
+    """A Runner with its own button, Stop, progress and notice, built where it stands in the layout."""
+
+    def __init__(
+        self, context: Context, kind: str, label: str, *, starting: str = "starting", queue: dict[str, Any] = HEAVY,
+        **style: Any,
+    ) -> None:  # fmt: skip
+        style = {"variant": "primary", "min_width": 200, "elem_id": f"{kind}-start", **style}
+        with gr.Row(elem_classes="lm-actions"):
+            self.button = gr.Button(label, scale=0, **style)
+            stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id=f"{kind}-stop")
+        super().__init__(
+            context,
+            kind,
+            running={self.button: gr.update(interactive=False), stop: gr.update(visible=True)},
+            idle={self.button: gr.update(interactive=True), stop: gr.update(visible=False)},
+            stop=stop.click,
+            progress=gr.HTML(elem_id=f"{kind}-progress"),
+            notice=gr.HTML(elem_id=f"{kind}-notice"),
+            starting=starting,
+            queue=queue,
+        )
+
+    def wire(
+        self, inputs: list[Any], outputs: list[Any], start: Start, begin: Callable[[], list[Any]] = lambda: []
+    ) -> Any:
+        """Run `start` on a click of the button; returns the last event, to chain on. See `Runner.on`."""
+        super().wire(inputs, outputs, start)
+        return self.on(self.button.click, begin=begin)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from lowmem.events import Step
+from lowmem.events import CancelToken
 from lowmem.fields import build
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
-from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs, notice, pump, stops
-from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.runner import Runner, View
 from lowmem.ui.parts.storage import Storage
-from lowmem.ui.service.engine import AUTO, Choice, Engine, precision_label
+from lowmem.ui.service.engine import AUTO, Choice, precision_label
+from lowmem.ui.service.results import result_folder
 
-LOAD = "load"
 FOCUS = "() => { setTimeout(() => document.querySelector('#message textarea')?.focus(), 150); }"
 
 
@@ -31,8 +33,8 @@ class Setup:
         choosing: State, True while another model is being chosen beside a resident one.
     """
 
-    def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar, model: str = AUTO) -> None:
-        self.engine, self.jobs, self.sidebar = engine, jobs, sidebar
+    def __init__(self, context: Context) -> None:
+        self.context, self.engine, self.sidebar = context, context.engine, context.sidebar
         self.choosing = gr.State(False)
         with gr.Row(visible=False, elem_id="resident-bar") as self.bar:
             self.slim = gr.HTML(elem_id="slim")
@@ -52,16 +54,28 @@ class Setup:
                     self.anyway = gr.Button(
                         say("anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway"
                     )
-                with gr.Row(elem_id="load-progress", visible=False) as self.progress_row:
-                    self.progress = gr.HTML()
-                    self.stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
                 self.problem = gr.HTML(elem_id="setup-problem")  # of the choice; goes when it changes
-                self.notice = gr.HTML(elem_id="setup-notice")  # of the last loading
+                self.runner = self._build_runner(context)
             self.back = gr.Button(say("back"), size="sm", visible=False, elem_id="back")
-            self._build_controls(model)
+            self._build_controls(context.model)
             with gr.Accordion(say("declined", count=0), open=False, elem_id="declined") as self.declined_box:
                 self.declined = gr.HTML()
-            self.storage = Storage(self.engine)
+            self.storage = Storage(context)
+
+    def _build_runner(self, context: Context) -> Runner:
+        with gr.Row(elem_id="load-progress", visible=False) as row:
+            progress = gr.HTML()
+            stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
+        off, on = gr.update(interactive=False), gr.update(interactive=True)
+        return Runner(
+            context,
+            "load",
+            running={self.load: off, self.anyway: off, row: gr.update(visible=True)},
+            idle={self.load: on, self.anyway: on, row: gr.update(visible=False)},
+            stop=stop.click,
+            progress=progress,
+            notice=gr.HTML(elem_id="setup-notice"),  # of the last loading
+        )
 
     def _build_controls(self, model: str) -> None:
         hardware = self.engine.hardware()
@@ -89,7 +103,7 @@ class Setup:
                     elem_id="precision",
                     min_width=260,
                 )
-            self.context = gr.Slider(
+            self.context_size = gr.Slider(
                 256, 8192, value=2048, step=256, label=say("context"), info=say("context_help"), elem_id="context"
             )
             with gr.Row():
@@ -116,7 +130,7 @@ class Setup:
         self.controls: list[Any] = [
             self.model,
             self.precision,
-            self.context,
+            self.context_size,
             self.device,
             self.kv,
             *self.sidebar.limits,
@@ -141,37 +155,56 @@ class Setup:
         ]
         for control in self.controls:
             control.change(self.price, self.controls, outputs, trigger_mode="always_last", **QUICK)
-        self.model.change(self.fit_context, [self.model, self.context], self.context, **QUICK)
+        self.model.change(self.fit_context, [self.model, self.context_size], self.context_size, **QUICK)
         self.device.change(
             self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
         )
         self.storage.wire(self.model)
         self._page_shown = page_shown
+        self.runner.wire(self.controls, [], self._start)
         self.load_on(self.load.click)
-        self.load_on(self.anyway.click, self._load_anyway)
-        stops(self.stop.click, self.jobs, LOAD, self.progress)
+        self.load_on(self.anyway.click, force=True)
+        self.context.load_result = self.load_result
         page_shown(self.change.click(lambda: True, None, self.choosing, **QUICK))
         page_shown(self.back.click(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
 
-    def load_on(self, trigger: Any, run: Any = None) -> None:
+    def load_on(self, trigger: Any, *, force: bool = False) -> None:
         """Load what the controls say whenever `trigger` fires: a button's `click`, or the `then` of another event."""
-        started = [self.load, self.anyway, self.progress_row, self.progress, self.notice]
-        ran = trigger(self._begin, None, started, **QUICK).then(
-            run or self._load, self.controls, [self.progress, self.notice], **HEAVY
-        )
-        shown = self._page_shown(self.sidebar.after(ran).then(lambda: False, None, self.choosing, **QUICK))
+
+        def start(token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
+            return self._start(token, *values, force=force)
+
+        shown = self._page_shown(self.runner.on(trigger, start=start).then(lambda: False, None, self.choosing, **QUICK))
         shown.then(None, js=FOCUS, **QUICK)
+
+    def load_result(self, trigger: Any, receipt: gr.State) -> None:
+        """Load the result whose receipt is in `receipt` whenever `trigger` fires, and show it."""
+        chosen = trigger(
+            self._choose,
+            [receipt, self.context_size],
+            [self.context.tabs, self.model, self.precision, self.device, self.context_size],
+            **QUICK,
+        )
+        self.load_on(chosen.then)
+
+    def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
+        folder = str(result_folder(receipt["details"]["folder"]))
+        models = [(say("automatic"), AUTO), *self.engine.catalog()]
+        if folder not in [ref for _, ref in models]:
+            models.append((Path(folder).name, folder))
+        shown = gr.Dropdown(models, value=folder)
+        return [gr.Tabs(selected="generate"), shown, AUTO, AUTO, self.fit_context(folder, context)]
 
     def choice(self, values: tuple[Any, ...]) -> Choice:
         model, precision, context, device, kv, *limits = values
-        asked = {
+        values_by_name = {
             "model": (model or AUTO).strip(),
             "precision": precision,
             "context": context,
             "device": device,
             "kv": kv,
         }
-        return replace(build(Choice, asked), budget=self.sidebar.budget_of(limits))
+        return replace(build(Choice, values_by_name), budget=self.sidebar.budget_of(limits))
 
     def price(self, *values: Any) -> list[Any]:
         """Card, buttons and budget bar for the controls as they stand."""
@@ -225,40 +258,17 @@ class Setup:
         refused = [(precision_label(key), why) for key, why in self.engine.precisions(device).items() if why]
         return render.pairs(refused, say("not_here"))
 
-    # --- loading
+    def _start(self, token: CancelToken, *values: Any, force: bool = False) -> tuple[Iterator[Any], View]:
+        def events() -> Iterator[Any]:
+            yield from self.engine.load(self.engine.plan(self.choice(values)), token, force=force)
 
-    def _begin(self, request: gr.Request) -> list[Any]:
-        self.jobs.begin(request, LOAD)
-        note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("starting")
-        return [
-            gr.Button(interactive=False),
-            gr.Button(interactive=False),
-            gr.Row(visible=True),
-            render.progress(Step(0, 0, note)),
-            "",
-        ]
-
-    def _load(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        yield from self._run(request, values, force=False)
-
-    def _load_anyway(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        yield from self._run(request, values, force=True)
-
-    def _run(self, request: gr.Request, values: tuple[Any, ...], *, force: bool) -> Iterator[list[Any]]:
-        try:
-            with self.jobs.running(request, LOAD) as token:
-                plan = self.engine.plan(self.choice(values))
-                for events in pump(self.engine.load(plan, token, force=force), token):
-                    steps = [event for event in events if isinstance(event, Step)]
-                    yield [render.progress(steps[-1]) if steps else gr.skip(), gr.skip()]
-        except Exception as error:
-            yield ["", notice(error)]
+        return events(), lambda _: []
 
     # --- what is visible
 
     @property
     def view_outputs(self) -> list[Any]:
-        return [self.bar, self.slim, self.panel, self.back, self.progress_row, self.load, self.anyway]
+        return [self.bar, self.slim, self.panel, self.back]
 
     def view(self, choosing: bool) -> list[Any]:
         """Card or slim bar, for the resident model of this moment."""
@@ -270,7 +280,4 @@ class Setup:
             slim,
             gr.Column(visible=open_card),
             gr.Button(visible=plan is not None),
-            gr.Row(visible=False),
-            gr.Button(interactive=True),
-            gr.Button(interactive=True),
         ]

@@ -1,4 +1,4 @@
-"""What is kept on the machine's disk, and the button that deletes it: for the page's owner."""
+"""Models and results on the machine's disk, and the button that deletes one: for the page's owner."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import gradio as gr
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
 from lowmem.ui.parts.bind import QUICK, notice
-from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.ui.parts.context import Context
+from lowmem.ui.service.engine import AUTO
 from lowmem.units import format_bytes
 
 
 class Storage:
     """A list with sizes; the first click asks, the second deletes."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.asked = gr.State("")  # what the next click deletes
+    def __init__(self, context: Context) -> None:
+        self.engine = context.engine
+        self.pending = gr.State("")  # what the next click deletes
         with gr.Accordion(say("stored"), open=False, elem_id="stored") as self.box:
             gr.HTML(render.quiet(say("stored_help")))
             self.which = gr.Dropdown([], value=None, label=say("stored_which"), elem_id="stored-which")
@@ -27,20 +28,17 @@ class Storage:
                     say("delete"), interactive=False, scale=0, min_width=200, elem_id="delete-stored"
                 )
             self.notice = gr.HTML(elem_id="stored-notice")
+        context.when_opened(lambda: gr.Accordion(visible=self.engine.access.owned), None, self.box, **QUICK)
 
     def wire(self, model: Any) -> None:
         """
         Args:
             model: the dropdown of models, which forgets what is deleted.
         """
-        shown = [self.which, self.button, self.asked]
-        self.box.expand(self._listed, None, [*shown, self.notice], **QUICK)
-        self.which.change(self._chosen, self.which, [self.button, self.asked], **QUICK)
-        self.button.click(self._click, [self.which, self.asked], [*shown, self.notice, model], **QUICK)
-
-    def shown(self) -> Any:
-        """Strangers see nothing of it."""
-        return gr.Accordion(visible=self.engine.access.owned)
+        own = [self.which, self.button, self.pending]
+        self.box.expand(self._listed, None, [*own, self.notice], **QUICK)
+        self.which.change(self._chosen, self.which, [self.button, self.pending], **QUICK)
+        self.button.click(self._click, [self.which, self.pending], [*own, self.notice, model], **QUICK)
 
     def _listed(self) -> list[Any]:
         found = self.engine.stored() if self.engine.access.owned else []
@@ -50,8 +48,8 @@ class Storage:
     def _chosen(self, key: str | None) -> list[Any]:
         return [gr.Button(say("delete"), variant="secondary", interactive=bool(key)), ""]
 
-    def _click(self, key: str | None, asked: str) -> list[Any]:
-        if key and key != asked:
+    def _click(self, key: str | None, pending: str) -> list[Any]:
+        if key and key != pending:
             sure = gr.Button(say("delete_sure"), variant="stop")
             return [gr.skip(), sure, key, "", gr.skip()]
         try:

@@ -14,8 +14,8 @@ from lowmem.errors import NotAllowed
 from lowmem.generate.options import GenerateOptions
 
 MOST_TOKENS = 4096
-ENDLESS = 1_000_000
-"""Tokens of a text without end: nobody waits for the last of them."""
+UNBOUNDED = 1_000_000
+"""New tokens of an unbounded generation: nobody waits for the last of them."""
 
 MOST_PROMPTS = 100
 
@@ -63,7 +63,7 @@ class Access:
     @property
     def longest(self) -> int:
         """New tokens that whoever asks now gets where the text goes on until it is stopped."""
-        return ENDLESS if self.owned else MOST_TOKENS
+        return UNBOUNDED if self.owned else MOST_TOKENS
 
     def check_work(self, options: GenerateOptions, prompts: int = 1) -> None:
         """Refuse a visitor's work that would keep everybody else waiting for hours.

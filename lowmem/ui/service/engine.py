@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lowmem.machine.monitor import Snapshot
     from lowmem.models.stored import Stored
     from lowmem.runtime.session import Session
+
+E = TypeVar("E")
 
 AUTO = "auto"
 HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not change between them
@@ -60,7 +62,7 @@ class Engine:
         self._session: Session | None = None
         self._lock = threading.Lock()
         self._hardware: tuple[float, Hardware] | None = None
-        self._specs: dict[str, ModelSpec] = {}
+        self._specs: dict[tuple[str, bool], ModelSpec] = {}
         self._noted: tuple[Receipt, Receipt | None] | None = None
 
     @property
@@ -126,30 +128,27 @@ class Engine:
         refs = {ref for _, ref in known}
         return known + [(model.name, model.ref) for model in local_models() if model.ref not in refs]
 
-    def spec(self, ref: str) -> ModelSpec:
+    def spec(self, ref: str, *, encoders: bool = False) -> ModelSpec:
         """The model behind a reference; each is read once.
 
+        Args:
+            encoders: the model may be an encoder, which can be exported but generates nothing.
+
         Raises:
-            NotAllowed: not for whoever asks. And what `read_spec` raises.
+            NotAllowed: this visitor may not use it. And what `read_spec` raises.
         """
         from lowmem.models.source import is_current
 
         self.access.check_model(ref)
-        if ref not in self._specs or not is_current(self._specs[ref].source):
-            self._specs[ref] = self._read_spec(ref)
-        return self._specs[ref]
+        known = self._specs.get((ref, encoders))
+        if known is None or not is_current(known.source):
+            known = self._specs[ref, encoders] = self._read_spec(ref, encoders)
+        return known
 
-    def _read_spec(self, ref: str) -> ModelSpec:
+    def _read_spec(self, ref: str, encoders: bool) -> ModelSpec:
         from lowmem.models.source import read_spec
 
-        return read_spec(ref, allow_paths=not self.public)
-
-    def exportable(self, ref: str) -> ModelSpec:
-        """The model behind a reference, which may be an encoder here. Raises what `spec` raises."""
-        from lowmem.models.source import read_spec
-
-        self.access.check_model(ref)
-        return read_spec(ref, allow_paths=not self.public, encoders=True)
+        return read_spec(ref, allow_paths=not self.public, encoders=encoders)
 
     def precisions(self, device: str = AUTO) -> dict[str, str | None]:
         """Every precision with None, or with the reason why it does not run here."""
@@ -207,9 +206,12 @@ class Engine:
         last = self._session.last_receipt if self._session else None
         return self._noted[0] if self._noted and self._noted[1] is last else last
 
-    def note(self, receipt: Receipt) -> None:
-        """Remember the receipt of work that the session knows nothing of."""
-        self._noted = (receipt, self._session.last_receipt if self._session else None)
+    def noted(self, events: Iterator[E]) -> Iterator[E]:
+        """Pass the events of work outside the session on; its receipt becomes the last one."""
+        for event in events:
+            if isinstance(event, Receipt):
+                self._noted = (event, self._session.last_receipt if self._session else None)
+            yield event
 
     def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
         if force:
@@ -234,6 +236,13 @@ class Engine:
     def child_budget(self, budget: MemoryBudget) -> MemoryBudget:
         """What a child process may use while this one keeps what it holds, a resident model included."""
         return budget.bounded(self.hardware()).for_child_process()
+
+    def isolated(self, job: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Any]:
+        """Run a registered job in a process of its own; its value is the last event."""
+        from lowmem.machine.isolated import Finished, run_isolated
+
+        for event in run_isolated(job, arguments, cancel):
+            yield event.value if isinstance(event, Finished) else event
 
     def generate(
         self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False

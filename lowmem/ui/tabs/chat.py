@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
-from lowmem.events import Chunk, Step
+from lowmem.events import CancelToken, Chunk
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs, bounded, notice, pump, stops
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import Engine
+from lowmem.ui.parts.bind import QUICK, bounded
+from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.runner import Runner, View
 
-KIND = "chat"
 Message = dict[str, Any]
 
 
 class Chat:
     """Built where it stands in the layout, wired once the options exist."""
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine, self.jobs = engine, jobs
+    def __init__(self, context: Context) -> None:
+        self.engine = context.engine
         self.history = gr.Chatbot(
             show_label=False,
             label=say("chat"),
@@ -48,71 +47,80 @@ class Chat:
             html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         )
 
-    def wire(
-        self, sidebar: Sidebar, system: gr.Textbox, options: list[Any], read: Callable[..., GenerateOptions]
-    ) -> None:
-        """`read` turns the values of `options` into GenerateOptions."""
-        self._read = read
-        begun = [self.message, self.history, self.live, self.notice]
-        starts = (
-            self.message.submit(self._begin, [self.message, self.history], begun, **QUICK),
-            self.history.retry(self._retry, self.history, begun, **QUICK),
+        self.runner = Runner(
+            context,
+            "chat",
+            running={},
+            idle={},
+            stop=self.message.stop,
+            progress=self.live,
+            notice=self.notice,
+            starting="reading",
         )
-        for start in starts:
-            ran = start.then(self._answer, [self.history, system, *options], begun, **HEAVY)
-            sidebar.after(ran)
-        stops(self.message.stop, self.jobs, KIND, self.live)
+
+    def wire(self, system: gr.Textbox, options: list[Any], read: Callable[..., GenerateOptions]) -> None:
+        """`read` turns the values of `options` into GenerateOptions."""
+
+        def start(
+            token: CancelToken, history: list[Message], prompt: str, *values: Any
+        ) -> tuple[Iterator[Any], View] | None:
+            if not history or history[-1]["role"] != "user":
+                return None
+
+            def events() -> Iterator[Any]:
+                messages = conversation(history, prompt)
+                bounded(*(message["content"] for message in messages))
+                yield from self.engine.chat(messages, read(*values), token)
+
+            return events(), self._view(history)
+
+        outputs = [self.message, self.history, self.live, self.notice]
+        self.runner.wire([self.history, system, *options], outputs, start)
+        self.runner.on(self.message.submit, begin=_asked, begin_inputs=[self.message, self.history])
+        retried = self.history.retry(self._retry, self.history, self.history, **QUICK)
+        self.runner.on(retried.then, begin=lambda: [_busy(), gr.skip()])
         self.history.undo(self._undo, self.history, [self.history, self.message], **QUICK)
         self.history.clear(lambda: [render.live(None), ""], None, [self.live, self.notice], **QUICK)
 
-    def _begin(self, message: str, history: list[Message], request: gr.Request) -> list[Any]:
-        if not message.strip():
-            return [gr.skip(), gr.skip(), render.live(None), ""]
-        return self._started([*history, {"role": "user", "content": message}], request)
+    def _view(self, history: list[Message]) -> View:
+        answer, live = "", ""
 
-    def _retry(self, history: list[Message], request: gr.Request, data: gr.RetryData) -> list[Any]:
-        return self._started(history[: int(data.index) + 1], request)  # type: ignore[arg-type]
+        def view(gathered: Sequence[Any]) -> list[Any]:
+            nonlocal answer, live
+            answer += "".join(event.text for event in gathered if isinstance(event, Chunk))
+            live = render.status(gathered, live)
+            answered = [*history, {"role": "assistant", "content": answer}] if answer else gr.skip()
+            if gathered:
+                return [gr.skip(), answered, live, gr.skip()]
+            if answer:
+                return [_ready(), answered, live, ""]
+            # Without an answer the message goes back into its box: two questions in a row are no conversation.
+            return [_ready(text_of(history[-1])), history[:-1], render.live(None), render.quiet(say("silent"))]
 
-    def _started(self, history: list[Message], request: gr.Request) -> list[Any]:
-        self.jobs.begin(request, KIND)
-        note = say("waiting", busy=self.engine.busy) if self.engine.busy else say("reading")
-        return [gr.Textbox("", submit_btn=False, stop_btn=say("stop")), history, render.progress(Step(0, 0, note)), ""]
+        return view
+
+    def _retry(self, history: list[Message], data: gr.RetryData) -> list[Message]:
+        return history[: int(data.index) + 1]  # type: ignore[arg-type]
 
     def _undo(self, history: list[Message], data: gr.UndoData) -> list[Any]:
         index = int(data.index)  # type: ignore[arg-type]
         return [history[:index], text_of(history[index])]
 
-    def _answer(self, history: list[Message], system: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        if not history or history[-1]["role"] != "user":
-            return
-        answer, last, trouble = "", None, ""
-        try:
-            with self.jobs.running(request, KIND) as token:
-                messages = conversation(history, system)
-                bounded(*(message["content"] for message in messages))
-                for events in pump(self.engine.chat(messages, self._read(*values), token), token):
-                    chunks = [event for event in events if isinstance(event, Chunk)]
-                    steps = [event for event in events if isinstance(event, Step)]
-                    answer += "".join(chunk.text for chunk in chunks)
-                    last = chunks[-1] if chunks else last
-                    shown = render.live(last) if last else render.progress(steps[-1]) if steps else gr.skip()
-                    yield [gr.skip(), [*history, _assistant(answer)] if chunks else gr.skip(), shown, gr.skip()]
-        except Exception as error:
-            trouble = notice(error)
-        ready: dict[str, Any] = {"submit_btn": say("send"), "stop_btn": False}
-        if answer:
-            yield [gr.Textbox(**ready), [*history, _assistant(answer)], render.live(last), trouble]
-        else:  # the message goes back into its box: two questions in a row are no conversation
-            yield [
-                gr.Textbox(text_of(history[-1]), **ready),
-                history[:-1],
-                render.live(None),
-                trouble or render.quiet(say("silent")),
-            ]
+
+def _asked(message: str, history: list[Message]) -> list[Any] | None:
+    if not message.strip():
+        return None
+    return [_busy(), [*history, {"role": "user", "content": message}]]
 
 
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+def _busy() -> Any:
+    """The message box while an answer is written."""
+    return gr.Textbox("", submit_btn=False, stop_btn=say("stop"))
+
+
+def _ready(*text: str) -> Any:
+    """The message box, with `text` put back if there is one."""
+    return gr.Textbox(*text, submit_btn=say("send"), stop_btn=False)
 
 
 def conversation(history: list[Message], system: str = "") -> list[dict[str, str]]:

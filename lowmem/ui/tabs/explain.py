@@ -1,22 +1,20 @@
-"""How the methods work, in words and in pictures of the chosen model's own weights."""
+"""How the methods work, in words and in plots of the chosen model's own weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
-from lowmem.events import Step
+from lowmem.events import CancelToken
 from lowmem.plots import weights as pictures
 from lowmem.plots.figure import to_svg
-from lowmem.ui.html import plan as render
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs, notice, pump
-from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.runner import ButtonRunner, View
 
-KIND = "explain"
 WIDTHS = (2, 3, 4, 8)
 GROUP = 64
 
@@ -26,43 +24,30 @@ class ExplainView:
 
     Args:
         model: the dropdown with the chosen model.
-        receipt: State with the last quantization's receipt as a dict, whose losses are drawn, too.
+        receipt: State with the last quantization's receipt as a dict, whose errors are drawn, too.
     """
 
-    def __init__(self, workshop: Workshop, jobs: Jobs, model: gr.Dropdown, receipt: gr.State) -> None:
-        self.workshop, self.jobs = workshop, jobs
+    def __init__(self, context: Context, model: gr.Dropdown, receipt: gr.State) -> None:
+        self.service = context.services.quantize
         with gr.Column(elem_id="explain"):
-            with gr.Row(elem_classes="lm-actions"):
-                self.bits = gr.Radio(
-                    [(str(bits), bits) for bits in WIDTHS], value=4, label=say("bits"), elem_id="explain-bits"
-                )
-                self.draw = gr.Button(say("draw"), variant="primary", scale=0, min_width=240, elem_id="explain-draw")
-            self.progress = gr.HTML()
-            self.notice = gr.HTML(elem_id="explain-notice")
-            self.pictures = gr.HTML(elem_id="explain-pictures")
+            bits = gr.Radio([(str(bits), bits) for bits in WIDTHS], value=4, label=say("bits"), elem_id="explain-bits")
+            self.runner = ButtonRunner(context, "explain", say("draw"), starting="drawing")
+            drawn = gr.HTML(elem_id="explain-pictures")
             gr.HTML(render_quantize.explanations())
-        outputs = [self.draw, self.progress, self.notice, self.pictures]
-        self.draw.click(self._begin, None, outputs[:3], **QUICK).then(
-            self._run, [model, self.bits, receipt], outputs, **HEAVY
-        )
+        self.runner.wire([model, bits, receipt], [drawn], self._start)
 
-    def _begin(self, request: gr.Request) -> list[Any]:
-        self.jobs.begin(request, KIND)
-        return [gr.Button(interactive=False), render.progress(Step(0, 0, say("drawing"))), ""]
+    def _start(
+        self, token: CancelToken, model: str | None, bits: int, receipt: dict[str, Any] | None
+    ) -> tuple[Iterator[Any], View]:
+        drawn: Any = gr.skip()
 
-    def _run(self, model: str, bits: int, receipt: dict[str, Any] | None, request: gr.Request) -> Iterator[list[Any]]:
-        found: dict[str, Any] | None = None
-        trouble = ""
-        try:
-            with self.jobs.running(request, KIND) as token:
-                for events in pump(self.workshop.look((model or "").strip(), int(bits), GROUP, token), token):
-                    found = next((event for event in events if isinstance(event, dict)), found)
-                    steps = [event for event in events if isinstance(event, Step)]
-                    if steps:
-                        yield [gr.skip(), render.progress(steps[-1]), gr.skip(), gr.skip()]
-        except Exception as error:
-            trouble = notice(error)
-        yield [gr.Button(interactive=True), "", trouble, _drawn(found, receipt) if found else gr.skip()]
+        def view(gathered: Sequence[Any]) -> list[Any]:
+            nonlocal drawn
+            for found in (event for event in gathered if isinstance(event, dict)):
+                drawn = _drawn(found, receipt)
+            return [drawn]
+
+        return self.service.inspect_weights((model or "").strip(), int(bits), GROUP, token), view
 
 
 def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:

@@ -1,9 +1,8 @@
-"""The Export tab: a model as a graph, its proof, a race against PyTorch, and back into Generate."""
+"""The Export tab: a model as a graph, verified against the original, timed against PyTorch, loaded into Generate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,47 +10,38 @@ import gradio as gr
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.export import tensorrt
-from lowmem.export.run import export_isolated, forecast, output_folder, race
 from lowmem.fields import build
-from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import MemoryBudget
-from lowmem.models.source import local_folder
 from lowmem.planning.graph_options import LABELS, ExportOptions
 from lowmem.plots.engines import graph_benchmark
 from lowmem.plots.figure import to_svg
-from lowmem.settings import settings
 from lowmem.ui.html import export as export_render
 from lowmem.ui.html import plan as render
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import QUICK, Jobs, notice
+from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.push import PushBox
-from lowmem.ui.parts.runner import Runner, View
-from lowmem.ui.parts.setup import Setup
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import AUTO
-from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.tabs.quantize_form import originals
 
 GROUPS = (16, 32, 64)
+OPTIONS = ("format", "precision", "group_size", "fast_prefill", "fused", "optimise")
 
 
 class ExportTab:
-    """Layout and wiring of the tab.
+    """Layout and wiring of the tab."""
 
-    Args:
-        tabs, setup: where a result is loaded.
-    """
-
-    def __init__(self, workshop: Workshop, jobs: Jobs, sidebar: Sidebar, tabs: gr.Tabs, setup: Setup) -> None:
-        self.workshop, self.engine, self.sidebar = workshop, workshop.engine, sidebar
+    def __init__(self, context: Context) -> None:
+        self.engine, self.service, self.sidebar = context.engine, context.services.export, context.sidebar
         self.receipt = gr.State(None)
         with gr.Row(elem_id="export"):
             with gr.Column(scale=3, min_width=300, elem_id="export-form"):
                 self._build_form()
             with gr.Column(scale=2, min_width=300, elem_id="export-side"):
                 self.card = gr.HTML(elem_id="export-card")
-                self.runner = Runner(self.engine, jobs, "export", say("start_export"))
+                self.runner = ButtonRunner(context, "export", say("start_export"))
                 self.problem = gr.HTML(elem_id="export-problem")
         with gr.Column(visible=False, elem_id="export-result") as self.result:
             self.table = gr.HTML(elem_id="export-receipt")
@@ -59,14 +49,15 @@ class ExportTab:
                 self.load = gr.Button(
                     say("load_result"), variant="primary", scale=0, min_width=220, elem_id="export-load"
                 )
-            self.race = Runner(self.engine, jobs, "race", say("start_race"))
-            self.plot = gr.HTML(elem_id="race-plot")
-            self.push = PushBox(workshop, jobs, "export-push")
-        self._wire(tabs, setup)
+            self.benchmark = ButtonRunner(context, "benchmark", say("start_benchmark"))
+            self.plot = gr.HTML(elem_id="benchmark-plot")
+            PushBox(context, self.receipt, "export-push")
+        Learn(context.engine, "export", self.model)
+        self._wire(context)
 
     def _build_form(self) -> None:
         self.model = gr.Dropdown(
-            originals(self.workshop),
+            originals(self.engine),
             value="demo",
             allow_custom_value=True,
             label=say("model"),
@@ -112,111 +103,71 @@ class ExportTab:
         own = [self.model, self.format, self.precision, self.group, self.fast, self.fused, self.optimise]
         self.controls: list[Any] = [*own, *self.sidebar.limits]
 
-    def _wire(self, tabs: gr.Tabs, setup: Setup) -> None:
-        priced = [self.card, self.runner.run, self.problem]
+    def _wire(self, context: Context) -> None:
+        estimated = [self.card, self.runner.button, self.problem]
         for control in self.controls:
-            control.change(self._price, self.controls, priced, trigger_mode="always_last", **QUICK)
+            control.change(self._estimate, self.controls, estimated, trigger_mode="always_last", **QUICK)
         self.precision.change(lambda key: gr.Dropdown(visible=key == "int4"), self.precision, self.group, **QUICK)
-        self.runner.wire(
-            self.sidebar, self.controls, [self.result, self.table, self.receipt, self.plot, self.load], self._start
-        )
-        self.race.wire(self.sidebar, [self.receipt, *self.controls], [self.plot], self._start_race)
-        self.push.wire(self.receipt)
-        self._fit_context = setup.fit_context
-        chosen = self.load.click(
-            self._choose,
-            [self.receipt, setup.context],
-            [tabs, setup.model, setup.precision, setup.device, setup.context],
-            **QUICK,
-        )
-        setup.load_on(chosen.then)
+        outputs = [self.result, self.table, self.receipt, self.plot, self.load]
+        self.runner.wire(self.controls, outputs, self._start)
+        self.benchmark.wire([self.receipt, *self.sidebar.limits], [self.plot], self._start_benchmark)
+        context.when_opened(self._estimate, self.controls, estimated, **QUICK)
+        context.load_result(self.load.click, self.receipt)
 
-    def shown(self, event: Any) -> Any:
-        """After `event`, price the controls as they stand."""
-        self.push.shown(event)
-        return event.then(self._price, self.controls, [self.card, self.runner.run, self.problem], **QUICK)
+    def _request(self, values: Sequence[Any]) -> tuple[str, ExportOptions, MemoryBudget]:
+        """Model, options and budget.
 
-    def _options(self, values: Sequence[Any]) -> tuple[str, ExportOptions, MemoryBudget]:
-        """Model, options, and the budget of the process that exports."""
-        model, kind, precision, group, fast, fused, optimise, *limits = values
-        options = build(
-            ExportOptions,
-            {
-                "format": kind,
-                "precision": precision,
-                "group_size": group,
-                "fast_prefill": fast,
-                "fused": fused,
-                "optimise": optimise,
-            },
-        )
-        return (model or "").strip(), options, self.engine.child_budget(self.sidebar.budget_of(limits))
+        Raises:
+            BadInput: an option is outside its range.
+        """
+        model, *rest = values
+        options = build(ExportOptions, dict(zip(OPTIONS, rest, strict=False)))
+        return (model or "").strip(), options, self.sidebar.budget_of(rest[len(OPTIONS) :])
 
-    def _price(self, *values: Any) -> list[Any]:
+    def _estimate(self, *values: Any) -> list[Any]:
         try:
-            model, options, budget = self._options(values)
-            spec = self.engine.exportable(model)
-            expected = forecast(spec, options, runtime_bytes(), budget.limit("ram"))
+            request = self._request(values)
+            expected = self.service.estimate(*request)
+            card = export_render.card(expected, self.engine.spec(request[0], encoders=True).size_on_disk)
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
-        card = export_render.card(expected, spec.size_on_disk)
         return [card, gr.Button(interactive=expected.verdict != "over"), ""]
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
-        model, options, budget = self._options(values)
-        out = output_folder(self.engine.exportable(model).name, options)
-        asked = {name: getattr(options, name) for name in options.__slots__}
-        events = export_isolated(model, out, asked, budget=budget, allow_paths=not self.engine.public, cancel=token)
-        made: list[Receipt] = []
+        request = self._request(values)
+        result = [gr.Column(visible=False), "", None, "", gr.skip()]
 
         def view(gathered: Sequence[Any]) -> list[Any]:
-            made.extend(event for event in gathered if isinstance(event, Receipt))
-            if not made:
-                return [gr.Column(visible=False), "", None, "", gr.skip()]
-            kept = made[-1].as_dict() | {"ref": model}
-            writes = made[-1].details["kind"] != "encoder"
-            return [gr.Column(visible=True), export_render.receipt(made[-1]), kept, "", gr.Button(visible=writes)]
+            for made in (event for event in gathered if isinstance(event, Receipt)):
+                generates = made.details["kind"] != "encoder"
+                kept = made.as_dict() | {"ref": request[0]}
+                result[:] = [
+                    gr.Column(visible=True),
+                    export_render.receipt(made),
+                    kept,
+                    "",
+                    gr.Button(visible=generates),
+                ]
+            return result
 
-        return events, view
+        return self.service.export(*request, token), view
 
-    def _start_race(
-        self, token: CancelToken, receipt: dict[str, Any] | None, *values: Any
+    def _start_benchmark(
+        self, token: CancelToken, receipt: dict[str, Any] | None, *limits: float
     ) -> tuple[Iterator[Any], View]:
         if not receipt:
-            raise BadInput("There is no exported model to race.", "Export one first.")
-        events = race(receipt["ref"], _own_result(receipt), token, self._options(values)[2])
-        found: list[dict[str, Any]] = []
+            raise BadInput("There is no exported model to benchmark.", "Export one first.")
+        drawn: Any = gr.skip()
 
         def view(gathered: Sequence[Any]) -> list[Any]:
-            found.extend(event for event in gathered if isinstance(event, dict))
-            if not found:
-                return [gr.skip()]
-            drawn = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in graph_benchmark(found[-1]))
-            return [f'<div class="lm-side">{drawn}</div>{export_render.race_table(found[-1])}']
+            nonlocal drawn
+            for found in (event for event in gathered if isinstance(event, dict)):
+                plots = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in graph_benchmark(found))
+                drawn = f'<div class="lm-side">{plots}</div>{export_render.benchmark_table(found)}'
+            return [drawn]
 
-        return events, view
-
-    def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
-        folder = str(_own_result(receipt))
-        models = [(say("automatic"), AUTO), *self.engine.catalog()]
-        if folder not in [ref for _, ref in models]:
-            models.append((Path(folder).name, folder))
-        return [
-            gr.Tabs(selected="generate"),
-            gr.Dropdown(models, value=folder),
-            AUTO,
-            AUTO,
-            self._fit_context(folder, context),
-        ]
+        folder, budget = receipt["details"]["folder"], self.sidebar.budget_of(limits)
+        return self.service.benchmark(folder, receipt["ref"], budget, token), view
 
 
-def _own_result(receipt: dict[str, Any]) -> Path:
-    """The folder of a receipt, which must be one of this page's.
-
-    Raises:
-        BadInput: it is elsewhere.
-    """
-    folder = Path(receipt["details"]["folder"]).resolve()
-    if not folder.is_relative_to(settings().outputs.resolve()) or local_folder(str(folder)) is None:
-        raise BadInput("Only results of this page can be used.", "Export a model first.")
-    return folder
+TAB = Tab("export", say("export"), ExportTab)

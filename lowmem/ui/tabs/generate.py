@@ -10,11 +10,11 @@ from lowmem.fields import describe
 from lowmem.generate.options import GenerateOptions
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.bind import QUICK
+from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.fields import read, widgets
+from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.setup import Setup
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import AUTO, Engine
 from lowmem.ui.tabs.batch import Batch
 from lowmem.ui.tabs.chat import Chat
 from lowmem.ui.tabs.completion import Completion
@@ -25,23 +25,24 @@ PRICED = ("max_new_tokens", "num_return_sequences", "cache_type", "window", "sin
 
 
 class GenerateTab:
-    """Layout and wiring of the tab; `view` redraws what depends on the resident model."""
+    """Layout and wiring of the tab; `shown` redraws what depends on the resident model."""
 
-    def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar, model: str = AUTO) -> None:
-        self.engine, self.jobs, self.sidebar = engine, jobs, sidebar
-        self.setup = Setup(engine, jobs, sidebar, model)
+    def __init__(self, context: Context) -> None:
+        self.context, self.engine, self.sidebar = context, context.engine, context.sidebar
+        self.setup = Setup(context)
         with gr.Row(visible=False, elem_id="workbench") as self.workbench:
             with gr.Column(scale=3, min_width=300, elem_id="work"):
                 self.template_note = gr.HTML(elem_id="template-note")
                 with gr.Tabs(elem_id="modes"):
                     with gr.Tab(say("chat"), id="chat"):
-                        self.chat = Chat(engine, jobs)
+                        self.chat = Chat(context)
                     with gr.Tab(say("completion"), id="completion"):
-                        self.completion = Completion(engine, jobs)
+                        self.completion = Completion(context)
                     with gr.Tab(say("batch"), id="batch"):
-                        self.batch = Batch(engine, jobs)
+                        self.batch = Batch(context)
             with gr.Column(scale=1, min_width=250, elem_id="options"):
                 self._build_options()
+        Learn(context.engine, "generate")
         self._wire()
 
     def _build_options(self) -> None:
@@ -60,15 +61,17 @@ class GenerateTab:
 
     def _wire(self) -> None:
         self.setup.wire(self.shown)
-        self.chat.wire(self.sidebar, self.system, self.options, self._read)
-        self.completion.wire(self.sidebar, self.options, self._read)
-        self.batch.wire(self.sidebar, self.options, self._read)
+        self.chat.wire(self.system, self.options, self._read)
+        self.completion.wire(self.options, self._read)
+        self.batch.wire(self.options, self._read)
         self.shown(
-            self.sidebar.on_unload([self.setup.unload], self.jobs).then(
+            self.sidebar.on_unload([self.setup.unload], self.context.jobs).then(
                 lambda: False, None, self.setup.choosing, **QUICK
             )
         )
         self.shown(self.sidebar.seen.change(lambda: None, None, None, **QUICK))
+        if opened := self.context.opened:
+            self.shown(opened).then(self.setup.refusals, None, self.setup.unavailable, **QUICK)
         for name in PRICED:
             self.controls[name].change(
                 self._price,
@@ -103,3 +106,6 @@ class GenerateTab:
         except Exception:  # the answer itself will say what is wrong with its options
             return gr.skip()
         return render.budget(plan, say("next_answer", tokens=f"{plan.context:,}"))
+
+
+TAB = Tab("generate", say("generate"), GenerateTab)

@@ -1,4 +1,4 @@
-"""The Long Context tab: a text longer than one would like to remember, and what can be done with it."""
+"""The Long Context tab: a text longer than the cache should grow, and what can be done with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.datasets.long_text import MAX_CHARACTERS, long_text
+from lowmem.datasets.long_text import MAX_CHARACTERS
 from lowmem.datasets.texts import NAMES
-from lowmem.events import CancelToken
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
@@ -19,15 +18,15 @@ from lowmem.planning.cache import CACHE_TYPES
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
-from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.bind import QUICK
+from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.fields import widgets
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import Engine
-from lowmem.ui.tabs.longctx_measuring import ExerciseMode, HiddenMode, PerplexityMode, RecallMode
+from lowmem.ui.parts.learn import Learn
+from lowmem.ui.tabs.longctx_measuring import HiddenMode, PerplexityMode, RecallMode, StrategiesMode
 from lowmem.ui.tabs.longctx_writing import ChatMode, ContinueMode
 
 OPTIONS = ("sinks", "temperature", "repetition_penalty")
-CHARACTERS_PER_TOKEN = 4  # of English; only for the price that moves with the sliders
+CHARACTERS_PER_TOKEN = 4  # of English; only for the estimate that follows the sliders
 # Where gradio is older, as on Colab, what is too wide folds into a menu.
 WRAPPED: dict[str, Any] = (
     {"overflow_behavior": "wrap"} if "overflow_behavior" in inspect.signature(gr.Tabs).parameters else {}
@@ -36,21 +35,22 @@ DEFAULT_WINDOW, DEFAULT_STRIDE, LARGEST_SLIDER = 1024, 512, 8192
 
 
 class LongContextTab:
-    """Layout and wiring of the tab; `shown` redraws the price after a model came or went."""
+    """Layout and wiring of the tab."""
 
-    def __init__(self, engine: Engine, jobs: Jobs, sidebar: Sidebar) -> None:
-        self.engine, self.sidebar = engine, sidebar
+    def __init__(self, context: Context) -> None:
+        self.engine, self.sidebar = context.engine, context.sidebar
         with gr.Row(elem_id="longctx"):
             with gr.Column(scale=3, min_width=300, elem_id="longctx-work"):
                 self._build_source()
-                self.modes = self._build_modes(jobs)
+                self.modes = self._build_modes(context)
             with gr.Column(scale=1, min_width=250, elem_id="longctx-side"):
                 self._build_options()
         with gr.Accordion(say("long_explain"), open=False, elem_id="longctx-explain"):
             gr.HTML(render_longctx.explanation())
         for mode in self.modes:
-            mode.wire(self, sidebar)
-        self._wire()
+            mode.wire(self)
+        Learn(context.engine, "longctx")
+        self._wire(context)
 
     def _build_source(self) -> None:
         self.text = gr.Textbox(
@@ -73,13 +73,13 @@ class LongContextTab:
             )
             self.file = gr.File(label=say("long_file"), file_types=["text"], height=132, elem_id="long-file")
 
-    def _build_modes(self, jobs: Jobs) -> list[Any]:
-        kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, ExerciseMode)
+    def _build_modes(self, context: Context) -> list[Any]:
+        kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, StrategiesMode)
         with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes", **WRAPPED):
             made = []
             for kind in kinds:
                 with gr.Tab(say(f"long_{kind.key}"), id=kind.key):
-                    made.append(kind(self.engine, jobs))
+                    made.append(kind(context))
         return made
 
     def _build_options(self) -> None:
@@ -106,35 +106,34 @@ class LongContextTab:
         self.names = ("window", *OPTIONS, "cache_type")
         self.options = [self.window, *controls.values(), self.kv]
 
-    def _wire(self) -> None:
+    def _wire(self, context: Context) -> None:
         inputs = [self.text, self.file, *self.options]
         for control in (self.window, self.kv, self.options[1]):
-            control.change(self._price, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK)
+            control.change(
+                self._estimate, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK
+            )
         for source in (self.text, self.file):
-            source.change(self._price, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK)
+            source.change(
+                self._estimate, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK
+            )
         self.file.upload(lambda: "", None, self.address, **QUICK)
+        cost = [self.text, self.file, *self.options]
+        context.when_opened(self._card, cost, self.memory, **QUICK)
+        context.sidebar.seen.change(self._card, cost, self.memory, **QUICK)
 
     @property
     def source(self) -> list[Any]:
         """The controls that say where the text is."""
         return [self.text, self.file, self.address]
 
-    def shown(self, event: Any) -> Any:
-        """After `event`, price anew for the resident model of that moment."""
-        return event.then(self._card, [self.text, self.file, *self.options], self.memory, **QUICK)
-
     def read(self, *values: Any) -> GenerateOptions:
-        """The options' values as a generation without end, for visitors with one.
+        """The options' values for unbounded generation, for visitors up to their limit.
 
         Raises:
             BadInput: a value outside its range, named.
         """
         options = build(GenerateOptions, dict(zip(self.names, values, strict=True)))
         return replace(options, max_new_tokens=self.engine.access.longest, unbounded=True)
-
-    def given(self, text: str, file: str | None, address: str | None, cancel: CancelToken) -> str:
-        """The long text; refuses files of the server's."""
-        return long_text(text, file, address or "", cancel).text
 
     def _card(self, text: str, file: str | None, *values: Any) -> Any:
         plan = self.engine.resident
@@ -151,11 +150,14 @@ class LongContextTab:
             return f'<p class="lm-notice" data-kind="quiet">{error}</p>'
         return render_longctx.memory(priced, whole, tokens)
 
-    def _price(self, text: str, file: str | None, *values: Any) -> list[Any]:
+    def _estimate(self, text: str, file: str | None, *values: Any) -> list[Any]:
         card = self._card(text, file, *values)
         try:
             plan = self.engine.price(0, self.read(*values))
         except Exception:
             plan = None
-        told = f"{plan.cached_tokens:,}" if plan else ""
-        return [card, render.budget(plan, say("next_answer", tokens=told)) if plan else gr.skip()]
+        tokens = f"{plan.cached_tokens:,}" if plan else ""
+        return [card, render.budget(plan, say("next_answer", tokens=tokens)) if plan else gr.skip()]
+
+
+TAB = Tab("longctx", say("longctx"), LongContextTab)

@@ -1,4 +1,4 @@
-"""Measuring a long text: perplexity along it, hidden states, what is remembered, five ways to read on."""
+"""Measuring on a long text: perplexity along it, hidden states, recall, cache strategies side by side."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.datasets.texts import MANUAL, Text, evaluation_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
-from lowmem.generate.window_limits import check_stride
-from lowmem.longctx import actions
 from lowmem.longctx.curve import Span
 from lowmem.longctx.options import StrategyOptions
-from lowmem.longctx.strategies import Point, compare_strategies
+from lowmem.longctx.strategies import Point
 from lowmem.measure.rows import write_atomically
 from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
@@ -24,64 +21,56 @@ from lowmem.ui.html import plan as render
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.edge import shown_sheet
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import Jobs
+from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import widgets
-from lowmem.ui.parts.runner import Runner, View, new_folder
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import Engine
+from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.service.longctx import TextSource
+from lowmem.ui.service.results import new_folder
 from lowmem.ui.tabs.longctx_inputs import Inputs
+
+Started = tuple[Iterator[Any], View]
 
 
 class PerplexityMode:
-    """Perplexity along the text: by windows over it, or through the cache."""
+    """Perplexity along the text: in windows over it, or through the cache."""
 
     key = "perplexity"
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine = engine
-        self.way = gr.Radio(
+    def __init__(self, context: Context) -> None:
+        self.service = context.services.longctx
+        self.reading = gr.Radio(
             [(say("long_by_cache"), "cache"), (say("long_by_windows"), "windows")],
             value="cache",
-            label=say("long_way"),
-            elem_id="long-way",
+            label=say("long_reading"),
+            elem_id="long-reading",
         )
-        self.runner = Runner(engine, jobs, "long-perplexity", say("long_perplexity_start"))
+        self.runner = ButtonRunner(context, "long-perplexity", say("long_perplexity_start"))
         self.result = gr.HTML(elem_id="long-perplexity-result")
         self.plot = gr.HTML(elem_id="long-perplexity-plot")
 
-    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
+    def wire(self, tab: Inputs) -> None:
         self.tab = tab
-        inputs = [*tab.source, self.way, tab.stride, *tab.options]
-        self.runner.wire(sidebar, inputs, [self.result, self.plot], self._start)
+        inputs = [*tab.source, self.reading, tab.stride, *tab.options]
+        self.runner.wire(inputs, [self.result, self.plot], self._start)
 
     def _start(
-        self, token: CancelToken, text: str, file: str, address: str, way: str, stride: float, *values: Any
-    ) -> tuple[Iterator[Any], View]:
-        options = self.tab.read(*values)
-        self.engine.require_model()
-        if way == "windows":
-            check_stride(options.window, int(stride))
+        self, token: CancelToken, text: str, file: str, address: str, reading: str, stride: float, *values: Any
+    ) -> Started:
+        step = int(stride) if reading == "windows" else 0
+        events = self.service.perplexity(TextSource(text, file, address), self.tab.read(*values), step, token)
         spans: list[Span] = []
         result = ""
-
-        def events() -> Iterator[Any]:
-            whole, session = self.tab.given(text, file, address, token), self.engine.session
-            if way == "windows":
-                yield from actions.sliding_perplexity(session, whole, options.window, int(stride), cancel=token)
-            else:
-                yield from actions.streaming_perplexity(session, whole, options, cancel=token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             nonlocal result
             spans.extend(event for event in gathered if isinstance(event, Span))
-            for receipt in (event for event in gathered if isinstance(event, Receipt)):
-                result = render_longctx.perplexity(receipt)
+            result = _last_receipt(gathered, render_longctx.perplexity, result)
             if not spans:
                 return [result, ""]
             places = [((span.start + span.end) / 2, span.perplexity) for span in spans]
             return [result, render_quantize.drawing(to_svg(perplexity_sheet(places)))]
 
-        return events(), view
+        return events, view
 
 
 class HiddenMode:
@@ -89,8 +78,8 @@ class HiddenMode:
 
     key = "hidden"
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine = engine
+    def __init__(self, context: Context) -> None:
+        self.service = context.services.longctx
         with gr.Row():
             self.layers = gr.Textbox(
                 "-1", label=say("long_layers"), info=say("long_layers_help"), elem_id="long-layers"
@@ -98,13 +87,12 @@ class HiddenMode:
             self.format = gr.Dropdown(
                 ["npy", "safetensors"], value="npy", label=say("long_format"), filterable=False, elem_id="long-format"
             )
-        self.runner = Runner(engine, jobs, "long-hidden", say("long_hidden_start"))
+        self.runner = ButtonRunner(context, "long-hidden", say("long_hidden_start"))
         self.result = gr.HTML(elem_id="long-hidden-result")
 
-    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
-        self.tab = tab
+    def wire(self, tab: Inputs) -> None:
         inputs = [*tab.source, self.layers, self.format, tab.stride, tab.window]
-        self.runner.wire(sidebar, inputs, [self.result], self._start)
+        self.runner.wire(inputs, [self.result], self._start)
 
     def _start(
         self,
@@ -113,94 +101,61 @@ class HiddenMode:
         file: str,
         address: str,
         layers: str,
-        kind: str,
+        format: str,
         stride: float,
         window: float,
-    ) -> tuple[Iterator[Any], View]:
-        self.engine.require_model()
-        check_stride(int(window), int(stride))
-        chosen = layer_list(layers)
-        path = new_folder("hidden") / f"hidden_states.{kind}"
-        result = ""
-
-        def events() -> Iterator[Any]:
-            whole = self.tab.given(text, file, address, token)
-            yield from actions.hidden_states(
-                self.engine.session, whole, int(window), int(stride), path, layers=chosen, cancel=token
-            )
-
-        def view(gathered: Sequence[Any]) -> list[Any]:
-            nonlocal result
-            for receipt in (event for event in gathered if isinstance(event, Receipt)):
-                result = render_longctx.hidden(receipt, path)
-            return [result]
-
-        return events(), view
+    ) -> Started:
+        source = TextSource(text, file, address)
+        events = self.service.hidden_states(source, int(window), int(stride), layer_list(layers), format, token)
+        return events, _receipt_view(render_longctx.hidden)
 
 
 class RecallMode:
-    """A fact is told, text follows, the fact is asked for."""
+    """A word is stated, text follows, the word is asked for."""
 
     key = "recall"
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine = engine
+    def __init__(self, context: Context) -> None:
+        self.service = context.services.longctx
         gr.HTML(render.quiet(say("long_recall_help")))
-        self.runner = Runner(engine, jobs, "long-recall", say("long_recall_start"))
+        self.runner = ButtonRunner(context, "long-recall", say("long_recall_start"))
         self.result = gr.HTML(elem_id="long-recall-result")
 
-    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
+    def wire(self, tab: Inputs) -> None:
         self.tab = tab
-        self.runner.wire(sidebar, tab.options, [self.result], self._start)
+        self.runner.wire(tab.options, [self.result], self._start)
 
-    def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
-        options = self.tab.read(*values)
-        self.engine.require_model()
-        result = ""
-
-        def view(gathered: Sequence[Any]) -> list[Any]:
-            nonlocal result
-            for receipt in (event for event in gathered if isinstance(event, Receipt)):
-                result = render_longctx.recalls(receipt)
-            return [result]
-
-        return actions.recall(self.engine.session, evaluation_text(MANUAL).text, options, cancel=token), view
+    def _start(self, token: CancelToken, *values: Any) -> Started:
+        return self.service.recall(self.tab.read(*values), token), _receipt_view(render_longctx.recalls)
 
 
-class ExerciseMode:
-    """The course's second exercise: five ways to read on, side by side, each in a process of its own."""
+class StrategiesMode:
+    """Five cache strategies side by side, each in a process of its own: the course's second exercise."""
 
-    key = "exercise"
+    key = "strategies"
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine = engine
-        gr.HTML(render.quiet(say("long_exercise_help")))
+    def __init__(self, context: Context) -> None:
+        self.engine, self.service, self.sidebar = context.engine, context.services.longctx, context.sidebar
+        gr.HTML(render.quiet(say("long_strategies_help")))
         with gr.Row():
-            self.controls = widgets(StrategyOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "exercise")
-        self.runner = Runner(engine, jobs, "long-exercise", say("long_exercise_start"))
-        self.table = gr.HTML(elem_id="long-exercise-table")
-        self.plots = gr.HTML(elem_id="long-exercise-plots")
-        self.files = gr.HTML(elem_id="long-exercise-files")
+            self.controls = widgets(StrategyOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "strategies")
+        self.runner = ButtonRunner(context, "long-strategies", say("long_strategies_start"))
+        self.table = gr.HTML(elem_id="long-strategies-table")
+        self.plots = gr.HTML(elem_id="long-strategies-plots")
+        self.files = gr.HTML(elem_id="long-strategies-files")
 
-    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
-        self.tab, self.sidebar = tab, sidebar
-        inputs = [*tab.source, *self.controls.values(), *sidebar.limits]
-        self.runner.wire(sidebar, inputs, [self.table, self.plots, self.files], self._start)
+    def wire(self, tab: Inputs) -> None:
+        inputs = [*tab.source, *self.controls.values(), *self.sidebar.limits]
+        self.runner.wire(inputs, [self.table, self.plots, self.files], self._start)
 
-    def _start(
-        self, token: CancelToken, text: str, file: str, address: str, *values: Any
-    ) -> tuple[Iterator[Any], View]:
+    def _start(self, token: CancelToken, text: str, file: str, address: str, *values: Any) -> Started:
         options = build(StrategyOptions, dict(zip(self.controls, values, strict=False)))
-        self.engine.access.check_reading(options.tokens)
         plan = self.engine.resident
         ref, precision = (plan.spec.ref, plan.precision) if plan else ("demo", "auto")
-        budget = self.engine.child_budget(self.sidebar.budget_of(values[len(self.controls) :]))
+        budget = self.sidebar.budget_of(values[len(self.controls) :])
+        source = TextSource(text, file, address)
+        events = self.service.compare_strategies(ref, source, options, budget, token, precision)
         points: list[Point] = []
-
-        def events() -> Iterator[Any]:
-            given = text.strip() or file or address
-            chosen = Text("text", self.tab.given(text, file, address, token)) if given else MANUAL
-            yield from compare_strategies(ref, chosen, options, precision=precision, budget=budget, cancel=token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             points.extend(event for event in gathered if isinstance(event, Point))
@@ -210,13 +165,29 @@ class ExerciseMode:
             files = gr.skip() if gathered else _written(points, ref)
             return [render_longctx.points(points), render_quantize.drawing(to_svg(drawn)), files]
 
-        return events(), view
+        return events, view
+
+
+def _last_receipt(gathered: Sequence[Any], render: Any, before: str) -> str:
+    return next((render(event) for event in gathered if isinstance(event, Receipt)), before)
+
+
+def _receipt_view(render: Any) -> View:
+    """The receipt as HTML, nothing before it."""
+    result = ""
+
+    def view(gathered: Sequence[Any]) -> list[Any]:
+        nonlocal result
+        result = _last_receipt(gathered, render, result)
+        return [result]
+
+    return view
 
 
 def _written(points: Sequence[Point], ref: str) -> str:
-    folder = new_folder("exercise")
-    table = write_atomically(folder / "exercise.csv", to_csv(points))
-    drawn = write_atomically(folder / "exercise.png", to_png(shown_sheet(picture(points, ref))))
+    folder = new_folder("strategies")
+    table = write_atomically(folder / "strategies.csv", to_csv(points))
+    drawn = write_atomically(folder / "strategies.png", to_png(shown_sheet(picture(points, ref))))
     return render_longctx.link(table, say("csv")) + render_longctx.link(drawn, say("png"))
 
 

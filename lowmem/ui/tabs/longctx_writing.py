@@ -1,4 +1,4 @@
-"""Writing on from a long text and talking about it: one class a mode, each built where it stands and wired later."""
+"""Continuing a long text and chatting about it: one class a mode, built where it stands and wired later."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lowmem.events import CancelToken, Chunk
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import Jobs
-from lowmem.ui.parts.runner import Runner, View, new_folder
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.engine import Engine
+from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.service.longctx import TextSource
+from lowmem.ui.service.results import new_folder
 from lowmem.ui.tabs.chat import conversation
 from lowmem.ui.tabs.longctx_inputs import Inputs
 
 SHOWN_CHARACTERS = 6_000
-"""Of a text without end the page shows this much of the end; the rest is in a file."""
+"""The page shows only the end of an unbounded generation; the whole text is in a file."""
 
 CHAT_TOKENS = 1024
 """The longest answer about a text."""
 
 
 class ContinueMode:
-    """Continue the text, without end, until Stop."""
+    """Unbounded generation: continue the text until Stop."""
 
     key = "continue"
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine = engine
-        self.runner = Runner(engine, jobs, "long-continue", say("long_continue_start"))
+    def __init__(self, context: Context) -> None:
+        self.engine = context.engine
+        self.runner = ButtonRunner(context, "long-continue", say("long_continue_start"))
         self.live = gr.HTML(elem_id="long-live")
         self.output = gr.Textbox(
             label=say("continuation"),
@@ -46,9 +46,9 @@ class ContinueMode:
         )
         self.link = gr.HTML(elem_id="long-link")
 
-    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
+    def wire(self, tab: Inputs) -> None:
         self.tab = tab
-        self.runner.wire(sidebar, [*tab.source, *tab.options], [self.live, self.output, self.link], self._start)
+        self.runner.wire([*tab.source, *tab.options], [self.live, self.output, self.link], self._start)
 
     def _start(
         self, token: CancelToken, text: str, file: str, address: str, *values: Any
@@ -59,7 +59,7 @@ class ContinueMode:
         shown, last = "", None
 
         def events() -> Iterator[Any]:
-            prompt = self.tab.given(text, file, address, token)
+            prompt = TextSource(text, file, address).read(token).text
             with path.open("w", encoding="utf-8") as full:
                 for event in self.engine.generate(prompt, options, token, raw=True):
                     if isinstance(event, Chunk):
@@ -81,8 +81,8 @@ class ChatMode:
 
     key = "chat"
 
-    def __init__(self, engine: Engine, jobs: Jobs) -> None:
-        self.engine = engine
+    def __init__(self, context: Context) -> None:
+        self.engine = context.engine
         self.history = gr.Chatbot(
             show_label=False, label=say("chat"), height=340, buttons=["copy"], elem_id="long-chat", allow_tags=False
         )
@@ -94,12 +94,13 @@ class ChatMode:
             max_length=10_000,
             elem_id="long-message",
         )
-        self.runner = Runner(engine, jobs, "long-chat-run", say("send"))
+        self.runner = ButtonRunner(context, "long-chat-run", say("send"))
 
-    def wire(self, tab: Inputs, sidebar: Sidebar) -> None:
+    def wire(self, tab: Inputs) -> None:
         self.tab = tab
         inputs = [*tab.source, self.history, self.message, *tab.options]
-        self.runner.wire(sidebar, inputs, [self.history, self.message, self.live], self._start, [self.message.submit])
+        self.runner.wire(inputs, [self.history, self.message, self.live], self._start)
+        self.runner.on(self.message.submit)
 
     def _start(
         self, token: CancelToken, text: str, file: str, address: str, history: list[Any], message: str, *values: Any
@@ -108,14 +109,14 @@ class ChatMode:
             raise BadInput(say("empty"), say("empty_hint"))
         options = replace(self.tab.read(*values), unbounded=False, max_new_tokens=CHAT_TOKENS)
         self.engine.require_model()
-        asked = [*history, {"role": "user", "content": message}]
+        messages = [*history, {"role": "user", "content": message}]
         answer, last = "", None
 
         def events() -> Iterator[Any]:
-            whole = self.tab.given(text, file, address, token)
+            whole = TextSource(text, file, address).read(token).text
             first = {"role": "user", "content": say("long_about", text=whole)}
-            told = {"role": "assistant", "content": say("long_read_it")}
-            yield from self.engine.chat([first, told, *conversation(asked)], options, token)
+            read = {"role": "assistant", "content": say("long_read_it")}
+            yield from self.engine.chat([first, read, *conversation(messages)], options, token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
             nonlocal answer, last
@@ -124,6 +125,6 @@ class ChatMode:
             last = chunks[-1] if chunks else last
             if not answer and not gathered:
                 return [history, message, render.live(None)]
-            return [[*asked, {"role": "assistant", "content": answer}], "", render.live(last)]
+            return [[*messages, {"role": "assistant", "content": answer}], "", render.live(last)]
 
         return events(), view

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import offload as render_offload
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, Jobs, bounded, notice
-from lowmem.ui.parts.runner import Runner, View
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.offloading import MOST_ANSWERS, MOST_TOKENS, Ask, Depot
-from lowmem.ui.tabs.completion import joined
+from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, bounded, notice
+from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.learn import Learn
+from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.service.offload import MOST_ANSWERS, MOST_TOKENS, OffloadRequest
+from lowmem.ui.service.prompts import joined
 from lowmem.units import GB
 
 AUTO, DISK, CHOOSE = "auto", "disk", "choose"
@@ -28,12 +31,12 @@ SMALLEST_GB = 0.3
 class OffloadTab:
     """Layout and wiring of the tab."""
 
-    def __init__(self, depot: Depot, jobs: Jobs, sidebar: Sidebar) -> None:
-        self.depot = depot
+    def __init__(self, context: Context) -> None:
+        self.service = context.services.offload
         with gr.Row(elem_id="offload"):
             with gr.Column(scale=3, min_width=300):
                 self._build_controls()
-                self.single = Runner(depot.engine, jobs, "offload", say("offload_run"))
+                self.single = ButtonRunner(context, "offload", say("offload_run"))
                 self.live = gr.HTML(elem_id="offload-live")
                 self.text = gr.Textbox(
                     label=say("continuation"), lines=3, max_lines=16, interactive=False, elem_id="offload-text"
@@ -43,17 +46,18 @@ class OffloadTab:
                 self.problem = gr.HTML(elem_id="offload-problem")
                 self.picture = gr.HTML(elem_id="offload-picture")
                 self.again = gr.Button(say("offload_again"), size="sm", elem_id="offload-again")
-        with gr.Column(elem_id="offload-exercise"):
-            gr.HTML(render_offload.section(say("offload_exercise_title"), say("offload_exercise_help")))
-            self.exercise = Runner(depot.engine, jobs, "offload-compare", say("offload_exercise"))
+        with gr.Column(elem_id="offload-methods"):
+            gr.HTML(render_offload.section(say("offload_compare_title"), say("offload_compare_help")))
+            self.comparison = ButtonRunner(context, "offload-compare", say("offload_compare"))
             self.table = gr.HTML(elem_id="offload-table")
             self.plot = gr.HTML(elem_id="offload-plot")
-        self._wire(sidebar)
+        Learn(context.engine, "offload", self.model)
+        self._wire(context)
 
     def _build_controls(self) -> None:
-        limits = MemoryBudget.detect(self.depot.engine.hardware())
+        limits = MemoryBudget.detect(self.service.engine.hardware())
         self.model = gr.Dropdown(
-            self.depot.engine.catalog(),
+            self.service.engine.catalog(),
             value="demo",
             allow_custom_value=True,
             label=say("model"),
@@ -104,48 +108,46 @@ class OffloadTab:
                 buttons=[],
             )
 
-    def _wire(self, sidebar: Sidebar) -> None:
-        self.asked: list[Any] = [
+    def _wire(self, context: Context) -> None:
+        self.controls: list[Any] = [
             self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list, self.answers,
         ]  # fmt: skip
-        self.priced = [self.picture, self.single.run, self.problem]
-        for control in self.asked:
-            self._price_after(control.change(self._price, self.asked, self.priced, trigger_mode="always_last", **QUICK))
+        self.estimated = [self.picture, self.single.button, self.problem]
+        for control in self.controls:
+            self._measure_after(
+                control.change(self._estimate, self.controls, self.estimated, trigger_mode="always_last", **QUICK)
+            )
         self.where.change(lambda where: gr.Row(visible=where == CHOOSE), self.where, self.lists, **QUICK)
         self.again.click(
             lambda: gr.Button(say("offload_measuring"), interactive=False), None, self.again, **QUICK
-        ).then(self._measure_again, self.asked, [*self.priced, self.again], **QUICK)
-        inputs = [self.prompt, self.tokens, *self.asked]
-        ran = self.single.wire(sidebar, inputs, [self.live, self.text, self.measured], self._run)
-        self._price_after(ran.then(self._price, self.asked, self.priced, **QUICK))
-        self.exercise.wire(sidebar, inputs, [self.table, self.plot], self._compare)
+        ).then(self._measure_again, self.controls, [*self.estimated, self.again], **QUICK)
+        inputs = [self.prompt, self.tokens, *self.controls]
+        ran = self.single.wire(inputs, [self.live, self.text, self.measured], self._run)
+        self._measure_after(ran.then(self._estimate, self.controls, self.estimated, **QUICK))
+        self.comparison.wire(inputs, [self.table, self.plot], self._compare)
+        context.when_opened(self._estimate, self.controls, self.estimated, **QUICK)
+        if context.tab:  # whoever comes to the tab has this machine measured, unless it was
+            self._measure_after(context.tab.select(self._estimate, self.controls, self.estimated, **QUICK))
 
-    def shown(self, event: Any) -> Any:
-        """After `event`, price the controls as they stand."""
-        return event.then(self._price, self.asked, self.priced, **QUICK)
+    def _measure_after(self, event: Any) -> None:
+        event.then(self._measure, self.controls, self.picture, **QUICK)
 
-    def opened(self, tab: gr.Tab) -> None:
-        """When somebody comes to the tab, this machine is measured unless it was."""
-        self._price_after(tab.select(self._price, self.asked, self.priced, **QUICK))
-
-    def _price_after(self, event: Any) -> None:
-        event.then(self._measure, self.asked, self.picture, **QUICK)
-
-    def _ask(self, values: Sequence[Any]) -> Ask:
+    def _request(self, values: Sequence[Any]) -> OffloadRequest:
         model, ram, vram, where, disk, in_ram, answers = values
         disk, in_ram = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
-        return Ask(
-            model=(model or "").strip(),
-            budget=MemoryBudget(_limit(ram, self.ram.maximum), _limit(vram, self.vram.maximum)),
-            disk_blocks=disk,
-            ram_blocks=in_ram,
-            answers=int(answers),
-        )
+        values_by_name = {
+            "model": (model or "").strip(),
+            "disk_blocks": disk,
+            "ram_blocks": in_ram,
+            "answers": answers,
+        }
+        budget = MemoryBudget(_limit(ram, self.ram.maximum), _limit(vram, self.vram.maximum))
+        return replace(build(OffloadRequest, values_by_name), budget=budget)
 
-    def _price(self, *values: Any) -> list[Any]:
+    def _estimate(self, *values: Any) -> list[Any]:
         try:
-            plan = self.depot.plan(self._ask(values))
-            speed = self.depot.speed(plan)
+            plan = self.service.plan(self._request(values))
+            speed = self.service.speed(plan)
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
         over = plan.verdict == "over"
@@ -153,43 +155,43 @@ class OffloadTab:
         return [self._picture(plan, speed), gr.Button(interactive=not over), problem]
 
     def _picture(self, plan: Plan, speed: SpeedEstimate | None) -> str:
-        return render_offload.picture(plan, speed, here=self.depot.here(plan))
+        return render_offload.picture(plan, speed, here=self.service.here(plan))
 
     def _measure(self, *values: Any) -> Any:
         """The picture with a prediction, where there was none."""
         try:
-            plan = self.depot.plan(self._ask(values))
-            if self.depot.speed(plan) is None and (speed := self.depot.measure(plan)):
+            plan = self.service.plan(self._request(values))
+            if self.service.speed(plan) is None and (speed := self.service.measure(plan)):
                 return self._picture(plan, speed)
         except Exception:
-            pass  # `_price` has said what is wrong
+            pass  # `_estimate` has said what is wrong
         return gr.skip()
 
     def _measure_again(self, *values: Any) -> list[Any]:
         ready = gr.Button(say("offload_again"), interactive=True)
         try:
-            self.depot.measure(self.depot.plan(self._ask(values)), again=True)
+            self.service.measure(self.service.plan(self._request(values)), again=True)
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False), ready]
-        return [*self._price(*values), ready]
+        return [*self._estimate(*values), ready]
 
     def _run(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
         bounded(prompt)
         answers: dict[int, str] = {}
-        told: dict[str, Any] = {}
+        shown: dict[str, Any] = {}
 
         def view(events: Sequence[Any]) -> list[Any]:
             for event in events:
                 if isinstance(event, Chunk):
                     answers[event.index] = answers.get(event.index, "") + event.text
-                    told["live"] = render.live(event)
+                    shown["live"] = render.live(event)
                 elif isinstance(event, Completion):
                     answers[event.index] = event.text
                 elif isinstance(event, Receipt):
-                    told["receipt"] = render_offload.measured(event)
-            return [told.get("live", ""), joined(answers), told.get("receipt", "")]
+                    shown["receipt"] = render_offload.measured(event)
+            return [shown.get("live", ""), joined(answers), shown.get("receipt", "")]
 
-        return _counted(self.depot.run(self._ask(values), prompt, int(tokens), token), int(tokens)), view
+        return _counted(self.service.run(self._request(values), prompt, int(tokens), token), int(tokens)), view
 
     def _compare(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
         bounded(prompt)
@@ -200,7 +202,7 @@ class OffloadTab:
             rows.extend(event for event in events if isinstance(event, dict))
             return [render_offload.comparison(rows), render_offload.plot(rows, title)]
 
-        return self.depot.compare(self._ask(values), prompt, int(tokens), token), view
+        return self.service.compare(self._request(values), prompt, int(tokens), token), view
 
 
 def _counted(events: Iterator[Any], tokens: int) -> Iterator[Any]:
@@ -224,5 +226,8 @@ def _list(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
 
 
 def _limit(gigabytes: float, top: float) -> int | None:
-    """None at the slider's end: all that is free."""
+    """None at the slider's end: all free memory."""
     return None if gigabytes >= top else round(gigabytes * GB)
+
+
+TAB = Tab("offload", say("offload"), OffloadTab)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,17 +10,18 @@ import gradio as gr
 from lowmem import quant
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
-from lowmem.fields import describe
+from lowmem.fields import build, describe
 from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.request import QuantizeRequest
+from lowmem.settings import settings
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
 from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import widgets
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.service.engine import Engine
 
 GROUPS = (32, 64, 128, -1)
 OWN_FILE = "file"
@@ -34,14 +35,14 @@ class QuantizeForm:
         controls: all of them, in the order in which `request` takes their values.
     """
 
-    def __init__(self, workshop: Workshop, sidebar: Sidebar) -> None:
-        self.workshop, self.sidebar = workshop, sidebar
-        refused = workshop.methods()
+    def __init__(self, context: Context) -> None:
+        self.service, self.sidebar = context.services.quantize, context.sidebar
+        refused = self.service.methods()
         usable = [method for method in quant.METHODS if refused[method] is None]
         first = quant.DEFAULT if quant.DEFAULT in usable else usable[0]
         with gr.Row():
             self.model = gr.Dropdown(
-                originals(workshop),
+                originals(context.engine),
                 value="demo",
                 allow_custom_value=True,
                 label=say("model"),
@@ -88,7 +89,7 @@ class QuantizeForm:
             self.samples,
             self.length,
             *self.advanced.values(),
-            *sidebar.limits,
+            *self.sidebar.limits,
         ]
 
     def _build_calibration(self, visible: bool) -> None:
@@ -156,12 +157,12 @@ class QuantizeForm:
         if text != OWN_FILE or not file:
             return ""
         try:
-            warning = self.workshop.overlap(file)
+            warning = self.service.overlap(file)
         except Exception as error:
             return notice(error, toast=False)
         return render.quiet(warning) if warning else ""
 
-    def request(self, values: tuple[Any, ...]) -> QuantizeRequest:
+    def request(self, values: Sequence[Any]) -> QuantizeRequest:
         """The request that the controls describe.
 
         Raises:
@@ -173,7 +174,7 @@ class QuantizeForm:
         if text == OWN_FILE and not file and get(method).calibrated:
             raise BadInput(say("text_missing"), say("text_missing_hint"))
         source = file if text == OWN_FILE and file else texts.MANUAL if text == OWN_FILE else text
-        return self.workshop.request(
+        return self.service.request(
             model=(model or "").strip(),
             method=method,
             options={"bits": bits, "group_size": group, "symmetric": symmetric} | own,
@@ -182,15 +183,10 @@ class QuantizeForm:
         )
 
 
-def originals(workshop: Workshop) -> list[tuple[str, str]]:
-    """Models that can be quantized, for a dropdown."""
-    return [(label, ref) for label, ref in workshop.engine.catalog() if not _is_result(ref)]
-
-
-def _is_result(ref: str) -> bool:
-    from lowmem.settings import settings
-
-    return ref.startswith(str(settings().outputs))
+def originals(engine: Engine) -> list[tuple[str, str]]:
+    """Models that can be quantized or exported, for a dropdown: no results of this page."""
+    outputs = str(settings().outputs)
+    return [(label, ref) for label, ref in engine.catalog() if not ref.startswith(outputs)]
 
 
 def _extra(method: str) -> list[str]:
@@ -202,11 +198,8 @@ def _preset(method: str, key: str) -> Any:
 
 
 def _possible(method: str, **options: Any) -> bool:
-    from lowmem.fields import build
-
-    given: Mapping[str, Any] = options
     try:
-        build(get(method).Options, given).check()
+        build(get(method).Options, options).check()
     except BadInput:
         return False
     return True

@@ -25,11 +25,10 @@ from lowmem.sweep.table import ordered
 from lowmem.ui.html import plan as render
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.strings import say
-from lowmem.ui.parts.bind import QUICK, Jobs
+from lowmem.ui.parts.bind import QUICK
+from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import read
-from lowmem.ui.parts.runner import Runner, View
-from lowmem.ui.parts.sidebar import Sidebar
-from lowmem.ui.service.quantizing import Workshop
+from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.tabs.quantize_form import GROUPS, originals
 
 SAMPLES = 16
@@ -44,30 +43,29 @@ class SweepView:
         options: controls of `MeasureOptions`, by field.
     """
 
-    def __init__(
-        self, workshop: Workshop, jobs: Jobs, sidebar: Sidebar, text: gr.Dropdown, options: dict[str, Any]
-    ) -> None:
-        self.workshop, self.sidebar, self._fields = workshop, sidebar, tuple(options)
+    def __init__(self, context: Context, text: gr.Dropdown, options: dict[str, Any]) -> None:
+        self.context, self.service, self.sidebar = context, context.services.compare, context.sidebar
+        self._fields = tuple(options)
         with gr.Accordion(say("sweep"), open=False, elem_id="sweep"):
             gr.HTML(render.quiet(say("sweep_help")))
             self._build_form()
             self.count = gr.HTML(self._counted(*(control.value for control in self.chosen)), elem_id="sweep-count")
-            self.runner = Runner(workshop.engine, jobs, "sweep", say("start_sweep"))
+            self.runner = ButtonRunner(context, "sweep", say("start_sweep"))
             self.table = gr.HTML(elem_id="sweep-table")
             self.plots = gr.HTML(elem_id="sweep-plots")
             self.notes = gr.HTML(elem_id="sweep-notes")
         for control in self.chosen:
             control.change(self._counted, self.chosen, self.count, trigger_mode="always_last", **QUICK)
-        inputs = [*self.chosen, text, *options.values(), *sidebar.limits]
-        self.runner.wire(sidebar, inputs, [self.table, self.plots, self.notes], self._start)
+        inputs = [*self.chosen, text, *options.values(), *self.sidebar.limits]
+        self.runner.wire(inputs, [self.table, self.plots, self.notes], self._start)
 
     def _build_form(self) -> None:
-        refused = self.workshop.methods()
+        refused = self.context.services.quantize.methods()
         usable = [(get(method).label, method) for method in quant.METHODS if refused[method] is None]
         quick = [method for _, method in usable if get(method).presets and not get(method).calibrated]
-        precisions = [name for name in self.workshop.variants() if ":" not in name]
+        precisions = [name for name in self.service.variants() if ":" not in name]
         self.models = gr.Dropdown(
-            originals(self.workshop),
+            originals(self.context.engine),
             value=["demo"],
             multiselect=True,
             allow_custom_value=True,
@@ -112,29 +110,29 @@ class SweepView:
         ]  # fmt: skip
 
     def _counted(self, *values: Any) -> str:
-        models, *what = values
-        variants = _variants(*what)
-        reference = self.workshop.reference()
+        models, *settings = values
+        variants = _variants(*settings)
+        reference = self.service.reference()
         if not models or not variants:
             return render.quiet(say("sweep_nothing"))
         count = len(models) * len({reference, *(variant.name for variant in variants)})
         return render.quiet(say("sweep_count", count=count, reference=reference))
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
-        models, *what = values[: len(self.chosen)]
+        models, *settings = values[: len(self.chosen)]
         text, *rest = values[len(self.chosen) :]
-        given, limits = rest[: len(self._fields)], rest[len(self._fields) :]
-        variants = _variants(*what)
+        measure, limits = rest[: len(self._fields)], rest[len(self._fields) :]
+        variants = _variants(*settings)
         if not models or not variants:
             raise BadInput("There is nothing to sweep.", say("sweep_nothing"))
         grid = Grid(
             models=tuple(dict.fromkeys(model.strip() for model in models)),
             variants=tuple(variants),
-            reference=parse_variant(self.workshop.reference()),
+            reference=parse_variant(self.service.reference()),
             text=text,
-            options=read(MeasureOptions, self._fields, given),
+            options=read(MeasureOptions, self._fields, measure),
         )
-        return self.workshop.sweep(grid, token, self.sidebar.budget_of(limits)), _view(grid)
+        return self.service.sweep(grid, self.sidebar.budget_of(limits), token), _view(grid)
 
 
 def _variants(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.errors import BadInput
 from lowmem.events import Completion
-from lowmem.settings import settings
+from lowmem.measure.rows import write_atomically
+from lowmem.ui.i18n.edge import shown
+from lowmem.ui.i18n.strings import say
+from lowmem.ui.service.results import new_folder
 from lowmem.units import MB, format_bytes
 
 FILE_LIMIT = 2 * MB
@@ -88,18 +89,19 @@ def _from_jsonl(text: str) -> list[str]:
 
 def write_results(rows: Sequence[Completion]) -> tuple[Path, Path]:
     """results.csv and results.jsonl in a folder of their own; neither appears half written."""
-    folder = settings().outputs / f"batch-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    folder.mkdir(parents=True)
+    folder = new_folder("batch")
     records = [asdict(row) for row in sorted(rows, key=lambda row: (row.index, row.sequence))]
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(records[0]) if records else ["prompt", "text"])
     writer.writeheader()
     writer.writerows(records)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return _write(folder / "results.csv", table.getvalue()), _write(folder / "results.jsonl", lines)
+    csv_path = write_atomically(folder / "results.csv", table.getvalue())
+    return csv_path, write_atomically(folder / "results.jsonl", lines)
 
 
-def _write(path: Path, text: str) -> Path:
-    draft = path.with_suffix(path.suffix + ".part")
-    draft.write_text(text, encoding="utf-8", newline="")
-    return draft.replace(path)
+def joined(answers: dict[int, str]) -> str:
+    """One sequence as it is; several under numbered headings in the visitor's language."""
+    if len(answers) <= 1:
+        return "".join(answers.values())
+    return "\n\n".join(f"— {shown(say('answer', number=index + 1))} —\n{answers[index]}" for index in sorted(answers))

@@ -1,4 +1,4 @@
-"""A lesson at the foot of each tab: closed until it is wanted, then with the figures of the model at hand."""
+"""A lesson at the foot of each tab: closed at first, then with the figures of the tab's model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Learn:
         self.engine, self.key = engine, key
         title = f"{say('learn')}: {LESSONS[key].title}"
         with gr.Accordion(title, open=False, elem_id=f"learn-{key}", elem_classes="lm-learn-box") as box:
-            told = gr.HTML(render_learn.lesson(key, None, None), elem_id=f"learn-{key}-text")
+            text = gr.HTML(render_learn.lesson(key, None, None), elem_id=f"learn-{key}-text")
         inputs = [model] if model else None
-        box.expand(self._tell, inputs, told, **QUICK)
+        box.expand(self._lesson, inputs, text, **QUICK)
         if model:
-            model.change(self._tell, inputs, told, trigger_mode="always_last", **QUICK)
+            model.change(self._lesson, inputs, text, trigger_mode="always_last", **QUICK)
 
-    def _tell(self, model: str | None = None) -> str:
+    def _lesson(self, model: str | None = None) -> str:
         try:
             return render_learn.lesson(self.key, self._plan((model or "").strip()), self.engine.last_receipt)
         except Exception as error:  # the tab itself says what is wrong with its model

@@ -1,4 +1,4 @@
-"""What the page may ask of offloading: plan, predict, run, compare. Thin; torch comes with the first run."""
+"""Offloading for the page: plan, estimate, run, compare. Torch is loaded by the first run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem.errors import BadInput, Cancelled, LowMemError
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.bandwidth import Unmeasured
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
@@ -23,7 +24,7 @@ from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.ui.service.engine import Engine
 
-EXERCISE = tuple(method for method in METHODS if method != "auto")
+COMPARED = tuple(method for method in METHODS if method != "auto")
 
 CONTEXT = 512
 MOST_TOKENS = 256
@@ -31,40 +32,35 @@ MOST_ANSWERS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A visitor's wish.
+class OffloadRequest:
+    """A model to run within a budget, as a visitor entered it. Both lists empty leave the placement to the budget."""
 
-    Args:
-        disk_blocks, ram_blocks: lists like "0-5,9" or "all"; both "" leaves the placement to the budget.
-        answers: at once; 0 for as many as pay within the budget.
-    """
-
-    model: str = "demo"
-    disk_blocks: str = ""
-    ram_blocks: str = ""
-    answers: int = 1
+    model: str = option("demo", "Model", "A hub id, a folder or a .gguf file.")
     budget: MemoryBudget = UNLIMITED
+    disk_blocks: str = option("", "Blocks on disk", "Numbers and ranges such as 0-5,9; or all.")
+    ram_blocks: str = option("", "Blocks in RAM", "Numbers and ranges such as 0-5,9; or all.")
+    answers: int = option(1, "Sequences", "Generated in parallel; 0 for automatic.", low=0, high=MOST_ANSWERS)
 
 
-class Depot:
+class OffloadService:
     """Offloading for one page's engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._measuring = threading.Lock()
 
-    def plan(self, ask: Ask) -> Plan:
-        """The plan for a wish.
+    def plan(self, request: OffloadRequest) -> Plan:
+        """The plan for a request.
 
         Raises:
-            DoesNotFit: the budget is below what one block at a time takes.
-            BadInput, ModelNotFound and others: what is wrong with the wish.
+            DoesNotFit: the budget is too small even for one block at a time.
+            BadInput, ModelNotFound and others: what is wrong with the request.
         """
-        if not 0 <= ask.answers <= MOST_ANSWERS:
-            raise BadInput(f"{ask.answers:,} answers at once are not possible here.", f"Choose 0 to {MOST_ANSWERS}.")
-        spec = self.engine.spec(ask.model)
-        goal = Goal(context=CONTEXT, batch=max(1, ask.answers))
-        return plan_for(self.engine.session, spec, goal, ask.budget, _where(ask, spec), maximize_batch=not ask.answers)
+        spec = self.engine.spec(request.model)
+        goal = Goal(context=CONTEXT, batch=max(1, request.answers))
+        return plan_for(
+            self.engine.session, spec, goal, request.budget, _where(request, spec), maximize_batch=not request.answers
+        )
 
     def here(self, plan: Plan) -> bool:
         """Is the model on this machine?"""
@@ -79,50 +75,54 @@ class Depot:
             return None
 
     def measure(self, plan: Plan, again: bool = False) -> SpeedEstimate | None:
-        """As `speed`, but what was never measured is measured now, in a process of its own; some seconds.
+        """As `speed`, but measures this machine first, in a process of its own, if it never was; takes some seconds.
 
-        Not while the model computes: both would be slower than they are.
+        Not while the model computes: each would slow the other down.
         """
         placement = plan.placement
         if placement is None or not self.here(plan) or self.engine.busy:
             return self.speed(plan)
-        asked: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "model": plan.spec.ref,
             "batch": plan.batch,
             "mapped": placement.mapped,
             "again": again,
         }
-        asked |= {"disk": placement.indices("disk"), "in_ram": placement.indices("ram")}
+        measured |= {"disk": placement.indices("disk"), "in_ram": placement.indices("ram")}
         with self._measuring:
             if again or self.speed(plan) is None:
-                for _ in run_isolated("measure_offload", asked):
+                for _ in run_isolated("measure_offload", measured):
                     pass
         return self.speed(plan)
 
     def run(
-        self, ask: Ask, prompt: str, new_tokens: int, cancel: CancelToken
+        self, request: OffloadRequest, prompt: str, new_tokens: int, cancel: CancelToken
     ) -> Iterator[Step | Chunk | Completion | Receipt]:
-        """Answer a prompt with the page's one model, which is loaded as planned; the receipt is the last event.
+        """Load the model as planned, as the page's resident model, and continue a prompt; the receipt comes last.
 
-        One answer takes the likeliest tokens; several at once are drawn, or they would be the same.
+        One sequence is decoded greedily; several are sampled, or all would be the same.
         """
-        plan = self.plan(ask)
+        plan = self.plan(request)
         options = GenerateOptions(max_new_tokens=_checked(new_tokens), greedy=plan.batch == 1)
-        for event in run(self.engine.session, plan, *batched(prompt, options, plan.batch), cancel, raw=True):
-            if isinstance(event, Receipt):
-                self.engine.note(event)
-            yield event
+        events = run(self.engine.session, plan, *batched(prompt, options, plan.batch), cancel, raw=True)
+        yield from self.engine.noted(events)
 
     def compare(
-        self, ask: Ask, prompt: str, new_tokens: int, cancel: CancelToken, methods: Sequence[str] = EXERCISE
+        self,
+        request: OffloadRequest,
+        prompt: str,
+        new_tokens: int,
+        cancel: CancelToken,
+        methods: Sequence[str] = COMPARED,
     ) -> Iterator[Step | dict[str, Any]]:
-        """Every method in a process of its own: a dictionary each, of its receipt or of its "error"."""
+        """Run every method in a process of its own; yields a dictionary for each, of its receipt or of its "error"."""
         if unknown := [method for method in methods if method not in METHODS]:
             raise BadInput(f"There is no method {unknown[0]!r}.", f"Choose among {', '.join(METHODS)}.")
-        self.engine.spec(ask.model)  # refuses paths that strangers may not name
-        given = {"model": ask.model, "prompt": prompt, "new_tokens": _checked(new_tokens), "context": CONTEXT}
+        self.engine.spec(request.model)  # refuses models that this visitor may not name
+        arguments = {"model": request.model, "prompt": prompt, "new_tokens": _checked(new_tokens), "context": CONTEXT}
         for method in dict.fromkeys(methods):
-            yield from _one(method, given | {"budget": self.engine.child_budget(ask.budget).as_dict()}, cancel)
+            budget = self.engine.child_budget(request.budget).as_dict()
+            yield from _one(method, arguments | {"budget": budget}, cancel)
 
 
 def _one(method: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Step | dict[str, Any]]:
@@ -138,10 +138,10 @@ def _one(method: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterato
         yield {"method": method, "error": str(error)}
 
 
-def _where(ask: Ask, spec: ModelSpec) -> BlockPlacement:
+def _where(request: OffloadRequest, spec: ModelSpec) -> BlockPlacement:
     return BlockPlacement(
-        parse_blocks(ask.ram_blocks.strip() or None, spec.layers),
-        parse_blocks(ask.disk_blocks.strip() or None, spec.layers),
+        parse_blocks(request.ram_blocks.strip() or None, spec.layers),
+        parse_blocks(request.disk_blocks.strip() or None, spec.layers),
     )
 
 

@@ -1,0 +1,104 @@
+"""The table of endpoints as gradio serves it: arguments in, JSON out, failures as sentences, each written once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, get_type_hints
+
+import gradio as gr
+
+from lowmem.events import CancelToken
+from lowmem.fields import build
+from lowmem.machine.budget import MemoryBudget
+from lowmem.ui.api.arguments import described
+from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED, Endpoint
+from lowmem.ui.api.json import Json, as_json
+from lowmem.ui.parts.bind import explain, pump
+from lowmem.ui.service.services import Services
+
+log = logging.getLogger("lowmem.ui.api")
+
+Arguments = list[inspect.Parameter]
+
+
+def publish(services: Services) -> None:
+    """Add every endpoint, by its name and its earlier one, to the Blocks that is being built."""
+    for endpoint in ENDPOINTS:
+        gr.api(_served(endpoint, services), api_name=endpoint.name, **endpoint.queue)
+    by_name = {endpoint.name: endpoint for endpoint in ENDPOINTS}
+    for old, new in RENAMED.items():
+        served = _served(by_name[new], services, renamed=f"/{old} is now called /{new}; the old name will be removed.")
+        served.__name__ = old
+        gr.api(served, api_name=old, **by_name[new].queue)
+
+
+def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callable[..., Any]:
+    """The endpoint's function as `gr.api` takes it: plain arguments, JSON, and a sentence for every failure."""
+    hints = get_type_hints(endpoint.run)
+    parameters = list(inspect.signature(endpoint.run).parameters.values())[1:]  # the first is the services
+    streams = "cancel" in hints
+    taken = [argument for one in parameters for argument in _arguments(one.name, hints[one.name], one.default)]
+    signature = inspect.Signature(taken, return_annotation=Iterator[dict] if streams else dict)
+
+    def answers(*args: Any, **kwargs: Any) -> Iterator[Json]:
+        if renamed:
+            log.warning(renamed)
+        try:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            token = CancelToken()
+            values = {one.name: _value(one.name, hints[one.name], bound.arguments, token) for one in parameters}
+            result = endpoint.run(services, **values)
+            found = endpoint.view(pump(result, token)) if streams else iter([as_json(result)])
+            yield from ({**one, "renamed": renamed} if renamed else one for one in found)
+        except Exception as error:
+            raise gr.Error(" ".join(filter(None, explain(error))), print_exception=False) from None
+
+    def answer(*args: Any, **kwargs: Any) -> Json:
+        return next(answers(*args, **kwargs))
+
+    run: Any = answers if streams else answer
+    run.__name__ = endpoint.name
+    run.__signature__ = signature
+    run.__annotations__ = {one.name: one.annotation for one in taken} | {"return": signature.return_annotation}
+    run.__doc__ = described(endpoint.name, renamed or inspect.getdoc(endpoint.run) or "", [one.name for one in taken])
+    return run
+
+
+def _arguments(name: str, hint: Any, default: Any) -> Arguments:
+    """What callers pass for a parameter of an endpoint's function, or for a field of its dataclass."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if hint is CancelToken:
+        return []
+    if hint is MemoryBudget:
+        return [inspect.Parameter(memory, kind, default="", annotation=str) for memory in ("ram", "vram")]
+    if not dataclasses.is_dataclass(hint):
+        return [inspect.Parameter(name, kind, default=default, annotation=hint)]
+    if name == "options":
+        return [inspect.Parameter(name, kind, default=None, annotation=dict | None)]
+    types, fields = get_type_hints(hint), dataclasses.fields(hint)
+    return [one for field in fields for one in _arguments(field.name, types[field.name], field.default)]
+
+
+def _value(name: str, hint: Any, given: dict[str, Any], token: CancelToken) -> Any:
+    """What an endpoint's function gets for a parameter.
+
+    Raises:
+        BadInput: a value is outside its range.
+    """
+    if hint is CancelToken:
+        return token
+    if hint is MemoryBudget:
+        return MemoryBudget.parse(given["ram"], given["vram"])
+    if not dataclasses.is_dataclass(hint):
+        return given[name]
+    kind: Any = hint
+    if name == "options":
+        return build(kind, given[name] or {})
+    types = get_type_hints(kind)
+    values = {key: _value(key, types[key], given, token) for key in types}
+    budgets = {key: value for key, value in values.items() if isinstance(value, MemoryBudget)}
+    return dataclasses.replace(build(kind, {key: values[key] for key in values.keys() - budgets.keys()}), **budgets)

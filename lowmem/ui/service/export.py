@@ -1,0 +1,53 @@
+"""Exporting a model for the page, and timing the graph against PyTorch. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from lowmem.events import CancelToken, Receipt, Step
+from lowmem.export.run import Forecast, export_isolated, forecast, output_folder, race
+from lowmem.machine.baseline import runtime_bytes
+from lowmem.machine.budget import MemoryBudget
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.ui.service.engine import Engine
+from lowmem.ui.service.results import result_folder
+
+
+class ExportService:
+    """Export for one page's engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def estimate(self, model: str, options: ExportOptions, budget: MemoryBudget) -> Forecast:
+        """Size, memory and time of an export; writes nothing."""
+        spec = self.engine.spec(model, encoders=True)
+        return forecast(spec, options, runtime_bytes(), self.engine.child_budget(budget).limit("ram"))
+
+    def export(
+        self, model: str, options: ExportOptions, budget: MemoryBudget, cancel: CancelToken
+    ) -> Iterator[Step | Receipt]:
+        """Write the graph and verify it; the receipt's `details["folder"]` says where."""
+        out = output_folder(self.engine.spec(model, encoders=True).name, options)
+        events = export_isolated(
+            model,
+            out,
+            asdict(options),
+            budget=self.engine.child_budget(budget),
+            allow_paths=not self.engine.public,
+            cancel=cancel,
+        )
+        return self.engine.noted(events)
+
+    def benchmark(
+        self, folder: str, model: str, budget: MemoryBudget, cancel: CancelToken
+    ) -> Iterator[Step | dict[str, Any]]:
+        """Time the graph in `folder`, a result of this page, against PyTorch running `model`.
+
+        Raises:
+            BadInput: the folder is no result of this page.
+        """
+        self.engine.spec(model)  # refuses models that this visitor may not name
+        return race(model, result_folder(folder), cancel, self.engine.child_budget(budget))

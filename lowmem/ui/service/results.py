@@ -1,0 +1,52 @@
+"""Folders of what the page makes: new ones, finished ones, and their way to the hub."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowmem.errors import BadInput
+from lowmem.events import CancelToken
+from lowmem.models.push import push
+from lowmem.settings import settings
+from lowmem.ui.service.access import Access
+
+
+def new_folder(kind: str) -> Path:
+    """A new folder for the files of one action, below `settings().outputs`."""
+    folder = settings().outputs / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def unused(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
+    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in range(1, 1000))
+    return next(name for name in names if not name.exists())
+
+
+def result_folder(folder: str) -> Path:
+    """The path of a result made by this page.
+
+    Raises:
+        BadInput: there is no such folder, or it lies elsewhere.
+    """
+    path = Path(folder).resolve()
+    if not folder or not path.is_dir() or not path.is_relative_to(settings().outputs.resolve()):
+        raise BadInput("Only results of this page can be used.", "Quantize or export a model first.")
+    return path
+
+
+def push_result(
+    access: Access, folder: str, repo: str, token: str, private: bool, cancel: CancelToken
+) -> Iterator[str]:
+    """Upload a finished folder to the hub; yields its address. Only the page's owner may.
+
+    Args:
+        token: of the hub, with write access; "" for the owner's own.
+    """
+    access.require_owner("Pushing to the hub")
+    path = result_folder(folder)
+    yield push(path, repo, token.strip() or settings().hub_token or "", private=private, cancel=cancel)

@@ -1,0 +1,28 @@
+"""Every service of one page."""
+
+from __future__ import annotations
+
+from lowmem.ui.service.compare import CompareService
+from lowmem.ui.service.engine import Engine
+from lowmem.ui.service.export import ExportService
+from lowmem.ui.service.longctx import LongContextService
+from lowmem.ui.service.offload import OffloadService
+from lowmem.ui.service.quantize import QuantizeService
+
+
+class Services:
+    """The services over one engine; what is passed in takes the place of the usual one.
+
+    Attributes:
+        engine, quantize, compare, offload, longctx, export: one service each.
+    """
+
+    def __init__(
+        self, engine: Engine, *, quantize: QuantizeService | None = None, compare: CompareService | None = None
+    ) -> None:
+        self.engine = engine
+        self.quantize = quantize or QuantizeService(engine)
+        self.compare = compare or CompareService(engine)
+        self.offload = OffloadService(engine)
+        self.longctx = LongContextService(engine)
+        self.export = ExportService(engine)
