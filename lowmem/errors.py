@@ -1,17 +1,14 @@
-"""The only errors a person sees.
-
-Anything else that is raised is a bug and keeps its traceback.
-"""
+"""The errors shown to people. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 
 class LowMemError(Exception):
-    """What failed, with its numbers, and the next click.
+    """An error with a message for people and a hint at the next step.
 
     Args:
-        message: one sentence that says what failed and names the number.
-        hint: one sentence that says what to do next.
+        message: one sentence: what failed, with its numbers.
+        hint: one sentence: what to do next.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -37,15 +34,15 @@ class ModelNotFound(LowMemError):
 
 
 class GatedModel(LowMemError):
-    """The hub wants a token, or the licence accepted, first."""
+    """The hub requires a token, or that its licence is accepted."""
 
 
 class UnsafeModel(LowMemError):
-    """Weights only as pickles, or code of the repository's own would have to run."""
+    """The repository has only pickled weights, or requires its own code."""
 
 
 class CorruptModel(LowMemError):
-    """Truncated or inconsistent weights, or numbers that are not numbers."""
+    """Truncated or inconsistent weights, or NaN."""
 
 
 class Offline(LowMemError):
@@ -57,27 +54,27 @@ class DiskFull(LowMemError):
 
 
 class DoesNotFit(LowMemError):
-    """The prediction exceeds the budget, known before any memory is taken."""
+    """The estimate exceeds the budget; raised before any memory is allocated."""
 
 
 class OutOfMemory(LowMemError):
-    """The memory ran out, or the budget was reached, while running."""
+    """Memory ran out, or the budget was exceeded, during a run."""
 
 
 class Unsupported(LowMemError):
-    """A model, device or option that this version cannot serve."""
+    """A model, device or option that this version does not support."""
 
 
 class NotAllowed(LowMemError):
-    """Left to the owner of a page, or more than a visitor may ask for."""
+    """Only the owner of the page may do this, or it exceeds a visitor's quota."""
 
 
 class MissingDependency(LowMemError):
-    """An optional package is absent; the hint carries the pip line."""
+    """An optional package is missing; the hint has the pip command."""
 
 
 class Cancelled(LowMemError):
-    """Somebody pressed Stop."""
+    """The user pressed Stop."""
 
     def __init__(self, message: str = "Stopped.", hint: str = "") -> None:
         super().__init__(message, hint)

@@ -1,6 +1,6 @@
-"""The only reader of environment variables.
+"""The only module that reads environment variables.
 
-Read afresh on every call, so that a test or a notebook cell can change the environment.
+They are read on every call, so that a test or a notebook cell can change them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """Where lowmem keeps its files, and what the host says about itself.
+    """Paths of lowmem's files, and the settings of the host.
 
-    `memory` is the host's own statement of its RAM (Spaces set `MEMORY`, e.g. "15Gi").
-    `hub_token` is used for requests and never written anywhere. `visible_gpus` is
-    `CUDA_VISIBLE_DEVICES`, None when every GPU may be used; `threads` is `OMP_NUM_THREADS`, which torch obeys.
+    `memory` is the RAM that the host declares (Spaces set `MEMORY`, e.g. "15Gi"). `hub_token` is used for requests and
+    never written to disk. `visible_gpus` is `CUDA_VISIBLE_DEVICES`, None if every GPU may be used; `threads` is
+    `OMP_NUM_THREADS`, which torch follows.
     """
 
     home: Path
@@ -30,17 +30,17 @@ class Settings:
 
     @property
     def models(self) -> Path:
-        """Fetched and converted models, one folder each."""
+        """Downloaded and converted models, one folder each."""
         return self.home / "models"
 
     @property
     def outputs(self) -> Path:
-        """What the app writes for people to download."""
+        """Files that the app writes for people to download."""
         return self.home / "outputs"
 
 
 def settings() -> Settings:
-    """The settings of this moment, from the environment."""
+    """The current settings, from the environment."""
     env = os.environ
     default_home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem"
     return Settings(
@@ -56,12 +56,12 @@ def settings() -> Settings:
 
 
 def gpu_is_attached() -> None:
-    """Called in the worker of a ZeroGPU Space: from here on this process has its GPU as any other Space would."""
+    """Called in the worker of a ZeroGPU Space: from now on this process is treated as one with a GPU of its own."""
     os.environ.pop("SPACES_ZERO_GPU", None)
 
 
 def without_lent_gpu() -> dict[str, str]:
-    """Variables for a process of its own beside a ZeroGPU Space's app, which no GPU is lent to; empty elsewhere."""
+    """Environment variables for a child process of a ZeroGPU Space, which has no GPU; empty on other hosts."""
     return {"SPACES_ZERO_GPU": "", "CUDA_VISIBLE_DEVICES": ""} if _host() == "zerogpu" else {}
 
 
@@ -72,7 +72,7 @@ def _host() -> str:
         return "zerogpu"
     if env.get("SYSTEM") == "spaces" or env.get("SPACE_ID"):
         return "space"
-    # Inherited by `!python app.py`, where IPython's own check would not see the notebook.
+    # Inherited by `!python app.py`, in which a check for IPython would not find the notebook.
     if env.get("COLAB_RELEASE_TAG"):
         return "colab"
     return "local"

@@ -1,4 +1,4 @@
-"""Bytes and tokens as people write and read them; nothing else."""
+"""Formatting and parsing of sizes and durations."""
 
 from __future__ import annotations
 

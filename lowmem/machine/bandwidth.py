@@ -1,7 +1,7 @@
-"""How fast this machine moves bytes: from its disks, from RAM, over the bus to a GPU.
+"""Bandwidth of this machine: of its disks, its RAM, and the bus to its GPUs.
 
-Measured once for each disk and for each version of torch, kept in LOWMEM_HOME, measured again on demand. Knows nothing of
-models; a disk is measured by reading a file that is there, past the page cache.
+Measured once, saved in LOWMEM_HOME, and measured again on demand. A disk is measured by reading an existing file past the
+page cache.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ log = logging.getLogger("lowmem.machine")
 FIGURES = "bandwidth.json"
 
 SECONDS = 2.0
-"""Long enough for a disk to leave its burst of credit behind, short enough to wait for."""
+"""Long enough for a cloud disk to use up its burst credit, short enough to wait for."""
 
 PROBE_SECONDS = 0.3
-"""Of everything else, which needs no more to be steady."""
+"""For everything but disks; longer runs give no steadier figure."""
 
 CHUNK_BYTES = 4 << 20
 BUFFER_CHUNKS = 16
@@ -34,22 +34,22 @@ READERS = 2
 
 PROBE_BYTES = 64 * MB
 INPUTS = 4096
-"""Of the weights that a row is multiplied by, where nobody says how many."""
+"""Default number of inputs of the weight matrix in the RAM measurement."""
 
 
 class Unmeasured(LookupError):
-    """A figure that was never measured here, where only known ones were asked for."""
+    """The figure was never measured on this machine, and the caller asked not to measure."""
 
 
 Again = bool | None
-"""True measures anew, False what was never measured; None measures nothing and raises `Unmeasured`."""
+"""True measures again, False only what was never measured; None never measures and raises `Unmeasured`."""
 
 
 def disk_bandwidth(file: Path, again: Again = False) -> float:
-    """Bytes per second of sequential reads on the disk where `file` lies, about 2 s the first time.
+    """Bytes per second of sequential reads from the disk of `file`; takes about 2 s the first time.
 
-    Reads `file` itself: nothing is written. 0.0 when the file is empty or cannot be read. A file that is smaller than
-    one read says nothing of others, and has a figure of its own.
+    Reads `file` and writes nothing. 0.0 if the file is empty or unreadable. A file smaller than one read is not
+    representative and has a figure of its own.
     """
     found = file.stat()
     key = f"disk {found.st_dev}" + (f" with {found.st_size} bytes" if found.st_size < CHUNK_BYTES else "")
@@ -57,16 +57,16 @@ def disk_bandwidth(file: Path, again: Again = False) -> float:
 
 
 def ram_bandwidth(again: Again = False, inputs: int = INPUTS) -> float:
-    """Bytes per second at which this process multiplies a row by fp32 weights that lie in RAM.
+    """Bytes per second of fp32 weights in RAM that this process multiplies by one row.
 
     Args:
-        inputs: of the weights, as a power of two: few take longer.
+        inputs: columns of the weight matrix, a power of two; narrow matrices are slower per byte.
     """
     return kept(f"ram {inputs} inputs", again, lambda: _measure_product("cpu", "float32", inputs))
 
 
 def vram_bandwidth(device: str, again: Again = False) -> float:
-    """Bytes per second at which the GPU `device` multiplies a row by fp16 weights that lie in its memory."""
+    """Bytes per second of fp16 weights in its memory that the GPU `device` multiplies by one row."""
     return _kept(f"vram {device}", again, lambda: _measure_product(device, "float16", INPUTS))
 
 
@@ -76,7 +76,7 @@ def bus_bandwidth(device: str, again: Again = False) -> float:
 
 
 def kept(key: str, again: Again, measure: Callable[[], float]) -> float:
-    """A figure of this machine by name: measured now if it never was, or `again`."""
+    """The figure `key` of this machine for the current number of threads, measured if it is missing or `again`."""
     return _kept(f"{key} {_threads()} threads", again, measure)
 
 
@@ -99,7 +99,7 @@ def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
 def _measure_disk(file: Path) -> float:
     from lowmem.machine.direct_io import (
         PAGE,
-        Shard,  # the same reads, into the same kind of buffer, as those that are predicted
+        Shard,  # the same reads, into the same kind of buffer, as the run that is predicted
         page_aligned,
     )
     from lowmem.models.checkpoint import as_bytes
@@ -111,13 +111,13 @@ def _measure_disk(file: Path) -> float:
     size -= size % chunk
     shard, buffer = Shard(file), as_bytes(page_aligned(BUFFER_CHUNKS * chunk))
     for page in range(0, len(buffer), PAGE):
-        buffer[page] = 0  # the system hands pages out on the first touch, which is no part of a disk
+        buffer[page] = 0  # touch every page: allocating it is not part of the disk's time
     offsets, deadline = iter(range(0, 1 << 62, chunk)), time.perf_counter() + SECONDS
 
     def work(_: int) -> int:
         read = 0
         while time.perf_counter() < deadline:
-            # Counting up is atomic; two readers never take the same chunk.
+            # `next` on a range is atomic: two readers never take the same chunk.
             offset = next(offsets)
             place = offset % len(buffer)
             shard.read(offset % size, buffer[place : place + chunk], chunk)
@@ -162,7 +162,7 @@ def _measure_bus(device: str) -> float:
 
 
 def rate(action: Callable[[], Any], nbytes: int) -> float:
-    """Bytes per second of an action on `nbytes`: the median of the runs in `PROBE_SECONDS`, at least three."""
+    """Bytes per second of an action on `nbytes`: the median of at least three runs within `PROBE_SECONDS`."""
     action()
     runs: list[float] = []
     end = time.perf_counter() + PROBE_SECONDS
@@ -174,7 +174,7 @@ def rate(action: Callable[[], Any], nbytes: int) -> float:
 
 
 def _threads() -> str:
-    # What torch will go by; known figures are asked for on every move of a slider, long before anybody needs torch.
+    # What torch will use. Saved figures are looked up on every move of a slider, long before torch is imported.
     return settings().threads or str(processor.cores())
 
 

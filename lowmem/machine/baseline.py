@@ -1,4 +1,4 @@
-"""What torch and transformers cost in RAM before any model is loaded, measured once per version."""
+"""RAM that torch and transformers take before any model is loaded, measured once per version."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("lowmem.machine")
 
 FIGURES = "runtime_bytes.json"
 
-# Measured with torch 2.13 and transformers 5.23 on Linux x86-64; stands in until this machine is measured.
+# Measured with torch 2.13 and transformers 5.23 on Linux x86-64; used until this machine is measured.
 DEFAULT_RUNTIME_BYTES = 450_000_000
 
 # What a session imports before it reads the first weight. Llama's classes stand for any family's; the
-# product makes torch start its threads and its matrix library, which any model would.
+# matrix product makes torch start its threads and its matrix library, as any model would.
 _CHILD = """
 import psutil
 import torch
@@ -37,14 +37,14 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def runtime_bytes() -> int:
-    """The measured figure for these versions, or `DEFAULT_RUNTIME_BYTES` before the first measurement."""
+    """Bytes for the installed versions; `DEFAULT_RUNTIME_BYTES` before the first measurement."""
     return _measured().get(_versions(), DEFAULT_RUNTIME_BYTES)
 
 
 def measure_runtime_bytes() -> int:
-    """Measure in a child process (about 4 s) unless these versions have been; keep the figure in LOWMEM_HOME.
+    """Measure in a child process (about 4 s) unless these versions were measured before; save it in LOWMEM_HOME.
 
-    Without a working torch the default is returned and nothing is kept.
+    Without a working torch, returns the default and saves nothing.
     """
     if cached := _measured().get(_versions()):
         return cached

@@ -1,4 +1,4 @@
-"""One device that computes, and what it is good at."""
+"""A device that computes: its memory and the dtypes it runs well."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ CPU = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A place where a model can run.
+    """A device that a model can run on.
 
     Args:
         key: torch's name for it: "cpu", "cuda:0", "mps".
-        name: what people call it: "NVIDIA T4", "AMD EPYC".
+        name: its product name: "NVIDIA T4", "AMD EPYC".
         total_bytes, free_bytes: its memory. For CUDA free is
             free + reserved - active, since torch's cache can be reused; for the CPU it is RAM
             within the tightest of host, cgroup and `MEMORY`.
-        dtypes: what it computes well, best first: "fp16", "bf16", "fp32".
+        dtypes: those it runs well, best first: "fp16", "bf16", "fp32".
         note: a limitation in one sentence, or "".
     """
 

@@ -1,7 +1,7 @@
-"""Weight files held open and read past the page cache.
+"""Reading weight files past the page cache.
 
-Knows files, offsets and alignment; nothing of tensors or models. A read goes straight into the caller's buffer
-(O_DIRECT); where a file system refuses that, pages are dropped from the cache as soon as they are read.
+Deals with files, offsets and alignment, not with tensors. A read goes straight into the caller's buffer (O_DIRECT); on
+file systems without that, pages are dropped from the cache as soon as they are read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("lowmem.offload")
 
 PAGE = 4096
-"""Direct reads begin and end on multiples of this."""
+"""Direct reads start and end on multiples of this."""
 
 CHUNK_BYTES = 4 << 20
-"""Bytes of one read: large enough for any disk, small enough that threads share out the end of a block."""
+"""Bytes per read: large enough for full bandwidth, small enough to balance threads at the end of a block."""
 
 
 class Shard:
-    """One weight file, open for as long as its model. Safe to read from many threads.
+    """One weight file, open as long as its model is loaded. Thread-safe.
 
     Raises:
         ModelNotFound: the file is not there.
@@ -49,7 +49,7 @@ class Shard:
         self._identity = _identity(os.fstat(self._file))
 
     def check(self) -> None:
-        """Is this still the file that was opened?
+        """Verify that this is still the file that was opened.
 
         Raises:
             CorruptModel: it was replaced, truncated or written to.
@@ -70,7 +70,7 @@ class Shard:
         )
 
     def read(self, offset: int, memory: memoryview, needed: int) -> None:
-        """Fill `memory` from `offset`, both whole pages; the last `len(memory) - needed` bytes may lie behind the end.
+        """Fill `memory` from `offset`, both multiples of a page; the last `len(memory) - needed` bytes may be past the end.
 
         Raises:
             CorruptModel, ModelNotFound: see `check`; also when the disk fails.
@@ -89,7 +89,7 @@ class Shard:
             os.posix_fadvise(self._file, offset, len(memory), os.POSIX_FADV_DONTNEED)
 
     def map(self) -> mmap.mmap:
-        """The file's pages where the page cache holds them; private, so nothing can write to the file."""
+        """The file mapped into memory; private, so the file cannot be written to."""
         return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ def _open(path: Path) -> tuple[int, bool]:
     if flag:
         with suppress(OSError):
             file = os.open(path, os.O_RDONLY | flag)
-            # Some file systems take the flag and refuse the reads.
+            # Some file systems accept the flag and reject the reads.
             try:
                 with mmap.mmap(-1, PAGE) as page:
                     _read_some(file, memoryview(page), 0)

@@ -1,4 +1,4 @@
-"""Figures that were measured once on this machine, in files of LOWMEM_HOME."""
+"""Figures measured on this machine, saved as JSON files in LOWMEM_HOME."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("lowmem.machine")
 
 
 def figures(name: str) -> dict[str, float]:
-    """What file `name` holds; nothing where it is absent or damaged."""
+    """The figures in file `name`; empty if it is absent or damaged."""
     try:
         return {str(key): float(value) for key, value in json.loads((settings().home / name).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -21,7 +21,7 @@ def figures(name: str) -> dict[str, float]:
 
 
 def keep(name: str, measured: Mapping[str, float]) -> None:
-    """Written beside and moved into place: two processes may measure at once."""
+    """Save the figures by atomic rename: two processes may measure at once."""
     path = settings().home / name
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -1,7 +1,7 @@
-"""The GPUs of this machine as devices: through NVML, or through torch where that is loaded.
+"""The GPUs of this machine: through NVML, or through torch if it is already loaded.
 
-Never imports torch, and never starts CUDA. Keys count as CUDA does when CUDA_DEVICE_ORDER is
-PCI_BUS_ID, which is NVML's order.
+Never imports torch and never initializes CUDA. Device numbers follow NVML's order, which is CUDA's with
+CUDA_DEVICE_ORDER=PCI_BUS_ID.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowmem.units import GB
 
 log = logging.getLogger("lowmem.machine")
 
-# A ZeroGPU Space lends half an RTX Pro 6000 Blackwell; its main process reports figures made up by an emulation.
+# A ZeroGPU Space attaches half an RTX Pro 6000 Blackwell; in its main process CUDA is emulated, with made-up figures.
 ZEROGPU = Device(
     key="cuda:0",
     name="ZeroGPU",
@@ -37,7 +37,7 @@ ZEROGPU = Device(
 
 
 def gpus() -> tuple[tuple[Device, ...], str]:
-    """The GPUs that torch can use, largest first, and a sentence about those that it cannot."""
+    """The GPUs that torch can use, largest first, and a note on those it cannot."""
     if settings().host == "zerogpu":
         return (ZEROGPU,), ""
     found = _from_nvml() or _from_torch()
@@ -47,7 +47,7 @@ def gpus() -> tuple[tuple[Device, ...], str]:
 
 
 def apple(ram: Ram) -> tuple[Device, ...]:
-    """The GPU of an Apple chip, which shares the RAM; empty elsewhere."""
+    """The GPU of an Apple chip, which shares the RAM; empty on other machines."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return ()
     note = "Shares its memory with everything else that runs."
@@ -55,14 +55,14 @@ def apple(ram: Ram) -> tuple[Device, ...]:
 
 
 def loaded_torch() -> ModuleType | None:
-    """torch if somebody has imported it, completely: another thread may still be at it."""
+    """torch if it is fully imported; another thread may still be importing it."""
     torch = sys.modules.get("torch")
     spec = getattr(torch, "__spec__", None)
     return torch if spec is not None and not getattr(spec, "_initializing", False) else None
 
 
 def torch_with_cuda() -> Any | None:
-    """torch once it has started CUDA, else None."""
+    """torch if it has initialized CUDA, else None."""
     torch = loaded_torch()
     return torch if torch is not None and torch.cuda.is_initialized() else None
 
@@ -80,7 +80,7 @@ def _from_nvml() -> list[Device]:
 
 @functools.cache
 def _nvml() -> Any | None:
-    """The started NVML, None without the package or without a driver."""
+    """The initialized NVML, None without the package or a driver."""
     try:
         import pynvml
     except ImportError:
@@ -123,7 +123,7 @@ def _described(nvml: Any, index: int, handle: Any) -> Device:
 
 
 def _from_torch() -> list[Device]:
-    """What NVML does not know: AMD's GPUs, Jetson."""
+    """GPUs that NVML does not support: AMD, Jetson."""
     torch = loaded_torch()
     if torch is None or not torch.cuda.is_available():
         return []
@@ -145,7 +145,7 @@ def _device(index: int, name: str, total: int, free: int, capability: tuple[int,
 
 
 def _reusable_bytes(index: int) -> int:
-    """What torch's allocator has reserved on a GPU and does not use now."""
+    """Bytes that torch's allocator has reserved on a GPU but does not use."""
     torch = torch_with_cuda()
     if torch is None:
         return 0

@@ -1,7 +1,4 @@
-"""What this computer has: GPUs, RAM, disk, cores, the dtypes they run well, the kind of host.
-
-Knows nothing about models. Imports torch only when somebody else already has.
-"""
+"""This machine: GPUs, RAM, disk, cores, and the kind of host. Never imports torch itself."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _HOSTS = {"colab": "Colab", "space": "Space", "zerogpu": "Space"}
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The machine at one moment.
+    """A snapshot of the machine.
 
     Args:
         host: "local", "colab", "space" or "zerogpu".
@@ -26,8 +23,8 @@ class Hardware:
         gpus: accelerators, best first; empty on a CPU machine.
         cores: cores this process may use.
         ram_limit: what set the RAM total: "host", "cgroup" or "MEMORY".
-        disk_free_bytes, disk_path: room where models are kept (`LOWMEM_HOME`).
-        process_bytes: RAM this process holds already (RSS).
+        disk_free_bytes, disk_path: the disk that stores models (`LOWMEM_HOME`).
+        process_bytes: RAM this process holds (RSS).
         runtime_bytes: RAM that a process holds once torch and transformers are imported
             and before any model is loaded; measured on this machine, cached.
     """
@@ -44,7 +41,7 @@ class Hardware:
 
     @property
     def device(self) -> Device:
-        """Where a model runs by default: the first GPU, else the CPU."""
+        """The default device: the first GPU, else the CPU."""
         return self.gpus[0] if self.gpus else self.cpu
 
     def line(self) -> str:
@@ -63,7 +60,7 @@ class Hardware:
 
 
 def probe() -> Hardware:
-    """Look at the machine. Cheap enough to call on every page view."""
+    """Inspect the machine; fast enough to call on every page view."""
     # These describe parts of the machine with the dataclasses above.
     from lowmem.machine import baseline, gpu, memory_limits, processor
 
@@ -91,6 +88,6 @@ def probe() -> Hardware:
 
 
 def disk_free_bytes(folder: Path) -> int:
-    """Room on the disk where `folder` is, or will be once it exists."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free

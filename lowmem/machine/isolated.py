@@ -1,9 +1,9 @@
-"""A job in a process of its own: its memory ends with it, and its peak is nobody else's.
+"""Run a job in a child process: its memory is freed when it ends, and its peak is measured alone.
 
-The job is a generator function of `Step`s in some module of the engine; its return value, which JSON
-can carry, is the result. Parent and child speak in JSON lines: the request on the child's standard
-input, which stays open as a sign of life, and steps, then a result or an error, on what was the child's
-standard output. Whatever else the child prints goes to its standard error. The parent imports no torch.
+A job is a generator function of `Step`s whose return value is JSON-serializable. Parent and child exchange
+JSON lines: the request on the child's standard input, which stays open so that the child notices when its
+parent dies, and steps followed by a result or an error on its standard output. Anything else the child
+prints goes to its standard error. The parent imports no torch.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from lowmem.units import format_bytes
 log = logging.getLogger("lowmem.isolated")
 
 TERMINATE_SECONDS = 0.5
-"""A child that was asked to end gets so long before it is killed."""
+"""Time between SIGTERM and SIGKILL."""
 
 EXIT_SECONDS = 10.0
-"""A child that has given its result gets so long to end by itself."""
+"""Time for a child to exit after its result, before it is terminated."""
 
 _LESS_MEMORY = "Close other programs, or choose a smaller model, fewer bits or a shorter text."
 
@@ -50,7 +50,7 @@ Job = Generator[Step, None, Any]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The result of a job and what it cost.
+    """The result of a job, its time and peak memory.
 
     Args:
         value: what the job returned.
@@ -125,7 +125,7 @@ def _start(printed: IO[bytes]) -> subprocess.Popen[str]:
 def _answers(
     child: subprocess.Popen[str], request: str, cancel: CancelToken
 ) -> Generator[Step, None, dict[str, Any] | None]:
-    """Pass steps on; returns the last answer, None when there is none."""
+    """Forward steps; returns the final answer, None if there is none."""
     assert child.stdin is not None  # both are pipes
     assert child.stdout is not None
     with suppress(BrokenPipeError):
@@ -152,7 +152,7 @@ def _value(answer: dict[str, Any], job: str) -> Any:
 
 
 def _reap(child: subprocess.Popen[str], seconds: float | None) -> int:
-    """Wait for the child's end, at most `seconds`; the kernel's peak of its resident set in bytes, or 0."""
+    """Wait at most `seconds` for the child to exit; returns its peak resident set in bytes as the kernel reports it, or 0."""
     if not hasattr(os, "wait4"):
         with suppress(subprocess.TimeoutExpired):
             child.wait(seconds)
@@ -168,7 +168,7 @@ def _reap(child: subprocess.Popen[str], seconds: float | None) -> int:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End the child and whatever it started, unless it has ended; leave no pipe open."""
+    """Terminate the child and its children unless it has exited; close its pipes."""
     if child.returncode is None:
         _signal(child, getattr(signal, "SIGTERM", 15))
         with suppress(subprocess.TimeoutExpired):
@@ -197,7 +197,7 @@ def _tail(printed: IO[bytes]) -> str:
 
 
 def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
-    """Without a result nothing but its end is known of a job: a kill is nearly always for memory."""
+    """The error for a child that died without a result: nearly always it was killed for memory."""
     log.warning("a job ended without a result, status %s: %s", status, printed)
     held = f", when it had used up to {format_bytes(kernel_peak)}" if kernel_peak else ""
     if status == -9:
@@ -207,7 +207,7 @@ def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
 
 
 def serve(find: Callable[[str], Callable[..., Job]]) -> None:
-    """The child: read the request, run the job that `find` gives for its name, answer."""
+    """In the child: read the request, run the job that `find` returns for its name, and answer."""
     channel = _claim_output()
 
     def say(answer: dict[str, Any]) -> None:
@@ -218,11 +218,11 @@ def serve(find: Callable[[str], Callable[..., Job]]) -> None:
         request = json.loads(requests.readline())
     threading.Thread(target=_die_with_parent, daemon=True, name="lowmem-parent").start()
     _offer_to_be_killed_first()
-    # Outermost of all meters: what those within reset, this one has noted.
+    # The outermost meter: it keeps the peaks that inner meters reset.
     with PeakMeter(MemoryBudget(**request["budget"])) as meter:
         answer = _run(find, request, meter, say)
     say({**answer, "peak": meter.peak})
-    # Python would take a second and more to tear torch down; the system does it at once.
+    # Python takes over a second to tear torch down; the system does it at once.
     sys.stderr.flush()
     os._exit(0)
 
@@ -252,20 +252,20 @@ def _run(
 
 
 def _claim_output() -> IO[str]:
-    """Standard output becomes the channel to the parent, and printing goes to standard error."""
+    """Make standard output the channel to the parent, and redirect printing to standard error."""
     channel = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(channel, "w", encoding="utf-8")
 
 
 def _die_with_parent() -> None:
-    # A raw read: one through `sys.stdin` would hold its lock, which the end of Python wants.
+    # A raw read: reading `sys.stdin` would hold its lock, which interpreter shutdown needs.
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
 def _offer_to_be_killed_first() -> None:
-    """When the machine's memory runs out, the kernel shall take this process and not the app."""
+    """Make the kernel's OOM killer prefer this process to the app."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

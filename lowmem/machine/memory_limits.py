@@ -1,7 +1,7 @@
-"""How much RAM and processor this process may use: the tightest of host, cgroups and `MEMORY`.
+"""RAM and CPU time available to this process: the tightest of host, cgroups and `MEMORY`.
 
-Knows Linux's control groups (v1 and v2, https://docs.kernel.org/admin-guide/cgroup-v2.html);
-elsewhere only the host counts.
+Reads Linux control groups (v1 and v2, https://docs.kernel.org/admin-guide/cgroup-v2.html);
+on other systems only the host counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path("/")
 class Ram:
     """RAM in bytes; `limit` says what set the total: "host", "cgroup" or "MEMORY".
 
-    Free is what can be taken without evicting a page that some program has mapped.
+    Free memory can be allocated without evicting a page that a program has mapped.
     """
 
     total_bytes: int
@@ -36,16 +36,16 @@ class Ram:
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """One memory cgroup; `used_bytes` leaves out page cache that nobody has mapped."""
+    """One memory cgroup; `used_bytes` excludes page cache that no process has mapped."""
 
     limit_bytes: int
     used_bytes: int
 
 
 def ram(root: Path = ROOT) -> Ram:
-    """RAM within the tightest limit. `root` is where /proc and /sys are found."""
+    """RAM within the tightest limit. /proc and /sys are read below `root`."""
     host = psutil.virtual_memory()
-    # The kernel calls mapped code available too, but without it every program crawls, this one included.
+    # The kernel counts mapped code as available, but evicting it slows every program to a crawl.
     mapped = 1024 * _table(root / "proc/meminfo").get("Mapped:", 0)
     total, free, limit = host.total, host.available - mapped, "host"
     for group in memory_groups(root):
@@ -60,7 +60,7 @@ def ram(root: Path = ROOT) -> Ram:
 
 
 def process_bytes() -> int:
-    """RAM that this process holds (resident set size)."""
+    """Resident set size of this process."""
     return psutil.Process().memory_info().rss
 
 
@@ -82,7 +82,7 @@ def memory_groups(root: Path = ROOT) -> Iterator[MemoryGroup]:
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """Processors' worth of time that cgroups allow, None without a quota."""
+    """CPU quota of the cgroups in cores; None without a quota."""
     quotas = []
     for folder in _folders("cpu", root):
         v2 = (_text(folder / "cpu.max") or "").split()
@@ -97,7 +97,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 def _folders(controller: str, root: Path) -> Iterator[Path]:
     """The folders of this process's cgroups for a controller, innermost first, up to the mount.
 
-    Inside a container the path may be the host's and lead nowhere; the mount is then the
+    Inside a container the path may be the host's and not exist; the mount is then the
     container's own group.
     """
     for line in (_text(root / "proc/self/cgroup") or "").splitlines():

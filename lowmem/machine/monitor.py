@@ -1,7 +1,6 @@
-"""What is in use now, what the peak of a piece of work was, and how to give memory back.
+"""Memory in use, the peak of a piece of work, and freeing memory.
 
-Works in this process only: a child's memory is not counted. Imports torch only when
-somebody else already has.
+Counts this process only, not its children. Never imports torch itself.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Snapshot:
 
 
 def snapshot() -> Snapshot:
-    """Look at the meters; takes a few milliseconds at most."""
+    """The current figures; takes a few milliseconds at most."""
     ram = memory_limits.ram()
-    # A ZeroGPU is not there between two actions, so nothing of it can be in use.
+    # A ZeroGPU is detached between actions, so none of its memory is in use.
     found = () if settings().host == "zerogpu" else gpu.gpus()[0]
     return Snapshot(
         ram_used=ram.total_bytes - ram.free_bytes,
@@ -55,11 +54,11 @@ def snapshot() -> Snapshot:
 _MEMORY_NAMES = {"ram": "RAM", "vram": "GPU memory"}
 _SAMPLE_SECONDS = 0.01
 _lock = threading.RLock()
-_open: list[PeakMeter] = []  # meters that run now; all of them share the kernel's one high-water mark
+_open: list[PeakMeter] = []  # running meters, innermost last; they share the kernel's single high-water mark
 
 
 class PeakMeter:
-    """Peak memory of the block it surrounds, and the end of it when a limit is passed.
+    """A context manager that measures the peak memory of its block and enforces a budget.
 
     RAM is this process's resident set: on Linux the kernel's high-water mark, elsewhere
     sampled every 10 ms. VRAM is what torch's tensors held. Meters nest.
@@ -75,7 +74,7 @@ class PeakMeter:
         self._done = threading.Event()
         self._sampler: threading.Thread | None = None
         self.exceeded = ""
-        """Which limit was passed, in a sentence with its numbers; "" while none was."""
+        """The limit that was exceeded, as a sentence with its numbers; "" if none was."""
 
     @property
     def peak(self) -> dict[str, int]:
@@ -86,10 +85,10 @@ class PeakMeter:
             return dict(self._peak)
 
     def check(self) -> None:
-        """Long loops call this at least once a second.
+        """Enforce the budget; call this at least once a second in long loops.
 
         Raises:
-            OutOfMemory: a limit was passed, now or at any moment before.
+            OutOfMemory: a limit is or was exceeded.
         """
         if self._limits and not self.exceeded:
             self._sample()
@@ -98,7 +97,7 @@ class PeakMeter:
 
     def __enter__(self) -> PeakMeter:
         with _lock:
-            _share_peaks()  # the reset would lose what the outer meters have seen
+            _share_peaks()  # before the reset, or the outer meters lose their peaks
             self._exact = _reset_peaks()
             _open.append(self)
         self._note(_in_use())
@@ -122,7 +121,7 @@ class PeakMeter:
         for tick in itertools.count(1):
             if self._done.wait(_SAMPLE_SECONDS):
                 return
-            # torch takes a tenth of a millisecond to sum up a GPU, and Python's lock with it.
+            # Asking torch for GPU memory takes 0.1 ms and holds the GIL.
             self._sample(vram=tick % 10 == 0)
 
     def _sample(self, *, vram: bool = True) -> None:
@@ -150,7 +149,7 @@ def _in_use(*, vram: bool = True) -> dict[str, int]:
 
 
 def _share_peaks() -> None:
-    """Tell every open meter the high-water marks since the last reset, which all of them have lived through."""
+    """Report the high-water marks since the last reset to all open meters."""
     marks: dict[str, int] = {}
     if _open and _open[-1]._exact:
         marks["ram"] = _high_water_bytes()
@@ -161,7 +160,7 @@ def _share_peaks() -> None:
 
 
 def _reset_peaks() -> bool:
-    """Start the high-water marks afresh; False where RAM has none that can be reset."""
+    """Reset the high-water marks; False if the system cannot reset that of RAM."""
     if torch := gpu.torch_with_cuda():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
@@ -180,7 +179,7 @@ def _high_water_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the machine: Python's, torch's cache on the GPU, the allocator's."""
+    """Return freed memory to the system: Python's, torch's GPU cache, and the allocator's."""
     gc.collect()
     if torch := gpu.torch_with_cuda():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Recognise that memory ran out, in whatever way a library says so; imports no torch."""
+"""Recognize the out-of-memory errors of all libraries; imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SAYINGS = ("out of memory", "can't allocate memory", "cannot allocate memory", 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Does `error` mean that memory ran out, on the host or on a GPU, or that the budget was reached?"""
+    """Whether `error` means that RAM or GPU memory ran out, or that the budget was exceeded."""
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in _SAYINGS)

@@ -1,4 +1,4 @@
-"""The processor: its name for people, the cores this process may use, the dtypes it runs well."""
+"""The processor: its name, the cores this process may use, and the dtypes it runs well."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cores() -> int:
 
 @functools.cache
 def name() -> str:
-    """What people call the processor: "AMD EPYC 7B13", "Intel Core i7-1165G7", "Apple M2"."""
+    """The product name of the processor: "AMD EPYC 7B13", "Intel Core i7-1165G7", "Apple M2"."""
     return clean_name(_cpuinfo().get("model name") or _name_elsewhere()) or "CPU"
 
 
@@ -40,14 +40,14 @@ def clean_name(raw: str) -> str:
 
 
 def dtypes() -> tuple[str, ...]:
-    """What the processor computes well, best first."""
+    """The dtypes the processor runs well, best first."""
     return ("fp32", "bf16") if _FAST_BF16 & _flags() else ("fp32",)
 
 
 def has_vnni() -> bool:
-    """Whether int8 products add up in 32 bits at once, as FBGEMM's AVX-512 kernels do.
+    """Whether int8 products accumulate in 32 bits (AVX-512 VNNI), which FBGEMM's kernels use.
 
-    AVX2's own VNNI (`avx_vnni`) does not count: FBGEMM has no kernel for it.
+    AVX2's VNNI (`avx_vnni`) does not count: FBGEMM has no kernel for it.
     """
     return "avx512_vnni" in _flags()
 
@@ -76,7 +76,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _name_elsewhere() -> str:
-    """Where the kernel does not say it: macOS, Windows, ARM Linux."""
+    """On systems without the name in /proc/cpuinfo: macOS, Windows, ARM Linux."""
     try:
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
