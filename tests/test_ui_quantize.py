@@ -123,7 +123,7 @@ def test_compare_streams_rows(client: Client) -> None:
         (("/quantize", "demo", "gptq", 4, 64, False, "manual", 0), "Samples is 0."),
         (("/quantize", "demo", "gptq", 4, 64, False, "manual", 64, 512, {"colour": 1}), "There is no option 'colour'."),
         (("/quantize", "demo", "rtn", 4, 64, False, "manual", 64, 512, {}, "lots"), "'lots' is not a size."),
-        (("/compare", "demo", []), "There is no variant to compare."),
+        (("/compare", "demo", []), "There are no variants to compare."),
         (("/compare", "demo", ["int3"]), "There is no variant 'int3'."),
         (("/compare", "demo", ["fp32"], "/etc/passwd"), "There is no text '/etc/passwd'."),
         (("/compare", "demo", ["fp32"], "manual", {"tokens": 1}), "Tokens of text is 1."),

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import DoesNotFit, OutOfMemory
+from lowmem.errors import DoesNotFit
 from lowmem.events import CancelToken, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
@@ -17,6 +17,8 @@ from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import trim_heap
+from lowmem.measure.job import load_exactly
+from lowmem.measure.progress import share
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan as make_plan
@@ -55,15 +57,8 @@ def measure_strategy(
     hardware = session.hardware()
     goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision, backend="torch")
     plan = make_plan(read_spec(ref), hardware, MemoryBudget(**budget).bounded(hardware), goal)
-    for event in session.load(plan, cancel):
-        if isinstance(event, Step):
-            share = LOADED * event.done // event.total if event.total else 0
-            yield Step(share, 100, event.note, "%")
+    yield from share(load_exactly(session, plan), 0, LOADED)
     loaded, resident = session._resident()
-    if resident.precision != plan.precision:
-        raise OutOfMemory(
-            f"Memory ran out while loading {plan.spec.name}.", "Close other programs, or choose fewer bits."
-        )
     from lowmem.longctx.reading import Reader
 
     ids = with_beginning(loaded.tokenizer, tokens_of(loaded.tokenizer, Path(text).read_text("utf-8"), chosen.tokens))

@@ -1,1 +1,1 @@
-"""What a model is worth after it was made smaller: quality, size, speed and memory, side by side."""
+"""Measures what smaller variants of a model cost and keep: quality, size, speed and memory."""

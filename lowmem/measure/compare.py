@@ -1,7 +1,7 @@
-"""Variants of one model side by side: quality, size, speed and memory, each in a process of its own.
+"""Compares variants of one model: quality, size, speed and memory, each measured in a process of its own.
 
-The reference runs first and leaves its predictions in a file; every other variant is compared with that
-file. A variant that fails is a row with the reason, and the others go on.
+The reference runs first and writes its predictions to a file that the other variants are compared with. A variant that
+fails yields a row with the reason, and the comparison continues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.progress import share
-from lowmem.measure.rows import Row
+from lowmem.measure.rows import Row, largest_peaks
 from lowmem.measure.variants import Variant, parse_variant
 from lowmem.models import demo
 from lowmem.models.source import read_spec
@@ -40,7 +40,7 @@ log = logging.getLogger("lowmem.compare")
 DEFAULT_OPTIONS = MeasureOptions()
 
 _QUANTIZED = 50
-"""Per cent of a quantized variant's work that are done when its checkpoint is there."""
+"""Per cent of a quantized variant's work that making the checkpoint counts for."""
 
 
 def compare(
@@ -53,16 +53,16 @@ def compare(
     budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
 ) -> Iterator[Step | Row | Receipt]:
-    """Measure every variant of `ref`; rows come as they finish, a receipt with all of them comes last.
+    """Measure every variant of `ref`; yields rows as they finish, and a receipt with all of them.
 
     Args:
         text: "manual", "wikitext2" or a file, see `evaluation_text`.
-        reference: the variant that the others are held against; it is measured first in any case.
-        budget: for each process; what is free on this machine where it sets no limit.
+        reference: the variant that the others are compared with; it is always measured, and first.
+        budget: of each process; unset limits default to what is free on this machine.
 
     Raises:
-        BadInput, ModelNotFound, Offline: model or text cannot be had.
-        Cancelled: within a second; the rows so far have been yielded, nothing else is left.
+        BadInput, ModelNotFound, Offline: the model or the text is not available.
+        Cancelled: within a second; the rows so far have been yielded, and no files are left.
     """
     cancel, started = cancel or CancelToken(), time.perf_counter()
     spec, chosen = read_spec(ref), evaluation_text(text, cancel)
@@ -70,24 +70,24 @@ def compare(
     ordered = list(dict.fromkeys([first, *variants]))
     rows: list[Row] = []
     with workspace() as work:
-        setting = Setting(spec, work, options, budget, cancel)
-        setting.text.write_text(chosen.text, encoding="utf-8")
+        comparison = Comparison(spec, work, options, budget, cancel)
+        comparison.text.write_text(chosen.text, encoding="utf-8")
         for index, variant in enumerate(ordered):
-            part = setting.measured(variant, is_reference=index == 0)
+            part = comparison.measure(variant, is_reference=index == 0)
             row = yield from _within(part, variant.name, index, len(ordered))
-            rows.append(against(row, rows[0] if rows else row))
+            rows.append(with_perplexity_change(row, rows[0] if rows else row))
             yield rows[-1]
-    notes = (*notes_on(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
-    yield _receipt(setting, chosen, rows, notes, time.perf_counter() - started)
+    notes = (*caveats(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
+    yield _receipt(comparison, chosen, rows, notes, time.perf_counter() - started)
 
 
 @dataclass
-class Setting:
-    """What all variants of one comparison share.
+class Comparison:
+    """What the variants of one comparison have in common.
 
     Args:
-        work: a folder with the evaluation text in `text`, and room for predictions and checkpoints.
-        threads: cores for each process, 0 for all.
+        work: working folder for the evaluation text, predictions and checkpoints.
+        threads: cores per process, 0 for all.
     """
 
     spec: ModelSpec
@@ -104,21 +104,21 @@ class Setting:
 
     @property
     def reference(self) -> Path:
-        """The reference's predictions, once it is measured."""
+        """File of the reference's predictions, once it has been measured."""
         return self.work / "reference.bin"
 
-    def measured(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
-        """The row of one variant, of a failed one too."""
+    def measure(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
+        """Measure one variant; returns its row even if it fails."""
         started = time.perf_counter()
         try:
             return (yield from self.row(variant, is_reference))
         except Cancelled:
             raise
         except (LowMemError, RuntimeError) as error:
-            return self.failed(variant, error, time.perf_counter() - started)
+            return self.failed_row(variant, error, time.perf_counter() - started)
 
-    def failed(self, variant: Variant, error: Exception, seconds: float) -> Row:
-        """The row of a variant that has no figures."""
+    def failed_row(self, variant: Variant, error: Exception, seconds: float) -> Row:
+        """The row of a variant that failed with `error` after `seconds`."""
         reason = str(error)
         if not isinstance(error, LowMemError):
             log.error("measuring %s failed", variant.name, exc_info=error)
@@ -126,19 +126,19 @@ class Setting:
         return Row(variant.name, error=reason, seconds=seconds, model=self.spec.ref)
 
     def row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
-        """The row of one variant.
+        """Make and measure one variant; returns its row.
 
         Raises:
-            LowMemError: whatever making or measuring it fails with. RuntimeError: a bug.
+            LowMemError: making or measuring it failed. RuntimeError: a bug.
         """
         if variant.precision:
-            done = yield from self._measure(self.spec.ref, variant.precision, is_reference)
+            done = yield from self._run_measurement(self.spec.ref, variant.precision, is_reference)
             return self._finished(variant, done)
         folder = self.work / variant.name.replace(":", "-")
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed; an unfinished one lies beside it
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed run; an unfinished checkpoint has another name
         try:
-            made = yield from share(self._quantize(variant, folder), 0, _QUANTIZED)
-            done = yield from share(self._measure(str(folder), "stored", is_reference), _QUANTIZED, 100)
+            made = yield from share(self._run_quantization(variant, folder), 0, _QUANTIZED)
+            done = yield from share(self._run_measurement(str(folder), "stored", is_reference), _QUANTIZED, 100)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         row = self._finished(variant, done)
@@ -164,7 +164,7 @@ class Setting:
             **figures,
         )
 
-    def _measure(self, ref: str, precision: str, is_reference: bool) -> Generator[Step, None, Finished]:
+    def _run_measurement(self, ref: str, precision: str, is_reference: bool) -> Generator[Step, None, Finished]:
         arguments = {
             "ref": ref,
             "precision": precision,
@@ -177,7 +177,7 @@ class Setting:
         }
         return (yield from self._isolated("measure_variant", arguments))
 
-    def _quantize(self, variant: Variant, folder: Path) -> Generator[Step, None, Finished]:
+    def _run_quantization(self, variant: Variant, folder: Path) -> Generator[Step, None, Finished]:
         request = variant.request(self.spec.ref, folder, self.budget)
         return (yield from self._isolated("quantize", request.as_dict() | {"threads": self.threads}))
 
@@ -190,7 +190,7 @@ class Setting:
 
 
 def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int) -> Generator[Step, None, Row]:
-    """Steps of one variant as steps of the comparison."""
+    """Turn the steps of one variant into steps of the comparison."""
     while True:
         try:
             step = next(steps)
@@ -199,57 +199,58 @@ def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int
         yield Step(100 * index + step.done, 100 * count, f"{name} ({index + 1} of {count}): {step.note}", "%")
 
 
-def against(row: Row, reference: Row) -> Row:
-    """`row` with its change of perplexity."""
+def with_perplexity_change(row: Row, reference: Row) -> Row:
+    """`row` with its change in perplexity relative to the reference."""
     if row.perplexity is None or not reference.perplexity:
         return row
     return replace(row, perplexity_change=row.perplexity / reference.perplexity - 1)
 
 
-def notes_on(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator[str]:
-    """What a reader of the figures should know."""
+def caveats(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterator[str]:
+    """What readers of the results should know."""
     methods = {variant.method for variant in variants if variant.method}
     if any(get(method).calibrated for method in methods) and (
         warning := overlap_warning(calibration_text().text, text.text)
     ):
         yield warning
     if methods and spec.source.detail == demo.DETAIL:
-        yield "These weights were once rounded to 4 bits in groups of 32: groups of 32 restore them, judge 64 or 128."
+        yield "The source was 4-bit with groups of 32, which the same grouping restores: compare at groups of 64 or 128."
 
 
-def _receipt(setting: Setting, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float) -> Receipt:
-    worst = max(rows, key=lambda row: row.peak_bytes or 0)
-    memory = "ram" if worst.predicted_vram_bytes is None else "vram"
+def _receipt(
+    comparison: Comparison, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float
+) -> Receipt:
+    predicted, measured = largest_peaks(rows)
     names = ",".join(row.variant for row in rows)
     return Receipt(
         action="compare",
-        model=setting.spec.name,
+        model=comparison.spec.name,
         precision=", ".join(row.variant for row in rows),
-        device=setting.device,
+        device=comparison.device,
         seconds=seconds,
-        predicted={memory: worst.predicted_bytes} if worst.predicted_bytes else {},
-        measured={memory: worst.peak_bytes} if worst.peak_bytes else {},
+        predicted=predicted,
+        measured=measured,
         notes=notes,
         snippet=(
             "from lowmem.measure.compare import compare\n"
             "from lowmem.measure.variants import parse_variants\n\n"
-            f"for event in compare({setting.spec.ref!r}, parse_variants({names!r})):\n"
+            f"for event in compare({comparison.spec.ref!r}, parse_variants({names!r})):\n"
             "    print(event)\n"
         ),
-        details={"text": text.name, **asdict(setting.options), "rows": [asdict(row) for row in rows]},
+        details={"text": text.name, **asdict(comparison.options), "rows": [asdict(row) for row in rows]},
     )
 
 
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
-    """A folder for the reference's predictions and for checkpoints.
+    """A temporary folder for the reference's predictions and for checkpoints.
 
-    It is beside the models, since a system's folder for temporary files may lie in memory. What
-    processes of this machine that are no more have left there is removed.
+    It is next to the models, because the system's temporary folder may be in RAM. Folders left by dead processes of
+    this machine are removed.
     """
     import psutil
 
-    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # machines of a cluster may share the folder
+    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # machines of a cluster may share this folder
     root = settings().home / "work"
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(f"compare-*-{host}-*"):

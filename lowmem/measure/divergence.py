@@ -1,11 +1,10 @@
-"""How far a model's predictions are from those of its original: mean KL divergence and top-1 agreement.
+"""Compares a model's predictions with those of the original: mean KL divergence and top-1 agreement.
 
-The two are never in memory together. The original writes its log-probabilities to a file, and the other
-is compared with that file, token by token. The file holds -log p in steps of 2^-11 nat in 16 bits (as
-llama.cpp's `--kl-divergence-base` does, but with one step for all), from 0 to 32 nats: 2 bytes for each
-word of the vocabulary and token. Rounding changes a log-probability by at most 2^-12 nat, and each row is
-normalised again when it is read, so that equal models diverge by less than 1e-7; otherwise the error is
-below 5e-4 times the mean of |log p - log q|, and as roundings average out, far below.
+The two models are never in memory together: the original's log-probabilities are written to a file, and the other model
+is compared with the file token by token. The file stores -log p from 0 to 32 nats as 16-bit multiples of 2^-11 nats,
+which takes 2 bytes per token and vocabulary entry (llama.cpp's `--kl-divergence-base` does the same with a scale per
+token). Rounding changes a log-probability by at most 2^-12 nats, and each row is normalised again when read, so equal
+models diverge by less than 1e-7. Otherwise the error is below 5e-4 times the mean of |log p - log q|, usually far below.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, DiskFull
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import no_check
+from lowmem.generate.decoding import decoder_config, no_check
 from lowmem.measure.perplexity import Perplexity
 from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
@@ -33,26 +32,26 @@ from lowmem.units import format_bytes
 STEPS_PER_NAT = 2048
 _LARGEST_CODE = 2**16 - 1
 
-_LESS_TEXT = "Free some space or measure fewer tokens."
+_LESS_TEXT = "Free up space, or measure fewer tokens."
 
 
 def reference_bytes(tokens: int, vocabulary: int) -> int:
-    """Size of the file of an original's log-probabilities over `tokens` scored tokens."""
+    """Size of the file of log-probabilities for `tokens` scored tokens."""
     return tokens * (2 * vocabulary + 4)
 
 
 class Reference:
-    """Writes an original's log-probabilities, segment by segment: a header line, then rows of codes and best token.
+    """Writes the original's log-probabilities: a header line, then per token the codes and the most likely token.
 
     Raises:
-        DiskFull: before the first byte where it shows in advance, else when it happens.
+        DiskFull: before anything is written if the file cannot fit, else when the disk runs full.
     """
 
     def __init__(self, path: Path, passage: Passage, vocabulary: int) -> None:
         needed, free = reference_bytes(passage.scored, vocabulary), shutil.disk_usage(path.parent).free
         if needed > free:
             raise DiskFull(
-                f"The original's predictions take {format_bytes(needed)}, but the disk has {format_bytes(free)} left.",
+                f"The reference's predictions take {format_bytes(needed)}, but only {format_bytes(free)} of the disk are free.",
                 _LESS_TEXT,
             )
         self._file = path.open("wb")
@@ -68,7 +67,7 @@ class Reference:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise DiskFull("The disk is full of the original's predictions.", _LESS_TEXT) from error
+            raise DiskFull("The disk ran full while writing the reference's predictions.", _LESS_TEXT) from error
 
     def close(self) -> None:
         self._file.close()
@@ -77,11 +76,11 @@ class Reference:
 class Divergence:
     """A running comparison of a model with the file that `Reference` wrote.
 
-    `kl` is the sum of KL(original || model) in nats over `tokens` tokens, `agreed` how many of them
-    have the same most likely next token.
+    `kl` is the sum of KL(original || model) in nats over `tokens` tokens; `agreed` counts those with the same most
+    likely next token.
 
     Raises:
-        BadInput: the file belongs to another text, other windows or another vocabulary.
+        BadInput: the file is for another text, other windows or another vocabulary.
     """
 
     def __init__(self, path: Path, passage: Passage, vocabulary: int) -> None:
@@ -91,19 +90,20 @@ class Divergence:
         if header["vocabulary"] != vocabulary:
             self.close()
             raise BadInput(
-                f"The model knows {vocabulary:,} tokens and the original {header['vocabulary']:,}.",
-                "Compare variants of one model.",
+                f"The model's vocabulary has {vocabulary:,} tokens, but the reference's has {header['vocabulary']:,}.",
+                "Compare variants of the same model.",
             )
         if header["identity"] != passage.identity:
             self.close()
             raise BadInput(
-                "The model's tokenizer cuts the text otherwise than the original's.", "Compare variants of one model."
+                "The model's tokenizer splits the text differently from the reference's.",
+                "Compare variants of the same model.",
             )
         self._row = _row_type(vocabulary)
 
     def add(self, segment: Segment) -> None:
         rows = np.frombuffer(self._file.read(len(segment.targets) * self._row.itemsize), self._row)
-        # In place, since each of these is as large as the logits: with P = p / Z the divergence is
+        # In place, because each of these is as large as the logits. With P = p / Z the divergence is
         # sum(p * (log p - log q)) / Z - log Z.
         ratio = _decoded(rows["codes"], segment.log_probs.device)
         p = ratio.exp()
@@ -119,25 +119,25 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """Nats per token; the rounding of equal models may leave a trace below zero, which is cut off."""
+        """Nats per token, at least 0 (rounding could make it slightly negative for equal models)."""
         return max(0.0, self.kl / self.tokens)
 
     @property
     def agreement(self) -> float:
-        """0 to 1."""
+        """Share of tokens with the same most likely next token, 0 to 1."""
         return self.agreed / self.tokens
 
 
 def write_reference(
     model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = no_check
 ) -> Generator[Step, None, Perplexity]:
-    """Write what `model`, the original, predicts to `path`, which is there only when it is whole; returns its perplexity.
+    """Write the predictions of `model`, the original, to `path` once they are complete; returns its perplexity.
 
     Raises:
         DiskFull, CorruptModel, Cancelled.
     """
     total, unfinished = Perplexity(), path.with_name(path.name + ".part")
-    with closing(Reference(unfinished, passage, _vocabulary(model))) as reference:
+    with closing(Reference(unfinished, passage, decoder_config(model).vocab_size)) as reference:
         yield from score(model, passage, [total, reference], cancel=cancel, check=check)
     unfinished.replace(path)
     return total
@@ -146,19 +146,15 @@ def write_reference(
 def divergence(
     model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = no_check
 ) -> Generator[Step, None, tuple[Perplexity, Divergence]]:
-    """Compare `model` with the original that wrote `path`, over the same windows of the same text.
+    """Compare `model` with the predictions in `path`, over the same windows of the same text.
 
     Raises:
         BadInput, CorruptModel, Cancelled.
     """
     total = Perplexity()
-    with closing(Divergence(path, passage, _vocabulary(model))) as compared:
+    with closing(Divergence(path, passage, decoder_config(model).vocab_size)) as compared:
         yield from score(model, passage, [total, compared], cancel=cancel, check=check)
     return total, compared
-
-
-def _vocabulary(model: Any) -> int:
-    return model.config.get_text_config(decoder=True).vocab_size
 
 
 def _row_type(vocabulary: int) -> np.dtype[Any]:
@@ -166,5 +162,5 @@ def _row_type(vocabulary: int) -> np.dtype[Any]:
 
 
 def _decoded(codes: Any, device: torch.device) -> Tensor:
-    """uint16 codes [rows, vocab] -> log-probabilities in fp32, normalised but for the rounding."""
+    """fp32 log-probabilities from uint16 codes [rows, vocab], normalised up to rounding."""
     return torch.from_numpy(codes.astype(np.float32)).to(device).mul_(-1 / STEPS_PER_NAT)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import DoesNotFit, OutOfMemory
-from lowmem.events import CancelToken, Step
+from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions, predicted_bytes
@@ -21,7 +21,7 @@ from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
 
 LOADED, SCORED = 25, 85
-"""Per cent of the job that are done when the model is loaded, and when the text is scored."""
+"""Per cent of the job done once the model is loaded, and once the text is scored."""
 
 
 def measure(
@@ -37,10 +37,9 @@ def measure(
 
     Args:
         ref: the model, see `read_spec`.
-        precision: one of `PRECISIONS`, "stored" for a quantized checkpoint.
+        precision: one of `PRECISIONS`; "stored" for a quantized checkpoint.
         text: file with the evaluation text.
-        reference: file of the original's predictions, to write when `is_reference`, else to compare with
-            when it is there.
+        reference: file of the original's predictions, to write if `is_reference`, else to compare with if it exists.
         options: fields of `MeasureOptions`.
         budget: fields of `MemoryBudget`.
 
@@ -48,15 +47,14 @@ def measure(
         Fields of `Row`, and "device", "tokens", "window", "stride".
 
     Raises:
-        LowMemError: of planning, loading and measuring.
+        LowMemError: planning, loading or measuring failed.
     """
     chosen = build(MeasureOptions, options)
-    session, cancel = Session(), CancelToken()
+    session = Session()
     plan = _plan(session, ref, precision, chosen, MemoryBudget(**budget))
     predicted = predicted_bytes(plan, chosen)
     _refuse_if_over(plan, predicted)
-    yield from share(session.load(plan, cancel), 0, LOADED)
-    _check_loaded(session, plan)
+    yield from share(load_exactly(session, plan), 0, LOADED)
     figures = yield from share(_quality(session, Path(text), Path(reference), is_reference, chosen), LOADED, SCORED)
     speed = yield from share(_speed(session, Path(text), chosen), SCORED, 100)
     return {
@@ -87,12 +85,17 @@ def _refuse_if_over(plan: Plan, predicted: dict[str, int]) -> None:
             )
 
 
-def _check_loaded(session: Session, wanted: Plan) -> None:
-    """When memory runs out the session goes down its ladder, to another precision or model: not what was asked for."""
-    plan = session.plan
-    if plan is None or (plan.spec.ref, plan.precision) != (wanted.spec.ref, wanted.precision):
+def load_exactly(session: Session, plan: Plan) -> Iterator[Step | Receipt]:
+    """Load `plan`, without the session's fallback to another precision or model.
+
+    Raises:
+        OutOfMemory: memory ran out, so the session loaded something else.
+    """
+    yield from session.load(plan, CancelToken())  # never set: Stop kills the process
+    found = session.plan
+    if found is None or (found.spec.ref, found.precision) != (plan.spec.ref, plan.precision):
         raise OutOfMemory(
-            f"Memory ran out while loading {wanted.spec.name} in {wanted.precision}.",
+            f"Memory ran out while loading {plan.spec.name} in {plan.precision}.",
             "Close other programs, or choose fewer bits.",
         )
 
@@ -114,7 +117,7 @@ def _quality(
         stride=min(options.stride, max(1, window // 2)) if window < options.window else options.stride,
     )
     figures: dict[str, Any] = {"tokens": read.scored, "window": read.window, "stride": read.stride}
-    cancel = CancelToken()  # nobody sets it: the parent kills the process
+    cancel = CancelToken()  # never set: Stop kills the process
     if is_reference:
         score = yield from write_reference(loaded.model, read, reference, cancel=cancel)
         figures |= {"kl": 0.0, "agreement": 1.0}

@@ -1,4 +1,4 @@
-"""What can be set for a measurement, and the memory it is predicted to take; no torch."""
+"""Options of a measurement, and its memory estimate. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,44 +11,49 @@ from lowmem.planning.plan import Plan
 from lowmem.units import MB
 
 LOGITS_BYTES = 16 * MB
-"""Logits exist for as many tokens at a time as fit this in fp32, at least for one."""
+"""Upper limit of the fp32 logits that exist at a time, but at least those of one token."""
 
 LOGITS_COPIES = 4
-"""Alive together at most: log-probabilities, those of the original, their ratio, and the codes they come from."""
+"""Tensors of the logits' size alive at once: log-probabilities, the reference's, their ratio, and the codes."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureOptions:
-    """How much text quality is measured on, and how often speed is."""
+    """Options of measuring quality and speed."""
 
     tokens: int = option(
-        4096, "Tokens of text", "More make the figures surer and slower.", low=16, high=1_000_000, step=256
+        4096,
+        "Tokens of text",
+        "More tokens make the results more precise and take longer.",
+        low=16,
+        high=1_000_000,
+        step=256,
     )
     window: int = option(1024, "Window", "Tokens per forward pass.", low=2, high=131_072, step=128)
     stride: int = option(
-        512, "Stride", "Tokens the window moves on: smaller gives each token more context and takes longer.",
+        512, "Stride", "Tokens between the starts of two windows; fewer give each token more context and take longer.",
         low=1, high=131_071, step=128,
     )  # fmt: skip
     prompt_tokens: int = option(
-        256, "Prompt tokens", "Length of the prompt that prefill is timed with.", low=8, high=8192
+        256, "Prompt tokens", "Length of the prompt used to measure prefill speed.", low=8, high=8192
     )
-    new_tokens: int = option(32, "New tokens", "Tokens that decoding is timed with.", low=2, high=4096)
-    runs: int = option(3, "Runs", "Speed is the median of so many.", low=1, high=100)
+    new_tokens: int = option(32, "New tokens", "Tokens generated to measure decode speed.", low=2, high=4096)
+    runs: int = option(3, "Runs", "The speed is the median of this many runs.", low=1, high=100)
 
 
 def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:
-    """Peak bytes by memory ("ram", "vram") of measuring `plan`: of a pass over one window, or of the timed runs."""
+    """Estimated peak bytes by memory ("ram", "vram") of measuring `plan`: the larger of scoring and of the timed runs."""
     window = min(options.window, plan.spec.context)
     scoring = reestimate(plan, context=window, batch=1, cache_type="none", prefill_chunk=window)
-    talking = reestimate(
+    generating = reestimate(
         plan,
         context=min(options.prompt_tokens + options.new_tokens, plan.spec.context),
         batch=1,
         cache_type="same",
         prefill_chunk=GenerateOptions().prefill_chunk,
     )
-    peaks = {memory: max(count, talking.predicted[memory]) for memory, count in scoring.predicted.items()}
+    peaks = {memory: max(count, generating.predicted[memory]) for memory, count in scoring.predicted.items()}
     memory = scoring.main.memory
     segment_bytes = min(LOGITS_BYTES, 4 * window * plan.spec.vocab)
-    peaks[memory] = max(talking.main.peak, scoring.main.peak + LOGITS_COPIES * segment_bytes)
+    peaks[memory] = max(generating.main.peak, scoring.main.peak + LOGITS_COPIES * segment_bytes)
     return peaks

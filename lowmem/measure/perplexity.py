@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is, per token, by a text."""
+"""Perplexity: the exponential of a model's mean NLL per token on a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a part as progress of the whole it belongs to."""
+"""Maps the progress of a part to the progress of the whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from lowmem.events import Step
 
 
 def share(events: Iterator[Any], low: int, high: int) -> Generator[Step, None, Any]:
-    """Steps of a part as per cent of a whole, from `low` to `high`, never going back; other events are dropped."""
+    """Yield the steps of a part as per cent of the whole, from `low` to `high`, never decreasing; drop other events.
+
+    The return value is that of `events`.
+    """
     last = Step(low, 100, "", "%")
     while True:
         try:

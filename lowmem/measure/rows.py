@@ -1,4 +1,4 @@
-"""One line of a comparison, and the table of them as CSV. No torch."""
+"""One row of a comparison, and the table of rows as CSV. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lowmem.errors import BadInput
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one variant costs and is worth; None is what could not be measured.
+    """The measurements of one variant; None if not measured.
 
     Args:
         variant: its name, see `Variant`.
-        error: why there are no figures, or "".
-        bits_per_weight: of all loaded weights, embeddings included: 8 * `weight_bytes` / parameters.
-        weight_bytes: loaded weights.
-        disk_bytes: weight files the variant is loaded from; precisions are made of the original while loading.
-        perplexity: on the text of the comparison.
-        perplexity_change: relative to the reference, 0.02 is 2 % worse.
+        error: why there are no measurements, or "".
+        bits_per_weight: 8 * `weight_bytes` / parameters, embeddings included.
+        weight_bytes: size of the loaded weights.
+        disk_bytes: size of the weight files; precisions are converted from the original files while loading.
+        perplexity: on the evaluation text.
+        perplexity_change: relative to the reference; 0.02 is 2 % worse.
         kl: mean KL divergence of the reference's next-token distribution from the variant's, nats per token.
         agreement: share of tokens with the same most likely next token, 0 to 1.
         prefill_tps, decode_tps: tokens per second, medians.
-        ram_bytes, vram_bytes: true peak of the process.
-        predicted_ram_bytes, predicted_vram_bytes: what was predicted before loading.
-        seconds: of the whole process, making the quantized checkpoint included.
-        quantize_seconds, quantize_ram_bytes: of making the checkpoint, in a process before.
-        model: what it is a variant of, as it was asked for.
+        ram_bytes, vram_bytes: measured peak of the process.
+        predicted_ram_bytes, predicted_vram_bytes: estimated before loading.
+        seconds: duration of the process, including quantization.
+        quantize_seconds, quantize_ram_bytes: duration and peak RAM of quantization, in a process of its own.
+        model: the model's name as requested.
     """
 
     variant: str
@@ -56,11 +56,12 @@ class Row:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Peak of the memory that counts: the GPU's where one was used."""
+        """Measured peak of the GPU's memory if one was used, else of RAM."""
         return self.vram_bytes if self.predicted_vram_bytes is not None else self.ram_bytes
 
     @property
     def predicted_bytes(self) -> int | None:
+        """Predicted peak of the same memory."""
         return self.predicted_vram_bytes if self.predicted_vram_bytes is not None else self.predicted_ram_bytes
 
     @property
@@ -71,8 +72,16 @@ class Row:
         return (self.predicted_bytes - self.peak_bytes) / self.peak_bytes
 
 
+def largest_peaks(rows: Sequence[Row]) -> tuple[dict[str, int], dict[str, int]]:
+    """Predicted and measured peak bytes by memory ("ram" or "vram") of the row with the largest measured peak."""
+    worst = max(rows, key=lambda row: row.peak_bytes or 0)
+    memory = "ram" if worst.predicted_vram_bytes is None else "vram"
+    predicted, measured = worst.predicted_bytes, worst.peak_bytes
+    return {memory: predicted} if predicted else {}, {memory: measured} if measured else {}
+
+
 def to_csv(rows: Sequence[Row]) -> str:
-    """A header and a line per row; bytes and seconds as plain numbers, nothing where nothing was measured."""
+    """A header and one line per row; bytes and seconds as plain numbers, empty if not measured."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [*(field.name for field in fields(Row)), "prediction_error"], lineterminator="\n")
     writer.writeheader()
@@ -81,10 +90,10 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
-    """Write a file that is there whole or not at all.
+    """Write a file that appears under its name only once it is complete.
 
     Raises:
-        BadInput: it cannot be written there.
+        BadInput: it cannot be written.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -93,5 +102,5 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise BadInput(f"{path} cannot be written: {error.strerror}.", "Name a file in a folder that exists.") from None
+        raise BadInput(f"{path} cannot be written: {error.strerror}.", "Choose a path in an existing folder.") from None
     return path

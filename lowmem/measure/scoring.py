@@ -1,8 +1,8 @@
-"""A model's log-probabilities over a passage, window by window, a segment of tokens at a time.
+"""Computes a model's log-probabilities over a passage, window by window, in segments of tokens.
 
-The decoder runs once over a window; its output head, whose logits are the largest tensor there is,
-runs over a few tokens at a time. It stays the model's own `forward` that does so, with whatever the
-family does to its logits: the decoder within only returns what it has computed already.
+The decoder runs once per window, but the output head, whose logits would be the largest tensor, runs over one segment at
+a time. To keep whatever a model family does to its logits, this calls the model's own `forward` for each segment, with
+the decoder replaced by one that returns the hidden states already computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import cancellable, no_check
+from lowmem.generate.decoding import cancellable, decoder_config, no_check
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 from lowmem.measure.windows import Passage, Window
@@ -25,14 +25,14 @@ from lowmem.measure.windows import Passage, Window
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive scored tokens: `targets` [rows], and the log-probabilities before each, fp32 [rows, vocab]."""
+    """Consecutive scored tokens: ids `targets` [rows], and fp32 log-probabilities [rows, vocab] that predict them."""
 
     log_probs: Tensor
     targets: Tensor
 
 
 class Consumer(Protocol):
-    """Takes slabs in the order of the text and must not change them."""
+    """Receives segments in the order of the text; must not modify them."""
 
     def add(self, segment: Segment) -> None: ...
 
@@ -47,19 +47,19 @@ def score(
     check: Callable[[], None] = no_check,
     segment_bytes: int = LOGITS_BYTES,
 ) -> Iterator[Step]:
-    """Give every scored token of `passage` to each of `consumers`.
+    """Pass every scored token of `passage` to each of `consumers`.
 
     Args:
-        cancel: looked at within the forward pass too.
-        check: called before every window, may raise.
-        segment_bytes: the most bytes of fp32 logits at a time.
+        cancel: also checked within forward passes.
+        check: called before every window; may raise.
+        segment_bytes: upper limit of the fp32 logits of a segment.
     """
     yield Step(0, len(passage.ids), "Scoring the text", "tokens")
-    rows = max(1, segment_bytes // (4 * _vocabulary(model)))
+    rows = max(1, segment_bytes // (4 * decoder_config(model).vocab_size))
     with cancellable(list(model.modules()), cancel):
         for window in passage.windows():
             check()
-            # Logits, codes and activations of different sizes leave holes, in which the next do not fit.
+            # Tensors of different sizes fragment the heap.
             trim_heap()
             targets = torch.tensor(passage.ids[window.first : window.end], device=_device(model))
             for log_probs in _log_probs(model, passage, window, rows):
@@ -70,22 +70,18 @@ def score(
             yield Step(window.end, len(passage.ids), "Scoring the text", "tokens")
 
 
-def _vocabulary(model: Any) -> int:
-    return model.config.get_text_config(decoder=True).vocab_size
-
-
 def _device(model: Any) -> torch.device:
     return model.device
 
 
 def _log_probs(model: Any, passage: Passage, window: Window, rows: int) -> Iterator[Tensor]:
-    """Log-probabilities [up to `rows`, vocab] of the scored tokens of one window."""
+    """Log-probabilities of the scored tokens of one window, at most [rows, vocab] at a time."""
     ids = torch.tensor([[*passage.prefix, *passage.ids[window.start : window.end]]], device=_device(model))
-    # The token before a target is the one whose logits predict it.
+    # The logits that predict a target are those of the token before it.
     first = len(passage.prefix) + window.first - window.start - 1
     positions = torch.arange(first, ids.shape[1] - 1, device=ids.device)
     decoded = _decoded(model, ids)
-    # A family that takes its decoder apart: its logits exist whole.
+    # Some families do not call their decoder as a whole: compute all logits at once.
     whole = model(input_ids=ids, use_cache=False).logits[0] if decoded is None else None
     for at in positions.split(rows):
         if whole is None:
@@ -98,7 +94,7 @@ def _log_probs(model: Any, passage: Passage, window: Window, rows: int) -> Itera
 
 
 def _decoded(model: Any, ids: Tensor) -> Any:
-    """What the decoder returns for `ids` [1, tokens]; None where the model does not call it as a whole."""
+    """The decoder's output for `ids` [1, tokens]; None if the model does not call the decoder as a whole."""
     decoder, outputs = model.base_model, []
     if decoder is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
@@ -112,7 +108,7 @@ def _decoded(model: Any, ids: Tensor) -> Any:
 
 @contextmanager
 def _returning(decoder: nn.Module, output: object) -> Iterator[None]:
-    """Within the block `decoder` computes nothing and returns `output`."""
+    """Make `decoder` return `output` without computing anything."""
     vars(decoder)["forward"] = lambda *_, **__: output
     try:
         yield

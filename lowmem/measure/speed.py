@@ -1,4 +1,4 @@
-"""Tokens per second of the loaded model, as its own receipts tell it."""
+"""Tokens per second of the loaded model, from its receipts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowmem.runtime.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Medians of `runs` runs; `decode_tps` is 0 where the model ended its answer with the first token."""
+    """Medians of `runs` runs; `decode_tps` is 0 if the model ended its answer with the first token."""
 
     prefill_tps: float
     decode_tps: float
@@ -25,7 +25,7 @@ class Speed:
 def measure_speed(
     session: Session, prompt: str, *, new_tokens: int = 32, runs: int = 3, cancel: CancelToken | None = None
 ) -> Generator[Step, None, Speed]:
-    """Let the session continue `prompt`, greedily, `runs` times; the return value is the `Speed`.
+    """Continue `prompt` greedily `runs` times; the return value of the generator is the `Speed`.
 
     Raises:
         BadInput, DoesNotFit, OutOfMemory, CorruptModel, Cancelled: see `Session.generate`.
@@ -34,12 +34,12 @@ def measure_speed(
     options = GenerateOptions(max_new_tokens=new_tokens, greedy=True)
     receipts: list[Receipt] = []
     for run in range(runs):
-        yield Step(run, runs, f"Timing, run {run + 1} of {runs}", "runs")
+        yield Step(run, runs, f"Measuring speed, run {run + 1} of {runs}", "runs")
         for event in session.generate(prompt, options, cancel, raw=True):
             if isinstance(event, Receipt):
                 receipts.append(event)
-        cancel.check()  # stopped after its first token, an answer ends without an error
-    yield Step(runs, runs, "Timed", "runs")
+        cancel.check()  # generation that is stopped after its first token does not raise
+    yield Step(runs, runs, "Speed measured", "runs")
     return Speed(
         prefill_tps=statistics.median(receipt.prefill_tps for receipt in receipts),
         decode_tps=statistics.median(receipt.decode_tps for receipt in receipts),

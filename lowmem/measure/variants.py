@@ -1,4 +1,4 @@
-"""What can be put side by side: a precision to load in, or a quantization to make and load. No torch."""
+"""Variants of a model to compare: a precision to load in, or a quantization. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _NUMBERS = ("bits", "group_size")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to run a model.
+    """A precision or a quantization of a model.
 
     Args:
-        name: how it is written and shown: "bf16", "gptq:4:64".
-        precision: one of `PRECISIONS` to load the original in, or "" for a quantization.
-        method, bits, group: the quantization, when `precision` is "".
-        settings: what else is not as usual, by name: options of the method, and of its calibration.
+        name: such as "bf16" or "gptq:4:64".
+        precision: one of `PRECISIONS` to load the original in; "" for a quantization.
+        method, bits, group: the quantization, if `precision` is "".
+        settings: other options of the method and of its calibration that differ from the defaults, as (name, value).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the method's `Options`."""
+        """Fields of the method's `Options`."""
         more = {name: value for name, value in self.settings if name not in _CALIBRATION}
         return {"bits": self.bits, "group_size": self.group} | more
 
@@ -79,10 +79,10 @@ def parse_variant(text: str) -> Variant:
 
 
 def make_variant(method: str, settings: Mapping[str, Any]) -> Variant:
-    """The variant of a method with these options of its own and of its calibration; its name has those that are not usual.
+    """The variant of a method with these options of the method and its calibration; the name includes non-default ones.
 
     Raises:
-        BadInput: no such method or option, or options that cannot be.
+        BadInput: an unknown method or option, or an invalid value.
     """
     given = {name: value for name, value in settings.items() if name not in _CALIBRATION}
     options = build(get(method).Options, given)
@@ -90,20 +90,20 @@ def make_variant(method: str, settings: Mapping[str, Any]) -> Variant:
     calibration = build(Calibration, {name: settings[name] for name in _CALIBRATION if name in settings})
     if calibration.text not in NAMES:
         raise BadInput(f"There is no calibration text {calibration.text[:40]!r}.", f"Choose one of {', '.join(NAMES)}.")
-    unusual = (*_unusual(options, _NUMBERS), *(_unusual(calibration) if get(method).calibrated else ()))
+    non_default = (*_non_default(options, _NUMBERS), *(_non_default(calibration) if get(method).calibrated else ()))
     name = ":".join(
-        [method, str(options.bits), str(options.group_size), *(f"{key}={_spelled(v)}" for key, v in unusual)]
+        [method, str(options.bits), str(options.group_size), *(f"{key}={_format(v)}" for key, v in non_default)]
     )
-    return Variant(name, "", method, options.bits, options.group_size, unusual)
+    return Variant(name, "", method, options.bits, options.group_size, non_default)
 
 
-def _unusual(values: Options | Calibration, known: tuple[str, ...] = ()) -> tuple[tuple[str, Any], ...]:
-    """Names and values of fields that are not at their default."""
+def _non_default(values: Options | Calibration, known: tuple[str, ...] = ()) -> tuple[tuple[str, Any], ...]:
+    """Names and values of fields that differ from their defaults."""
     pairs = ((field, getattr(values, field.name)) for field in fields(values) if field.name not in known)
     return tuple((field.name, value) for field, value in pairs if value != field.default)
 
 
-def _spelled(value: Any) -> str:
+def _format(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -115,7 +115,7 @@ def _hint() -> str:
 
 
 def parse_variants(texts: str | Iterable[str]) -> list[Variant]:
-    """A comma-separated list, or several texts; each variant once, in order.
+    """The variants in a comma-separated list or in several texts, without duplicates.
 
     Raises:
         BadInput: none, or one that is not a variant.
@@ -123,5 +123,5 @@ def parse_variants(texts: str | Iterable[str]) -> list[Variant]:
     words = texts.split(",") if isinstance(texts, str) else list(texts)
     variants = [parse_variant(word) for word in words if word.strip()]
     if not variants:
-        raise BadInput("There is no variant to compare.", _hint())
+        raise BadInput("There are no variants to compare.", _hint())
     return list(dict.fromkeys(variants))

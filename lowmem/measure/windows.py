@@ -1,4 +1,4 @@
-"""A text as tokens, cut into overlapping windows in which every token is scored once; no torch."""
+"""Splits a tokenized text into overlapping windows that score every token once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowmem.errors import BadInput
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens `start` to `end`, of which those from `first` on are scored, given all before them in the window."""
+    """Tokens `start` to `end` (exclusive); those from `first` on are scored, with the window's earlier tokens as context."""
 
     start: int
     end: int
@@ -22,10 +22,9 @@ class Window:
 
 
 def cut(length: int, size: int, stride: int, first: int = 0) -> Iterator[Window]:
-    """Windows of `size` tokens, `stride` apart, in which every token from `first` on is new in exactly one.
+    """Windows of `size` tokens, `stride` apart; every token from `first` on is scored in the first one that contains it.
 
-    A token is new in the first window that reaches it, so all but those of the first window have at least
-    `size - stride` tokens in front of them, also in the last, shorter window.
+    All tokens but those of the first window therefore have at least `size - stride` tokens of context.
     """
     start = 0
     while first < length:
@@ -36,18 +35,16 @@ def cut(length: int, size: int, stride: int, first: int = 0) -> Iterator[Window]
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Token ids and how a model reads them.
+    """Token ids and the windows in which a model reads them.
 
-    The strided method of transformers' documentation ("Perplexity of fixed-length models"): every
-    token is scored once and, but for the first window, with at least `window - stride` tokens of
-    context. There the sum is weighted by tokens exactly.
+    This is the strided method of transformers' documentation ("Perplexity of fixed-length models"), except that the
+    mean is weighted exactly by token.
 
     Args:
-        ids: the text's tokens, without special ones.
-        window: tokens the model sees at once, `prefix` included.
-        stride: tokens the window moves on, below `window`.
-        prefix: special tokens that begin every window, as the model has learnt its texts begin; with
-            them the text's first token is scored too.
+        ids: the text's token ids, without special tokens.
+        window: tokens per window, including `prefix`.
+        stride: tokens between the starts of two windows, less than `window`.
+        prefix: special tokens that start every window, as in training; with them the text's first token is scored too.
 
     Raises:
         BadInput: nothing to score, or a stride or window that leaves tokens without context.
@@ -65,13 +62,13 @@ class Passage:
                 f"Use a stride from 1 to {max(1, self.window - 1):,}.",
             )
         if len(self.prefix) >= self.window:
-            raise BadInput(f"A window of {self.window:,} tokens has no room for text.", "Use a larger one.")
+            raise BadInput(f"A window of {self.window:,} tokens has no room for text.", "Use a larger window.")
         if self.scored < 1:
             raise BadInput(f"The text has {len(self.ids):,} tokens, too few to measure.", "Use a longer text.")
 
     @property
     def scored(self) -> int:
-        """Tokens that get a probability."""
+        """Number of tokens that are scored."""
         return len(self.ids) - (0 if self.prefix else 1)
 
     def windows(self) -> Iterator[Window]:
@@ -79,18 +76,19 @@ class Passage:
 
     @property
     def identity(self) -> str:
-        """Equal where tokens and windows are: figures of two models then compare row by row."""
+        """Hash of tokens and windows; if equal, the scores of two models correspond row by row."""
         content = json.dumps([self.ids, self.window, self.stride, self.prefix])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 def passage(tokenizer: Any, text: str, *, tokens: int, window: int, stride: int) -> Passage:
-    """The first `tokens` tokens of `text`; windows begin with what the tokenizer puts before every text."""
+    """The first `tokens` tokens of `text`, in windows that start with the tokenizer's special tokens."""
     text = text[: CHARACTERS_PER_TOKEN * tokens]
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
     return Passage(ids, window, stride, text_prefix(tokenizer))
 
 
 def text_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """The beginning-of-sequence token if the tokenizer puts it in front of every text, else nothing."""
     first: Sequence[int] = tokenizer("a")["input_ids"][:1]
     return tuple(first) if first and first[0] == tokenizer.bos_token_id else ()

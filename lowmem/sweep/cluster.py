@@ -24,7 +24,7 @@ from lowmem.events import CancelToken
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
-from lowmem.measure.compare import Setting, workspace
+from lowmem.measure.compare import Comparison, workspace
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
@@ -60,12 +60,12 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
     variant, is_reference = parse_variant(task["variant"]), task["is_reference"]
     spec, options = read_spec(task["model"]), build(MeasureOptions, task["options"])
     with workspace() as work:
-        setting = Setting(spec, work, options, _budget(spec, variant, options), CancelToken())
-        setting.text.write_text(task["text"], encoding="utf-8")
+        comparison = Comparison(spec, work, options, _budget(spec, variant, options), CancelToken())
+        comparison.text.write_text(task["text"], encoding="utf-8")
         if reference is not None:
-            reference.tofile(setting.reference)
-        row = _drained(setting, variant, is_reference)
-        found = np.fromfile(setting.reference, np.uint8) if is_reference and setting.reference.exists() else None
+            reference.tofile(comparison.reference)
+        row = _drained(comparison, variant, is_reference)
+        found = np.fromfile(comparison.reference, np.uint8) if is_reference and comparison.reference.exists() else None
     return asdict(row), found
 
 
@@ -77,8 +77,8 @@ def _budget(spec: ModelSpec, variant: Variant, options: MeasureOptions) -> Memor
     return free if found is None else allotment(found, free)
 
 
-def _drained(setting: Setting, variant: Variant, is_reference: bool) -> Row:
-    steps = setting.measured(variant, is_reference)
+def _drained(comparison: Comparison, variant: Variant, is_reference: bool) -> Row:
+    steps = comparison.measure(variant, is_reference)
     while True:
         try:
             next(steps)

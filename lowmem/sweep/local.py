@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from lowmem.errors import Cancelled, LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Step
 from lowmem.machine.budget import MemoryBudget
-from lowmem.measure.compare import Setting
+from lowmem.measure.compare import Comparison
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.models.spec import ModelSpec
@@ -107,8 +107,8 @@ class LocalPool:
     def _report(self, task: Task, budget: MemoryBudget) -> Report:
         """Run a task to its end, reporting its steps."""
         started, cell = time.perf_counter(), task.cell
-        setting = Setting(task.spec, task.work, task.options, budget, self.cancel, self.threads)
-        steps = setting.row(cell.variant, cell.is_reference)
+        comparison = Comparison(task.spec, task.work, task.options, budget, self.cancel, self.threads)
+        steps = comparison.row(cell.variant, cell.is_reference)
         try:
             while True:
                 self._reports.put(Report(task, next(steps)))
@@ -120,7 +120,7 @@ class LocalPool:
             if isinstance(error, OutOfMemory) and budget != self.budget:
                 self._alone.add(cell.name)
                 return Report(task)
-            return Report(task, row=setting.failed(cell.variant, error, time.perf_counter() - started))
+            return Report(task, row=comparison.failed_row(cell.variant, error, time.perf_counter() - started))
 
     def reports(self, seconds: float) -> list[Report]:
         """New reports; waits at most `seconds` for the first."""

@@ -13,8 +13,8 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.measure.compare import against, notes_on
-from lowmem.measure.rows import Row
+from lowmem.measure.compare import caveats, with_perplexity_change
+from lowmem.measure.rows import Row, largest_peaks
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.sweep.estimate import peaks
@@ -164,7 +164,7 @@ class _Run:
 
     def _finished(self, cell: Cell, row: Row, waiting: Sequence[Cell]) -> Row:
         first = next((r for r in self.rows if (r.model, r.variant) == (cell.model, self.grid.reference.name)), row)
-        row = against(replace(row, model=cell.model), first)
+        row = with_perplexity_change(replace(row, model=cell.model), first)
         self.table.add(row)
         self.rows = [one for one in self.rows if (one.model, one.variant) != (row.model, row.variant)] + [row]
         if not any(other.model == cell.model for other in (*waiting, *self._started)):
@@ -178,10 +178,9 @@ class _Run:
 
     def receipt(self, seconds: float, note: str) -> Receipt:
         rows = ordered(self.rows, self.cells)
-        worst = max(rows, key=lambda row: row.peak_bytes or 0)
-        memory = "ram" if worst.predicted_vram_bytes is None else "vram"
+        predicted, measured = largest_peaks(rows)
         said = dict.fromkeys(
-            said for spec in self.specs.values() for said in notes_on(spec, self.table.text, self.grid.variants)
+            said for spec in self.specs.values() for said in caveats(spec, self.table.text, self.grid.variants)
         )
         failed = (f"{row.model} {row.variant}: {row.error}" for row in rows if row.error)
         return Receipt(
@@ -190,8 +189,8 @@ class _Run:
             precision=", ".join(variant.name for variant in self.grid.variants),
             device=self.hardware.device.key,
             seconds=seconds,
-            predicted={memory: worst.predicted_bytes} if worst.predicted_bytes else {},
-            measured={memory: worst.peak_bytes} if worst.peak_bytes else {},
+            predicted=predicted,
+            measured=measured,
             notes=(*said, *filter(None, [note]), *failed),
             snippet=(
                 "from pathlib import Path\n"
