@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.common import median, merged, save, table, text_of
 from benchmarks.memory import demo_folder
-from lowmem.export.pipeline import export_model
+from lowmem.export.request import ExportRequest
+from lowmem.export.run import export
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import read_manifest
 from lowmem.settings import settings
@@ -241,7 +242,7 @@ def _write(demo: Path) -> None:
     for name, options in VARIANTS.items():
         if not _folder(name).exists():
             _folder(name).parent.mkdir(parents=True, exist_ok=True)
-            list(export_model(demo, _folder(name), options))
+            list(export(ExportRequest(str(demo), _folder(name), options)))
 
 
 def _ids(demo: Path) -> list[int]:
@@ -257,7 +258,7 @@ def _row(name: str, measured: dict[str, list[list[float]]]) -> dict[str, Any]:
     figures = measured[name]
     prefill, decode = (median([figure[i] for figure in figures]) for i in (0, 1))
     variant = name.removeprefix("lowmem ")
-    proof = read_manifest(_folder(variant)).proof if variant in VARIANTS else {}
+    parity = read_manifest(_folder(variant)).parity if variant in VARIANTS else {}
     return {
         "engine": name,
         "prefill tok/s": round(PROMPT_TOKENS / prefill),
@@ -266,8 +267,10 @@ def _row(name: str, measured: dict[str, list[list[float]]]) -> dict[str, Any]:
         "decode / llama.cpp": _ratio(figures, measured.get(PEER), 1),
         "decode / genai": _ratio(figures, measured.get("onnxruntime-genai int4"), 1),
         "peak above import": format_bytes(int(figures[-1][2])) if figures[-1][2] else "",
-        "KL": round(max(proof["prefill"]["kl"], proof["decode"]["kl"]), 4) if proof else "",
-        "same best token": f"{min(proof['prefill']['agreement'], proof['decode']['agreement']):.1%}" if proof else "",
+        "KL": round(max(parity["prefill"]["kl"], parity["decode"]["kl"]), 4) if parity else "",
+        "same best token": f"{min(parity['prefill']['agreement'], parity['decode']['agreement']):.1%}"
+        if parity
+        else "",
     }
 
 

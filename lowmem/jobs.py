@@ -13,8 +13,7 @@ from lowmem.machine.isolated import Job, serve
 
 JOBS = {
     "export": "lowmem.export.run:job",
-    "export_graph": "lowmem.export.run:graph_job",
-    "benchmark_graph": "lowmem.export.race:job",
+    "benchmark_graph": "lowmem.export.benchmark:job",
     "quantize": "lowmem.quant.run:job",
     "measure_variant": "lowmem.measure.job:measure",
     "draw_weights": "lowmem.plots.weights:job",

@@ -16,9 +16,9 @@ import toys
 from lowmem.__main__ import main
 from lowmem.errors import BadInput, LowMemError, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.export import prove
+from lowmem.export import parity, run
 from lowmem.export.linears import rounding
-from lowmem.export.pipeline import export_model
+from lowmem.export.request import ExportRequest
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.source import read_spec
@@ -31,7 +31,7 @@ FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3")
 
 
 def export(source: Path, out: Path, **options: object) -> Receipt:
-    *_, receipt = export_model(source, out, ExportOptions(**options))  # type: ignore[arg-type]
+    *_, receipt = run.export(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
     assert isinstance(receipt, Receipt)
     return receipt
 
@@ -101,9 +101,9 @@ def test_an_int8_cache_is_refused_in_a_sentence(folders: dict[str, Path]) -> Non
 @pytest.mark.parametrize("precision", ["int8", "int4", "fp16"])
 def test_smaller_precisions_keep_their_gate(tmp_path: Path, precision: str) -> None:
     receipt = export(toys.save_toy("qwen3", tmp_path / "m"), tmp_path / "out", precision=precision)
-    proof = receipt.details["proof"]
-    assert proof["passed"]
-    assert max(proof["prefill"]["kl"], proof["decode"]["kl"]) <= prove.GATES[precision]
+    found = receipt.details["parity"]
+    assert found["passed"]
+    assert max(found["prefill"]["kl"], found["decode"]["kl"]) <= parity.GATES[precision]
     assert receipt.disk_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
 
 
@@ -199,18 +199,18 @@ def test_the_command_line_exports(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is there already" in capsys.readouterr().err
 
 
-def test_a_graph_that_fails_its_proof_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(prove.GATES, "int4", 1e-9)
-    with pytest.raises(Unsupported, match=r"failed its proof.*KL 0\.\d+"):
+def test_a_graph_that_fails_the_parity_check_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parity.GATES, "int4", 1e-9)
+    with pytest.raises(Unsupported, match=r"failed the parity check.*KL 0\.\d+"):
         export(toys.save_toy("llama", tmp_path / "m"), tmp_path / "out", precision="int4")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.part").exists()
-    assert read_manifest(tmp_path / "failed" / "out").proof["passed"] is False
+    assert read_manifest(tmp_path / "failed" / "out").parity["passed"] is False
 
 
 def test_stop_ends_an_export_and_leaves_nothing(tmp_path: Path) -> None:
     cancel = CancelToken()
-    events = export_model(toys.save_toy("llama", tmp_path / "m"), tmp_path / "out", ExportOptions(), cancel=cancel)
+    events = run.export(ExportRequest(str(toys.save_toy("llama", tmp_path / "m")), tmp_path / "out"), cancel)
     next(events)
     cancel.set()
     with pytest.raises(LowMemError, match="Stopped"):
@@ -248,4 +248,4 @@ def test_the_manifest_survives(folders: dict[str, Path]) -> None:
     assert set(manifest.files) == {GRAPH, DATA, PREFILL}
     assert manifest.kind == "fused"
     assert manifest.int8_range in (63, 127)
-    assert dataclasses.asdict(manifest)["proof"]["passed"]
+    assert dataclasses.asdict(manifest)["parity"]["passed"]

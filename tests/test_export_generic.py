@@ -16,14 +16,15 @@ import transformers
 
 from lowmem.errors import DiskFull, MissingDependency, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Receipt
-from lowmem.export import lazy, segments, tensorrt
-from lowmem.export.pipeline import export_model
-from lowmem.export.run import export_isolated, forecast, race
+from lowmem.export import lazy, run, segments, tensorrt
+from lowmem.export.request import ExportRequest, estimate
+from lowmem.export.run import benchmark, export_isolated
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning.graph_options import ExportOptions
+from lowmem.plots.engines import graph_benchmark
 from lowmem.runtime.onnx.manifest import GRAPH, read_manifest
 from lowmem.runtime.onnx.model import OnnxModel, open_session
 from lowmem.ui.html import export as export_render
@@ -31,7 +32,7 @@ from lowmem.units import GB, MB
 
 
 def export(source: Path, out: Path, **options: object) -> Receipt:
-    *_, receipt = export_model(source, out, ExportOptions(**options))  # type: ignore[arg-type]
+    *_, receipt = run.export(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
     assert isinstance(receipt, Receipt)
     return receipt
 
@@ -69,7 +70,7 @@ def test_generic_graphs_are_quantized_weight_by_weight(tmp_path: Path, precision
     import onnx
 
     receipt = export(toys.save_toy("gpt2", tmp_path / "m"), tmp_path / "out", precision=precision)
-    assert receipt.details["proof"]["passed"]
+    assert receipt.details["parity"]["passed"]
     operators = [node.op_type for node in onnx.load(tmp_path / "out" / GRAPH, load_external_data=False).graph.node]
     assert operators.count(operator) == 9  # four layers in each of two blocks, and the head
 
@@ -87,10 +88,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_an_encoder_is_exported_and_proven(bert: Path, tmp_path: Path, precision: str) -> None:
+def test_an_encoder_is_exported_and_verified(bert: Path, tmp_path: Path, precision: str) -> None:
     receipt = export(bert, tmp_path / "out", precision=precision)
     assert receipt.details["kind"] == "encoder"
-    assert receipt.details["proof"]["passed"]
+    assert receipt.details["parity"]["passed"]
     with pytest.raises(Unsupported, match="no KV cache"):
         OnnxModel(tmp_path / "out")
 
@@ -99,17 +100,17 @@ def test_an_encoder_is_exported_by_name_though_nothing_else_takes_it(bert: Path,
     with pytest.raises(Unsupported, match="is an encoder"):
         read_spec(str(bert))
     spec = read_spec(str(bert), encoders=True)
-    expected = forecast(spec, ExportOptions(precision="int8"), 400 * MB, 9 * GB)
+    expected = estimate(spec, ExportOptions(precision="int8"), 400 * MB, 9 * GB)
     assert "encoder" in expected.sentence()
-    *_, receipt = export_isolated(str(bert), tmp_path / "out", {"precision": "int8"})
+    *_, receipt = export_isolated(ExportRequest(str(bert), tmp_path / "out", ExportOptions(precision="int8")))
     assert isinstance(receipt, Receipt)
     assert receipt.details["kind"] == "encoder"
     assert receipt.measured["ram"] <= receipt.predicted["ram"]
-    *_, result = race(str(bert), tmp_path / "out")
+    *_, result = benchmark(str(bert), tmp_path / "out")
     assert isinstance(result, dict)
     assert len(result["torch"]["prefill_tps"]) == len(result["onnx"]["prefill_tps"]) == len(result["prompts"])
     assert result["onnx"]["token_ms"] == [None] * len(result["prompts"])
-    assert len(export_render.race(result)) == 1
+    assert len(graph_benchmark(result)) == 1
     assert "Relative error" in export_render.receipt(receipt)
 
 
@@ -135,7 +136,7 @@ def test_the_missing_piece_is_named(made_up, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_a_gpu_an_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="NVIDIA GPU"):
-        next(tensorrt.export_engine(tmp_path, tmp_path / "out", ExportOptions(format="tensorrt")))
+        next(tensorrt.export_engine(tmp_path, ExportRequest("x", tmp_path / "out", ExportOptions(format="tensorrt"))))
 
 
 def test_the_workspace_leaves_room(made_up) -> None:
@@ -352,7 +353,7 @@ def test_engines_come_from_the_cache_or_from_who_can_build(made_up, small_graph:
 
 
 @pytest.mark.parametrize("free_gb", [16, 0.1])
-def test_an_engine_export_goes_from_the_proven_graph_to_engines(made_up, tmp_path, monkeypatch, free_gb) -> None:
+def test_an_engine_export_goes_from_the_verified_graph_to_engines(made_up, tmp_path, monkeypatch, free_gb) -> None:
     source = toys.save_toy("llama", tmp_path / "m")
     monkeypatch.setattr(tensorrt, "probe", lambda: made_up(vram_gb=16))
     monkeypatch.setattr(tensorrt, "available", lambda hardware: None)
@@ -362,8 +363,10 @@ def test_an_engine_export_goes_from_the_proven_graph_to_engines(made_up, tmp_pat
     engine = tmp_path / "engine"
     engine.write_bytes(b"12")
     monkeypatch.setattr(tensorrt, "engine_of", lambda graph, gpu, profile: engine)
-    *_, receipt = tensorrt.export_engine(source, tmp_path / "out", ExportOptions(format="tensorrt"))
+    *_, receipt = tensorrt.export_engine(
+        source, ExportRequest(str(source), tmp_path / "out", ExportOptions(format="tensorrt"))
+    )
     assert isinstance(receipt, Receipt)
     pieces = len(list((tmp_path / "out").glob("model-*.onnx")))
     assert (len(receipt.details["engines"]), pieces) == ((1, 0) if free_gb > 1 else (2, 2))
-    assert receipt.details["proof"]["passed"]
+    assert receipt.details["parity"]["passed"]

@@ -13,7 +13,8 @@ import toys
 
 from lowmem.errors import BadInput, Cancelled, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
-from lowmem.export.pipeline import export_model
+from lowmem.export.request import ExportRequest
+from lowmem.export.run import export
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.catalog import find
@@ -180,7 +181,7 @@ def test_all_options_work_on_a_graph(folder: Path) -> None:
 
 
 def test_an_exported_folder_is_a_model_by_its_path(folder: Path, tmp_path: Path) -> None:
-    list(export_model(folder, tmp_path / "out", ExportOptions(precision="int4")))
+    list(export(ExportRequest(str(folder), tmp_path / "out", ExportOptions(precision="int4"))))
     spec = read_spec(str(tmp_path / "out"))
     assert spec.exported == "int4"
     assert spec.size_on_disk == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
@@ -204,7 +205,7 @@ def test_a_quantized_checkpoint_runs_as_stored_on_a_graph(folder: Path, tmp_path
 
 def test_torch_takes_over_when_no_graph_comes_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> object:
-        raise Unsupported("The graph failed its proof.", "Choose another precision.")
+        raise Unsupported("The graph failed the parity check.", "Choose another precision.")
         yield
 
     monkeypatch.setattr(onnx_loader, "graph_folder", fails)
@@ -213,7 +214,7 @@ def test_torch_takes_over_when_no_graph_comes_of_it(folder: Path, monkeypatch: p
     assert isinstance(receipt, Receipt)
     assert session.plan is not None
     assert session.plan.backend == "torch"
-    assert any("failed its proof" in note for note in receipt.notes)
+    assert any("failed the parity check" in note for note in receipt.notes)
     with pytest.raises(Unsupported):
         load(session, str(folder), backend="onnx")
 

@@ -12,7 +12,8 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
-from lowmem.export.run import export_isolated, forecast, output_folder, race
+from lowmem.export.request import ExportRequest, estimate
+from lowmem.export.run import benchmark, export_isolated, output_folder
 from lowmem.models.catalog import find
 from lowmem.models.source import read_spec
 from lowmem.planning.graph_options import ExportOptions
@@ -30,14 +31,16 @@ from lowmem.ui.tabs.export import ExportTab
 from lowmem.units import GB, MB
 
 DEMO = find("demo").spec()
-PROOF = {way: {"max_difference": 0.5, "kl": 0.0123, "agreement": 0.987, "tokens": 480} for way in ("prefill", "decode")}
+PARITY = {
+    one: {"max_difference": 0.5, "kl": 0.0123, "agreement": 0.987, "tokens": 480} for one in ("prefill", "decode")
+}
 
 
 def made(folder: str, **details: Any) -> Receipt:
     return Receipt(
         "export", "Toy", "int8", "cpu", 9.0, {"ram": 500 * MB}, {"ram": 480 * MB}, disk_bytes=101 * MB,
-        notes=("Proven: <well>.",),
-        details={"folder": folder, "predicted_bytes": 100 * MB, "proof": PROOF, "kind": "fused"} | details,
+        notes=("Verified: <well>.",),
+        details={"folder": folder, "predicted_bytes": 100 * MB, "parity": PARITY, "kind": "fused"} | details,
     )  # fmt: skip
 
 
@@ -48,26 +51,26 @@ def test_the_page_has_the_tab_and_one_of_each_element() -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_a_forecast_says_what_it_will_cost() -> None:
-    small, large = (forecast(DEMO, ExportOptions(precision=p), 400 * MB, 2 * GB) for p in ("int4", "fp32"))
+def test_an_estimate_says_what_it_will_cost() -> None:
+    small, large = (estimate(DEMO, ExportOptions(precision=p), 400 * MB, 2 * GB) for p in ("int4", "fp32"))
     assert small.disk_bytes < large.disk_bytes
     assert small.verdict == "fits"
-    assert "fused graph" in small.sentence()
+    assert "Fused graph" in small.sentence()
     assert "AWQ or GPTQ" in small.caution
     assert small.caution in export_render.card(small, 538 * MB)
     assert large.caution == ""
-    assert "AWQ" not in forecast(DEMO, ExportOptions(precision="int4", fused=False), 400 * MB, 9 * GB).caution
-    assert forecast(DEMO, ExportOptions(), 400 * MB, 500 * MB).verdict == "over"
-    generic = forecast(DEMO, ExportOptions(fused=False), 400 * MB, 9 * GB)
-    assert "generic" in generic.sentence()
-    optimised = forecast(DEMO, ExportOptions(precision="fp32", fused=False, optimise=True), 400 * MB, 9 * GB)
+    assert "AWQ" not in estimate(DEMO, ExportOptions(precision="int4", fused=False), 400 * MB, 9 * GB).caution
+    assert estimate(DEMO, ExportOptions(), 400 * MB, 500 * MB).verdict == "over"
+    generic = estimate(DEMO, ExportOptions(fused=False), 400 * MB, 9 * GB)
+    assert "Generic" in generic.sentence()
+    optimised = estimate(DEMO, ExportOptions(precision="fp32", fused=False, optimise=True), 400 * MB, 9 * GB)
     assert optimised.ram_bytes > 400 * MB + 5 * optimised.disk_bytes
     card = export_render.card(small, 538 * MB)
     assert "538 MB" in card
     assert "Fits" in card
 
 
-def test_the_result_shows_proof_files_and_escapes(tmp_path: Path) -> None:
+def test_the_result_shows_the_parity_check_files_and_escapes(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"graph")
     shown = export_render.receipt(made(str(tmp_path)))
     assert "0.0123" in shown
@@ -121,18 +124,18 @@ def _tab() -> ExportTab:
     return ExportTab(Context(Services(engine), Jobs(), Sidebar(engine)))
 
 
-def test_the_jobs_export_and_race_in_processes_of_their_own(tmp_path: Path) -> None:
+def test_the_jobs_export_and_benchmark_in_processes_of_their_own(tmp_path: Path) -> None:
     source = toys.save_toy("llama", tmp_path / "m")
     spec = read_spec(str(source))
     out = output_folder(spec.name, ExportOptions(precision="int8"))
     assert out.is_relative_to(settings().outputs)
-    *_, receipt = export_isolated(str(source), out, {"precision": "int8"}, cancel=CancelToken())
+    *_, receipt = export_isolated(ExportRequest(str(source), out, ExportOptions(precision="int8")), CancelToken())
     assert isinstance(receipt, Receipt)
     assert receipt.details["folder"] == str(out)
     assert receipt.measured["ram"] > 0
     assert output_folder(spec.name, ExportOptions(precision="int8")) != out
     assert result_folder(receipt.details["folder"]) == out.resolve()
-    *_, result = race(str(source), out)
+    *_, result = benchmark(str(source), out)
     assert isinstance(result, dict)
     assert all(value > 0 for value in result["onnx"]["prefill_tps"])
     assert len(result["torch"]["token_ms"]) == len(result["prompts"])

@@ -1,1 +1,1 @@
-"""Models as ONNX graphs and TensorRT engines: written, proven equal, and run."""
+"""Models as ONNX graphs and TensorRT engines, verified against the original."""

@@ -1,6 +1,6 @@
-"""A traced fp32 graph in int8 or int4, weight by weight: what is written once is read, rounded and written again.
+"""Convert a traced fp32 graph to int8 or int4, one weight at a time.
 
-8 bits are dynamic int8 per channel, 4 bits are blocks with an output head in 8; the same ways as in fused graphs (`linears.py`).
+int8 is dynamic int8 per channel; int4 is block-quantized with an 8-bit output head. Both use `linears.py`, like fused graphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowmem.runtime.onnx.manifest import DATA
 
 
 def convert(path: Path, options: ExportOptions, cancel: CancelToken) -> None:
-    """Write the fp32 graph in `path` anew in the precision of `options`, in its place."""
+    """Replace the fp32 graph in `path` by one in the precision of `options`."""
     apart = path.with_name("traced")
     apart.mkdir()
     for file in path.parent.glob(f"{path.name}*"):
@@ -39,7 +39,7 @@ def convert(path: Path, options: ExportOptions, cancel: CancelToken) -> None:
 
 
 class _Weights:
-    """The initializers of a graph whose external data lie in `folder`, read one at a time."""
+    """The initializers of a graph with external data in `folder`, read one at a time."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
         self._folder = folder
@@ -59,12 +59,12 @@ class _Weights:
 def _quantize(
     model: onnx.ModelProto, weights: _Weights, graph: Graph, options: ExportOptions, cancel: CancelToken
 ) -> None:
-    way, head = _ways(options, cancel)
+    block, head = _linears(options, cancel)
     graph.take_ports(model.graph)
     for node in model.graph.node:
         cancel.check()
         shape = _matrix_shape(node, weights)
-        chosen = head if shape and _is_head(node, *shape) else way
+        chosen = head if shape and _is_head(node, *shape) else block
         if shape and _divides(chosen, shape[1]):
             values = torch.from_numpy(weights.read(node.input[1]).copy()).t().contiguous()
             product = chosen(graph, node.input[0], Matrix(node.input[1], values))
@@ -76,8 +76,8 @@ def _quantize(
             graph.take_node(node)
 
 
-def _ways(options: ExportOptions, cancel: CancelToken) -> tuple[Linear, Linear]:
-    """Of the blocks, and of the head."""
+def _linears(options: ExportOptions, cancel: CancelToken) -> tuple[Linear, Linear]:
+    """How the matrices of the blocks, and of the output head, are computed."""
     if options.precision == "int8":
         dynamic = Dynamic(largest_code())
         return dynamic, dynamic
@@ -89,7 +89,7 @@ def _ways(options: ExportOptions, cancel: CancelToken) -> tuple[Linear, Linear]:
 
 
 def _matrix_shape(node: onnx.NodeProto, weights: _Weights) -> tuple[int, int] | None:
-    """(outputs, inputs) of the constant that a node multiplies with; None for other nodes."""
+    """(outputs, inputs) of a MatMul with a constant fp32 matrix; None for other nodes."""
     tensor = weights.tensors.get(node.input[1]) if node.op_type == "MatMul" else None
     if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
         return None
@@ -97,9 +97,9 @@ def _matrix_shape(node: onnx.NodeProto, weights: _Weights) -> tuple[int, int] | 
 
 
 def _is_head(node: onnx.NodeProto, outputs: int, inputs: int) -> bool:
-    """No other layer is so much wider than its input."""
+    """Only the output head is that much wider than its input."""
     return node.output[0] == "logits" or outputs > 8 * inputs
 
 
-def _divides(way: Linear, inputs: int) -> bool:
-    return not isinstance(way, Blocks) or inputs % way.group_size == 0
+def _divides(linear: Linear, inputs: int) -> bool:
+    return not isinstance(linear, Blocks) or inputs % linear.group_size == 0

@@ -1,9 +1,8 @@
-"""The fused decoder: one graph for the Llama-like families, in ONNX Runtime's own operators.
+"""The fused decoder graph of Llama-like models, made of ONNX Runtime's contrib operators.
 
-Attention, rotary embedding and the key-value cache are one node (GroupQueryAttention), a norm and the addition before it
-another, and layers that share an input one matrix. The cache is written in place: a caller that gives the same buffer
-as past and present pays for no copy. Rows are aligned to the left in it, so that the tokens of a row are
-those for which its attention mask is 1.
+Attention, rotary embedding and KV cache are one node (GroupQueryAttention), a norm and the addition before it are
+another, and layers that share an input are one matrix. The cache is updated in place: passing the same buffer as past
+and present avoids a copy. Rows are aligned to the left in it: the tokens of a row are those with an attention mask of 1.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -32,11 +31,11 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def refusal(config: Any) -> str | None:
-    """Why `config` (transformers' own, of the decoder) has no fused graph, in a sentence; None when it has."""
+    """Why a model with `config` (of transformers, for the decoder) has no fused graph; None if it has one."""
     if config.model_type not in FAMILIES:
         return f"There is no fused graph for models of type {config.model_type!r}."
     if _activation(config) not in _ACTIVATIONS:
-        return f"The fused graph has no activation {_activation(config)!r}."
+        return f"The fused graph does not support the activation {_activation(config)!r}."
     kinds = {kind for kind in _rope_types(config.rope_parameters or {}) if kind not in _STATIC_ROPE}
     if kinds:
         return f"Its rotary positions ({', '.join(sorted(kinds))}) depend on the length of the text."
@@ -54,20 +53,19 @@ def _activation(config: Any) -> str:
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
-    """Of all layer types together: Gemma 3 has a set of parameters for each."""
+    """Of all layer types: Gemma 3 has separate parameters for each."""
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     return {str(part.get("rope_type", "default")) for part in nested}
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How a graph computes.
+class GraphLayers:
+    """How the parts of a graph are computed.
 
     Args:
         block: the linear layers of the blocks.
-        head: the output head; None leaves it out, and the graph only fills the cache.
-        embedding: the codes that the embedding is gathered from; None stores it as `dtype`. Where it is tied and the head
-            is in `Blocks` too, both read the same codes.
+        head: the output head; None for a graph without one, which only fills the cache.
+        embedding: block-quantized embedding; None stores it as `dtype`. A tied head in `Blocks` shares its codes.
         dtype: activations, norms and cache.
     """
 
@@ -81,13 +79,13 @@ class FusedDecoder:
     """Writes the graph of `model` (empty, of transformers) with the weights of `source`.
 
     Inputs: input_ids [batch, new], attention_mask [batch, all], position_ids [batch, new] (int64), and for every layer
-    past_key_values.N.key and .value [batch, heads, past, head_dim]; `KEEP` may be given too. Outputs: logits [batch, new, vocabulary] and
+    past_key_values.N.key and .value [batch, heads, past, head_dim]; optionally `KEEP`. Outputs: logits [batch, new, vocabulary] and
     present.N.key and .value.
     """
 
-    def __init__(self, model: Any, layout: Layout, source: Source, graph: Graph, ways: Ways) -> None:
+    def __init__(self, model: Any, layout: Layout, source: Source, graph: Graph, layers: GraphLayers) -> None:
         self.config = model.config.get_text_config(decoder=True)
-        self._model, self._layout, self._source, self._graph, self._ways = model, layout, source, graph, ways
+        self._model, self._layout, self._source, self._graph, self._layers = model, layout, source, graph, layers
         self._heads = self.config.num_attention_heads
         self._kv_heads = self.config.num_key_value_heads
         self._head_dim = head_dim(self.config)
@@ -106,7 +104,7 @@ class FusedDecoder:
             cancel.check()
             residual, branch = self._block(index, kind, residual, branch)
             yield Step(index + 1, total, f"Writing block {index + 1} of {self._layout.count}", "blocks")
-        if self._ways.head is not None:
+        if self._layers.head is not None:
             hidden, _ = self._norm(f"{self._decoder}.norm", residual, branch)
             self._head(hidden)
         yield Step(total, total, "Writing the graph", "blocks")
@@ -123,37 +121,37 @@ class FusedDecoder:
         self._total = graph.add("Cast", (every,), to=6)
 
     def _embedding(self) -> str:
-        graph, ways = self._graph, self._ways
+        graph, layers = self._graph, self._layers
         weight = f"{self._decoder}.embed_tokens.weight"
-        if ways.embedding is not None:
-            rows = ways.embedding.gather(graph, "input_ids", self._embedding_matrix())
+        if layers.embedding is not None:
+            rows = layers.embedding.gather(graph, "input_ids", self._embedding_matrix())
         else:
             if not graph.known(weight):
-                graph.weight(weight, self._source.tensor(weight).numpy().astype(ways.dtype))
+                graph.weight(weight, self._source.tensor(weight).numpy().astype(layers.dtype))
             rows = graph.add("Gather", (weight, "input_ids"))
         if self.config.model_type.startswith("gemma"):
-            rows = graph.add("Mul", (rows, graph.constant(self.config.hidden_size**0.5, ways.dtype)))
+            rows = graph.add("Mul", (rows, graph.constant(self.config.hidden_size**0.5, layers.dtype)))
         return rows
 
     def _embedding_matrix(self) -> Matrix:
-        """Named as the head where they are the same, so that its codes are written once. Read anew each time: it is the largest."""
+        """Has the name of the head if they are tied, so that its codes are written once. Not cached: it is the largest matrix."""
         name = "lm_head" if self._tied else "embed_tokens"
         return Matrix(name, self._source.tensor(f"{self._decoder}.embed_tokens.weight"))
 
     def _head(self, hidden: str) -> None:
-        assert self._ways.head is not None  # the caller has looked
+        assert self._layers.head is not None  # the caller has looked
         graph = self._graph
         matrix = self._embedding_matrix() if self._tied else self._source.matrix("lm_head")
-        # Logits of a whole prompt, of which one row is wanted, would take more memory and time than a block.
+        # Logits of a whole prompt, of which only the last row is needed, would take more memory and time than a block.
         keep = graph.optional_input(KEEP, np.array([EVERYTHING]))
         end = graph.constant([EVERYTHING])
         kept = graph.add("Slice", (hidden, graph.add("Neg", (keep,)), end, graph.constant([1])))
-        logits = self._ways.head(graph, kept, matrix)
+        logits = self._layers.head(graph, kept, matrix)
         capped = getattr(self.config, "final_logit_softcapping", None)
         if capped:
-            cap = graph.constant(capped, self._ways.dtype)
+            cap = graph.constant(capped, self._layers.dtype)
             logits = graph.add("Mul", (graph.add("Tanh", (graph.add("Div", (logits, cap)),)), cap))
-        if self._ways.dtype is not np.float32:
+        if self._layers.dtype is not np.float32:
             logits = graph.add("Cast", (logits,), to=1)
         graph.add("Identity", (logits,), "logits")
         graph.output("logits", np.float32, ("batch", "kept", self.config.vocab_size))
@@ -176,14 +174,14 @@ class FusedDecoder:
 
     def _linear(self, prefix: str, names: tuple[str, ...], x: str) -> list[str]:
         layers = [f"{prefix}.{name}" for name in names]
-        return [self._ways.block(self._graph, x, matrix) for matrix in self._source.matrices(layers)]
+        return [self._layers.block(self._graph, x, matrix) for matrix in self._source.matrices(layers)]
 
     def _norm(self, name: str, residual: str, branch: str = "") -> tuple[str, str]:
         """The norm of `residual` + `branch`, and that sum."""
         graph, weight = self._graph, f"{name}.weight"
         if not graph.known(weight):
             values = self._source.tensor(weight).add_(self._layout.norm_offset)
-            graph.weight(weight, values.numpy().astype(self._ways.dtype))
+            graph.weight(weight, values.numpy().astype(self._layers.dtype))
         if not branch:
             return self._rms_norm(residual, weight), residual
         total = f"{name}.sum"
@@ -205,9 +203,9 @@ class FusedDecoder:
         cache = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
         present = tuple(f"present.{index}.{part}" for part in ("key", "value"))
         for name in cache:
-            graph.input(name, self._ways.dtype, ("batch", self._kv_heads, "past", self._head_dim))
+            graph.input(name, self._layers.dtype, ("batch", self._kv_heads, "past", self._head_dim))
         for name in present:
-            graph.output(name, self._ways.dtype, ("batch", self._kv_heads, "present", self._head_dim))
+            graph.output(name, self._layers.dtype, ("batch", self._kv_heads, "present", self._head_dim))
         capped = getattr(config, "attn_logit_softcapping", None)
         scale = getattr(config, "query_pre_attn_scalar", None) or self._head_dim
         return graph.contrib(
@@ -224,7 +222,7 @@ class FusedDecoder:
         )
 
     def _qkv(self, prefix: str, names: tuple[str, ...], x: str) -> tuple[str, str, str]:
-        """Query, key and value; the last two are "" when all lie in the first."""
+        """Query, key and value; the last two are "" if the first holds all three."""
         parts = self._linear(prefix, names, x)
         normed = self._source.has(f"{prefix}.self_attn.q_norm.weight")
         if len(parts) == 1:
@@ -239,7 +237,7 @@ class FusedDecoder:
         return query, key, value
 
     def _head_norm(self, name: str, x: str, heads: int) -> str:
-        """Every head normed by itself (Qwen 3, Gemma 3)."""
+        """Normalize each head separately (Qwen 3, Gemma 3)."""
         graph = self._graph
         apart = graph.add("Reshape", (x, graph.constant([0, 0, heads, self._head_dim])))
         normed, _ = self._norm(name, apart)
@@ -253,11 +251,11 @@ class FusedDecoder:
         known = [self._graph.known(name) for name in names]
         if not all(known):
             for name, table in zip(names, self._tables(kind), strict=True):
-                self._graph.weight(name, table.numpy().astype(self._ways.dtype), inline=False)
+                self._graph.weight(name, table.numpy().astype(self._layers.dtype), inline=False)
         return names
 
     def _tables(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """By the model's own code, which knows every kind of scaling."""
+        """Computed by the model's own code, which implements every kind of scaling."""
         positions = torch.arange(self.config.max_position_embeddings)[None]
         arguments = (kind,) if kind else ()
         cos, sin = self._model.base_model.rotary_emb(torch.zeros(1), positions, *arguments)

@@ -1,7 +1,7 @@
-"""Any architecture as a graph, by PyTorch's own exporter, in fp32 and with its cache as inputs.
+"""Export any architecture with PyTorch's exporter, in fp32 or fp16, with the KV cache as inputs and outputs.
 
-Decoders get `past_key_values.*` and return `present.*`, and are traced without their matrices (`lazy.py`); encoders, which are
-small, are traced whole and take what their tokenizer makes. `convert.py` writes smaller precisions.
+Decoders take `past_key_values.*`, return `present.*`, and are traced without their matrices (`lazy.py`); encoders are small
+and traced with them. `convert.py` quantizes the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowmem.errors import MissingDependency, Unsupported
 from lowmem.events import CancelToken, Step
 from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
-from lowmem.export.lazy import LazyModel, put, unfolded
+from lowmem.export.lazy import LazyModel, fold_except, put_weights
 from lowmem.machine.oom import is_out_of_memory
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.config import is_encoder
@@ -35,12 +35,12 @@ log = logging.getLogger("lowmem.export")
 _NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 _SAMPLE = (2, 5, 3)
-"""Rows, new and past tokens of the traced example; each stands for any number."""
+"""Rows, new and past tokens of the example that is traced; all three are dynamic in the graph."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the chatter of exporters and quantizers out of the logs, and undo what they do to logging on import."""
+    """Silence the logs of exporters and optimisers, and undo their changes to the logging configuration."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
 
 
 class FlatCache(nn.Module):
-    """A causal model whose cache is a list of tensors: key and value of layer 0, of layer 1, and so on."""
+    """A causal model with its KV cache as a flat list: key and value of layer 0, of layer 1, ..."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     yield Step(0, 3, "Tracing the model")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with quiet():
-        # In fp16 the model's own code keeps norms in fp32, which a conversion afterwards would not.
+        # Traced in fp16, the model keeps its norms in fp32; a conversion afterwards would not.
         dtype = torch.float16 if options.precision == "fp16" else torch.float32
         (_write_encoder if is_encoder(config.model_type) else _write_decoder)(folder, out / GRAPH, dtype)
     cancel.check()
@@ -100,7 +100,7 @@ def _write_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
         # `FlatCache` holds the model by this name.
         readers = {f"model.{name}": read for name, read in lazy.readers.items()}
         traced = _traced(_decoder_arguments(lazy.model, dtype), set(readers))
-        put(traced.graph, readers)
+        put_weights(traced.graph, readers)
         onnx_ir.save(traced, path, external_data=DATA)
 
 
@@ -160,7 +160,7 @@ class _Encoder(nn.Module):
 
 
 def _traced(arguments: dict[str, Any], matrices: set[str]) -> onnx_ir.Model:
-    """The graph of a module; weights named in `matrices` are not looked at."""
+    """The graph of a module; nodes with weights named in `matrices` are not folded."""
     module, args = arguments.pop("model"), arguments.pop("args")
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -171,7 +171,7 @@ def _traced(arguments: dict[str, Any], matrices: set[str]) -> onnx_ir.Model:
             assert program is not None  # as documented for dynamo
             from onnxscript.optimizer import optimize_ir
 
-            optimize_ir(program.model, should_fold=unfolded(matrices))
+            optimize_ir(program.model, should_fold=fold_except(matrices))
             return program.model
     except ImportError as error:
         raise MissingDependency(f"PyTorch's exporter needs {error.name}.", "pip install onnx onnxscript") from error
@@ -183,7 +183,7 @@ def _traced(arguments: dict[str, Any], matrices: set[str]) -> onnx_ir.Model:
 
 
 def _untraceable(error: BaseException) -> Unsupported:
-    """The operator that is missing, or else what went wrong first: above that the exporter gives advice to programmers."""
+    """The missing operator, otherwise the root cause: the exceptions above it are advice to developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip()

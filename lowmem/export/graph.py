@@ -1,7 +1,10 @@
-"""An ONNX graph under way: nodes by name, and weights that stream into one file beside it.
+"""Build an ONNX graph whose weights are streamed to one file of external data.
 
-Knows protobuf and the layout of external data (https://onnx.ai/onnx/repo-docs/ExternalData.html); nothing of models.
-A weight is written the moment it is given and then forgotten, so a graph of any size takes the memory of one weight.
+Protobuf messages are made by `onnx.helper`; only the weight file is written here, because `onnx.save` and `onnx_ir.save`
+need all weights of a graph at the same time, or a callback for each. `WeightFile` writes a weight at once and keeps its
+place only, so that a graph of any size takes the memory of its largest weight, and several graphs can share weights.
+
+External data: https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
 
 from __future__ import annotations
@@ -20,21 +23,21 @@ from lowmem.errors import DiskFull
 
 OPSET = 21
 IR_VERSION = 10
-"""What onnxruntime 1.18 and later read."""
+"""Supported by onnxruntime 1.18 and later."""
 
 CONTRIB = "com.microsoft"
 
 ALIGNMENT = 4096
-"""Large weights begin on a page, so that a runtime can map them instead of copying."""
+"""Weights start on a page, so that a runtime can map them instead of copying."""
 
 INLINE_BYTES = 1024
-"""Smaller constants lie in the graph itself, where shape inference sees them."""
+"""Smaller constants are stored in the graph, where shape inference can use them."""
 
 Dims = tuple[int | str, ...]
 
 
 class WeightFile:
-    """The external data of one or more graphs of a folder. A name that was written before is not written again."""
+    """The external data of the graphs in a folder. Each name is written once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +45,7 @@ class WeightFile:
         self._entries: dict[str, onnx.TensorProto] = {}
 
     def add(self, name: str, array: np.ndarray) -> onnx.TensorProto:
-        """Write `array` (C-contiguous or not) and describe where it lies."""
+        """Write `array` and return a tensor that refers to it."""
         if name in self._entries:
             return self._entries[name]
         array = np.ascontiguousarray(array)
@@ -64,7 +67,7 @@ class WeightFile:
         return self._entries.get(name)
 
     def alias(self, name: str, written: str, dims: Dims) -> onnx.TensorProto:
-        """The bytes of a weight that is `written` once more, under another name and shape."""
+        """Another name and shape for the bytes of the weight `written`."""
         tensor = TensorProto()
         tensor.CopyFrom(self._entries[written])
         tensor.name, tensor.dims[:] = name, dims
@@ -91,7 +94,7 @@ class WeightFile:
 
 
 class Graph:
-    """Nodes in the order of computation. Values are their names."""
+    """A graph under construction. Nodes are added in the order of computation; values are referred to by name."""
 
     def __init__(self, weights: WeightFile) -> None:
         self.weights = weights
@@ -107,7 +110,7 @@ class Graph:
         return name
 
     def optional_input(self, name: str, default: np.ndarray) -> str:
-        """An input that may be left out: an initializer that a caller can override."""
+        """An optional input: an initializer that a caller can override."""
         self._initializers[name] = numpy_helper.from_array(default, name)
         return self.input(name, default.dtype.type, default.shape)
 
@@ -115,14 +118,14 @@ class Graph:
         self._outputs.append(_value(name, dtype, dims))
 
     def weight(self, name: str, array: np.ndarray, inline: bool = True) -> str:
-        """A constant by the name of what it is; large ones go to the weight file at once, small ones if not `inline`."""
+        """A named constant; written to the weight file if it is large or not `inline`."""
         if name not in self._initializers:
             small = inline and array.nbytes <= INLINE_BYTES and self.weights.get(name) is None
             self._initializers[name] = numpy_helper.from_array(array, name) if small else self.weights.add(name, array)
         return name
 
     def known(self, name: str) -> bool:
-        """Take over a weight that another graph of this folder has written; False when none has."""
+        """Whether the weight exists, in this graph or in another graph of the folder, which then shares it."""
         if name not in self._initializers and (entry := self.weights.get(name)) is not None:
             self._initializers[name] = entry
         return name in self._initializers
@@ -133,7 +136,7 @@ class Graph:
         return name
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
-        """A small constant, named by its value."""
+        """A small constant, named after its value."""
         array: np.ndarray = np.asarray(value, dtype)
         return self.weight(
             f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.flat))}", array
@@ -147,7 +150,7 @@ class Graph:
         domain: str = "",
         **attributes: Any,
     ) -> str:
-        """Append a node; returns its first output, which is named after the operator unless `outputs` names it."""
+        """Append a node; returns its first output, named after the operator by default."""
         count = self._names[op] = self._names.get(op, -1) + 1
         names = (outputs,) if isinstance(outputs, str) else outputs
         names = (names[0] or f"{op}_{count}", *names[1:])
@@ -157,19 +160,19 @@ class Graph:
         return names[0]
 
     def take_ports(self, other: onnx.GraphProto) -> None:
-        """Have the inputs and outputs of `other`, and the types that it notes of values between them."""
+        """Copy the inputs, outputs and value types of `other`."""
         self._inputs, self._outputs, self._between = [*other.input], [*other.output], [*other.value_info]
 
     def take_node(self, node: onnx.NodeProto) -> None:
-        """A node of another graph, as it is."""
+        """Append a node of another graph unchanged."""
         self._nodes.append(node)
 
     def contrib(self, op: str, inputs: Iterable[str], outputs: str | tuple[str, ...] = "", **attributes: Any) -> str:
-        """A node of ONNX Runtime's own operators."""
+        """Append a node with an operator of ONNX Runtime (com.microsoft)."""
         return self.add(op, inputs, outputs, CONTRIB, **attributes)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the graph; its weights are written already."""
+        """Write the graph, without the weights, which are in the weight file already."""
         constants = [*self._initializers.values()]
         graph = helper.make_graph(
             self._nodes, path.stem, self._inputs, self._outputs, constants, value_info=self._between

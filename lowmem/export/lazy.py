@@ -1,8 +1,7 @@
-"""A causal model that can be traced without its weights: matrices take no memory, and are read when the graph is written.
+"""Trace a causal model without its matrices, which are read from the checkpoint when the graph is written.
 
-A matrix is one number that is seen everywhere, so that PyTorch's exporter finds a tensor of the right shape; vectors are real,
-since the exporter compares and folds what is small. `put` gives the graph its weights back, each read from the checkpoint
-the moment it is written.
+A matrix is replaced by one number expanded to its shape, which takes no memory. Vectors are real, since the exporter
+compares and folds small tensors. `put_weights` makes the matrices of the graph lazy tensors of `onnx_ir`.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from lowmem.models.modules import empty_model, set_tensor
 Reader = Callable[[], Tensor]
 
 LARGE = 65_536
-"""Elements from which a weight is left out while the model is traced."""
+"""Weights with at least this many elements are replaced while the model is traced."""
 
-STANDING_IN = 0.123
-"""Nothing that an optimiser has a rule for, as it has for 0 and 1."""
+PLACEHOLDER = 0.123
+"""A number without a rule in the optimiser, unlike 0 and 1."""
 
 
 class LazyModel:
-    """`model` is the traceable one in `dtype`; `readers` read its matrices, by the names of its parameters.
+    """`model` can be traced in `dtype`; `readers` read its matrices, by parameter name.
 
     Raises:
         CorruptModel, Unsupported: see `match_names`.
@@ -39,10 +38,10 @@ class LazyModel:
     def __init__(self, folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.model = empty_model(folder)
         stored = match_names(self.model, checkpoint)
-        turned = _plain_linears(self.model)
+        transposed = _plain_linears(self.model)
         self.readers: dict[str, Reader] = {}
         for name, source in stored.items():
-            self._fill(name, _reader(checkpoint, source, name in turned, dtype), dtype)
+            self._fill(name, _reader(checkpoint, source, name in transposed, dtype), dtype)
         for name, source in tied_parameters(self.model).items():
             if name not in stored:
                 set_tensor(self.model, name, self.model.get_parameter(source))
@@ -55,30 +54,30 @@ class LazyModel:
             set_tensor(self.model, name, read())
         else:
             self.readers[name] = read
-            set_tensor(self.model, name, torch.full((1,), STANDING_IN, dtype=dtype).expand(shape))
+            set_tensor(self.model, name, torch.full((1,), PLACEHOLDER, dtype=dtype).expand(shape))
 
 
-def _reader(checkpoint: Checkpoint, name: str, turned: bool, dtype: torch.dtype) -> Reader:
+def _reader(checkpoint: Checkpoint, name: str, transposed: bool, dtype: torch.dtype) -> Reader:
     def read() -> Tensor:
         values = checkpoint.read(name, dtype)
-        return values.t().contiguous() if turned else values
+        return values.t().contiguous() if transposed else values
 
     return read
 
 
 def _plain_linears(model: nn.Module) -> set[str]:
-    """GPT-2's layers, whose weights lie the other way round, as `Linear`: what quantizers look for. Names of those weights."""
-    turned = set()
+    """Replace the `Conv1D` layers of GPT-2, whose weights are transposed, by `Linear`; returns the names of the weights."""
+    transposed = set()
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             linear = nn.Linear(module.nx, module.nf, device="meta").requires_grad_(False)
             model.set_submodule(name, linear)
-            turned.add(f"{name}.weight")
-    return turned
+            transposed.add(f"{name}.weight")
+    return transposed
 
 
-def unfolded(names: set[str]) -> Callable[[ir.Node], bool | None]:
-    """For the exporter's optimiser: whether to fold a node; never where a matrix goes in."""
+def fold_except(names: set[str]) -> Callable[[ir.Node], bool | None]:
+    """For the exporter's optimiser: whether to fold a node; never one with an input among `names`."""
 
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in names for value in node.inputs) else None
@@ -86,8 +85,8 @@ def unfolded(names: set[str]) -> Callable[[ir.Node], bool | None]:
     return should_fold
 
 
-def put(graph: ir.Graph, readers: dict[str, Reader]) -> None:
-    """Let the initializers of `graph` be read by `readers`; one that is only transposed is kept as it is multiplied."""
+def put_weights(graph: ir.Graph, readers: dict[str, Reader]) -> None:
+    """Make the initializers of `graph` lazy tensors of `readers`; a matrix that is transposed first is stored transposed."""
     for name, read in readers.items():
         value = graph.initializers.get(name)
         if value is None:

@@ -22,7 +22,7 @@ from lowmem.kernels.layouts import GRAPH_BLOCK, block_size
 from lowmem.kernels.quantized import Quantized
 
 INT8_ARITHMETIC = 4
-"""The accuracy level at which MatMulNBits rounds activations to int8, block by block: twice as fast as fp32."""
+"""The accuracy level of MatMulNBits that quantizes activations to int8 per block: twice as fast as fp32."""
 
 
 class Linear(Protocol):
@@ -102,7 +102,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """Weights in int8 per output channel, activations rounded to uint8 as they come (DynamicQuantizeMatMul).
+    """Weights in int8 per output channel, activations quantized to uint8 at run time (DynamicQuantizeMatMul).
 
     Args:
         largest: largest absolute code: 127, or 63 if AVX2 without VNNI adds products in 16 bits.

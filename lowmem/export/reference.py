@@ -1,6 +1,6 @@
-"""The original as a reference that needs the memory of one layer: weights come with each layer's turn and go after it.
+"""The original model as the reference of the parity check, with one layer in memory at a time.
 
-A model of any size can be asked for the logits of one batch of text that way, in fp32, at the price of reading it once.
+Weights are read before a layer runs and released after it, so that a model of any size gives fp32 logits of one batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowmem.models.quantization import Quantization
 
 
 def streamed_model(folder: Path, checkpoint: Checkpoint, stored: Quantization | None) -> Any:
-    """The model of `folder`, computing in fp32 on the CPU; packed layers are multiplied out exactly.
+    """The model of `folder`, computing in fp32 on the CPU; packed layers are dequantized exactly.
 
     Raises:
         CorruptModel, Unsupported: see `match_names`.
@@ -44,20 +44,20 @@ def streamed_model(folder: Path, checkpoint: Checkpoint, stored: Quantization | 
 def _stream(module: nn.Module, checkpoint: Checkpoint, members: Mapping[str, str]) -> None:
     empty = {member: getattr(module, member) for member in members}
 
-    def come(_module: nn.Module, _inputs: object) -> None:
+    def load(_module: nn.Module, _inputs: object) -> None:
         for member, name in members.items():
             set_tensor(module, member, checkpoint.read(name, torch.float32))
 
-    def go(_module: nn.Module, _inputs: object, _output: object) -> None:
+    def release(_module: nn.Module, _inputs: object, _output: object) -> None:
         for member, tensor in empty.items():
             set_tensor(module, member, tensor)
 
-    module.register_forward_pre_hook(come)
-    module.register_forward_hook(go)
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(release)
 
 
 class _PackedLayer(nn.Module):
-    """A layer of a GPTQ or AWQ checkpoint that exists only while it computes."""
+    """A layer of a GPTQ or AWQ checkpoint that is read and dequantized for each pass."""
 
     def __init__(
         self, checkpoint: Checkpoint, name: str, members: Mapping[str, str], stored: Quantization, transposed: bool

@@ -23,13 +23,12 @@ from typing import Any
 
 from lowmem.errors import DiskFull, MissingDependency, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.export.request import ExportRequest
 from lowmem.export.segments import Segment, cut, segments
-from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.placement import block_index
 from lowmem.runtime.onnx.manifest import GRAPH
 from lowmem.settings import settings
@@ -224,16 +223,8 @@ def engine_of(graph: Path, gpu: Device, profile: Profile) -> Path:
     return engine
 
 
-def export_engine(
-    folder: Path,
-    out: Path,
-    options: ExportOptions,
-    *,
-    ref: str = "",
-    budget: MemoryBudget = UNLIMITED,
-    cancel: CancelToken | None = None,
-) -> Iterator[Step | Receipt]:
-    """The fp16 graph of a model, proven, in `out`, and its engines in the cache; the last event is the receipt.
+def export_engine(folder: Path, request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
+    """The verified fp16 graph of the model in `folder`, and its engines in the cache; the last event is the receipt.
 
     Raises:
         Unsupported: there is no GPU or no TensorRT, naming the missing piece. See also `export_model`.
@@ -246,9 +237,9 @@ def export_engine(
         raise Unsupported(missing, "Choose ONNX, which runs everywhere.")
     gpu, profile = hardware.gpus[0], Profile()
     runs = model_segments(read_spec(str(folder)), gpu)
-    options = replace(options, precision="fp16", fused=False)
+    request, out = replace(request, options=replace(request.options, precision="fp16", fused=False)), request.out
     receipt: Receipt | None = None
-    for event in export_model(folder, out, options, ref=ref, budget=budget, cancel=cancel):
+    for event in export_model(folder, request, cancel):
         if isinstance(event, Receipt):
             receipt = event
         else:

@@ -1,7 +1,6 @@
-"""The weights of a checkpoint as a graph wants them: vectors, and matrices that are dense or codes.
+"""Read the weights of a checkpoint for a graph: vectors, and matrices that are dense or quantized.
 
-Knows safetensors names, GPTQ and AWQ; one matrix is in memory at a time. Codes of a quantized checkpoint are taken over
-as they are, without a second rounding.
+One matrix is in memory at a time. GPTQ and AWQ codes are used as they are, without rounding them again.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lowmem.quant.skeleton import all_finite
 class Matrix:
     """The weight of a linear layer [out, in], fp32 or as codes, and its bias [out].
 
-    `order`: inputs in the order of their groups, None where they are (int64 [in]); codes lie in that order.
+    `order`: permutation that sorts the inputs by group (int64 [in]), None if they are sorted; codes are stored sorted.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Matrix:
 class Source:
     """Reads one checkpoint. `stored` describes its quantization, None without one.
 
-    Files of the bare decoder lack the first part of their names; both spellings are found.
+    Checkpoints of the bare decoder lack the first part of the names; both forms are found.
     """
 
     def __init__(self, checkpoint: Checkpoint, stored: Quantization | None) -> None:
@@ -60,7 +59,7 @@ class Source:
         """fp32, checked to be finite.
 
         Raises:
-            CorruptModel: it is missing, or holds what is no number.
+            CorruptModel: it is missing, or has NaN or infinite values.
         """
         found = self._find(name)
         if found is None:
@@ -71,7 +70,7 @@ class Source:
         return values
 
     def matrices(self, layers: Sequence[str]) -> list[Matrix]:
-        """Layers that share an input, as few matrices as can be: one, unless their codes are ordered differently."""
+        """Layers that share an input, stacked into one matrix unless their codes are sorted differently."""
         parts = [self.matrix(layer) for layer in layers]
         first = parts[0]
         if any(_kind(part) != _kind(first) or not _same_order(part, first) for part in parts[1:]):
@@ -117,7 +116,7 @@ def _same_order(one: Matrix, other: Matrix) -> bool:
 
 
 def _stacked(parts: Sequence[Matrix]) -> Matrix:
-    """One matrix of all outputs."""
+    """One matrix with the outputs of all."""
     bias = None
     if any(part.bias is not None for part in parts):
         bias = torch.cat([torch.zeros(part.shape[0]) if part.bias is None else part.bias for part in parts])
@@ -129,7 +128,7 @@ def _stacked(parts: Sequence[Matrix]) -> Matrix:
 
 
 def joined(parts: Sequence[Quantized]) -> Quantized:
-    """Matrices of the same inputs as one of all outputs."""
+    """Quantized matrices with the same inputs as one matrix with the outputs of all."""
     if len(parts) == 1:
         return parts[0]
     codes, scales, zeros = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scales", "zeros"))

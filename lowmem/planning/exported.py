@@ -136,9 +136,9 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
     its session, which on a CPU computes fp16 with fp32 copies of the weights.
     """
     largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
-    count, length = proof_windows(spec.vocab, spec.context)
+    count, length = parity_windows(spec.vocab, spec.context)
     logits = 4 * count * length * spec.vocab
-    logarithms = 5 * 4 * PROOF_ROWS * spec.vocab
+    logarithms = 5 * 4 * PARITY_ROWS * spec.vocab
     session = disk_bytes(spec, precision, group_size, fast_prefill) * (2 if precision == "fp16" else 1)
     return max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + 4 * logits + logarithms)
 
@@ -157,7 +157,7 @@ def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
 
 def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimised: bool = False) -> int:
     """Peak of writing and proving a generic graph, beside the process itself; an encoder is traced whole."""
-    count, length = proof_windows(spec.vocab, spec.context)
+    count, length = parity_windows(spec.vocab, spec.context)
     encoder = is_encoder(spec.model_type)
     logits = 0 if encoder else 4 * count * length * spec.vocab
     # A CPU computes fp16 graphs in fp32: their weights are there twice.
@@ -166,7 +166,7 @@ def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimis
     if optimised:
         whole = max(whole, ONNX_RUNTIME_BYTES + OPTIMISER_COPIES * generic_bytes(spec, precision, group_size))
     return TRACER_BYTES + max(
-        7 * spec.vocab * spec.hidden, whole, session + 4 * logits + 5 * 4 * PROOF_ROWS * spec.vocab
+        7 * spec.vocab * spec.hidden, whole, session + 4 * logits + 5 * 4 * PARITY_ROWS * spec.vocab
     )
 
 
@@ -177,12 +177,12 @@ TRACER_BYTES = 180 * MB
 """PyTorch's exporter and what it holds of a graph (2.13, measured)."""
 
 
-PROOF_ROWS = 64
-"""Rows of logits that the proof compares at once."""
+PARITY_ROWS = 64
+"""Rows of logits that the parity check compares at once."""
 
 
-def proof_windows(vocab: int, context: int) -> tuple[int, int]:
-    """(windows, tokens of each) of the text over which a graph is proven; fewer for large vocabularies."""
+def parity_windows(vocab: int, context: int) -> tuple[int, int]:
+    """(windows, tokens of each) of the text for the parity check of a graph; fewer for large vocabularies."""
     length = min(160, context)
     return max(1, min(3, 192 * MB // (4 * vocab * length))), length
 

@@ -59,7 +59,7 @@ def graph_folder(
         budget: for this process and the one that writes the graph together.
 
     Raises:
-        Unsupported: there is no graph for the model, or it fails its proof.
+        Unsupported: there is no graph for the model, or it fails the parity check.
         DoesNotFit, DiskFull, OutOfMemory, Cancelled: while writing it.
     """
     if is_exported(folder):
@@ -90,19 +90,19 @@ def _write(
     folder: Path, kept: Path, options: ExportOptions, ref: str, cancel: CancelToken, budget: MemoryBudget
 ) -> Generator[Step, None, None]:
     arguments = {
-        "folder": str(folder),
+        "model": str(folder),
+        "source": ref,
         "out": str(kept),
         "options": asdict(options),
-        "ref": ref,
         "budget": budget.as_dict(),
     }
     yield Step(0, 0, "Writing its graph, once")
     try:
-        for event in run_isolated("export_graph", arguments, cancel, budget):
+        for event in run_isolated("export", arguments, cancel, budget):
             if not isinstance(event, Finished):
                 yield event
     finally:
-        discard(kept)  # Stop is a kill, which leaves the child no time to
+        discard(kept)  # Stop kills the child, which cannot clean up
 
 
 def _options(plan: Plan) -> ExportOptions:

@@ -12,7 +12,8 @@ from typing import Any
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
 from lowmem.models.describe import MANIFEST
 
-VERSION = 1
+VERSION = 2
+"""Version 1 calls the parity check "proof"."""
 
 GRAPH, PREFILL, DATA = "model.onnx", "prefill.onnx", "model.onnx.data"
 
@@ -34,7 +35,7 @@ class Manifest:
         weights_bytes: what a session holds of them.
         int8_range: largest code of dynamic int8 weights, 0 without such.
         model_tensors: of the original: [name, dtype, shape, bytes] each.
-        proof: the figures of `prove.Proof`.
+        parity: the figures of `export.parity.ParityCheck`.
         optimised: nodes, fusions, bytes and seconds before and after, where the optimiser ran.
     """
 
@@ -47,7 +48,7 @@ class Manifest:
     int8_range: int = 0
     licence: str = ""
     model_tensors: list[list[Any]] = field(default_factory=list)
-    proof: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
     optimised: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
@@ -93,6 +94,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder.name} was written by a later lowmem (format {version}, this one reads {VERSION}).",
                 "Update lowmem, or export the model again.",
             )
+        if "proof" in values:
+            values["parity"] = values.pop("proof")
         manifest = Manifest(**values)
         outside = [name for name in manifest.files if not _PLAIN.fullmatch(name)]
     except (ValueError, TypeError, AttributeError) as error:
@@ -107,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def unfinished(out: Path) -> Path:
-    """What `out` is called until it is complete and proven."""
+    """What `out` is called until it is complete and verified."""
     return out.with_name(f"{out.name}.part")
 
 

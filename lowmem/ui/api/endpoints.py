@@ -17,7 +17,7 @@ from typing import Any
 from lowmem.datasets.texts import MANUAL
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.export.run import Forecast as ExportEstimate
+from lowmem.export.request import ExportEstimate
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.options import StrategyOptions

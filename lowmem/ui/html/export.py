@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem.events import Receipt
 from lowmem.export.folder import RUN
-from lowmem.export.run import Forecast
+from lowmem.export.request import ExportEstimate
 from lowmem.plots.engines import ENGINES
 from lowmem.ui.html import plan as render
 from lowmem.ui.html.quantize import figures, files, rounded
@@ -16,7 +16,7 @@ from lowmem.ui.i18n.strings import name, say
 from lowmem.units import format_bytes, format_seconds
 
 
-def card(expected: Forecast, original_bytes: int) -> str:
+def card(expected: ExportEstimate, original_bytes: int) -> str:
     """What would be made and what it would cost."""
     facts = [
         (say("size"), f"{format_bytes(original_bytes)} → {format_bytes(expected.disk_bytes)}"),
@@ -37,7 +37,7 @@ def card(expected: Forecast, original_bytes: int) -> str:
 
 
 def receipt(one: Receipt) -> str:
-    """The proof, predicted against measured, what the optimiser did, and the files."""
+    """The parity check, predicted against measured, what the optimiser did, and the files."""
     details = one.details
     pairs = [
         (say("on_disk_size"), details["predicted_bytes"], one.disk_bytes),
@@ -48,7 +48,7 @@ def receipt(one: Receipt) -> str:
     folder = Path(details["folder"])
     facts = f"{escape(say('time'))} {escape(format_seconds(one.seconds))} · {escape(folder.name)}"
     return (
-        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{proof(details["proof"], details["kind"])}'
+        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{parity(details["parity"], details["kind"])}'
         f"{optimised(details.get('optimised') or {})}{bars}"
         f'<p class="lm-muted lm-small">{facts}</p><ul class="lm-notes">{notes}</ul>{program(folder)}{files(folder)}</section>'
     )
@@ -66,19 +66,19 @@ def program(folder: Path) -> str:
     )
 
 
-def proof(proven: dict[str, Any], kind: str = "fused") -> str:
+def parity(found: dict[str, Any], kind: str = "fused") -> str:
     """Agreement with the original, read at once and token by token; an encoder only reads."""
-    ways = ("prefill",) if kind == "encoder" else ("prefill", "decode")
-    header = say("export_proof_encoder" if kind == "encoder" else "export_proof")
+    passes = ("prefill",) if kind == "encoder" else ("prefill", "decode")
+    header = say("export_parity_encoder" if kind == "encoder" else "export_parity")
     rows = [
         (
-            say(f"export_{way}"),
-            f"{proven[way]['max_difference']:.2g}",
-            f"{proven[way]['kl']:.4f}",
-            f"{proven[way]['agreement']:.1%}",
-            f"{proven[way]['tokens']:,}",
+            say(f"export_{one}"),
+            f"{found[one]['max_difference']:.2g}",
+            f"{found[one]['kl']:.4f}",
+            f"{found[one]['agreement']:.1%}",
+            f"{found[one]['tokens']:,}",
         )
-        for way in ways
+        for one in passes
     ]
     return figures(header.split("|"), rows)
 

@@ -91,7 +91,7 @@ LESSONS = {
         "The model as a graph",
         "The model is written down as a graph of operators, which ONNX Runtime runs without PyTorch, with fused "
         "operators and weights in 8 or 4 bits.",
-        "Disk for a second copy, some seconds to write it, and a proof against the original before it is offered.",
+        "Disk for a second copy, some seconds to write it, and a parity check against the original.",
         "Stay with PyTorch to look at hidden states, to use a window, or with a family that has no fused graph.",
         (
             Typical(

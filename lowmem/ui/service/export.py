@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from lowmem.events import CancelToken, Receipt, Step
-from lowmem.export.run import Forecast, export_isolated, forecast, output_folder, race
+from lowmem.export.request import ExportEstimate, ExportRequest, estimate
+from lowmem.export.run import benchmark, export_isolated, output_folder
 from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import MemoryBudget
 from lowmem.planning.graph_options import ExportOptions
@@ -21,25 +21,18 @@ class ExportService:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def estimate(self, model: str, options: ExportOptions, budget: MemoryBudget) -> Forecast:
+    def estimate(self, model: str, options: ExportOptions, budget: MemoryBudget) -> ExportEstimate:
         """Size, memory and time of an export; writes nothing."""
         spec = self.engine.spec(model, encoders=True)
-        return forecast(spec, options, runtime_bytes(), self.engine.child_budget(budget).limit("ram"))
+        return estimate(spec, options, runtime_bytes(), self.engine.child_budget(budget).limit("ram"))
 
     def export(
         self, model: str, options: ExportOptions, budget: MemoryBudget, cancel: CancelToken
     ) -> Iterator[Step | Receipt]:
         """Write the graph and verify it; the receipt's `details["folder"]` says where."""
         out = output_folder(self.engine.spec(model, encoders=True).name, options)
-        events = export_isolated(
-            model,
-            out,
-            asdict(options),
-            budget=self.engine.child_budget(budget),
-            allow_paths=not self.engine.public,
-            cancel=cancel,
-        )
-        return self.engine.noted(events)
+        request = ExportRequest(model, out, options, self.engine.child_budget(budget), not self.engine.public)
+        return self.engine.noted(export_isolated(request, cancel))
 
     def benchmark(
         self, folder: str, model: str, budget: MemoryBudget, cancel: CancelToken
@@ -50,4 +43,4 @@ class ExportService:
             BadInput: the folder is no result of this page.
         """
         self.engine.spec(model)  # refuses models that this visitor may not name
-        return race(model, result_folder(folder), cancel, self.engine.child_budget(budget))
+        return benchmark(model, result_folder(folder), cancel, self.engine.child_budget(budget))

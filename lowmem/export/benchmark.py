@@ -1,6 +1,6 @@
-"""A graph against PyTorch in one process, in turns: how fast each reads prompts of several lengths, and writes.
+"""Benchmark an exported graph against PyTorch, alternating in one process: prefill at several prompt lengths, and decoding.
 
-Of an encoder, which writes nothing, how fast each reads texts.
+An encoder generates nothing, so only its prefill is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from transformers import AutoModel
 
 from lowmem.datasets.texts import evaluation_text
 from lowmem.events import Receipt, Step
-from lowmem.export.run import RACE_NEW, RACE_PROMPTS, RACE_RUNS
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
@@ -29,31 +28,33 @@ from lowmem.runtime.onnx.manifest import GRAPH, read_manifest
 from lowmem.runtime.onnx.model import open_session
 from lowmem.runtime.session import Session
 
+PROMPT_TOKENS, NEW_TOKENS, RUNS = (32, 128, 512), 24, 3
+"""Results are medians of the runs."""
 
-def job(ref: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
-    """
+
+def job(model: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
+    """Benchmark the graph in `folder` against `model` in PyTorch; see `run.benchmark` for the result.
+
     Raises:
         LowMemError: one of the two cannot be loaded.
     """
     if read_manifest(Path(folder)).kind == "encoder":
-        return (yield from _encoders(ref, Path(folder)))
+        return (yield from _encoders(model, Path(folder)))
     sessions = {}
-    for name, model, goal in (("torch", ref, Goal(precision="fp32", backend="torch")), ("onnx", folder, Goal())):
+    for name, ref, goal in (("torch", model, Goal(precision="fp32", backend="torch")), ("onnx", folder, Goal())):
         yield Step(0, 0, f"Loading {name}")
         session = sessions[name] = Session()
         hardware = probe()
-        yield from _steps(
-            session.load(plan(read_spec(model), hardware, MemoryBudget.detect(hardware), goal), force=True)
-        )
+        yield from _steps(session.load(plan(read_spec(ref), hardware, MemoryBudget.detect(hardware), goal), force=True))
     context = min(session.plan.spec.context for session in sessions.values() if session.plan)
-    lengths = [length for length in RACE_PROMPTS if length + RACE_NEW < context] or [max(1, context // 2)]
+    lengths = [length for length in PROMPT_TOKENS if length + NEW_TOKENS < context] or [max(1, context // 2)]
     found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": []} for name in sessions}
-    total = len(lengths) * RACE_RUNS
+    total = len(lengths) * RUNS
     for position, length in enumerate(lengths):
         prompt = _prompt(sessions["torch"], length)
         measured: dict[str, list[Receipt]] = {name: [] for name in sessions}
-        for run in range(RACE_RUNS):
-            yield Step(position * RACE_RUNS + run, total, f"{length} prompt tokens, run {run + 1}", "runs")
+        for run in range(RUNS):
+            yield Step(position * RUNS + run, total, f"{length} prompt tokens, run {run + 1}", "runs")
             for name, session in sessions.items():
                 measured[name].append(_receipt(session, prompt))
         for name, receipts in measured.items():
@@ -64,23 +65,23 @@ def job(ref: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
 
 
 def _encoders(ref: str, folder: Path) -> Generator[Step, None, dict[str, Any]]:
-    """The same figures, without those of new tokens."""
+    """The same for an encoder, without figures of new tokens."""
     original = yield from fetch(ref, encoders=True)
     model: Any = AutoModel.from_pretrained(
         original, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     session = open_session(folder / GRAPH)
     config = model.eval().config
-    lengths = [length for length in RACE_PROMPTS if length < config.max_position_embeddings] or [8]
+    lengths = [length for length in PROMPT_TOKENS if length < config.max_position_embeddings] or [8]
     found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": [None] * len(lengths)} for name in ("torch", "onnx")}
     for position, length in enumerate(lengths):
         yield Step(position, len(lengths), f"{length} tokens", "lengths")
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
         with torch.inference_mode():
-            ways = {"torch": partial(model, input_ids=ids), "onnx": partial(session.run, None, feeds)}
-            rounds = [{name: _seconds(way) for name, way in ways.items()} for _ in range(RACE_RUNS + 1)]
-        for name in ways:  # the first round warms up
+            engines = {"torch": partial(model, input_ids=ids), "onnx": partial(session.run, None, feeds)}
+            rounds = [{name: _seconds(run) for name, run in engines.items()} for _ in range(RUNS + 1)]
+        for name in engines:  # the first round warms up
             found[name]["prefill_tps"].append(length / statistics.median(one[name] for one in rounds[1:]))
     return {"prompts": lengths, **found}
 
@@ -102,7 +103,7 @@ def _prompt(session: Session, length: int) -> str:
 
 
 def _receipt(session: Session, prompt: str) -> Receipt:
-    options = GenerateOptions(max_new_tokens=RACE_NEW, greedy=True)
+    options = GenerateOptions(max_new_tokens=NEW_TOKENS, greedy=True)
     *_, receipt = session.generate(prompt, options, raw=True, force=True)
     if not isinstance(receipt, Receipt):
         raise RuntimeError("an action ended without a receipt")

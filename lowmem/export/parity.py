@@ -1,8 +1,8 @@
-"""Is the graph the model? Logits of an exported graph against the original's, on real text, with and without cache.
+"""The parity check: logits of an exported graph against those of the original model, on real text.
 
-fp32 must agree to 1e-3; a quantized graph is held to a divergence. Both are measured twice: over a text read at once
-("prefill"), and over tokens that see the text before them through the cache ("decode"), which a graph of its own may
-have filled.
+In fp32 every logit must agree to 1e-3; for a quantized graph the mean KL divergence is limited. Both are measured twice:
+for a text processed at once ("prefill") and for tokens that see the text before them through the KV cache ("decode"),
+which the separate prefill graph may have filled.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.reference import streamed_model
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
-from lowmem.planning.exported import PROOF_ROWS, proof_windows
+from lowmem.planning.exported import PARITY_ROWS, parity_windows
 from lowmem.runtime.onnx.manifest import GRAPH
 from lowmem.runtime.onnx.model import OnnxModel, open_session
 
 EXACT = 1e-3
-"""Largest difference of a logit that fp32 may show."""
+"""Largest difference of a logit in fp32."""
 
 GATES = {"fp16": 0.02, "int8": 0.05, "int4": 0.6}
-"""Mean KL divergence in nats up to which a graph is offered. What 4 bits cost depends on the model; more than this is no model."""
+"""Largest mean KL divergence in nats. The loss of 4 bits depends on the model; beyond this it is unusable."""
 
-TAKEN_OVER = 0.05
-"""The gate of codes that were taken over from a quantized checkpoint: only activations are rounded anew."""
+STORED_GATE = 0.05
+"""The same for the codes of a quantized checkpoint: only activations are rounded in addition."""
 
 ENCODER_ERROR = 0.1
-"""Relative error of a quantized encoder's states."""
+"""Largest relative error of the hidden states of a quantized encoder."""
 
 STEPS = 24
-"""Tokens of each window that are decoded one by one."""
+"""Tokens of each window that are decoded one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Over `tokens` tokens: largest difference of a logit, mean KL divergence in nats, share of equal best tokens."""
+    """Over `tokens` tokens: largest difference of a logit, mean KL divergence in nats, share of top-1 matches."""
 
     max_difference: float
     kl: float
@@ -53,8 +53,8 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """`gate` is what was asked for, `passed` whether both ways keep it; `text` names what was read."""
+class ParityCheck:
+    """`gate` is the limit, `passed` whether prefill and decode keep it, `text` the name of the evaluation text."""
 
     prefill: Agreement
     decode: Agreement
@@ -66,18 +66,19 @@ class Proof:
         worst = max(self.prefill.max_difference, self.decode.max_difference)
         kl = max(self.prefill.kl, self.decode.kl)
         agreed = min(self.prefill.agreement, self.decode.agreement)
-        verdict = "Proven" if self.passed else "Failed"
-        return f"{verdict}: largest difference {worst:.2g}, KL {kl:.4f}, same best token {agreed:.1%} ({self.gate})."
+        if self.passed:
+            return f"Verified: largest difference {worst:.2g}, KL {kl:.4f}, {agreed:.1%} top-1 match ({self.gate})."
+        return f"Failed: largest difference {worst:.2g}, KL {kl:.4f}, {agreed:.1%} top-1 match ({self.gate})."
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def prove(
+def check_decoder(
     folder: Path, exported: Path, stored: Quantization | None, cancel: CancelToken
-) -> Generator[Step, None, Proof]:
-    """Compare the graph in `exported` with the model in `folder`; the return value is the proof."""
-    yield Step(0, 3, "Proving it: asking the original")
+) -> Generator[Step, None, ParityCheck]:
+    """Compare the graph in `exported` with the model in `folder`; the return value is the check."""
+    yield Step(0, 3, "Verifying: running the original")
     text, windows = _windows(folder)
     with Checkpoint(folder) as checkpoint, torch.inference_mode():
         model = streamed_model(folder, checkpoint, stored)
@@ -85,25 +86,25 @@ def prove(
         wanted = model(input_ids=windows, use_cache=False).logits.float()
     del model
     cancel.check()
-    yield Step(1, 3, "Proving it: asking the graph")
+    yield Step(1, 3, "Verifying: running the graph")
     graph = OnnxModel(exported)
     prefill = _agreement(wanted, torch.cat([graph(window[None]).logits for window in windows]))
     cancel.check()
-    yield Step(2, 3, "Proving it: asking the graph token by token")
+    yield Step(2, 3, "Verifying: decoding with the graph")
     decode = _agreement(wanted[:, -STEPS:], torch.cat([_decoded(graph, window) for window in windows]))
-    gate, passed = _judged(graph.manifest.precision, stored is not None, prefill, decode)
-    yield Step(3, 3, "Proven" if passed else "Failed")
-    return Proof(prefill, decode, gate, passed, text)
+    gate, passed = _judge(graph.manifest.precision, stored is not None, prefill, decode)
+    yield Step(3, 3, "Verified" if passed else "Failed")
+    return ParityCheck(prefill, decode, gate, passed, text)
 
 
-def prove_encoder(folder: Path, exported: Path, precision: str) -> Generator[Step, None, Proof]:
-    """Compare hidden states instead, over drawn tokens of two lengths, the shorter one padded.
+def check_encoder(folder: Path, exported: Path, precision: str) -> Generator[Step, None, ParityCheck]:
+    """Compare hidden states instead, for random tokens in two rows, the shorter one padded.
 
-    `kl` is the relative error of a state here and `agreement` the share of states that point the same way (cosine above 0.99).
+    `kl` is the relative error of the states and `agreement` the share of states with a cosine similarity above 0.99.
     """
     from transformers import AutoModel
 
-    yield Step(0, 2, "Proving it: asking the original")
+    yield Step(0, 2, "Verifying: running the original")
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     ids = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -111,7 +112,7 @@ def prove_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     with torch.inference_mode():
         wanted = model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
     del model
-    yield Step(1, 2, "Proving it: asking the graph")
+    yield Step(1, 2, "Verifying: running the graph")
     session = open_session(exported / GRAPH)
     found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]).float()
     states, others = wanted[mask.bool()], found[mask.bool()]
@@ -123,16 +124,16 @@ def prove_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     measured = difference if precision == "fp32" else error
     gate = f"{'difference' if precision == 'fp32' else 'relative error'} up to {limit:g}"
     yield Step(2, 2, "Compared")
-    return Proof(agreement, agreement, gate, measured <= limit, "random tokens")
+    return ParityCheck(agreement, agreement, gate, measured <= limit, "random tokens")
 
 
 def _windows(folder: Path) -> tuple[str, Tensor]:
-    """A text's name, and token ids [windows, tokens] of it; without a tokenizer ids are drawn."""
+    """A text's name, and token ids [windows, tokens] of it; random ids for a model without a tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     decoder = config.get_text_config(decoder=True)
-    count, length = proof_windows(decoder.vocab_size, decoder.max_position_embeddings)
+    count, length = parity_windows(decoder.vocab_size, decoder.max_position_embeddings)
     text = evaluation_text()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -146,7 +147,7 @@ def _windows(folder: Path) -> tuple[str, Tensor]:
 
 
 def _decoded(graph: OnnxModel, window: Tensor) -> Tensor:
-    """Logits [1, STEPS, vocabulary] of the last tokens, one by one after the others were read as a prompt."""
+    """Logits [1, STEPS, vocabulary] of the last tokens, decoded one at a time after a prefill of the others."""
     cache = graph.make_cache(1, len(window))
     first = len(window) - STEPS
     logits = []
@@ -157,10 +158,10 @@ def _decoded(graph: OnnxModel, window: Tensor) -> Tensor:
 
 
 def _agreement(wanted: Tensor, found: Tensor) -> Agreement:
-    """Row by row, since log-probabilities of all would be three times the logits."""
+    """In blocks of rows, since the log-probabilities of all would take three times the memory of the logits."""
     difference = kl = 0.0
     agreed = tokens = 0
-    for one, other in zip(wanted.flatten(0, 1).split(PROOF_ROWS), found.flatten(0, 1).split(PROOF_ROWS), strict=True):
+    for one, other in zip(wanted.flatten(0, 1).split(PARITY_ROWS), found.flatten(0, 1).split(PARITY_ROWS), strict=True):
         p, q = torch.log_softmax(one, -1), torch.log_softmax(other, -1)
         # NaN must not pass as the smaller one.
         difference = float(np.fmax(difference, float((one - other).abs().max().nan_to_num(float("inf")))))
@@ -170,8 +171,8 @@ def _agreement(wanted: Tensor, found: Tensor) -> Agreement:
     return Agreement(difference, max(0.0, kl / tokens), agreed / tokens, tokens)
 
 
-def _judged(precision: str, taken_over: bool, *found: Agreement) -> tuple[str, bool]:
-    if precision == "fp32" and not taken_over:
+def _judge(precision: str, stored: bool, *found: Agreement) -> tuple[str, bool]:
+    if precision == "fp32" and not stored:
         return f"difference up to {EXACT:g}", all(one.max_difference <= EXACT for one in found)
-    limit = TAKEN_OVER if taken_over else GATES[precision]
+    limit = STORED_GATE if stored else GATES[precision]
     return f"KL up to {limit:g}", all(one.kl <= limit for one in found)

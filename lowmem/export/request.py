@@ -1,0 +1,171 @@
+"""A request to export a model, validated where it enters, and the estimate of what it will cost. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import BadInput, DiskFull, Unsupported
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.hardware import disk_free_bytes
+from lowmem.models.config import is_encoder
+from lowmem.models.spec import ModelSpec
+from lowmem.planning import exported
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What to export, where to, how, and with how much memory.
+
+    Args:
+        model: demo, a hub id, a folder or a .gguf file.
+        out: a new folder.
+        budget: for the process that exports, with what it holds already.
+        allow_paths: whether `model` may be a path on this machine, which visitors of a page may not name.
+        source: name of the model on the card of the export; `model` by default.
+
+    Raises:
+        BadInput: `out` exists.
+    """
+
+    model: str
+    out: Path
+    options: ExportOptions = field(default_factory=ExportOptions)
+    budget: MemoryBudget = UNLIMITED
+    allow_paths: bool = True
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.out.exists():
+            raise BadInput(f"{self.out} is there already.", "Choose another name, or delete it first.")
+
+    def as_arguments(self) -> dict[str, Any]:
+        """For JSON: `ExportRequest.from_arguments(**request.as_arguments()) == request`."""
+        return asdict(self) | {"out": str(self.out), "budget": self.budget.as_dict()}
+
+    @classmethod
+    def from_arguments(
+        cls, *, out: str, options: Mapping[str, Any], budget: Mapping[str, int], **others: Any
+    ) -> ExportRequest:
+        return cls(out=Path(out), options=ExportOptions(**options), budget=MemoryBudget(**budget), **others)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportEstimate:
+    """What an export will make and cost.
+
+    Args:
+        disk_bytes: size of the exported folder.
+        ram_bytes: peak of the process that exports.
+        seconds: rough time.
+        session_bytes: weights in memory while the graph runs.
+        limit: bytes that the process may use.
+        generic: why there is no fused graph, "" if there is one.
+        caution: what the precision costs in quality, "" if little.
+    """
+
+    disk_bytes: int
+    ram_bytes: int
+    seconds: float
+    session_bytes: int
+    limit: int
+    generic: str = ""
+    caution: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.ram_bytes > self.limit:
+            return "over"
+        return "tight" if self.ram_bytes > 0.9 * self.limit else "fits"
+
+    def sentence(self) -> str:
+        if self.verdict == "over":
+            return f"Needs {format_bytes(self.ram_bytes)} of RAM, but the budget leaves {format_bytes(self.limit)}."
+        if self.generic:
+            return f"Fits the budget of {format_bytes(self.limit)}. Generic graph: {self.generic}"
+        return f"Fits the budget of {format_bytes(self.limit)}. Fused graph: attention, cache and norms are single operators."
+
+
+def estimate(
+    spec: ModelSpec, options: ExportOptions, runtime_bytes: int, limit: int, refusal: str | None = None
+) -> ExportEstimate:
+    """Size, memory and time of an export, from the shape of the model alone.
+
+    Args:
+        runtime_bytes: what a process with torch holds before it exports.
+        limit: bytes that the process may use.
+        refusal: why the model has no fused graph, where more is known than its shape.
+
+    Raises:
+        BadInput: the model is an exported graph.
+    """
+    if spec.exported:
+        raise BadInput(f"{spec.name} is an exported graph already.", "Choose the model it was exported from.")
+    generic = _why_generic(spec, options, refusal)
+    seconds = exported.writing_seconds(spec, options.precision)
+    caution = exported.caution(spec, options.precision, fused=not generic)
+    size = _disk_bytes(spec, options, bool(generic))
+    if generic:
+        seconds *= 3
+        peak = exported.tracing_bytes(spec, options.precision, options.group_size, options.optimise)
+    else:
+        peak = exported.writing_bytes(spec, options.precision, options.group_size, options.has_prefill)
+    return ExportEstimate(size, runtime_bytes + peak, seconds, size, limit, generic, caution)
+
+
+def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -> None:
+    """Check what depends on the model: its precision, its layers and the disk space.
+
+    Args:
+        refusal: see `estimate`.
+
+    Raises:
+        BadInput: the options do not go with the model.
+        Unsupported: no graph can hold the model's quantized weights.
+        DiskFull: the export is larger than the free disk space.
+    """
+    options, generic = request.options, _why_generic(spec, request.options, refusal)
+    if spec.quantization and generic:
+        raise Unsupported(
+            f"{spec.name} is quantized with {spec.quantization}, which only fused graphs support. {generic}",
+            "Export the original model.",
+        )
+    if spec.quantization and options.precision in ("fp32", "fp16"):
+        raise BadInput(
+            f"{spec.name} is quantized: a graph in {options.precision} would only be larger.", "Choose int4 or int8."
+        )
+    if not generic and not spec.quantization and options.precision == "int4":
+        widths = {columns for _, columns in exported.matrix_shapes(spec)}
+        if odd := [width for width in sorted(widths) if width % options.group_size]:
+            raise BadInput(
+                f"Groups of {options.group_size} do not divide layers of {odd[0]:,} inputs.",
+                "Choose groups of 16 or 32.",
+            )
+    size = needed = _disk_bytes(spec, options, bool(generic))
+    if generic and options.precision != "fp32":  # the traced graph, which is converted afterwards
+        needed += exported.generic_bytes(spec, "fp32")
+    if generic and options.optimise:  # both graphs, until the faster one is chosen
+        needed += size
+    free = disk_free_bytes(request.out.absolute().parent)
+    if needed > free:
+        raise DiskFull(
+            f"Exporting {spec.name} needs {format_bytes(needed)} of disk, but {format_bytes(free)} are free.",
+            "Free some space, or choose fewer bits.",
+        )
+
+
+def _why_generic(spec: ModelSpec, options: ExportOptions, refusal: str | None) -> str:
+    """Why the graph will be a generic one; "" for a fused graph."""
+    if is_encoder(spec.model_type):
+        return "It is an encoder."
+    return refusal or exported.refusal(spec) or ("" if options.fused else "Standard operators were requested.")
+
+
+def _disk_bytes(spec: ModelSpec, options: ExportOptions, generic: bool) -> int:
+    if generic:
+        return exported.generic_bytes(spec, options.precision, options.group_size)
+    return exported.disk_bytes(spec, options.precision, options.group_size, options.has_prefill)
