@@ -30,7 +30,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.models import catalog, demo, download
 from lowmem.models.fetch import download_size, fetch
 from lowmem.models.source import is_local, local_folder, local_models, read_spec
-from lowmem.models.spec import ModelSource
+from lowmem.models.spec import ModelSpec
 from lowmem.models.synthetic import write_random_model
 from lowmem.settings import settings
 
@@ -59,7 +59,7 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def run(ref: str | ModelSource, cancel: CancelToken | None = None) -> tuple[Path, list[Step]]:
+def run(ref: str | ModelSpec, cancel: CancelToken | None = None) -> tuple[Path, list[Step]]:
     steps: list[Step] = []
     fetching = fetch(ref, cancel)
     while True:
@@ -390,21 +390,22 @@ def test_errors_cross_the_thread() -> None:
 
 def test_a_model_has_the_same_fingerprint_before_and_after_it_is_fetched(hub: FakeHub, toy_files: Files) -> None:
     hub.add(REPO, toy_files)
-    planned = read_spec(REPO).source
+    spec = read_spec(REPO)
+    planned = spec.source
     assert (planned.name, planned.revision, planned.folder) == ("toy", COMMIT, None)
     assert planned.fingerprint
-    folder, _ = run(planned)
-    fetched = read_spec(REPO).source
-    assert (fetched, fetched.folder) == (planned, folder)
-    assert run(planned) == (folder, [])
+    folder, _ = run(spec)
+    fetched = read_spec(REPO)
+    assert (fetched, fetched.source.folder) == (spec, folder)
+    assert run(spec) == (folder, [])
 
 
 def test_the_demo_has_the_same_fingerprint_before_and_after(hub: FakeHub, toy_files: Files) -> None:
     hub.add(demo.HUB_ID, toy_files)
-    planned = read_spec("demo").source
-    assert (planned.name, planned.detail, planned.revision) == (demo.NAME, "", COMMIT)
+    planned = read_spec("demo")
+    assert (planned.name, planned.source.detail, planned.source.revision) == (demo.NAME, "", COMMIT)
     run(planned)
-    assert read_spec("demo").source == planned
+    assert read_spec("demo") == planned
 
 
 def test_the_packaged_demo_is_resolved_without_a_network() -> None:
@@ -414,7 +415,7 @@ def test_the_packaged_demo_is_resolved_without_a_network() -> None:
 
 def test_the_revision_that_was_planned_is_fetched(hub: FakeHub, toy_files: Files) -> None:
     hub.add(REPO, toy_files)
-    planned = read_spec(REPO).source
+    planned = read_spec(REPO)
     hub.requests.clear()
     run(planned)
     assert f"/api/models/{REPO}/revision/{COMMIT}" in [path for path, _ in hub.requests]
@@ -424,17 +425,31 @@ def test_the_revision_that_was_planned_is_fetched(hub: FakeHub, toy_files: Files
 def test_files_that_changed_since_planning_are_refused(hub: FakeHub, toy_files: Files) -> None:
     hub.add(REPO, toy_files)
     folder, _ = run(REPO)
-    planned = read_spec(REPO).source
+    planned = read_spec(REPO)
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(BadInput, match=r"The files of toy have changed since it was planned\. Plan it again"):
         run(planned)
-    assert read_spec(REPO).source.fingerprint != planned.fingerprint
-    assert run(read_spec(REPO).source) == (folder, [])
+    assert read_spec(REPO).source.fingerprint != planned.source.fingerprint
+    assert run(read_spec(REPO)) == (folder, [])
+
+
+def test_changes_that_leave_the_plan_as_it_was_are_loaded_with_a_note(hub: FakeHub, toy_files: Files) -> None:
+    hub.add(REPO, toy_files)
+    folder, _ = run(REPO)
+    planned = read_spec(REPO)
+    weights = bytearray(toy_files["model.safetensors"])
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    _, steps = run(planned)
+    assert [step.note for step in steps] == [
+        "The files of toy have changed since it was planned: loading them as they are now"
+    ]
+    assert read_spec(REPO).source != planned.source
 
 
 def test_files_that_changed_on_the_hub_since_planning_are_refused(hub: FakeHub, toy_files: Files) -> None:
     hub.add(REPO, toy_files)
-    planned = read_spec(REPO).source
+    planned = read_spec(REPO)
     hub.add(REPO, toy_files | {"tokenizer_config.json": b"{}"})
     with pytest.raises(BadInput, match="have changed since it was planned"):
         run(planned)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from lowmem.models.source import (
     resolve_folder,
     with_local_models,
 )
-from lowmem.models.spec import ModelSource
+from lowmem.models.spec import ModelSource, ModelSpec
 from lowmem.models.tokenizer_files import check_tokenizer
 from lowmem.settings import settings
 
@@ -52,30 +53,40 @@ class DownloadSize(NamedTuple):
 
 
 def fetch(
-    model: str | ModelSource, cancel: CancelToken | None = None, allow_paths: bool = True, encoders: bool = False
+    model: str | ModelSpec, cancel: CancelToken | None = None, allow_paths: bool = True, encoders: bool = False
 ) -> Fetching:
     """Make a model loadable; the generator's return value is its folder. Returns at once when the files are here.
 
     Args:
-        model: a reference, or the checkpoint of a plan, of which exactly that revision is fetched.
+        model: a reference, or the model of a plan, of which exactly that revision is fetched.
         encoders: fetch encoder models such as BERT too.
 
     Raises:
         BadInput, ModelNotFound, GatedModel, UnsafeModel, Unsupported: before anything is fetched; BadInput also
-            when the files are no longer those that were planned.
+            when the files have changed so that the plan no longer holds.
         Offline: the hub cannot be reached; the hint names the models on this machine.
         DiskFull, CorruptModel, OutOfMemory, Cancelled. What has arrived is kept, and a later fetch resumes it.
     """
-    planned = model if isinstance(model, ModelSource) else ModelSource(model, model)
+    planned = model.source if isinstance(model, ModelSpec) else ModelSource(model, model)
     reference = parse_ref(planned.ref, allow_paths)
     folder = _planned_folder(planned) or find_folder(reference, planned.revision)
     if folder is None:
         folder = yield from _fetch(reference, planned, cancel or CancelToken(), encoders)
         if reference.kind == "demo":  # whichever of its two sources answered
             return folder
-    if planned.fingerprint and resolve_folder(folder, planned.ref).fingerprint != planned.fingerprint:
-        raise _changed(planned)
+    if isinstance(model, ModelSpec) and planned.fingerprint:
+        yield from _check_plan(model, folder)
     return folder
+
+
+def _check_plan(planned: ModelSpec, folder: Path) -> Iterator[Step]:
+    """Refuse files that have changed since planning, unless the plan depends on none of the changes."""
+    if resolve_folder(folder, planned.ref).fingerprint == planned.source.fingerprint:
+        return
+    found = describe(LocalFolder(folder), planned.source, encoders=True)
+    if replace(found, source=planned.source) != planned:
+        raise _changed(planned.source)
+    yield Step(0, 0, f"The files of {planned.name} have changed since it was planned: loading them as they are now")
 
 
 def _planned_folder(planned: ModelSource) -> Path | None:

@@ -54,7 +54,7 @@ def run(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, No
     Raises:
         DiskFull, Unsupported: see `loaded`.
     """
-    folder = yield from fetch(plan.spec.source, CancelToken())
+    folder = yield from fetch(plan.spec, CancelToken())
     yield Step(0, 0, "Loading with accelerate")
     started, before = time.perf_counter(), _read_bytes()
     last: Chunk = Chunk("")

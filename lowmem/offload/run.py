@@ -99,7 +99,7 @@ def measure_speeds(
     yield Step(0, 0, "Measuring this machine's read speed")
     placement = BlockPlacement(tuple(in_ram), tuple(disk), may_map=mapped)
     plan = plan_for(Session(), model, Goal(batch=batch), placement=placement)
-    folder = yield from fetch(plan.spec.source, CancelToken())
+    folder = yield from fetch(plan.spec, CancelToken())
     estimate_speed(plan, largest_file(folder) or folder, again)
 
 
@@ -134,7 +134,7 @@ def run(
         again: measure the machine's speeds again instead of using stored ones.
     """
     cancel = cancel or CancelToken()
-    folder = yield from fetch(plan.spec.source, cancel)
+    folder = yield from fetch(plan.spec, cancel)
     yield Step(0, 0, "Measuring this machine's read speed")
     speed = estimate_speed(plan, largest_file(folder) or folder, again)
     loading: dict[str, int] = {}

@@ -321,7 +321,7 @@ class Session:
 
         notes: list[str] = []
         while True:
-            folder = yield from fetch(plan.spec.source, cancel)
+            folder = yield from fetch(plan.spec, cancel)
             plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
             self._drop()
             started = time.perf_counter()
