@@ -333,7 +333,7 @@ def test_the_toy_swept_on_the_command_line(folder, tmp_path, capsys):
     for row in rows.values():
         assert 100 * MB < row["ram_bytes"] < 2 * GB
     assert len(table.read_text().splitlines()) == 6
-    assert image.read_text().count("<circle") == 5
+    assert image.read_text().count('class="point"') == 5
     assert main(["compare", "--grid", str(path), *files[:2]]) == 0  # nothing is left to measure
     assert "hqq:4:32:symmetric=true" in capsys.readouterr().out
 
