@@ -57,7 +57,7 @@ def test_too_short_texts_and_too_long_samples_are_refused_with_numbers(tmp_path:
     (tmp_path / "short.txt").write_text("x" * 90)
     with pytest.raises(BadInput, match=r"short.txt has 90 tokens; 4 samples of 32 need 128") as caught:
         token_samples(toys.tokenizer(), Calibration(str(tmp_path / "short.txt"), 4, 32), toys.CONTEXT)
-    assert "take 2 samples" in caught.value.hint
+    assert "or 2 samples" in caught.value.hint
     with pytest.raises(BadInput, match=r"Samples of 1,024 tokens do not fit the model's context of 512"):
         token_samples(toys.tokenizer(), Calibration(samples=1, length=1024), toys.CONTEXT)
 

@@ -265,7 +265,7 @@ def test_an_unknown_family_is_refused_before_any_work(saved: Path, tmp_path: Pat
     folder = shutil.copytree(saved / "llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
-    refused(Unsupported, "'bloom' cannot be quantized block by block", folder, tmp_path / "out")
+    refused(Unsupported, "'bloom' cannot be processed block by block", folder, tmp_path / "out")
     assert not (tmp_path / "out.part").exists()
 
 

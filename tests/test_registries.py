@@ -14,7 +14,6 @@ import pytest
 import torch
 import toys
 from conftest import machine
-from lowmem.sweep.forecast import peaks, quantized
 from torch import Tensor, nn
 from ui_stub import StubEngine
 
@@ -37,6 +36,7 @@ from lowmem.quant.gptq_format import GptqFormat
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.run import quantize
 from lowmem.runtime.session import Session
+from lowmem.sweep.estimate import peaks, quantized
 from lowmem.sweep.grid import make_grid
 from lowmem.ui import tabs
 from lowmem.ui.page import build_ui

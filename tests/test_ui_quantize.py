@@ -164,7 +164,7 @@ def test_a_quantized_model_or_another_family_is_refused(service: StubQuantizeSer
     spec = service.engine.spec("demo")
     with pytest.raises(Unsupported, match="already quantized with gptq"):
         check_model(dataclasses.replace(spec, quantization="gptq"), 64)
-    with pytest.raises(Unsupported, match="'mamba' cannot be quantized block by block"):
+    with pytest.raises(Unsupported, match="'mamba' cannot be processed block by block"):
         check_model(dataclasses.replace(spec, model_type="mamba"), 64)
 
 

@@ -145,7 +145,7 @@ def refusal(config: Config) -> str | None:
         method = str(config["quantization_config"].get("quant_method") or "an unknown method")
         return f"The model is already quantized with {method}."
     if model_type not in _FAMILIES:
-        return f"Models of type {model_type!r} cannot be taken apart block by block yet; {', '.join(FAMILIES)} can."
+        return f"Models of type {model_type!r} cannot be processed block by block yet; {', '.join(FAMILIES)} can."
     if config.get("add_cross_attention"):
         return "The model has cross-attention, which needs an encoder's output."
     return None

@@ -174,7 +174,7 @@ def check_model(spec: ModelSpec, group_size: int) -> None:
         raise Unsupported(f"{spec.name} is already quantized with {spec.quantization}.", "Choose the original model.")
     if spec.model_type not in FAMILIES:
         raise Unsupported(
-            f"Models of type {spec.model_type!r} cannot be quantized block by block yet.",
+            f"Models of type {spec.model_type!r} cannot be processed block by block yet.",
             f"These can: {', '.join(FAMILIES)}.",
         )
     for tensor in filter(is_linear, spec.tensors):
