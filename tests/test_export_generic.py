@@ -195,8 +195,8 @@ def test_the_pieces_of_a_graph_compute_what_it_computes(tmp_path: Path, family: 
     )
 
 
-def test_a_graph_without_names_of_blocks_cannot_be_cut(small_graph: Path) -> None:
-    with pytest.raises(Unsupported, match="cannot be cut"):
+def test_a_graph_without_names_of_blocks_cannot_be_split(small_graph: Path) -> None:
+    with pytest.raises(Unsupported, match="cannot be split"):
         segments.cut(small_graph, [segments.Segment(0, 1, 0), segments.Segment(1, 2, 0)])
 
 

@@ -1,4 +1,4 @@
-"""What lies in an exported folder beside its graphs: tokenizer, configuration, and a program that runs them."""
+"""The files of an exported folder besides its graphs: tokenizer, configuration, model card, and a program that runs it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(prompt: str, new_tokens: int = 32) -> str:
     half = any(value.type == "tensor(float16)" for value in session.get_inputs())
     ids = tokenizer.encode(prompt).ids
     new, made, capacity = ids, [], len(ids) + new_tokens
-    # In place: one buffer is past and present, so nothing is copied. Else the cache grows from nothing.
+    # In place: past and present are one buffer, so nothing is copied. Otherwise the cache starts empty and grows.
     cache = {{
         name: ort.OrtValue.ortvalue_from_numpy(
             np.zeros((1, shape[1], capacity if IN_PLACE else 0, shape[3]), np.float16 if half else np.float32)
@@ -80,7 +80,7 @@ if __name__ == "__main__":
 
 
 def write_companions(source: Path, folder: Path) -> None:
-    """Configuration and tokenizer; the weights' own quantization is the graph's business now."""
+    """Copy configuration and tokenizer; without the quantization, which is part of the graph."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -92,7 +92,7 @@ def write_companions(source: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(source: Path, path: Path) -> None:
-    """The one file that `RUN` reads, of a model that has its vocabulary in others."""
+    """Convert a tokenizer in other files to the one that `RUN` reads."""
     from transformers import AutoTokenizer
 
     try:
@@ -103,7 +103,7 @@ def _write_tokenizer(source: Path, path: Path) -> None:
 
 
 def write_program(folder: Path, manifest: Manifest) -> None:
-    """run.py, for graphs that write text."""
+    """Write run.py, for graphs that generate text."""
     if manifest.kind != "encoder":
         eos = _eos_ids(folder)
         code = _RUN.format(in_place=manifest.kind == "fused", eos=set(eos) if eos else "()")
@@ -120,7 +120,7 @@ def _eos_ids(folder: Path) -> list[int]:
 
 
 def write_card(folder: Path, manifest: Manifest, sentence: str) -> None:
-    """README.md as the hub shows it."""
+    """Write the model card."""
     licence = f"license: {manifest.licence}\n" if manifest.licence else ""
     files = "\n".join(f"| {name} | {format_bytes(size)} |" for name, size in manifest.files.items())
     run = ""
@@ -151,6 +151,6 @@ Exported from {manifest.source} by lowmem. {sentence}
 
 
 def graph_files(folder: Path) -> dict[str, int]:
-    """Every graph and weight file and its bytes; the first is `GRAPH`."""
+    """Graph and weight files with their sizes; `GRAPH` comes first."""
     paths = sorted(folder.glob("*.onnx*"), key=lambda path: (path.name != GRAPH, path.name))
     return {path.name: path.stat().st_size for path in paths}

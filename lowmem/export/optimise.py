@@ -1,6 +1,6 @@
-"""ONNX Runtime's transformer optimiser on a generic graph, with what it changed: nodes, fusions, bytes, latency.
+"""Optimise a generic graph with ONNX Runtime's transformer optimiser, and report nodes, fusions, bytes and latency.
 
-Heads and hidden size are the model's own. A graph that comes out slower, or does not load, is not taken.
+An optimised graph that is slower, or does not load, is discarded.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ log = logging.getLogger("lowmem.export")
 REPORT = "optimised.json"
 
 TOKENS, RUNS = 64, 5
-"""The latency that is compared: so many tokens read at once, the median of so many runs."""
+"""Latency is the median of `RUNS` runs over `TOKENS` tokens."""
 
 _TYPES = {"gpt2": "gpt2", "phi": "phi", "t5": "t5", "vit": "vit", "clip": "clip"}
-"""The optimiser's name for a family; the encoders all go by "bert"."""
+"""The optimiser's name of a model type; "bert" for all encoders."""
 
 
 def optimise(folder: Path, source: Path) -> Iterator[Step]:
-    """Optimise the graph in `folder`, of the model in `source`, in place; leaves `REPORT` there."""
+    """Optimise the graph in `folder`, exported from the model in `source`, in place; writes `REPORT`."""
     yield Step(0, 1, "Optimising the graph")
     path = folder / GRAPH
     before = figures(path)
-    apart = folder / "optimised"
-    apart.mkdir()
+    part = folder / "optimised"
+    part.mkdir()
     report: dict[str, Any] = {"before": before, "kept": False}
     try:
         with quiet():
-            report["fusions"] = _optimised(path, apart / GRAPH, source)
-        report["after"] = after = figures(apart / GRAPH)
+            report["fusions"] = _optimised(path, part / GRAPH, source)
+        report["after"] = after = figures(part / GRAPH)
         report["kept"] = after["seconds"] <= 1.05 * before["seconds"]
     except (LowMemError, ProtobufError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        # The optimiser matches patterns, and stumbles over graphs it does not know, and over those of more than 2 GB.
+        # The optimiser matches patterns and fails on unknown graphs and on those above 2 GB.
         log.info("the optimiser failed", exc_info=True)
         report["failed"] = str(error)[:200] or type(error).__name__
     if report["kept"]:
         for file in folder.glob(f"{GRAPH}*"):
             file.unlink()
-    for file in apart.iterdir():
+    for file in part.iterdir():
         if report["kept"]:
             file.rename(folder / file.name)
         else:
             file.unlink()
-    apart.rmdir()
+    part.rmdir()
     (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
     yield Step(1, 1, "Optimised" if report["kept"] else "The optimiser gained nothing")
 

@@ -1,7 +1,7 @@
-"""A graph in several files, each with a run of blocks, for an engine builder that cannot hold the whole.
+"""Split a graph into segments of consecutive blocks, for an engine builder that cannot hold the whole graph.
 
-Knows graphs as PyTorch's exporter writes them, whose nodes name the modules they come from. Weights stay where they lie: all files
-share them. Runs without any builder, so that pieces are proven on the CPU before a GPU sees them.
+Works on graphs of PyTorch's exporter, whose nodes name the modules they come from. All segments share the weight file.
+Segments can run on a CPU, so they can be verified without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Blocks `first` to `last` (exclusive); the first takes token ids, the last gives logits."""
+    """Blocks `first` to `last` (exclusive); the first segment takes token ids, the last returns logits."""
 
     first: int
     last: int
@@ -32,14 +32,14 @@ class Segment:
 
 
 def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Segment]:
-    """Cut a model into runs of blocks that fit `limit` bytes each.
+    """Split a model into segments of at most `limit` bytes.
 
     Args:
         block_bytes: weights of every block.
-        ends_bytes: embedding and head, which the first and the last run carry.
+        ends_bytes: embedding and head, in the first and the last segment.
 
     Raises:
-        OutOfMemory: a single block is more than the limit, naming both.
+        OutOfMemory: a single block exceeds the limit.
     """
     if (largest := max(block_bytes, default=0)) > limit:
         raise OutOfMemory(
@@ -57,10 +57,10 @@ def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Se
 
 
 def cut(path: Path, runs: Sequence[Segment]) -> list[Path]:
-    """Write a file beside the graph in `path` for each of `runs`; fed in turn, see `chained`, they compute what it computes.
+    """Write a graph beside `path` for each of `runs`; see `chained` for running them.
 
     Raises:
-        Unsupported: the nodes do not say to which block they belong.
+        Unsupported: the nodes do not name their blocks.
     """
     model = onnx.load(path, load_external_data=False)
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -69,7 +69,7 @@ def cut(path: Path, runs: Sequence[Segment]) -> list[Path]:
 
 
 def _places(graph: onnx.GraphProto, runs: Sequence[Segment]) -> list[int]:
-    """The run of every node: that of its block, or the latest of those whose values it takes."""
+    """The segment of every node: that of its block, or the latest among its inputs."""
     made: dict[str, int] = {}
     places: list[int] = []
     named: set[int | None] = set()
@@ -82,7 +82,7 @@ def _places(graph: onnx.GraphProto, runs: Sequence[Segment]) -> list[int]:
         places.append(place)
     if not set(range(runs[-1].last)) <= named:
         raise Unsupported(
-            "The graph does not say which of its nodes belong to which block, so it cannot be cut.",
+            "The nodes of the graph do not name their blocks, so it cannot be split.",
             "Free some GPU memory, or choose a smaller model.",
         )
     return places
@@ -114,14 +114,16 @@ def _write(model: onnx.ModelProto, places: Sequence[int], run: int, path: Path) 
 
 
 def _ordered(types: Mapping[str, Any], names: set[str], graph: onnx.GraphProto) -> list[str]:
-    """In the graph's order; what has no type cannot cross from one file to the next."""
+    """`names` in the order of the graph; a value without a type cannot be passed between segments."""
     if lost := names - set(types):
-        raise Unsupported(f"The type of {min(lost)} in {graph.name} is not known.", "Free some GPU memory instead.")
+        raise Unsupported(
+            f"The type of {min(lost)} in {graph.name} is unknown.", "Free some GPU memory, or choose a smaller model."
+        )
     return [name for name in types if name in names]
 
 
 def chained(sessions: Sequence[Any], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run the pieces one after the other; every value that came out, by name."""
+    """Run the segments in order; returns all their outputs by name."""
     values = dict(feeds)
     for session in sessions:
         wanted = {value.name: values[value.name] for value in session.get_inputs()}

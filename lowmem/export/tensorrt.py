@@ -1,8 +1,8 @@
-"""TensorRT engines from the fp16 graph: what is missing here, where engines are kept, who builds them.
+"""Build TensorRT engines from the fp16 graph, and cache them.
 
-TensorRT 11 knows strongly typed networks only (its FP16 and INT8 flags are gone), so types are those of the graph:
-a generic fp16 export, cut up by blocks (`segments.py`) where it does not fit. An engine belongs to one GPU model and one TensorRT
-version, and is kept under both names. Everything but the builders runs, and is tested, without a GPU.
+TensorRT 11 has strongly typed networks only (no FP16 or INT8 flags), so types are those of the graph: a generic fp16
+export, split into segments of blocks (`segments.py`) if it does not fit. An engine works for one GPU model and one
+TensorRT version, which are part of its path. Everything but the builders is tested without a GPU.
 
 https://docs.nvidia.com/deeplearning/tensorrt/latest/ and
 https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html
@@ -37,17 +37,17 @@ from lowmem.units import GB, MB
 log = logging.getLogger("lowmem.tensorrt")
 
 WORKSPACE_SHARE = 0.5
-"""Of the GPU's free memory, what the builder may use to try kernels."""
+"""Share of the free GPU memory that the builder may use to try kernels."""
 
 SMALLEST_WORKSPACE = 256 * MB
 
 ENGINE_SHARE = 0.6
-"""Of the GPU's free memory, what one engine's weights may take; more is cut up by blocks."""
+"""Share of the free GPU memory for the weights of one engine; larger models are split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Shapes an engine is built for: the smallest, the usual and the largest of every dynamic size."""
+    """Shapes of an engine: minimum, optimum and maximum of every dynamic dimension."""
 
     batch: tuple[int, int, int] = (1, 1, 4)
     new: tuple[int, int, int] = (1, 1, 512)
@@ -55,7 +55,7 @@ class Profile:
 
 
 def available(hardware: Hardware | None = None) -> str | None:
-    """The missing piece in a sentence, None where an engine can be built."""
+    """Why no engine can be built here; None if one can."""
     hardware = hardware or probe()
     gpu = next((device for device in hardware.gpus if device.kind == "cuda"), None)
     if gpu is None:
@@ -68,7 +68,7 @@ def available(hardware: Hardware | None = None) -> str | None:
 
 
 def _has_provider() -> bool:
-    """Does ONNX Runtime here bring the TensorRT provider? Asked of the package, not by importing it."""
+    """Whether ONNX Runtime has the TensorRT provider, without importing it."""
     try:
         version("onnxruntime-gpu")
     except PackageNotFoundError:
@@ -77,7 +77,7 @@ def _has_provider() -> bool:
 
 
 def tensorrt_version() -> str:
-    """ "" where it is not installed."""
+    """The installed version, "" if there is none."""
     try:
         return version("tensorrt")
     except PackageNotFoundError:
@@ -85,13 +85,13 @@ def tensorrt_version() -> str:
 
 
 def workspace_bytes(gpu: Device) -> int:
-    """What the builder may use, a power of two that leaves the weights their place."""
+    """Memory for the builder: a power of two that leaves room for the weights."""
     share = max(SMALLEST_WORKSPACE, int(gpu.free_bytes * WORKSPACE_SHARE))
     return max(SMALLEST_WORKSPACE, 1 << (share.bit_length() - 1))
 
 
 def engine_path(graph: Path, gpu: Device, profile: Profile, library: str) -> Path:
-    """Where the engine of `graph` is kept: by its content, the GPU, the TensorRT version and the shapes."""
+    """Cache path of the engine of `graph`, for its content, the GPU, the TensorRT version and the shapes."""
     digest = hashlib.sha256()
     for file in sorted([graph, *graph.parent.glob("*.data")]):
         stat = file.stat()
@@ -102,7 +102,7 @@ def engine_path(graph: Path, gpu: Device, profile: Profile, library: str) -> Pat
 
 
 def shape_ranges(inputs: Sequence[tuple[str, Sequence[Any]]], profile: Profile) -> dict[str, list[tuple[int, ...]]]:
-    """For every input the smallest, usual and largest shape; `inputs` are names and shapes with names for sizes."""
+    """Minimum, optimum and maximum shape of every input; `inputs` are names and shapes with named dimensions."""
     found = {}
     for name, shape in inputs:
         ranges = []
@@ -119,12 +119,12 @@ def shape_ranges(inputs: Sequence[tuple[str, Sequence[Any]]], profile: Profile) 
 
 
 def _size_name(name: str) -> str:
-    """The exporter may write a sum for what was called "all"."""
+    """The exporter may replace the dimension "all" by a sum."""
     return "all" if "+" in name else name
 
 
 def provider(gpu: Device, cache: Path, inputs: Sequence[tuple[str, Sequence[Any]]], profile: Profile) -> list[Any]:
-    """Providers for an ONNX Runtime session, TensorRT first: its options as the provider names them."""
+    """Providers of an ONNX Runtime session, TensorRT first, with its options."""
     ranges = shape_ranges(inputs, profile)
 
     def shapes(place: int) -> str:
@@ -145,7 +145,7 @@ def provider(gpu: Device, cache: Path, inputs: Sequence[tuple[str, Sequence[Any]
 
 
 def graph_inputs(graph: Path) -> list[tuple[str, list[int | str]]]:
-    """Names and shapes of a graph's inputs, read from the file."""
+    """Names and shapes of the inputs of a graph file."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
@@ -160,7 +160,7 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
 
     Raises:
         MissingDependency: TensorRT is not installed. DiskFull: there is no room for the engine.
-        Unsupported: TensorRT cannot parse or build it, with its own words.
+        Unsupported: TensorRT cannot parse or build it, with its error message.
     """
     try:
         import tensorrt as trt
@@ -195,15 +195,15 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
         if error.errno != errno.ENOSPC:
             raise
         raise DiskFull(
-            f"The disk is full; the engine of {len(memoryview(built)):,} bytes was not kept.", "Free some space."
+            f"The disk is full; the engine of {len(memoryview(built)):,} bytes was not saved.", "Free some space."
         ) from error
 
 
 def build_by_provider(graph: Path, cache: Path, gpu: Device, profile: Profile) -> None:
-    """Let ONNX Runtime's TensorRT provider build the engine of `graph`, which it keeps in the folder `cache`.
+    """Let ONNX Runtime's TensorRT provider build the engine of `graph` in the folder `cache`.
 
     Raises:
-        Unsupported: this ONNX Runtime has no TensorRT provider, or it left the graph to another. See also `open_session`.
+        Unsupported: this ONNX Runtime has no TensorRT provider, or it does not support the graph. See also `open_session`.
     """
     from lowmem.runtime.onnx.model import open_session
 
@@ -214,7 +214,7 @@ def build_by_provider(graph: Path, cache: Path, gpu: Device, profile: Profile) -
 
 
 def engine_of(graph: Path, gpu: Device, profile: Profile) -> Path:
-    """The engine of `graph`, from the cache or built now: a file of TensorRT's own builder, else the provider's folder."""
+    """The engine of `graph`, cached or built now: a file of TensorRT's builder, or a folder of the provider."""
     own = importlib.util.find_spec("tensorrt") is not None
     engine = engine_path(graph, gpu, profile, tensorrt_version())
     engine = engine if own else engine.with_suffix("")
@@ -256,7 +256,7 @@ def export_engine(folder: Path, request: ExportRequest, cancel: CancelToken | No
 
 
 def model_segments(spec: ModelSpec, gpu: Device) -> list[Segment]:
-    """How a model in fp16 is cut up for `gpu`: one engine where it fits, else runs of blocks."""
+    """Segments of a model in fp16 for `gpu`: a single one if it fits."""
     sizes, ends = [0] * spec.layers, 0
     for tensor in spec.tensors:
         index = block_index(tensor.name)

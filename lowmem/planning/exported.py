@@ -1,4 +1,4 @@
-"""Bytes of exported graphs: on disk, in a session, and while they are written. Imports neither torch nor onnxruntime.
+"""Estimates of exported graphs: bytes on disk, in a session, and while exporting. Imports neither torch nor onnxruntime.
 
 Layouts are those of `lowmem.export`: MatMulNBits' blocks, dynamic int8 matrices, fp32 for the rest.
 """
@@ -18,21 +18,21 @@ HEAD_BITS, HEAD_GROUP = 8, 64
 """Embedding and output head of int8 and int4 graphs, and all layers of int8: blocks of 64 inputs, symmetric."""
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
-"""What `lowmem.export.fused` writes."""
+"""Model types with a fused graph (`lowmem.export.fused`)."""
 
 SECONDS_PER_PARAMETER = {"fp32": 6e-9, "fp16": 6e-9, "int8": 4e-8, "int4": 6e-8}
-"""Writing and proving on one core of 2024 (measured with the demo model); a first guess at the time."""
+"""Exporting and verifying on one core of 2024, measured with the demo model: a rough estimate."""
 
 
 def missing() -> str | None:
-    """The packages without which no graph is written or run, in a sentence; None when they are here."""
+    """The missing packages that graphs need, in a sentence; None if they are installed."""
     if absent := [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
         return f"{' and '.join(absent)} is not installed: pip install {' '.join(absent)}."
     return None
 
 
 def refusal(spec: ModelSpec) -> str | None:
-    """Why `spec` has no fused graph, as far as its shape tells; None when it may have one."""
+    """Why `spec` has no fused graph, judging by its shape; None if it can have one."""
     if absent := missing():
         return absent
     if spec.exported:
@@ -45,15 +45,14 @@ def refusal(spec: ModelSpec) -> str | None:
 
 
 def caution(spec: ModelSpec, precision: str, fused: bool = True) -> str:
-    """What `precision` costs where that is much, and the better way; "" where it is little."""
+    """The quality that `precision` costs, and a better choice; "" if the loss is small."""
     if precision != "int4" or spec.quantization or spec.exported or is_encoder(spec.model_type):
         return ""
-    cost = "Four bits rounded without a text cost precision: KL 0.22 on the demo model, where int8 costs 0.02."
     if not fused:
-        return cost
+        return "4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8."
     return (
-        f"{cost} Quantize with AWQ or GPTQ first, which costs about half of that, and export the result: "
-        "its codes are taken over."
+        "4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8. Quantize with AWQ or GPTQ "
+        "first and export the result: its weights are used as they are, at about half the loss."
     )
 
 
@@ -96,7 +95,7 @@ def prefill_bytes(spec: ModelSpec) -> int:
 
 
 def disk_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
-    """What an export writes, tokenizer and companions not counted; `fast_prefill` as `ExportOptions` decides when None."""
+    """Size of an export without tokenizer and configuration; `fast_prefill` as `ExportOptions` decides when None."""
     if fast_prefill is None:
         bits = spec.stored.bits if precision == "stored" and spec.stored else 0
         fast_prefill = precision == "int8" or bits > 4
@@ -129,11 +128,11 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int) -> 
 
 
 def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
-    """Peak of writing and proving a fused graph, beside the process itself.
+    """Peak memory of exporting and verifying a fused graph, in addition to the process itself.
 
-    While it is written: the largest matrix in fp32, its codes and what rounding takes; layers that share an input are stacked. While
-    it is proven: first that matrix on its way from the file beside the original's logits, then the logits of both beside ONNX Runtime and
-    its session, which on a CPU computes fp16 with fp32 copies of the weights.
+    Exporting: the largest matrix in fp32, its codes and the buffers of rounding; layers that share an input are stacked.
+    Verifying: first that matrix and the logits of the original, then the logits of both and the session of ONNX Runtime,
+    which on a CPU computes fp16 with fp32 copies of the weights.
     """
     largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
     count, length = parity_windows(spec.vocab, spec.context)
@@ -144,7 +143,7 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
 
 
 def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
-    """Weights of a graph by PyTorch's exporter: the embedding, which is gathered, stays in fp32 beside int8 and int4."""
+    """Weights of a generic graph; the embedding, which is gathered, stays in fp32 in int8 and int4 graphs."""
     layers, table = matrix_shapes(spec), spec.vocab * spec.hidden
     head = 0 if is_encoder(spec.model_type) else table
     matrices = sum(rows * columns for rows, columns in layers)
@@ -156,11 +155,11 @@ def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
 
 
 def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimised: bool = False) -> int:
-    """Peak of writing and proving a generic graph, beside the process itself; an encoder is traced whole."""
+    """Peak memory of exporting and verifying a generic graph, in addition to the process itself; an encoder is traced with its weights."""
     count, length = parity_windows(spec.vocab, spec.context)
     encoder = is_encoder(spec.model_type)
     logits = 0 if encoder else 4 * count * length * spec.vocab
-    # A CPU computes fp16 graphs in fp32: their weights are there twice.
+    # A CPU computes fp16 graphs in fp32, with a second copy of the weights.
     session = ONNX_RUNTIME_BYTES + generic_bytes(spec, precision, group_size) * (3 if precision == "fp16" else 1)
     whole = generic_bytes(spec, "fp32") if encoder else 0
     if optimised:
@@ -171,10 +170,10 @@ def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimis
 
 
 OPTIMISER_COPIES = 5
-"""Of the whole graph that ONNX Runtime's optimiser holds at once: it infers shapes on copies that it serialises (1.32, measured)."""
+"""Copies of the graph in ONNX Runtime's optimiser, which infers shapes on serialized copies (1.32, measured)."""
 
 TRACER_BYTES = 180 * MB
-"""PyTorch's exporter and what it holds of a graph (2.13, measured)."""
+"""PyTorch's exporter and its representation of a graph (2.13, measured)."""
 
 
 PARITY_ROWS = 64
@@ -188,13 +187,13 @@ def parity_windows(vocab: int, context: int) -> tuple[int, int]:
 
 
 def writing_seconds(spec: ModelSpec, precision: str = "int8") -> float:
-    """About, see `SECONDS_PER_PARAMETER`."""
+    """A rough estimate of the time to export, see `SECONDS_PER_PARAMETER`."""
     return 5 + spec.parameters * SECONDS_PER_PARAMETER[precision]
 
 
 @functools.cache
 def runtime_version() -> str:
-    """Of ONNX Runtime, without importing it; "" when it is absent."""
+    """Version of ONNX Runtime, without importing it; "" if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -1,4 +1,4 @@
-"""What to export and how; read by the form, the command line and the planner. Imports neither torch nor onnx."""
+"""Options of an export, for the form, the command line and the planner. Imports neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 LABELS = {
     "fp32": "fp32 (full precision)",
     "fp16": "fp16 (for GPUs)",
-    "int8": "int8 (8-bit weights, nearly exact)",
-    "int4": "int4 (4-bit weights, smallest and fastest, less exact)",
+    "int8": "int8 (8-bit weights, almost lossless)",
+    "int4": "int4 (4-bit weights, smallest and fastest, some loss)",
 }
 
 
@@ -24,11 +24,11 @@ class ExportOptions:
         "ONNX runs everywhere ONNX Runtime does; TensorRT builds an engine for one NVIDIA GPU.",
         choices=("onnx", "tensorrt"),
     )
-    precision: str = option("int8", "Precision", "How weights are stored, and what computes them.", choices=PRECISIONS)
+    precision: str = option("int8", "Precision", "Data type of the weights.", choices=PRECISIONS)
     group_size: int = option(
         32,
         "Group size",
-        "int4: weights that share a scale. Smaller is more exact and larger.",
+        "int4: weights that share a scale. Smaller groups lose less quality but take more memory.",
         low=16,
         high=128,
         step=16,
@@ -36,21 +36,21 @@ class ExportOptions:
     fast_prefill: str = option(
         "auto",
         "Fast prompts",
-        "A second graph in dynamic int8 reads prompts about twice as fast, for one more byte a weight. Automatic: with int8.",
+        "A second graph in dynamic int8 processes prompts about twice as fast, for one more byte per weight. Automatic: with int8 only.",
         choices=("auto", "on", "off"),
     )
     fused: bool = option(
         True,
         "Fused graph",
-        "ONNX Runtime's own operators where the family has them; off writes standard operators only.",
+        "Use ONNX Runtime's fused operators where the model family has them; off: standard operators only.",
     )
     optimise: bool = option(
-        False, "Optimise", "Generic graphs: fuse attention, norms and activations with ONNX Runtime's own optimiser."
+        False, "Optimise", "Generic graphs: fuse attention, norms and activations with ONNX Runtime's optimiser."
     )
 
     @property
     def has_prefill(self) -> bool:
-        """Is there a second graph for prompts? int4 is for those who want little memory, so there it has to be asked for."""
+        """Whether there is a second graph for prompts. int4 is for little memory, so there it is off by default."""
         if self.precision not in ("int8", "int4"):
             return False
         return self.precision == "int8" if self.fast_prefill == "auto" else self.fast_prefill == "on"

@@ -1,8 +1,8 @@
-"""What an exported graph remembers: a cache in place, whose buffers are past and present at once, or one that is returned anew.
+"""KV caches of exported graphs: updated in place, with one buffer as past and present, or returned as new outputs.
 
-A fused graph's rows begin at the left, whatever padding the caller's text has, so a prompt is read row by row and nobody
-computes padding. It is read without its logits, by a graph of its own where there is one; only the last token of every row goes
-through the output head.
+The rows of a fused graph are aligned to the left, so a padded batch is prefilled row by row and no padding is computed. A
+prompt is prefilled without logits, by a separate graph if there is one; only the last token of every row goes through the
+output head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowmem.runtime.onnx.manifest import KEEP
 
 
 class Graph(Protocol):
-    """What a cache asks of an opened model (`OnnxModel`)."""
+    """The part of `OnnxModel` that a cache uses."""
 
     config: Any
     session: Any
@@ -30,13 +30,13 @@ class Graph(Protocol):
     piece: int
 
     def run(self, session: Any, binding: Binding) -> None:
-        """One run of a graph, in front of which hooks are called."""
+        """Call the hooks, then run a graph once."""
 
 
 class InPlaceCache:
     """Keys and values [rows, heads, capacity, head_dim] of every layer; row r holds `lengths[r]` tokens from the left.
 
-    Pages that were never written cost no memory.
+    Pages that were never written take no memory.
     """
 
     def __init__(self, model: Graph, rows: int, capacity: int) -> None:
@@ -47,7 +47,7 @@ class InPlaceCache:
         self._bound: tuple[int, Binding, dict[str, np.ndarray]] | None = None
 
     def extend(self, ids: np.ndarray, mask: np.ndarray | None, keep_all: bool) -> np.ndarray:
-        """Append `ids` [rows, tokens], those that `mask` [rows, all] hides left out; logits [rows, tokens or 1, vocab]."""
+        """Append the tokens `ids` [rows, tokens] that are not masked by `mask` [rows, all]; logits [rows, tokens or 1, vocab]."""
         rows, tokens = ids.shape
         if not len(self.lengths):
             self.lengths = np.zeros(rows, np.int64)
@@ -58,18 +58,18 @@ class InPlaceCache:
             self._read(row, ids[row, tokens - real[row] : -1])
         if real.all():
             return self._step(ids[:, -1:])
-        # A row whose text begins in a later chunk has nothing to predict from yet.
+        # A row whose text starts in a later chunk has no logits yet.
         logits = np.zeros((rows, 1, self._model.config.get_text_config().vocab_size), np.float32)
         for row in np.flatnonzero(real).tolist():
             logits[row] = self._with_logits(row, ids[row, -1:])[0]
         return logits
 
     def reset(self) -> None:
-        """Forget all tokens; the rows stay."""
+        """Drop all tokens but keep the rows."""
         self.lengths[:] = 0
 
     def crop(self, max_length: int) -> None:
-        """Forget the tokens after the first `max_length` of every row."""
+        """Drop the tokens after the first `max_length` of every row."""
         np.minimum(self.lengths, max_length, out=self.lengths)
 
     def batch_repeat_interleave(self, copies: int) -> None:
@@ -86,7 +86,7 @@ class InPlaceCache:
         self._bound = None
 
     def _read(self, row: int, ids: np.ndarray) -> None:
-        """Fill the cache of a row; its logits are not fetched, and but for one token not computed."""
+        """Prefill a row without its logits."""
         session = self._model.prefill or self._model.session
         done = 0
         while done < len(ids):
@@ -107,7 +107,7 @@ class InPlaceCache:
         return binding.io.get_outputs()[-1].numpy()
 
     def _step(self, ids: np.ndarray) -> np.ndarray:
-        """One token for every row, in one run; all that does not change between steps stays bound."""
+        """Decode one token of every row in one run; inputs and outputs that do not change stay bound."""
         rows, session = len(ids), self._model.session
         if self._bound is None or self._bound[0] != rows:
             vocabulary = self._model.config.get_text_config().vocab_size
@@ -133,7 +133,7 @@ class InPlaceCache:
         return binding
 
     def _bind_place(self, binding: Binding, rows: slice, tokens: int) -> None:
-        """Where the new tokens stand: the mask of all, and their positions."""
+        """Bind the attention mask and the positions of the new tokens."""
         past = self.lengths[rows]
         everything = int(past.max()) + tokens
         mask = (np.arange(everything) < (past + tokens)[:, None]).astype(np.int64)
@@ -142,7 +142,7 @@ class InPlaceCache:
 
 
 class GrowingCache:
-    """The outputs `present.*` of one run, which are the inputs `past_key_values.*` of the next."""
+    """A cache whose outputs `present.*` of one run are the inputs `past_key_values.*` of the next."""
 
     def __init__(self, model: Graph) -> None:
         self._model = model
@@ -150,7 +150,7 @@ class GrowingCache:
         self.length = 0
 
     def extend(self, ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None) -> np.ndarray:
-        """Append `ids` [rows, tokens]; logits [rows, tokens, vocabulary]. `mask` and `positions` as transformers has them."""
+        """Append `ids` [rows, tokens]; logits [rows, tokens, vocabulary]. `mask` and `positions` are those of transformers."""
         model, (rows, tokens) = self._model, ids.shape
         everything = self.length + tokens
         mask = np.ones((rows, everything), np.int64) if mask is None else mask
@@ -174,7 +174,7 @@ class GrowingCache:
         return logits.numpy()
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Drop all tokens."""
         self._values, self.length = {}, 0
 
     def batch_repeat_interleave(self, copies: int) -> None:
@@ -186,7 +186,7 @@ class GrowingCache:
 
 
 class Binding:
-    """An IO binding that keeps the arrays alive whose memory ONNX Runtime reads and writes."""
+    """An IO binding that keeps its arrays alive, whose memory ONNX Runtime reads and writes."""
 
     def __init__(self, session: Any) -> None:
         self.io = session.io_binding()
@@ -202,7 +202,7 @@ class Binding:
 
 
 def _shared(value: Any) -> Any:
-    """The memory of an array as ONNX Runtime sees it, not a copy."""
+    """An `OrtValue` that shares the memory of an array."""
     import onnxruntime as ort
 
     if not isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""What an exported folder says about itself, and whether its files are all there. Imports neither torch nor onnx."""
+"""The manifest of an exported folder. Imports neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ VERSION = 2
 GRAPH, PREFILL, DATA = "model.onnx", "prefill.onnx", "model.onnx.data"
 
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")
-"""Names of files become paths, and an export may come from anybody."""
+"""File names become paths, and an export may be untrusted."""
 
 KEEP = "logits_to_keep"
-"""An optional input [1] of fused graphs: of how many tokens, counted from the end, the logits are computed."""
+"""An optional input [1] of fused graphs: the number of last tokens whose logits are computed."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """
     Args:
-        model, source: its name, and the reference it was exported from.
+        model, source: name of the model, and the reference it was exported from.
         precision: "fp32", "fp16", "int8" or "int4".
-        kind: "fused" (cache in place, rows aligned left), "decoder" (cache returned anew) or "encoder".
+        kind: "fused" (cache in place, rows aligned left), "decoder" (cache as new outputs) or "encoder".
         files: name -> bytes of every graph and weight file.
-        weights_bytes: what a session holds of them.
-        int8_range: largest code of dynamic int8 weights, 0 without such.
+        weights_bytes: their size in a session.
+        int8_range: largest code of dynamic int8 weights, 0 if there are none.
         model_tensors: of the original: [name, dtype, shape, bytes] each.
         parity: the figures of `export.parity.ParityCheck`.
         optimised: nodes, fusions, bytes and seconds before and after, where the optimiser ran.
@@ -110,10 +110,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def unfinished(out: Path) -> Path:
-    """What `out` is called until it is complete and verified."""
+    """The path of `out` until it is complete and verified."""
     return out.with_name(f"{out.name}.part")
 
 
 def discard(out: Path) -> None:
-    """Delete what is left of an export into `out` whose process was ended."""
+    """Delete the remains of an export into `out` whose process was killed."""
     shutil.rmtree(unfinished(out), ignore_errors=True)

@@ -1,7 +1,4 @@
-"""An exported model behind the decode loop: it takes the place of transformers' model there.
-
-Knows how graphs are opened and run, and what can be wrong with them; what they remember is `onnx_cache.py`'s business.
-"""
+"""Run an exported model in the decode loop, in place of a transformers model. Its KV caches are in `cache.py`."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ from lowmem.runtime.onnx.manifest import GRAPH, KEEP, PREFILL, Manifest, read_ma
 log = logging.getLogger("lowmem.onnx")
 
 SMALLEST_PIECE, LARGEST_PIECE, PIECE_WORK = 32, 512, 40e9
-"""Prompt tokens of a pass, and multiplications: less than a second of two slow cores, so that Stop is heard. By
-the model and not by the clock, since sums that are cut elsewhere are rounded elsewhere: the same seed gives the same answer."""
+"""Tokens and multiplications of a prefill pass: less than a second on two slow cores, so that Stop works. The size depends
+on the model, not on time, because other chunks round differently: the same seed must give the same answer."""
 
 _VNNI_RANGE = 127
 _AGAIN = "Export the model again."
@@ -45,11 +42,11 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
     """An inference session of the graph in `path`.
 
     Args:
-        threads: of one operator; 0 is one for each core that this process may use.
+        threads: threads per operator; 0 for one per core of this process.
         saturates: the graph's 8-bit weights would overflow AVX2's 16-bit sums.
 
     Raises:
-        MissingDependency, CorruptModel, Unsupported, OutOfMemory: one sentence each.
+        MissingDependency, CorruptModel, Unsupported, OutOfMemory.
     """
     try:
         import onnxruntime as ort
@@ -58,7 +55,7 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or cores(), 1
     options.log_severity_level = 3
-    # Initializers beside the arena, which grows in powers of two and never shrinks.
+    # Allocate initializers outside the arena, which grows in powers of two and never shrinks.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if saturates:
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -71,7 +68,7 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
 
 
 def _session_error(path: Path, error: Exception) -> LowMemError:
-    """What ONNX Runtime says, without its own file names and codes."""
+    """The message of ONNX Runtime without its file names and error codes."""
     text = " ".join(str(error).split()) or type(error).__name__
     log.info("cannot open %s", path, exc_info=True)
     for kind, pattern in _NEWER.items():
@@ -92,7 +89,7 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
 
 
 class OnnxModel:
-    """Looks to the decode loop like a causal model of transformers: `config`, `device`, `forward`, `modules`.
+    """Has the interface of a causal model of transformers: `config`, `device`, `forward`, `modules`.
 
     Raises:
         CorruptModel, Unsupported, MissingDependency, OutOfMemory: on opening.
@@ -135,12 +132,12 @@ class OnnxModel:
 
     @property
     def exact(self) -> bool:
-        """Does it compute in fp32 throughout? Other graphs round activations."""
+        """Whether everything is computed in fp32. Other graphs round activations."""
         return self.manifest.precision == "fp32"
 
     @property
     def base_model(self) -> OnnxModel:
-        """The decoder is not apart from the head."""
+        """The decoder and the head are one graph."""
         return self
 
     def modules(self) -> Iterator[OnnxModel]:
