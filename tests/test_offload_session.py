@@ -14,14 +14,13 @@ import toys
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowmem.cli import offload as command
 from lowmem.errors import BadInput, CorruptModel, DoesNotFit
 from lowmem.events import Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
-from lowmem.offload.plans import largest_batch, place_blocks, place_by_budget
+from lowmem.offload.plans import largest_batch, parse_blocks, place_blocks, place_by_budget
 from lowmem.offload.run import BlockPlacement, plan_for, run
 from lowmem.planning.fallback import offload
 from lowmem.planning.goal import Goal
@@ -176,12 +175,15 @@ def test_as_many_blocks_stay_as_the_budget_holds(seven_billion: Plan) -> None:
 def test_a_small_budget_does_not_change_the_precision(session: Session, tmp_path: Path) -> None:
     folder = str(toys.save_toy("llama", tmp_path))
     held = session.hardware().runtime_bytes
-    plans = [plan_for(session, folder, Goal(context=64), ram) for ram in (held + 6_000_000, held + 3_000_000_000)]
+    plans = [
+        plan_for(session, folder, Goal(context=64), MemoryBudget(ram))
+        for ram in (held + 6_000_000, held + 3_000_000_000)
+    ]
     assert {plan.precision for plan in plans} == {session.hardware().cpu.dtypes[0]}
 
 
 def test_a_budget_below_the_smallest_names_the_number_that_would_do(seven_billion: Plan) -> None:
-    with pytest.raises(DoesNotFit, match="one block at a time") as refused:
+    with pytest.raises(DoesNotFit, match="Even block by block") as refused:
         place_by_budget(big(seven_billion, 700_000_000))
     least = smallest(seven_billion).main.peak
     assert place_by_budget(big(seven_billion, int(least * 1.01))).verdict != "over"
@@ -229,12 +231,12 @@ def test_a_model_that_cannot_be_placed_has_no_batch(seven_billion: Plan) -> None
 
 
 def test_lists_of_blocks_are_read_and_refused() -> None:
-    assert command.blocks("0-2,5", 6) == (0, 1, 2, 5)
-    assert command.blocks("all", 3) == (0, 1, 2)
-    assert command.blocks(None, 3) is None
+    assert parse_blocks("0-2,5", 6) == (0, 1, 2, 5)
+    assert parse_blocks("all", 3) == (0, 1, 2)
+    assert parse_blocks(None, 3) is None
     for wrong in ("x", "3-1", "6", "1-9"):
         with pytest.raises(BadInput):
-            command.blocks(wrong, 6)
+            parse_blocks(wrong, 6)
 
 
 def test_a_disk_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_the_budget_is_enforced_while_running(folder, monkeypatch):
     assert session._loaded is not None
     assert session._plan is not None
     session._plan = replace(session._plan, budget=MemoryBudget(ram=limit))
-    monkeypatch.setattr(Session, "price", lambda self, *_, **__: self._plan)
+    monkeypatch.setattr(Session, "estimate", lambda self, *_, **__: self._plan)
     session._loaded.model.register_forward_pre_hook(hungry)
     events = list(session.generate("Hello", replace(GREEDY, max_new_tokens=100)))
     assert any("Memory ran out" in note for note in events[-1].notes)
