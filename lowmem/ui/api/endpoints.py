@@ -81,7 +81,7 @@ def receipt(services: Services) -> Receipt | None:
 
 def stored(services: Services) -> Json:
     """What is stored on the machine's disk: {"stored": [{"key", "name", "kind", "nbytes"}]}, for the page's owner."""
-    services.engine.access.require_owner("Looking at the disk")
+    services.engine.access.require_owner("Listing the disk")
     return {"stored": [asdict(one) for one in services.engine.stored()]}
 
 

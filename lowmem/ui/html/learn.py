@@ -86,10 +86,10 @@ def _generate(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
     facts = [
         (f"Weights in {plan.precision}", format_bytes(weights)),
         (
-            "KV cache of a token",
+            "KV cache per token",
             format_bytes(kv / (plan.cached_tokens * plan.batch) if kv else spec.kv_bytes_per_token(_dtype(plan))),
         ),
-        ("Blocks x KV heads x numbers of each", f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
+        ("Blocks x KV heads x head size", f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
     ]
     if last and last.decode_tps and last.model == spec.name:
         facts.append(("Time per token, measured", f"{1000 / last.decode_tps:.1f} ms"))
@@ -115,26 +115,26 @@ def _quantize(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
 
 def _offload(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
     blocks = stored_block_bytes(plan.spec)
-    facts = [("Blocks", f"{len(blocks)}"), ("A block, as stored", format_bytes(max(blocks, default=0)))]
-    facts.append(("A pass with all blocks away", format_bytes(sum(blocks))))
+    facts = [("Blocks", f"{len(blocks)}"), ("Size of a block", format_bytes(max(blocks, default=0)))]
+    facts.append(("Read per token, all blocks offloaded", format_bytes(sum(blocks))))
     try:
         rate = ram_bandwidth(None)
-        facts.append(("The same from RAM, measured here", f"{sum(blocks) / rate:.2f} s" if rate else "-"))
+        facts.append(("Time to read them from RAM, measured", f"{sum(blocks) / rate:.2f} s" if rate else "-"))
     except Unmeasured:
         pass
     if last and last.details.get("seconds_per_token") and last.model == plan.spec.name:
         facts.append(("Time per token, measured", f"{last.details['seconds_per_token']:.2f} s"))
-    bars = [("All blocks", sum(blocks)), ("Two blocks in turn", 2 * max(blocks, default=0))]
+    bars = [("All blocks", sum(blocks)), ("Two blocks (buffers)", 2 * max(blocks, default=0))]
     return facts, bars
 
 
 def _longctx(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     spec, dtype = plan.spec, _dtype(plan)
     facts = [
-        ("KV cache of a token", format_bytes(spec.kv_bytes_per_token(dtype))),
+        ("KV cache per token", format_bytes(spec.kv_bytes_per_token(dtype))),
         ("The model's context", f"{spec.context:,} tokens"),
     ]
-    whole = [(f"All of {count:,} tokens", spec.kv_bytes(count, 1, dtype)) for count in LENGTHS[1:]]
+    whole = [(f"All {count:,} tokens", spec.kv_bytes(count, 1, dtype)) for count in LENGTHS[1:]]
     window, sinks = (plan.window, plan.sinks) if plan.window else (WINDOW, SINKS)
     return facts, [*whole, (f"A window of {window:,} and {sinks} sinks", spec.kv_bytes(window + sinks, 1, dtype))]
 
@@ -146,8 +146,8 @@ def _export(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     bars = [(key, exported.disk_bytes(spec, key, GRAPH_GROUP)) for key in GRAPHS]
     seconds = exported.writing_seconds(spec)
     return [
-        ("Writing it in int8, about", f"{seconds:.0f} s"),
-        ("KV cache of a token", format_bytes(exported.kv_bytes(spec, 1, 1))),
+        ("Time to write it in int8, about", f"{seconds:.0f} s"),
+        ("KV cache per token", format_bytes(exported.kv_bytes(spec, 1, 1))),
     ], bars
 
 

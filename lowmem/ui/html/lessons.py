@@ -35,20 +35,16 @@ _SPEEDUPS = ("Model", "Precision", "Speedup over PyTorch", "Less memory")
 
 LESSONS = {
     "generate": Lesson(
-        "What an answer costs",
-        "A model writes one token after the other, and reads all of its weights for each. The KV cache keeps what "
-        "attention has computed of the tokens before, so that only the newest is computed.",
-        "The weights lie in memory all the time; the cache grows with every token of prompt and answer, and is set "
-        "aside before the first.",
-        "Switch the cache off only where a few hundred megabytes decide: every token then computes the whole text again.",
+        "What generating an answer costs",
+        "A model generates one token after another and reads all of its weights for each. The KV cache stores the keys and values of earlier tokens, so that only the newest token is computed.",
+        "The weights stay in memory all the time. The cache grows with every token of prompt and answer, and is reserved in advance.",
+        "Turn the cache off only if a few hundred megabytes make the difference: every token then recomputes the whole text.",
     ),
     "quantize": Lesson(
-        "Fewer bits for a weight",
-        "Weights are kept as marks on a ruler, with a step and a zero for each group of neighbours. What is read for "
-        "a token shrinks as much as what lies in memory.",
-        "A little quality, which Compare measures; with GPTQ and AWQ also a text to read and some minutes, once.",
-        "Leave it where the original fits and is fast enough, and stay at 4 bits or more with small models: they have "
-        "less to spare.",
+        "Fewer bits per weight",
+        "Weights are stored as indices into a grid, with a scale and a zero point for each group. The model takes less memory, and each token reads fewer bytes.",
+        "Some quality, which Compare measures. GPTQ and AWQ also need a calibration text and take a few minutes, once.",
+        "Skip it if the original fits and is fast enough. With small models stay at 4 bits or more, because they lose more quality.",
         (
             Typical(
                 "Quantização Consciente de Ativações (AWQ)",
@@ -72,27 +68,22 @@ LESSONS = {
         ),
     ),
     "offload": Lesson(
-        "Blocks that come and go",
-        "The blocks that fit stay where the model computes. The others lie in RAM or on disk and pass through a small "
-        "ring of buffers, the next one arriving while one is at work.",
-        "Time: what does not stay is read again for every pass. A pass can serve several answers at once, which "
-        "then cost little more than one.",
-        "Quantize first: four times fewer bytes to read is four times less waiting. Offload what still does not fit.",
+        "Streaming blocks into memory",
+        "Blocks that fit stay resident on the computing device. The others are offloaded to RAM or disk and stream through a small ring of buffers: the next block is loaded while the current one computes.",
+        "Time: offloaded blocks are read again for every token. Several sequences in parallel share each read, so they cost little more than one.",
+        "Quantize first: a quarter of the bytes takes a quarter of the time to read. Offload only what still does not fit.",
     ),
     "longctx": Lesson(
-        "Text without end",
-        "A window keeps the latest tokens and a few of the first, the sinks, on which attention leans. Older tokens "
-        "make room, so memory and time for a token stay the same.",
-        "What has left the window is forgotten. Fewer bits for keys and values keep more tokens in the same memory, "
-        "a little less exactly.",
-        "Leave the window at 0 where the text fits the model's context, or where an early detail will be asked for.",
+        "Unbounded generation",
+        "A window caches the latest tokens and a few of the first, the attention sinks. Older tokens are evicted, so memory and time per token stay constant.",
+        "The model cannot recall what has left the window. A quantized cache holds more tokens in the same memory, at a small loss of precision.",
+        "Leave the window at 0 if the text fits the model's context, or if early details matter.",
     ),
     "export": Lesson(
         "The model as a graph",
-        "The model is written down as a graph of operators, which ONNX Runtime runs without PyTorch, with fused "
-        "operators and weights in 8 or 4 bits.",
-        "Disk for a second copy, some seconds to write it, and a parity check against the original.",
-        "Stay with PyTorch to look at hidden states, to use a window, or with a family that has no fused graph.",
+        "Writes the model as a graph of operators that ONNX Runtime runs without PyTorch, with fused operators and weights in 8 or 4 bits.",
+        "Disk space for a second copy, and some seconds to write it and verify it against the original.",
+        "Stay with PyTorch for hidden states, a window, or a model family without a fused graph.",
         (
             Typical(
                 "Inferência com TensorRT",

@@ -84,7 +84,7 @@ def recalls(receipt: Receipt) -> str:
 
 
 def _recall_cells(one: dict[str, Any]) -> tuple[str, ...]:
-    verdict = say("remembered") if one["recalled"] else say("forgotten")
+    verdict = say("recalled") if one["recalled"] else say("forgotten")
     return f"{one['distance']:,}", verdict, f"{one['probability']:.1%}", f"{one['control']:.1%}"
 
 

@@ -58,7 +58,9 @@ class Access:
             NotAllowed: a model that is not listed.
         """
         if not (self.any_model or _is_listed(ref) or self.owned):
-            raise NotAllowed(f"This page runs only the models it lists, and not {ref[:80]!r}.", "Pick one of the list.")
+            raise NotAllowed(
+                f"This page runs only the models it lists, and not {ref[:80]!r}.", "Choose one from the list."
+            )
 
     @property
     def longest(self) -> int:
@@ -91,8 +93,8 @@ class Access:
         """
         if tokens > MOST_TOKENS and not self.owned:
             raise NotAllowed(
-                f"{tokens:,} tokens of text are more than the {MOST_TOKENS:,} that visitors may have read so.",
-                "Read fewer.",
+                f"{tokens:,} tokens of text are more than the {MOST_TOKENS:,} allowed for visitors.",
+                "Use fewer tokens.",
             )
 
 

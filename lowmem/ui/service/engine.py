@@ -43,7 +43,7 @@ class Choice:
     model: str = option(AUTO, "Model", "A hub id, a folder, a .gguf file, or auto.")
     precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
     context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
-    device: str = option(AUTO, "Device", "Where the model computes.")
+    device: str = option(AUTO, "Device", "The device that runs the model.")
     kv: str = option("same", "KV cache type", "Fewer bits take less memory.", choices=CACHE_TYPES)
     budget: MemoryBudget = UNLIMITED
 
@@ -98,10 +98,10 @@ class Engine:
         """
         from lowmem.models.stored import delete, find
 
-        self.access.require_owner("Deleting from this disk")
+        self.access.require_owner("Deleting from this machine")
         doomed = find(key)
         if self.busy:
-            raise BadInput(f"Nothing is deleted while the model works: {self.busy}.", "Wait, or press Stop.")
+            raise BadInput(f"Nothing can be deleted while the model is working: {self.busy}.", "Wait, or press Stop.")
         if self._is_resident(doomed.folder):
             raise BadInput(f"{doomed.name} is loaded.", "Unload the model first.")
         delete(doomed)

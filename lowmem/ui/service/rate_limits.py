@@ -92,7 +92,7 @@ class VisitorLimits:
             return
         declared = _headers(scope).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MOST_BODY_BYTES:
-            await _refuse(send, 413, f"More than {format_bytes(MOST_BODY_BYTES)} at once are not taken.")
+            await _refuse(send, 413, f"A request may have at most {format_bytes(MOST_BODY_BYTES)}.")
             return
         await self._app(scope, _bounded(receive), send)
 
