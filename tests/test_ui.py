@@ -332,7 +332,7 @@ def test_html_escapes_what_comes_from_outside() -> None:
         render.receipt(receipt),
         render.table([Completion(0, evil, evil)]),
         render.unknown_card(evil),
-        render.pairs([(evil, evil)], "x"),
+        render.refusals([(evil, evil)], "x"),
         render.resident(None, evil),
     ]
     assert all("<script" not in page and "&lt;script" in page for page in pages)

@@ -81,13 +81,13 @@ def test_the_result_shows_the_parity_check_files_and_escapes(tmp_path: Path) -> 
 
 def test_the_optimisers_table_and_its_failure() -> None:
     side = {"nodes": 200, "bytes": 3 * MB, "seconds": 0.004, "operators": {}}
-    shown = export_render.optimised(
+    shown = export_render.optimized(
         {"before": side, "after": side | {"nodes": 90}, "fusions": {"Attention": 3}, "kept": True}
     )
     assert "3 Attention" in shown
     assert "200" in shown
-    assert "gained nothing" in export_render.optimised({"before": side, "kept": False, "failed": "x"})
-    assert export_render.optimised({}) == ""
+    assert "gained nothing" in export_render.optimized({"before": side, "kept": False, "failed": "x"})
+    assert export_render.optimized({}) == ""
 
 
 def test_a_race_is_drawn_for_every_length() -> None:

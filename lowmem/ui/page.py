@@ -7,6 +7,7 @@ import gradio as gr
 from lowmem.models.hub import reachable as hub_reachable
 from lowmem.ui import tabs
 from lowmem.ui.api.publish import publish
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.edge import Page
 from lowmem.ui.i18n.strings import say
@@ -54,7 +55,7 @@ def build_ui(
                     tab.build(context)
         publish(services)
         # Said once here, not with every model that cannot be fetched.
-        context.when_opened(lambda: "" if hub_reachable() else render.quiet(say("no_hub")), None, hub, **QUICK)
+        context.when_opened(lambda: "" if hub_reachable() else parts.quiet(say("no_hub")), None, hub, **QUICK)
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     demo.queue(max_size=32)

@@ -1,4 +1,4 @@
-"""Lessons as HTML: words, a model's own figures beside them, a picture of these, and the course's typical tables."""
+"""Lessons as HTML: words, the figures of a model, and the typical tables of the course."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lowmem.planning.plan import Plan
 from lowmem.quant import get
 from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.request import QuantizeRequest
+from lowmem.ui.html import parts
 from lowmem.ui.html.lessons import LESSONS, MODULE, Lesson, Typical
-from lowmem.ui.html.quantize import figures
 from lowmem.ui.i18n.strings import say
 from lowmem.units import format_bytes
 
@@ -32,40 +32,35 @@ LENGTHS = (1024, 4096, 16384)
 
 def lesson(key: str, plan: Plan | None, last: Receipt | None) -> str:
     """The lesson of a tab, with the figures of `plan`'s model where there is one."""
-    told = LESSONS[key]
+    words = LESSONS[key]
     own = _own(key, plan, last) if plan else ""
-    return f'<section class="lm-learn">{_words(told)}{own}{"".join(map(_typical, told.typical))}</section>'
+    return f'<section class="lm-learn">{_words(words)}{own}{"".join(map(_typical, words.typical))}</section>'
 
 
-def _words(told: Lesson) -> str:
-    parts = ((say("learn_does"), told.does), (say("learn_costs"), told.costs), (say("learn_avoid"), told.avoid))
-    body = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(text)}</dd></div>" for what, text in parts)
-    return f'<dl class="lm-how">{body}</dl>'
+def _words(lesson: Lesson) -> str:
+    words = ((say("learn_does"), lesson.does), (say("learn_costs"), lesson.costs), (say("learn_avoid"), lesson.avoid))
+    return parts.explanations(words)
 
 
 def _own(key: str, plan: Plan, last: Receipt | None) -> str:
     facts, bars = _OWN[key](plan, last)
-    rows = "".join(
-        f'<div><dt>{escape(what)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for what, value in facts
-    )
     drawn = _bars(bars, LESSONS[key].title) if bars else ""
     return (
         f'<h3>{escape(say("learn_own"))} <span translate="no">{escape(plan.spec.name)}</span></h3>'
-        f'<div class="lm-learn-own"><dl class="lm-stats">{rows}</dl>{drawn}</div>'
+        f'<div class="lm-learn-own">{parts.stats(facts)}{drawn}</div>'
     )
 
 
 def _typical(table: Typical) -> str:
     source = say("learn_source", module=MODULE, section=table.section)
-    return f'<p class="lm-muted lm-small">{escape(source)}</p>{figures(table.header, table.rows)}'
+    return f'<p class="lm-muted lm-small">{escape(source)}</p>{parts.table(table.header, table.rows)}'
 
 
 def _bars(bars: Bars, title: str) -> str:
     """Sizes as bars below each other, all to one scale."""
     largest = max(count for _, count in bars) or 1
     rows = "".join(
-        f'<div class="lm-pair"><span>{escape(label)}</span><div class="lm-track">'
-        f'<span style="width:{100 * count / largest:.1f}%"></span></div>'
+        f'<div class="lm-pair"><span>{escape(label)}</span>{parts.track("", ("", parts.percent(count, largest)))}'
         f'<b class="lm-num">{format_bytes(count)}</b></div>'
         for label, count in bars
     )

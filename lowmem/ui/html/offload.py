@@ -1,4 +1,4 @@
-"""Offloading as pictures: where blocks live, what a token costs, ways side by side."""
+"""Offloading as HTML: placement of the blocks, time per token, methods side by side."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lowmem.planning.placement import Placement, all_resident
 from lowmem.planning.plan import Plan
 from lowmem.plots.engines import offload_methods
 from lowmem.plots.figure import to_svg
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.html.quantize import drawing, figures
 from lowmem.ui.i18n.strings import ENGLISH, name, say
 from lowmem.units import format_bytes
 
 TIME_TOLERANCE = 0.25
 FEW_TOKENS = 4
-"""Fewer say nothing of speed."""
+"""With fewer tokens the speed is not representative."""
 
 
 def picture(plan: Plan, speed: SpeedEstimate | None, *, here: bool = True) -> str:
-    """The model as a column of blocks, what is at home, and the prediction beside it.
+    """The model as a column of blocks, colored by placement, with the estimate beside it.
 
     Args:
         here: the model is on this machine.
@@ -46,13 +46,13 @@ def _kinds(placement: Placement) -> list[str]:
 
 
 def _column(plan: Plan, placement: Placement) -> str:
-    at_home = "gpu" if plan.place.kind == "cuda" else "ram"
-    cells = [f'<i data-place="{at_home}" class="lm-end" title="embedding: {name("places", at_home)}"></i>']
+    resident_at = "gpu" if plan.place.kind == "cuda" else "ram"
+    cells = [f'<i data-place="{resident_at}" class="lm-end" title="embedding: {name("places", resident_at)}"></i>']
     cells += [
         f'<i data-place="{kind}" title="block {index}: {escape(name("places", kind))}">{index}</i>'
         for index, kind in enumerate(_kinds(placement))
     ]
-    cells.append(f'<i data-place="{at_home}" class="lm-end" title="head: {name("places", at_home)}"></i>')
+    cells.append(f'<i data-place="{resident_at}" class="lm-end" title="head: {name("places", resident_at)}"></i>')
     spoken = escape(placement.sentence())
     return (
         f'<div class="lm-blocks" role="img" aria-label="{spoken}" data-many="{len(cells) > 40}">{"".join(cells)}</div>'
@@ -73,16 +73,12 @@ def _prediction(plan: Plan, speed: SpeedEstimate | None, here: bool) -> str:
     lines = [plan.reason]
     if speed is None:
         lines.append(say("offload_unknown" if here else "offload_later"))
-        return budgets + _quiet(lines)
+        return budgets + parts.small(*lines)
     seconds = say("offload_speed_is", seconds=_seconds(speed.seconds_per_token), bound=speed.bound_by)
     if speed.disk_bytes:
         rate = format_bytes(speed.disk_rate)
         lines.append(say("offload_moves", size=format_bytes(speed.disk_bytes), rate=rate))
-    return f'<p class="lm-pace"><span>{escape(say("offload_speed"))}</span><b>{escape(seconds)}</b></p>{budgets}{_quiet(lines)}'
-
-
-def _quiet(lines: Sequence[str]) -> str:
-    return "".join(f'<p class="lm-muted lm-small">{escape(line)}</p>' for line in lines if line)
+    return f'<p class="lm-pace"><span>{escape(say("offload_speed"))}</span><b>{escape(seconds)}</b></p>{budgets}{parts.small(*lines)}'
 
 
 def _seconds(seconds: float) -> str:
@@ -90,28 +86,22 @@ def _seconds(seconds: float) -> str:
 
 
 def measured(one: Receipt) -> str:
-    """Predicted against measured: memory and time per token."""
-    bars = "".join(
-        render.against(f"{name('memory', memory)} peak", one.predicted[memory], count)
-        for memory, count in one.measured.items()
-        if one.predicted.get(memory)
-    )
+    """Predicted and measured memory and time per token."""
+    bars = parts.peaks(one, lambda memory: f"{name('memory', memory)} peak")
     details = one.details
     expected, taken = (details.get(key) or 0.0 for key in ("predicted_seconds_per_token", "seconds_per_token"))
     if expected and taken:
-        bars += render.against(say("offload_speed"), expected, taken, _seconds, TIME_TOLERANCE)
+        bars += parts.against(say("offload_speed"), expected, taken, _seconds, TIME_TOLERANCE)
     read = format_bytes(details.get("bytes_read", 0))
-    told = [f"{details.get('placement', '')} · {one.new_tokens} tokens · {read} read"]
+    lines = [f"{details.get('placement', '')} · {one.new_tokens} tokens · {read} read"]
     if taken and one.new_tokens > FEW_TOKENS and abs(expected - taken) > TIME_TOLERANCE * taken:
-        told.append(say("offload_stale"))
-    facts = _quiet(told)
-    return f'<section class="lm-made">{bars}{facts}</section>'
+        lines.append(say("offload_stale"))
+    return f'<section class="lm-made">{bars}{parts.small(*lines)}</section>'
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of the exercise, as far as it is."""
-    header = ENGLISH["offload_table"]
-    return figures(header, [_cells(row) for row in rows], spanning=len(header)) if rows else ""
+    """The table of a comparison, as far as it is measured."""
+    return parts.table(ENGLISH["offload_table"], map(_cells, rows)) if rows else ""
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -132,11 +122,11 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
-    """Bars of time per token and of peak memory, a line for each way."""
+    """Bars of time per token and of peak memory, a line for each method."""
     done = [row for row in rows if "error" not in row]
     if not done:
         return ""
     seconds = [row["details"].get("seconds_per_token", 0.0) for row in done]
     peaks, predicted = ([sum(row[key].values()) for row in done] for key in ("measured", "predicted"))
     names = [name("methods", row["method"]) for row in done]
-    return drawing(to_svg(offload_methods(names, seconds, peaks, predicted, list(map(_seconds, seconds)), title)))
+    return parts.drawing(to_svg(offload_methods(names, seconds, peaks, predicted, list(map(_seconds, seconds)), title)))

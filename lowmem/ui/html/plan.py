@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -12,6 +12,7 @@ from lowmem.machine.monitor import Snapshot
 from lowmem.planning.fallback import remedies
 from lowmem.planning.plan import Line, MemoryEstimate, Plan
 from lowmem.precisions import PRECISIONS
+from lowmem.ui.html import parts
 from lowmem.ui.i18n.strings import name, say
 from lowmem.units import format_bytes, format_seconds
 
@@ -35,12 +36,10 @@ def budget(plan: Plan, caption: str = "") -> str:
     """Every budget of a plan as a stacked bar, the computing device's first and with its legend open; the verdict."""
     others = [one for one in plan.estimates if one is not plan.main]
     bars = "".join(_budget_bar(one, opened=one is plan.main) for one in (plan.main, *others))
-    pill = f'<span class="lm-pill" data-verdict="{plan.verdict}">{escape(name("verdicts", plan.verdict))}</span>'
-    note = f'<p class="lm-muted lm-small">{escape(caption)}</p>' if caption else ""
     return (
         f'<section class="lm-budget" data-verdict="{plan.verdict}">'
-        f'<div class="lm-head"><h2>{escape(say("budget"))}</h2>{pill}</div>'
-        f'{note}{bars}<p class="lm-sentence" role="status">{escape(plan.sentence())}</p></section>'
+        f'<div class="lm-head"><h2>{escape(say("budget"))}</h2>{parts.pill(plan.verdict)}</div>'
+        f'{parts.small(caption)}{bars}<p class="lm-sentence" role="status">{escape(plan.sentence())}</p></section>'
     )
 
 
@@ -48,12 +47,12 @@ def _budget_bar(one: MemoryEstimate, *, opened: bool) -> str:
     memory, lines = name("memory", one.memory), _merged(one)
     scale = max(one.peak, one.limit, 1)
     segments = "".join(
-        f'<span class="lm-seg" data-share="{escape(line.key)}" style="width:{_percent(line.count, scale)}"></span>'
+        f'<span class="lm-seg" data-share="{escape(line.key)}" style="width:{parts.percent(line.count, scale)}"></span>'
         for line in lines
     )
     spoken = ", ".join(f"{name('shares', line.key)} {format_bytes(line.count)}" for line in lines)
     label = f"{format_bytes(one.peak)} of {format_bytes(one.limit)} {memory}: {spoken}"
-    limit = f'<i class="lm-limit" style="left:{_percent(one.limit, scale)}"></i>' if one.peak > one.limit else ""
+    limit = f'<i class="lm-limit" style="left:{parts.percent(one.limit, scale)}"></i>' if one.peak > one.limit else ""
     rows = "".join(_legend_row(line.key, line.count, line.why) for line in lines)
     rows += _legend_row("free", max(0, one.limit - one.peak), "")
     return (
@@ -73,24 +72,9 @@ def _merged(one: MemoryEstimate) -> list[Line]:
     return list(merged.values())
 
 
-def _title(label: str, right: str) -> str:
-    """A line above a bar; `right` is HTML."""
-    return f'<div class="lm-bar-title"><span>{escape(label)}</span>{right}</div>'
-
-
 def _of(label: str, part: int, whole: int) -> str:
     numbers = f'{format_bytes(part)} <span class="lm-muted">of {format_bytes(whole)}</span>'
-    return _title(label, f'<span class="lm-num">{numbers}</span>')
-
-
-def _track(spoken: str, *parts: tuple[str, str]) -> str:
-    """A thin bar of (class, width); silent for screen readers when there is nothing to say."""
-    role = f' role="img" aria-label="{escape(spoken)}"' if spoken else ""
-    return (
-        f'<div class="lm-track"{role}>'
-        + "".join(f'<span class="{c}" style="width:{w}"></span>' for c, w in parts)
-        + "</div>"
-    )
+    return parts.bar_title(label, f'<span class="lm-num">{numbers}</span>')
 
 
 def _legend_row(key: str, count: int, why: str) -> str:
@@ -99,10 +83,6 @@ def _legend_row(key: str, count: int, why: str) -> str:
         f'<li{tip}><i class="lm-dot" data-share="{escape(key)}"></i><span>{escape(name("shares", key))}</span>'
         f'<b class="lm-num">{format_bytes(count)}</b></li>'
     )
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.2f}%" if whole > 0 else "0%"
 
 
 # --- the set-up
@@ -118,7 +98,6 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
         (say("device"), f"{plan.place.name}, ONNX Runtime" if on_onnx else plan.place.name),
         (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),
     ]
-    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
     if download == 0:
         fetch = say("on_disk")
     elif download:
@@ -131,7 +110,7 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
     return (
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
         f'<h2 class="lm-model">{escape(plan.spec.name)}{detail}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
-        f'<dl class="lm-facts">{cells}</dl>{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
+        f'{parts.facts(facts)}{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
     )
 
 
@@ -151,15 +130,10 @@ def unknown_card(ref: str) -> str:
     )
 
 
-def pairs(items: Iterable[tuple[str, str]], heading: str = "") -> str:
-    """A quiet list of (what, why)."""
-    rows = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(why)}</dd></div>" for what, why in items)
-    head = f'<p class="lm-eyebrow">{escape(heading)}</p>' if heading and rows else ""
-    return f'{head}<dl class="lm-pairs">{rows}</dl>' if rows else ""
-
-
-def quiet(text: str) -> str:
-    return f'<p class="lm-notice" data-kind="quiet">{escape(text)}</p>'
+def refusals(items: Sequence[tuple[str, str]], heading: str = "") -> str:
+    """A quiet list of (what, why not), nothing for none."""
+    head = f'<p class="lm-eyebrow">{escape(heading)}</p>' if heading else ""
+    return head + parts.pairs(items) if items else ""
 
 
 def slim(plan: Plan, receipt: Receipt | None) -> str:
@@ -168,8 +142,8 @@ def slim(plan: Plan, receipt: Receipt | None) -> str:
     measured = receipt.measured.get(memory) if receipt else None
     size = format_bytes(measured or plan.main.peak)
     device = device_label(plan.device) + (", ONNX Runtime" if plan.backend == "onnx" else "")
-    parts = [plan.precision, device, f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
-    rest = "".join(f"<span>{escape(part)}</span>" for part in parts)
+    items = [plan.precision, device, f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
+    rest = "".join(f"<span>{escape(part)}</span>" for part in items)
     return f'<div class="lm-slim"><i class="lm-lamp"></i><strong>{escape(plan.spec.name)}</strong>{rest}</div>'
 
 
@@ -178,17 +152,17 @@ def device_label(key: str) -> str:
 
 
 def progress(step: Step) -> str:
-    """A step as a thin bar; without a total it only moves. What is counted is told where it has a name."""
+    """A step as a thin bar; without a total it only moves. Counts are shown if they have a unit."""
     counted = ""
     if step.total > 0 and step.unit:
         done, total = (format_bytes(n) if step.unit == "B" else f"{n:,}" for n in (step.done, step.total))
         counted = f"{done} of {total}" + (f" {step.unit}" if step.unit != "B" else "")
     elif step.total > 0:
         counted = f"{step.done / step.total:.0%}"
-    width = _percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
+    width = parts.percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
     known = "true" if step.total > 0 else "false"
-    title = _title(step.note, f'<span class="lm-num lm-muted">{escape(counted)}</span>')
-    return f'<div class="lm-progress" data-known="{known}" role="status">{title}{_track("", ("", width))}</div>'
+    title = parts.bar_title(step.note, f'<span class="lm-num lm-muted">{escape(counted)}</span>')
+    return f'<div class="lm-progress" data-known="{known}" role="status">{title}{parts.track("", ("", width))}</div>'
 
 
 # --- the machine
@@ -210,7 +184,7 @@ def meters(now: Snapshot) -> str:
 def _meter(label: str, used: int, total: int, own: int = 0) -> str:
     mine = f"{format_bytes(own)} by lowmem" if own else ""
     spoken = f"{label}: {format_bytes(used)} of {format_bytes(total)} in use{', ' + mine if mine else ''}"
-    bar = _track(spoken, ("lm-own", _percent(own, total)), ("", _percent(max(0, used - own), total)))
+    bar = parts.track(spoken, ("lm-own", parts.percent(own, total)), ("", parts.percent(max(0, used - own), total)))
     note = f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else ""
     return f'<div class="lm-meter">{_of(label, used, total)}{bar}{note}</div>'
 
@@ -232,41 +206,17 @@ def resident(plan: Plan | None, busy: str) -> str:
 
 
 def receipt(one: Receipt | None) -> str:
-    """Predicted against measured, then the other numbers and the notes."""
+    """Predicted and measured memory, then the other numbers and the notes."""
     title = f"<h2>{escape(say('receipt'))}</h2>"
     if one is None:
         return (
             f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(say("no_receipt"))}</p></section>'
         )
-    bars = "".join(_against(one, memory) for memory in one.measured if one.predicted.get(memory))
-    facts = "".join(
-        f'<div><dt>{escape(key)}</dt><dd class="lm-num">{escape(value)}</dd></div>' for key, value in _facts(one)
+    bars = parts.peaks(one, lambda memory: f"{name('memory', memory)} peak")
+    what = parts.small(f"{one.action} · {one.model} · {one.precision}")
+    return (
+        f'<section class="lm-receipt">{title}{what}{bars}{parts.stats(_facts(one))}{parts.notes(one.notes)}</section>'
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
-    notes = f'<ul class="lm-notes">{notes}</ul>' if notes else ""
-    what = f'<p class="lm-muted lm-small">{escape(one.action)} · {escape(one.model)} · {escape(one.precision)}</p>'
-    return f'<section class="lm-receipt">{title}{what}{bars}<dl class="lm-stats">{facts}</dl>{notes}</section>'
-
-
-def _against(one: Receipt, memory: str) -> str:
-    return against(f"{name('memory', memory)} peak", one.predicted[memory], one.measured[memory])
-
-
-def against(
-    label: str, predicted: float, measured: float, form: Callable[[float], str] = format_bytes, tolerance: float = 0.1
-) -> str:
-    """A number, bytes by default, as predicted and as measured."""
-    scale = max(predicted, measured)
-    error = (predicted - measured) / measured if measured else 0.0
-    near = "true" if abs(error) <= tolerance else "false"
-    spoken = f"{label}: predicted {form(predicted)}, measured {form(measured)}"
-    title = _title(label, f'<span class="lm-pill" data-near="{near}">{100 * error:+.1f} %</span>')
-    rows = "".join(
-        f'<div class="lm-pair"><span>{word}</span>{_track("", (kind, _percent(count, scale)))}'
-        f'<b class="lm-num">{form(count)}</b></div>'
-        for word, kind, count in (("predicted", "lm-predicted", predicted), ("measured", "", measured))
-    )
-    return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'
 
 
 def _facts(one: Receipt) -> list[tuple[str, str]]:
@@ -306,25 +256,25 @@ def live(chunk: Chunk | None) -> str:
         numbers.append((f"{chunk.prefill_tps:.0f}", "prefill"))
     if chunk.seconds_to_first:
         numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
-    parts = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
+    figures = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
     if limit >= UNBOUNDED:
         return (
-            f'<div class="lm-live lm-num">{parts}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
+            f'<div class="lm-live lm-num">{figures}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
         )
-    bar = _track(f"Context: {used:,} of {limit:,} tokens", ("", _percent(min(used, limit), limit)))
+    bar = parts.track(f"Context: {used:,} of {limit:,} tokens", ("", parts.percent(min(used, limit), limit)))
     context = f'<div class="lm-context">{bar}<span><b>{used:,}</b> of {limit:,} context</span></div>'
-    return f'<div class="lm-live lm-num">{parts}{context}</div>'
+    return f'<div class="lm-live lm-num">{figures}{context}</div>'
 
 
 def table(rows: Sequence[Completion]) -> str:
     """Answers of a batch, in the order of their prompts."""
     if not rows:
         return ""
-    shown = sorted(rows, key=lambda row: (row.index, row.sequence))[:ROWS_SHOWN]
+    first = sorted(rows, key=lambda row: (row.index, row.sequence))[:ROWS_SHOWN]
     body = "".join(
         f'<tr><td class="lm-num">{row.index + 1}</td><td translate="no">{escape(row.prompt)}</td><td translate="no">{escape(row.text)}</td>'
         f'<td class="lm-num">{row.new_tokens:,}</td></tr>'
-        for row in shown
+        for row in first
     )
     hidden = len(rows) - ROWS_SHOWN
     more = f'<p class="lm-muted lm-small">{escape(say("rows_more", count=hidden))}</p>' if hidden > 0 else ""

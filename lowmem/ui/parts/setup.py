@@ -235,7 +235,7 @@ class Setup:
             gr.Button(label, interactive=not over),
             gr.Button(visible=over and self.engine.access.owned, interactive=True),
             gr.Accordion(say("declined", count=len(declined)), visible=bool(declined)),
-            render.pairs(declined),
+            render.refusals(declined),
             render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),
         ]
 
@@ -256,7 +256,7 @@ class Setup:
     def refusals(self, device: str = AUTO) -> str:
         """The precisions that do not run here, each with its reason."""
         refused = [(precision_label(key), why) for key, why in self.engine.precisions(device).items() if why]
-        return render.pairs(refused, say("not_here"))
+        return render.refusals(refused, say("not_here"))
 
     def _start(self, token: CancelToken, *values: Any, force: bool = False) -> tuple[Iterator[Any], View]:
         def events() -> Iterator[Any]:

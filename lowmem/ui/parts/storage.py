@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.ui.html import plan as render
+from lowmem.ui.html import parts
 from lowmem.ui.i18n.strings import name, say
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
@@ -21,7 +21,7 @@ class Storage:
         self.engine = context.engine
         self.pending = gr.State("")  # what the next click deletes
         with gr.Accordion(say("stored"), open=False, elem_id="stored") as self.box:
-            gr.HTML(render.quiet(say("stored_help")))
+            gr.HTML(parts.quiet(say("stored_help")))
             self.which = gr.Dropdown([], value=None, label=say("stored_which"), elem_id="stored-which")
             with gr.Row(elem_classes="lm-actions"):
                 self.button = gr.Button(
@@ -57,5 +57,5 @@ class Storage:
         except Exception as error:
             return [*self._listed()[:3], notice(error), gr.skip()]
         models = [(say("automatic"), AUTO), *self.engine.catalog()]
-        gone = render.quiet(say("deleted", size=format_bytes(freed)))
+        gone = parts.quiet(say("deleted", size=format_bytes(freed)))
         return [*self._listed()[:3], gone, gr.Dropdown(models)]

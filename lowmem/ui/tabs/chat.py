@@ -9,6 +9,7 @@ import gradio as gr
 
 from lowmem.events import CancelToken, Chunk
 from lowmem.generate.options import GenerateOptions
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import QUICK, bounded
@@ -95,7 +96,7 @@ class Chat:
             if answer:
                 return [_ready(), answered, live, ""]
             # Without an answer the message goes back into its box: two questions in a row are no conversation.
-            return [_ready(text_of(history[-1])), history[:-1], render.live(None), render.quiet(say("silent"))]
+            return [_ready(text_of(history[-1])), history[:-1], render.live(None), parts.quiet(say("silent"))]
 
         return view
 

@@ -15,7 +15,7 @@ from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.variants import picture
-from lowmem.ui.html import plan as render
+from lowmem.ui.html import parts
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.edge import shown_sheet
 from lowmem.ui.i18n.strings import name, say
@@ -120,8 +120,8 @@ def _view(model: str, text: str) -> View:
         notes.extend(note for event in gathered if isinstance(event, Receipt) for note in event.notes)
         if not rows:
             return ["", "", "", gr.Row(visible=False), gr.skip(), gr.skip()]
-        drawn = render_quantize.drawing(to_svg(picture(rows, model, text)))
-        table = [render_quantize.comparison(rows), drawn, "".join(map(render.quiet, notes))]
+        drawn = parts.drawing(to_svg(picture(rows, model, text)))
+        table = [render_quantize.comparison(rows), drawn, "".join(map(parts.quiet, notes))]
         return [*table, *([gr.skip()] * 3 if gathered else _files(rows, model, text))]
 
     return view

@@ -10,8 +10,8 @@ import gradio as gr
 from lowmem.events import CancelToken
 from lowmem.plots import weights as pictures
 from lowmem.plots.figure import to_svg
-from lowmem.ui.html import quantize as render_quantize
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.html import parts
+from lowmem.ui.i18n.strings import ENGLISH, say
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import ButtonRunner, View
 
@@ -33,7 +33,7 @@ class ExplainView:
             bits = gr.Radio([(str(bits), bits) for bits in WIDTHS], value=4, label=say("bits"), elem_id="explain-bits")
             self.runner = ButtonRunner(context, "explain", say("draw"), starting="drawing")
             drawn = gr.HTML(elem_id="explain-pictures")
-            gr.HTML(render_quantize.explanations())
+            gr.HTML(parts.explanations(ENGLISH["how"]))
         self.runner.wire([model, bits, receipt], [drawn], self._start)
 
     def _start(
@@ -60,4 +60,4 @@ def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:
         losses = pictures.by_block(receipt["details"]["losses"])
         title = f"{say('loss_by_block')}: {receipt['model']}, {receipt['precision']}"
         sheets.append(pictures.losses(losses, title, say("loss_unit")))
-    return "".join(render_quantize.drawing(to_svg(sheet)) for sheet in sheets)
+    return "".join(parts.drawing(to_svg(sheet)) for sheet in sheets)

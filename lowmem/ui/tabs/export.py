@@ -16,8 +16,8 @@ from lowmem.planning.graph_options import LABELS, ExportOptions
 from lowmem.plots.engines import graph_benchmark
 from lowmem.plots.figure import to_svg
 from lowmem.ui.html import export as export_render
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context, Tab
@@ -67,7 +67,7 @@ class ExportTab:
         missing = tensorrt.available(self.engine.hardware())
         formats = [("ONNX", "onnx"), *([] if missing else [("TensorRT", "tensorrt")])]
         self.format = gr.Radio(formats, value="onnx", label=say("export_format"), elem_id="export-format")
-        gr.HTML(render.pairs([("TensorRT", missing)] if missing else [], say("not_here")))
+        gr.HTML(render.refusals([("TensorRT", missing)] if missing else [], say("not_here")))
         self.precision = gr.Radio(
             [(label, key) for key, label in LABELS.items()],
             value="int8",
@@ -162,7 +162,7 @@ class ExportTab:
         def view(gathered: Sequence[Any]) -> list[Any]:
             nonlocal drawn
             for found in (event for event in gathered if isinstance(event, dict)):
-                plots = "".join(render_quantize.drawing(to_svg(sheet)) for sheet in graph_benchmark(found))
+                plots = "".join(parts.drawing(to_svg(sheet)) for sheet in graph_benchmark(found))
                 drawn = f'<div class="lm-side">{plots}</div>{export_render.benchmark_table(found)}'
             return [drawn]
 

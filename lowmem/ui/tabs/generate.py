@@ -8,6 +8,7 @@ import gradio as gr
 
 from lowmem.fields import describe
 from lowmem.generate.options import GenerateOptions
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import QUICK
@@ -92,7 +93,7 @@ class GenerateTab:
     def _view(self, choosing: bool) -> list[Any]:
         plan = self.engine.resident
         plain = plan is not None and not plan.spec.has_chat_template
-        note = render.quiet(say("no_template", model=plan.spec.name)) if plan and plain else ""
+        note = parts.quiet(say("no_template", model=plan.spec.name)) if plan and plain else ""
         kv = gr.Dropdown(value=plan.cache_type) if plan else gr.skip()
         return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv]
 

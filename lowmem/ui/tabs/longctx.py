@@ -16,8 +16,9 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.ui.html import longctx as render_longctx
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.i18n.strings import ENGLISH, name, say
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.fields import widgets
@@ -46,7 +47,7 @@ class LongContextTab:
             with gr.Column(scale=1, min_width=250, elem_id="longctx-side"):
                 self._build_options()
         with gr.Accordion(say("long_explain"), open=False, elem_id="longctx-explain"):
-            gr.HTML(render_longctx.explanation())
+            gr.HTML(parts.explanations(ENGLISH["long_how"]))
         for mode in self.modes:
             mode.wire(self)
         Learn(context.engine, "longctx")

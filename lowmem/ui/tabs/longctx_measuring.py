@@ -17,8 +17,7 @@ from lowmem.measure.rows import write_atomically
 from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
 from lowmem.ui.html import longctx as render_longctx
-from lowmem.ui.html import plan as render
-from lowmem.ui.html import quantize as render_quantize
+from lowmem.ui.html import parts
 from lowmem.ui.i18n.edge import shown_sheet
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.context import Context
@@ -68,7 +67,7 @@ class PerplexityMode:
             if not spans:
                 return [result, ""]
             places = [((span.start + span.end) / 2, span.perplexity) for span in spans]
-            return [result, render_quantize.drawing(to_svg(perplexity_sheet(places)))]
+            return [result, parts.drawing(to_svg(perplexity_sheet(places)))]
 
         return events, view
 
@@ -117,7 +116,7 @@ class RecallMode:
 
     def __init__(self, context: Context) -> None:
         self.service = context.services.longctx
-        gr.HTML(render.quiet(say("long_recall_help")))
+        gr.HTML(parts.quiet(say("long_recall_help")))
         self.runner = ButtonRunner(context, "long-recall", say("long_recall_start"))
         self.result = gr.HTML(elem_id="long-recall-result")
 
@@ -136,7 +135,7 @@ class StrategiesMode:
 
     def __init__(self, context: Context) -> None:
         self.engine, self.service, self.sidebar = context.engine, context.services.longctx, context.sidebar
-        gr.HTML(render.quiet(say("long_strategies_help")))
+        gr.HTML(parts.quiet(say("long_strategies_help")))
         with gr.Row():
             self.controls = widgets(StrategyOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "strategies")
         self.runner = ButtonRunner(context, "long-strategies", say("long_strategies_start"))
@@ -163,7 +162,7 @@ class StrategiesMode:
                 return ["", "", ""]
             drawn = picture(points, columns=1)
             files = gr.skip() if gathered else _written(points, ref)
-            return [render_longctx.points(points), render_quantize.drawing(to_svg(drawn)), files]
+            return [render_longctx.points(points), parts.drawing(to_svg(drawn)), files]
 
         return events, view
 
@@ -188,7 +187,7 @@ def _written(points: Sequence[Point], ref: str) -> str:
     folder = new_folder("strategies")
     table = write_atomically(folder / "strategies.csv", to_csv(points))
     drawn = write_atomically(folder / "strategies.png", to_png(shown_sheet(picture(points, ref))))
-    return render_longctx.link(table, say("csv")) + render_longctx.link(drawn, say("png"))
+    return parts.link(table, say("csv")) + parts.link(drawn, say("png"))
 
 
 def layer_list(text: str) -> list[int]:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk
-from lowmem.ui.html import longctx as render_longctx
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.context import Context
@@ -71,7 +71,7 @@ class ContinueMode:
             chunks = [event for event in gathered if isinstance(event, Chunk)]
             last = chunks[-1] if chunks else last
             shown = (shown + "".join(chunk.text for chunk in chunks))[-SHOWN_CHARACTERS:]
-            return [render.live(last), shown, gr.skip() if gathered else render_longctx.link(path, say("long_whole"))]
+            return [render.live(last), shown, gr.skip() if gathered else parts.link(path, say("long_whole"))]
 
         return events(), view
 

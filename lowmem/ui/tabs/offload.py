@@ -14,6 +14,7 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import offload as render_offload
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, bounded, notice
@@ -151,7 +152,7 @@ class OffloadTab:
         except Exception as error:
             return ["", gr.Button(interactive=False), notice(error, toast=False)]
         over = plan.verdict == "over"
-        problem = render.quiet(plan.sentence()) if over else ""
+        problem = parts.quiet(plan.sentence()) if over else ""
         return [self._picture(plan, speed), gr.Button(interactive=not over), problem]
 
     def _picture(self, plan: Plan, speed: SpeedEstimate | None) -> str:

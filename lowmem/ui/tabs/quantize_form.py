@@ -16,6 +16,7 @@ from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.request import QuantizeRequest
 from lowmem.settings import settings
+from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.i18n.strings import name, say
 from lowmem.ui.parts.bind import QUICK, notice
@@ -56,7 +57,7 @@ class QuantizeForm:
             info=get(first).description,
             elem_id="quant-method",
         )
-        gr.HTML(render.pairs([(get(m).label, why) for m, why in refused.items() if why], say("not_here")))
+        gr.HTML(render.refusals([(get(m).label, why) for m, why in refused.items() if why], say("not_here")))
         with gr.Row():
             self.bits = gr.Radio(
                 _bits(first), value=_preset(first, "bits"), label=say("bits"), elem_id="quant-bits", min_width=230
@@ -160,7 +161,7 @@ class QuantizeForm:
             warning = self.service.overlap(file)
         except Exception as error:
             return notice(error, toast=False)
-        return render.quiet(warning) if warning else ""
+        return parts.quiet(warning) if warning else ""
 
     def request(self, values: Sequence[Any]) -> QuantizeRequest:
         """The request that the controls describe.

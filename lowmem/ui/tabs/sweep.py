@@ -22,7 +22,7 @@ from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.sweep.grid import Grid
 from lowmem.sweep.table import ordered
-from lowmem.ui.html import plan as render
+from lowmem.ui.html import parts
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import QUICK
@@ -47,7 +47,7 @@ class SweepView:
         self.context, self.service, self.sidebar = context, context.services.compare, context.sidebar
         self._fields = tuple(options)
         with gr.Accordion(say("sweep"), open=False, elem_id="sweep"):
-            gr.HTML(render.quiet(say("sweep_help")))
+            gr.HTML(parts.quiet(say("sweep_help")))
             self._build_form()
             self.count = gr.HTML(self._counted(*(control.value for control in self.chosen)), elem_id="sweep-count")
             self.runner = ButtonRunner(context, "sweep", say("start_sweep"))
@@ -114,9 +114,9 @@ class SweepView:
         variants = _variants(*settings)
         reference = self.service.reference()
         if not models or not variants:
-            return render.quiet(say("sweep_nothing"))
+            return parts.quiet(say("sweep_nothing"))
         count = len(models) * len({reference, *(variant.name for variant in variants)})
-        return render.quiet(say("sweep_count", count=count, reference=reference))
+        return parts.quiet(say("sweep_count", count=count, reference=reference))
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         models, *settings = values[: len(self.chosen)]
@@ -173,9 +173,9 @@ def _view(grid: Grid) -> View:
             for row in ordered(rows, grid.cells())
         ]
         title = ", ".join(Path(model).name for model in grid.models)
-        drawn = render_quantize.drawing(to_svg(picture(shown, title, grid.text)))
-        notes = "".join(render.quiet(note) for receipt in receipts for note in receipt.notes)
-        files = "".join(render_quantize.files(Path(receipt.details["folder"])) for receipt in receipts)
+        drawn = parts.drawing(to_svg(picture(shown, title, grid.text)))
+        notes = "".join(parts.quiet(note) for receipt in receipts for note in receipt.notes)
+        files = "".join(parts.files(Path(receipt.details["folder"])) for receipt in receipts)
         return [render_quantize.comparison(shown), drawn, notes + files]
 
     return view
