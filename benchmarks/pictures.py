@@ -150,7 +150,7 @@ def offload(page: Any) -> None:
 def longctx(page: Any) -> None:
     _load(page)
     _tab(page, "Long Context")
-    page.click("#longctx-modes button[role=tab]:has-text('Memory test')")
+    page.click("#longctx-modes button[role=tab]:has-text('Recall test')")
     _fill(page, "long-window", 256)
     page.click("#long-recall-start")
     page.wait_for_selector("#long-recall-result table", timeout=LONG)

@@ -136,7 +136,7 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
         visit.set_budget(0.2)
         page.wait_for_selector("#budget [data-verdict=over] >> nth=0")
         visit.shot("over")
-    assert page.inner_text("#load") == "Over budget"
+    assert page.inner_text("#load") == "Doesn't fit"
     assert page.is_visible("#anyway")
     assert "more than the budget" in page.inner_text("#card")
     visit.shot("over-card")
@@ -269,7 +269,7 @@ def test_what_is_on_the_disk_is_deleted_by_two_clicks(browser: Any, stub_url: st
     page = visit.page
     page.get_by_role("button", name=say("stored"), exact=False).first.click()
     page.locator("#stored-which input").click()
-    page.get_by_role("option", name="tiny-rtn-4bit · made here · 3.00 MB").click()
+    page.get_by_role("option", name="tiny-rtn-4bit · result · 3.00 MB").click()
     page.locator("#delete-stored:not([disabled])").click()
     sure = page.locator("#delete-stored", has_text=say("delete_sure"))
     sure.wait_for()

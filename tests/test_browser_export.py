@@ -30,7 +30,7 @@ def test_export_by_clicking_then_chat(browser: Any, url: str, size: str, scheme:
     page.click("#export-start")
     page.wait_for_selector("#export-load", timeout=90_000)
     shown = page.inner_text("#export-receipt")
-    assert "Same best token" in shown
+    assert "Top-1 match" in shown
     assert "Proven" in shown
     page.click("#export-receipt summary >> nth=0")
     assert "import onnxruntime" in page.inner_text("#export-receipt pre")

@@ -81,7 +81,7 @@ def test_a_text_without_end_and_what_can_be_measured_of_one(
     download.value.save_as(tmp_path / "states.npy")
     assert np.load(tmp_path / "states.npy").shape == (len(STORY), 64)
     visit.shot("hidden")
-    mode(page, "Memory test")
+    mode(page, "Recall test")
     page.click("#long-recall-start")
     page.wait_for_selector("#long-recall-result tbody tr >> nth=1", timeout=60_000)
     visit.shot("recall")
@@ -125,7 +125,7 @@ def test_a_text_from_an_address_and_why_one_cannot_be_had(
 def test_the_exercise_in_one_click(browser: Any, url: str, tmp_path: Path) -> None:  # noqa: F811
     visit = Visit(browser, url, "desktop", "light", "longctx-exercise")
     page = tab(visit)
-    mode(page, "Exercise")
+    mode(page, "Cache strategies")
     for option, value in (("tokens", 300), ("window", 64), ("points", 2)):
         fill(page, f"strategies-{option}", value)
     page.click("#long-strategies-start")

@@ -47,7 +47,7 @@ def test_offload_by_clicking(browser: Any, url: str, size: str, scheme: str) -> 
     assert page.locator("#offload-picture .lm-blocks i:not(.lm-end)").count() == 2
     visit.shot("ready")
 
-    page.click("#offload-where label:has-text('Chosen by number')")
+    page.click("#offload-where label:has-text('Selected blocks')")
     page.fill("#offload-disk-list input, #offload-disk-list textarea", "0-9")
     page.wait_for_selector("#offload-problem [role=alert]")
     assert "There are no blocks 0-9" in page.inner_text("#offload-problem")

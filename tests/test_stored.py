@@ -56,7 +56,7 @@ def test_a_link_is_not_followed(home: Path) -> None:
 
 
 def test_visitors_delete_nothing(home: Path) -> None:
-    with pytest.raises(NotAllowed, match="Deleting from this disk is left to the owner"):
+    with pytest.raises(NotAllowed, match="Deleting from this machine is left to the owner"):
         StubEngine(access=Access(public=True)).delete("models/demo")
     assert (home / "models/demo").is_dir()
 

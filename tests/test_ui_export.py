@@ -86,7 +86,7 @@ def test_the_optimisers_table_and_its_failure() -> None:
     )
     assert "3 Attention" in shown
     assert "200" in shown
-    assert "gained nothing" in export_render.optimized({"before": side, "kept": False, "failed": "x"})
+    assert "did not help" in export_render.optimized({"before": side, "kept": False, "failed": "x"})
     assert export_render.optimized({}) == ""
 
 

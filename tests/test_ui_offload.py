@@ -87,9 +87,9 @@ def test_the_column_is_coloured_by_where_blocks_live(tab: OffloadTab, folder: Pa
 
 def test_what_was_never_measured_is_said_and_then_measured(tab: OffloadTab, folder: Path) -> None:
     wish = values(tab, folder, "disk")
-    assert "once this machine has been measured" in tab._estimate(*wish)[0]
-    assert "per token, bound by" in tab._measure(*wish)
-    assert "per token, bound by" in tab._estimate(*wish)[0]
+    assert "Measure the speed of this machine" in tab._estimate(*wish)[0]
+    assert "per token, limited by" in tab._measure(*wish)
+    assert "per token, limited by" in tab._estimate(*wish)[0]
     *_, ready = tab._measure_again(*wish)
     assert ready.interactive
 
@@ -141,7 +141,7 @@ def test_the_exercise_is_a_table_and_a_plot(tab: OffloadTab, folder: Path) -> No
     rows.append({"method": "disk", "error": "too <large>"})
     table = render_offload.comparison(rows)
     assert "too &lt;large&gt;" in table
-    assert "disk, past the cache" in table
+    assert "disk, no page cache" in table
     assert "<svg" in render_offload.plot(rows, "toy")
     with pytest.raises(BadInput, match="There is no method 'x'"):
         list(tab.service.compare(OffloadRequest(str(folder)), PROMPT, 3, CancelToken(), ("x",)))

@@ -220,7 +220,7 @@ def test_the_form_offers_only_what_a_method_can_store() -> None:
     assert offered["bnb"] == [4, 8]
     assert offered["int8_dynamic"] == [8]
     assert offered["gptq"] == [2, 3, 4, 8]
-    assert _bits("gptq")[0][0] == "2, an experiment"
+    assert _bits("gptq")[0][0] == "2 (experimental)"
     assert _groups("int8_dynamic") == [("A whole row", -1)]
 
 
