@@ -223,7 +223,7 @@ def test_torch_takes_over_where_only_torch_can(folder: Path) -> None:
     session = Session()
     load(session, str(folder))
     steps = list(session.generate("Hello", GenerateOptions(max_new_tokens=4, window=32), raw=True))
-    assert any(isinstance(step, Step) and "loading for torch" in step.note for step in steps)
+    assert any(isinstance(step, Step) and "Loading for torch" in step.note for step in steps)
     assert session.plan is not None
     assert (session.plan.backend, session.plan.precision) == ("torch", "int8")
     load(session, str(folder), backend="onnx")
