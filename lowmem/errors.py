@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lowmem.messages import msg
+
 
 class LowMemError(Exception):
     """An error with a message for people and a hint at the next step.
@@ -76,5 +78,5 @@ class MissingDependency(LowMemError):
 class Cancelled(LowMemError):
     """The user pressed Stop."""
 
-    def __init__(self, message: str = "Stopped.", hint: str = "") -> None:
+    def __init__(self, message: str = msg("Stopped."), hint: str = "") -> None:
         super().__init__(message, hint)

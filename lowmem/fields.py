@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lowmem.errors import BadInput
+from lowmem.messages import msg
 
 T = TypeVar("T")
 
@@ -70,7 +71,10 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     values = _renamed(kind, values)
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise BadInput(f"There is no option {unknown[0]!r}.", f"The options are {', '.join(known)}.")
+        raise BadInput(
+            msg("There is no option {unknown!r}.", unknown=unknown[0]),
+            msg("The options are {known}.", known=", ".join(known)),
+        )
     return kind(**{name: _checked(known[name], value) for name, value in values.items()})
 
 
@@ -92,18 +96,32 @@ def _checked(option: Option, value: Any) -> Any:
         value = _converted(wanted, value)
     except (TypeError, ValueError, OverflowError, KeyError):
         raise BadInput(
-            f"{option.label}: {_short(value)} is not {_NAMES.get(wanted, 'a value')}.", _range_hint(option)
+            msg(
+                "{label}: {value} is not {wanted}.",
+                label=option.label,
+                value=_short(value),
+                wanted=_NAMES.get(wanted, msg("a value")),
+            ),
+            _range_hint(option),
         ) from None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high = option.low, option.high
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            raise BadInput(f"{option.label} is {_short(value)}.", _range_hint(option))
+            raise BadInput(msg("{label} is {value}.", label=option.label, value=_short(value)), _range_hint(option))
     if option.choices and value not in option.choices:
-        raise BadInput(f"{option.label}: there is no {_short(value)}.", _range_hint(option))
+        raise BadInput(
+            msg("{label}: there is no {value}.", label=option.label, value=_short(value)), _range_hint(option)
+        )
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "text", tuple: "a list of texts"}
+_NAMES = {
+    int: msg("a whole number"),
+    float: msg("a number"),
+    bool: msg("yes or no"),
+    str: "text",
+    tuple: msg("a list of texts"),
+}
 
 
 def _converted(wanted: type, value: Any) -> Any:
@@ -137,9 +155,9 @@ def _short(value: Any) -> str:
 def _range_hint(option: Option) -> str:
     low, high = option.low, option.high
     if option.choices:
-        return f"Choose one of {', '.join(option.choices)}."
+        return msg("Choose one of {choices}.", choices=", ".join(option.choices))
     if low is not None and high is not None:
-        return f"Use a value from {low:.15g} to {high:.15g}."
+        return msg("Use a value from {low:.15g} to {high:.15g}.", low=low, high=high)
     if low is not None:
-        return f"Use {low:.15g} or more."
-    return f"It must be {_NAMES.get(type(option.default), 'a value')}."
+        return msg("Use {low:.15g} or more.", low=low)
+    return msg("It must be {default}.", default=_NAMES.get(type(option.default), msg("a value")))

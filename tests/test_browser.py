@@ -18,7 +18,6 @@ import pytest
 from ui_stub import StubEngine
 
 from lowmem.settings import settings
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 
@@ -77,7 +76,7 @@ class Visit:
         self.page.on("console", lambda message: self._complain(message.type, message.text))
         self.page.on("pageerror", lambda error: self._complain("error", str(error)))
         self.page.goto(f"{url.rstrip('/')}/?__theme={scheme}")
-        self.page.wait_for_selector(f"#load:not([disabled]):not(:has-text('{say('planning')}'))")
+        self.page.wait_for_selector(f"#load:not([disabled]):not(:has-text('{'Finding what fits'}'))")
         self.page.wait_for_selector("body.lm-settled")
 
     def _complain(self, kind: str, text: str) -> None:
@@ -267,16 +266,16 @@ def test_what_is_on_the_disk_is_deleted_by_two_clicks(browser: Any, stub_url: st
     (made / "model.safetensors").write_bytes(bytes(3_000_000))
     visit = Visit(browser, stub_url, size, scheme, "disk")
     page = visit.page
-    page.get_by_role("button", name=say("stored"), exact=False).first.click()
+    page.get_by_role("button", name="Stored on this machine", exact=False).first.click()
     page.locator("#stored-which input").click()
     page.get_by_role("option", name="tiny-rtn-4bit · result · 3.00 MB").click()
     page.locator("#delete-stored:not([disabled])").click()
-    sure = page.locator("#delete-stored", has_text=say("delete_sure"))
+    sure = page.locator("#delete-stored", has_text="Delete permanently?")
     sure.wait_for()
     visit.shot("sure")
     assert made.exists()
     sure.click()
-    page.locator("#stored-notice", has_text=say("deleted", size="3.00 MB")).wait_for()
+    page.locator("#stored-notice", has_text="Freed {size}.".format(size="3.00 MB")).wait_for()
     assert not made.exists()
     visit.shot("deleted")
     visit.close()

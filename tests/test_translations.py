@@ -1,133 +1,81 @@
-"""Every sentence that a visitor may read has its translation, and every translation its sentence."""
+"""Every text that a visitor may read has its translation, and every translation its text."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from string import Formatter
+
+import gradio as gr
 import httpx
 import pytest
-from sentences import sentences
+from catalogues import catalogues, compiled, read, texts
 from ui_stub import StubEngine
 
+from lowmem.messages import LANGUAGE, msg, translate
 from lowmem.ui.html import learn as render_learn
 from lowmem.ui.html.lessons import LESSONS
-from lowmem.ui.i18n.edge import Page, translated
-from lowmem.ui.i18n.translate import SOURCE, Catalogue, entries, holes, languages, preferred, translate_html
+from lowmem.ui.language import Html, Page, escape, number, shown
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.engine import Choice
 
-OTHERS = [language for language in languages() if language != SOURCE]
+
+@pytest.fixture
+def portuguese():
+    token = LANGUAGE.set("pt")
+    yield
+    LANGUAGE.reset(token)
 
 
-@pytest.mark.parametrize("language", OTHERS)
-def test_every_sentence_is_translated(language: str) -> None:
-    known = {source for _, source, _ in entries(language)}
-    missing = [
-        f"{template!r} at {', '.join(places)}" for template, places in sentences().items() if template not in known
-    ]
-    assert not missing, f"add to lowmem/ui/i18n/translations/{language}:\n" + "\n".join(missing)
+@pytest.mark.parametrize("path", catalogues(), ids=lambda path: path.parts[-3])
+class TestCatalogue:
+    def test_every_text_is_translated_and_every_translation_needed(self, path: Path) -> None:
+        catalogue, wanted = read(path), dict(texts())
+        entries = {message.id: message for message in catalogue if message.id}
+        missing = [f"{text!r} of {file}" for text, file in wanted.items() if text not in entries]
+        assert not missing, "run tests/catalogues.py, then translate:\n" + "\n".join(missing)
+        assert not entries.keys() - wanted.keys(), "run tests/catalogues.py"
+        assert not catalogue.obsolete
+        for text, message in entries.items():
+            assert message.string, f"{text!r} is not translated"
+            assert message.string.strip(" ") == message.string or text.strip(" ") != text, text
+            assert not message.fuzzy, text
+
+    def test_placeholders_agree(self, path: Path) -> None:
+        for message in read(path):
+            if message.id and '{"' not in message.id:  # which is JSON
+                assert placeholders(message.string) == placeholders(message.id), message.id
+
+    def test_it_is_compiled(self, path: Path) -> None:
+        assert path.with_suffix(".mo").read_bytes() == compiled(read(path)), "run tests/catalogues.py"
 
 
-@pytest.mark.parametrize("language", OTHERS)
-def test_every_translation_is_needed_once(language: str) -> None:
-    needed, seen = sentences().keys(), set[str]()
-    for file, source, _ in entries(language):
-        assert source in needed, f"{file}.toml: no source string needs {source!r}"
-        assert source not in seen, f"{file}.toml: {source!r} is in another file, too"
-        seen.add(source)
+def placeholders(template: str) -> set[tuple[str | None, ...]]:
+    return {(name, form, kind) for _, name, form, kind in Formatter().parse(template) if name is not None}
 
 
-@pytest.mark.parametrize("language", OTHERS)
-def test_holes_agree(language: str) -> None:
-    for file, source, target in entries(language):
-        assert holes(source) == holes(target), f"{file}.toml: {source!r}"
-        assert target.strip() == target != "", f"{file}.toml: {source!r}"
-        target.format(*range(holes(source)))
+@pytest.mark.usefixtures("portuguese")
+def test_messages_are_translated_where_they_enter_html() -> None:
+    assert escape(msg("Stop")) == "Parar"
+    assert escape("<Stop>") == "&lt;Stop&gt;"  # somebody's text, and no message
+    assert number(1234.5, ",.1f") == "1.234,5"
+    plan = StubEngine().plan(Choice(model="demo"))
+    assert translate(plan.sentence()).startswith("Cabe: ")
+    assert "," in translate(plan.sentence())
 
 
-CATALOGUE = Catalogue(
-    {
-        "Groups of {} do not divide the {} inputs of {}.": "Grupos de {} não dividem as {} entradas de {}.",
-        "{} of {}": "{} de {}",
-        "{} is {}.": "O valor de {} é {}.",
-        "Needs {} of {}, {} more than the budget of {}.": "Precisa de {} de {}, {} acima do orçamento de {}.",
-        "A {} budget of {} is too small.": "Um orçamento de {1} de {0} é pequeno demais.",
-        "GPU memory": "memória da GPU",
-        "Temperature": "Temperatura",
-        "Stop": "Parar",
-        "Use {} or more.": "Use {} ou mais.",
-        "Weights": "Pesos",
-    },
-    decimal=",",
-    thousands=".",
-)
-
-
-@pytest.mark.parametrize(
-    ("english", "portuguese"),
-    [
-        ("Groups of 64 do not divide the 1,000 inputs of fc1.", "Grupos de 64 não dividem as 1.000 entradas de fc1."),
-        (
-            "Needs 4.25 GB of GPU memory, 250 MB more than the budget of 4.00 GB.",
-            "Precisa de 4,25 GB de memória da GPU, 250 MB acima do orçamento de 4,00 GB.",
-        ),
-        ("A GPU memory budget of 1.5 GB is too small.", "Um orçamento de 1,5 GB de memória da GPU é pequeno demais."),
-        ("Temperature is 7.5. Use 0 or more.", "O valor de Temperatura é 7,5. Use 0 ou mais."),
-        ("3.21 GB of 7,000 MB", "3,21 GB de 7.000 MB"),
-        ("Weights 1.25 GB, KV 12 MB", "Pesos 1,25 GB, KV 12 MB"),
-        ("12.5 tok/s", "12,5 tok/s"),
-        ("+3.1 %", "+3,1 %"),
-        ("Stop", "Parar"),
-    ],
-)
-def test_sentences_are_found_by_their_templates(english: str, portuguese: str) -> None:
-    assert CATALOGUE.find(english) == portuguese
-
-
-@pytest.mark.parametrize(
-    "unknown", ["Qwen2.5-7B-Instruct", "a letter of complaint", "127.0.0.1", "The sky is full of stars.", "2.13.0"]
-)
-def test_what_is_not_known_stays(unknown: str) -> None:
-    assert CATALOGUE.find(unknown) in (None, unknown)
-
-
-def test_html_keeps_its_tags_and_what_others_wrote() -> None:
-    source = (
-        '<div lang="en" aria-label="Free" class="Free"><p> Stop </p><td translate="no"><b>Stop</b></td>'
-        "<style>Stop</style><i>1,234.5 MB</i>&lt;Stop&gt;</div>"
-    )
-    assert translate_html(source, "pt") == (
-        '<div lang="pt-BR" aria-label="Livre" class="Free"><p> Parar </p><td translate="no"><b>Stop</b></td>'
-        "<style>Stop</style><i>1.234,5 MB</i>&lt;Stop&gt;</div>"
-    )
-    assert translate_html(source, SOURCE) == source
-
-
-def test_properties_change_what_is_shown_and_no_value() -> None:
+def test_components_change_what_is_shown_and_no_value(portuguese: None) -> None:
     props = {
-        "label": "Precision",
-        "choices": [("Automatic", "auto"), ("int8", "int8")],
-        "value": "auto",
+        "label": msg("Precision"),
+        "choices": [(msg("Automatic"), "auto"), ("int8", "int8")],
+        "value": "Stop",
         "__type__": "update",
     }
-    changed = translated("dropdown", props, "pt")
-    assert changed == props | {"label": "Precisão", "choices": [("Automático", "auto"), ("int8", "int8")]}
-    assert translated("textbox", "Stop", "pt") == "Stop"
-    assert translated("button", "Stop", "pt") == "Parar"
-    assert translated("html", "<p>Stop</p>", "pt") == "<p>Parar</p>"
-
-
-@pytest.mark.parametrize(
-    ("accept", "language"),
-    [
-        ("pt-BR,pt;q=0.9,en;q=0.8", "pt"),
-        ("en-US,en;q=0.9,pt;q=0.1", "en"),
-        ("de, pt;q=0.3", "pt"),
-        ("fr", "en"),
-        ("", "en"),
-    ],
-)
-def test_a_browser_is_answered_in_its_language(accept: str, language: str) -> None:
-    assert preferred(accept) == language
+    assert shown(props) == props | {"label": "Precisão", "choices": [("Automático", "auto"), ("int8", "int8")]}
+    assert shown([gr.Button(msg("Stop"), render=False), "Stop"])[0]["value"] == "Parar"
+    assert shown(Html(lambda: escape(msg("Stop")))) == "Parar"
+    LANGUAGE.set("en")
+    assert shown(props) is props
 
 
 def served(demo: Page, accept: str) -> str:
@@ -149,10 +97,11 @@ def test_the_page_is_sent_in_the_visitors_language_or_in_the_one_that_was_set() 
 
 
 @pytest.mark.parametrize("key", LESSONS)
-def test_a_lesson_counts_with_the_model_at_hand(key: str) -> None:
+def test_a_lesson_counts_with_the_model_at_hand(key: str, portuguese: None) -> None:
     plan = StubEngine().plan(Choice(model="demo"))
     told = render_learn.lesson(key, plan, None)
     assert plan.spec.name in told
     assert "lm-sizes" in told
-    assert ("module" in told) == bool(LESSONS[key].typical)
-    assert "O que faz" in translate_html(told, "pt")
+    assert "O que faz" in told
+    LANGUAGE.set("en")
+    assert ("module" in render_learn.lesson(key, plan, None)) == bool(LESSONS[key].typical)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lowmem.errors import BadInput
 from lowmem.fields import Option, build, describe
 from lowmem.machine.budget import MemoryBudget
+from lowmem.messages import msg
 from lowmem.units import parse_bytes
 
 Options = TypeVar("Options")
@@ -113,4 +114,7 @@ def check_parent(path: Path | None) -> None:
         BadInput: the folder that `path` is to be written to does not exist.
     """
     if path is not None and not path.absolute().parent.is_dir():
-        raise BadInput(f"There is no folder {path.absolute().parent}.", "Choose a path in an existing folder.")
+        raise BadInput(
+            msg("There is no folder {parent}.", parent=path.absolute().parent),
+            msg("Choose a path in an existing folder."),
+        )

@@ -17,6 +17,7 @@ from lowmem.measure.compare import compare
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.measure.variants import parse_variants
+from lowmem.messages import msg
 from lowmem.plots.figure import encode
 from lowmem.plots.variants import picture
 from lowmem.sweep.grid import read_grid
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> Any:
     if not args.model:
-        raise BadInput("No model to compare.", "Name one, such as demo, or a grid with --grid grid.yaml.")
+        raise BadInput(msg("No model to compare."), msg("Name one, such as demo, or a grid with --grid grid.yaml."))
     variants, chosen = parse_variants(args.variants), options(args, MeasureOptions)
     measure_runtime_bytes()
     return compare(args.model, variants, args.text, reference=args.reference, options=chosen, budget=budget(args))
@@ -89,7 +90,9 @@ def _compare(args: argparse.Namespace) -> Any:
 
 def _sweep(args: argparse.Namespace) -> Any:
     if args.model:
-        raise BadInput(f"The grid names its models, so {args.model[:40]} is one too many.", "Remove it.")
+        raise BadInput(
+            msg("The grid names its models, so {model} is one too many.", model=args.model[:40]), msg("Remove it.")
+        )
     grid = read_grid(args.grid)
     grid = replace(grid, budget=replace(grid.budget, **budget(args).as_dict()))
     measure_runtime_bytes()

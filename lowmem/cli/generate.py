@@ -15,6 +15,7 @@ from lowmem.cli.plan import add_goal, goal_from, plan_from
 from lowmem.errors import BadInput
 from lowmem.events import Chunk, Completion
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.planning.plan import BACKENDS
 from lowmem.runtime.session import Session
 from lowmem.units import format_seconds
@@ -79,9 +80,13 @@ def _read_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"{path} cannot be read as text: {error}.", "Use a UTF-8 file with one prompt per line."
+            msg("{path} cannot be read as text: {error}.", path=path, error=error),
+            msg("Use a UTF-8 file with one prompt per line."),
         ) from None
     prompts = [line for line in lines if line.strip()]
     if not 1 <= len(prompts) <= MAXIMUM_PROMPTS:
-        raise BadInput(f"{path} holds {len(prompts):,} prompts.", f"Use a file of 1 to {MAXIMUM_PROMPTS:,} lines.")
+        raise BadInput(
+            msg("{path} holds {prompts:,} prompts.", path=path, prompts=len(prompts)),
+            msg("Use a file of 1 to {maximum_prompts:,} lines.", maximum_prompts=MAXIMUM_PROMPTS),
+        )
     return prompts

@@ -21,6 +21,7 @@ from lowmem.longctx.curve import Span
 from lowmem.longctx.options import StrategyOptions
 from lowmem.longctx.strategies import Point, compare_strategies
 from lowmem.measure.rows import write_atomically
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan as make_plan
@@ -106,11 +107,13 @@ def _perplexity(args: argparse.Namespace) -> int:
 
 def _hidden(args: argparse.Namespace) -> int:
     if args.out is None:
-        raise BadInput("No file to write to.", "Name one with --out, ending in .npy or .safetensors.")
+        raise BadInput(msg("No file to write to."), msg("Name one with --out, ending in .npy or .safetensors."))
     try:
         layers = [int(layer) for layer in args.layers.split(",")]
     except ValueError:
-        raise BadInput(f"{args.layers!r} is not a list of layers.", "Write it like 0,6,-1.") from None
+        raise BadInput(
+            msg("{layers!r} is not a list of layers.", layers=args.layers), msg("Write it like 0,6,-1.")
+        ) from None
     settings = {"tokens": args.tokens, "force": args.force}
     session = _load(args)
     return _finish(

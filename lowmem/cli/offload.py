@@ -15,6 +15,7 @@ from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.offload.plans import parse_blocks
 from lowmem.offload.run import BlockPlacement, batched, plan_for, run
@@ -50,7 +51,10 @@ def add_command(commands: Any) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
-        raise BadInput(f"{args.max_new_tokens} new tokens are not possible.", "Choose at least 1.")
+        raise BadInput(
+            msg("{max_new_tokens} new tokens are not possible.", max_new_tokens=args.max_new_tokens),
+            msg("Choose at least 1."),
+        )
     measure_runtime_bytes()
     layers = read_spec(args.model).layers
     places = BlockPlacement(parse_blocks(args.ram_blocks, layers), parse_blocks(args.disk_blocks, layers))
@@ -70,7 +74,9 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _batch(text: str) -> int:
     if not text.isdigit() or not int(text):
-        raise BadInput(f"A batch of {text!r} is not possible.", "Use a number of at least 1, or max.")
+        raise BadInput(
+            msg("A batch of {text!r} is not possible.", text=text), msg("Use a number of at least 1, or max.")
+        )
     return int(text)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from lowmem.background import interruptible
 from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
 from lowmem.events import CancelToken
+from lowmem.messages import msg
 from lowmem.models import hub
 from lowmem.settings import settings
 
@@ -64,11 +65,14 @@ def _fetch(source: _Source, split: str, cancel: CancelToken) -> str:
         return source.fetch(source, split, cancel)
     except Offline as error:
         raise Offline(
-            f"{source.label} has not been downloaded. {error.message}", f"{error.hint} The text 'manual' works offline."
+            msg("{label} has not been downloaded. {message}", label=source.label, message=error.message),
+            msg("{hint} The text 'manual' works offline.", hint=error.hint),
         ) from error
     except LowMemError as error:
         if isinstance(error, ModelNotFound | GatedModel):
-            raise Offline(f"The hub refuses {source.label}.", "Use the text 'manual' or a file.") from error
+            raise Offline(
+                msg("The hub refuses {label}.", label=source.label), msg("Use the text 'manual' or a file.")
+            ) from error
         raise
 
 
@@ -109,7 +113,8 @@ def _c4(source: _Source, split: str, cancel: CancelToken) -> str:
 
 def _damaged(source: _Source, count: int) -> CorruptModel:
     return CorruptModel(
-        f"The download of {source.label} is damaged ({count:,} bytes).", "Try again, or use the text 'manual'."
+        msg("The download of {label} is damaged ({count:,} bytes).", label=source.label, count=count),
+        msg("Try again, or use the text 'manual'."),
     )
 
 

@@ -17,6 +17,7 @@ from lowmem.background import interruptible
 from lowmem.datasets.texts import NAMES, Text, evaluation_text
 from lowmem.errors import BadInput, Offline
 from lowmem.events import CancelToken
+from lowmem.messages import msg
 from lowmem.units import MB, format_bytes
 
 MAX_CHARACTERS = 2_000_000
@@ -52,14 +53,18 @@ def long_text(
     else:
         text = Text("pasted", pasted)
     if not text.text.strip():
-        raise BadInput("The text is empty.", "Paste a text, choose a file, or enter a URL.")
+        raise BadInput(msg("The text is empty."), msg("Paste a text, choose a file, or enter a URL."))
     if len(text.text) > MAX_CHARACTERS:
         raise BadInput(
-            f"The text has {len(text.text):,} characters, more than the {MAX_CHARACTERS:,} allowed.",
-            "Use a part of it.",
+            msg(
+                "The text has {text:,} characters, more than the {max_characters:,} allowed.",
+                text=len(text.text),
+                max_characters=MAX_CHARACTERS,
+            ),
+            msg("Use a part of it."),
         )
     if "\0" in text.text:
-        raise BadInput("The text contains binary data.", "Use plain text.")
+        raise BadInput(msg("The text contains binary data."), msg("Use plain text."))
     return text
 
 
@@ -76,13 +81,25 @@ def fetch_text(address: str, cancel: CancelToken) -> Text:
                     return text
         except TimeoutError:
             raise Offline(
-                f"{_host(address)} has not sent the whole text within {MAX_SECONDS:.0f} s.",
-                "Try again, or paste the text.",
+                msg(
+                    "{address} has not sent the whole text within {max_seconds:.0f} s.",
+                    address=_host(address),
+                    max_seconds=MAX_SECONDS,
+                ),
+                msg("Try again, or paste the text."),
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             why = str(error).rstrip(".") or type(error).__name__
-            raise Offline(f"{_host(address)} cannot be reached: {why}.", "Check the URL, or paste the text.") from None
-    raise BadInput(f"{_host(address)} redirects more than {MAX_REDIRECTS} times.", "Use the final URL.")
+            raise Offline(
+                msg("{address} cannot be reached: {why}.", address=_host(address), why=why),
+                msg("Check the URL, or paste the text."),
+            ) from None
+    raise BadInput(
+        msg(
+            "{address} redirects more than {max_redirects} times.", address=_host(address), max_redirects=MAX_REDIRECTS
+        ),
+        msg("Use the final URL."),
+    )
 
 
 def _download(client: httpx.Client, address: str) -> Iterator[Text | None]:
@@ -112,11 +129,16 @@ def _check_public(address: str) -> None:
     except ValueError:
         host = scheme = None
     if scheme not in ("http", "https") or not host:
-        raise BadInput(f"{address[:100]!r} is not the URL of a text.", "Write it like https://www.gutenberg.org/...")
+        raise BadInput(
+            msg("{address!r} is not the URL of a text.", address=address[:100]),
+            msg("Write it like https://www.gutenberg.org/..."),
+        )
     try:
         found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
-        raise Offline(f"{host[:100]} cannot be found.", "Check the URL, or paste the text.") from None
+        raise Offline(
+            msg("{host} cannot be found.", host=host[:100]), msg("Check the URL, or paste the text.")
+        ) from None
     if not all(_is_public(str(entry[4][0])) for entry in found):
         raise _not_public(host)
 
@@ -136,20 +158,29 @@ def _is_public(ip: str) -> bool:
 
 def _check_answer(address: str, answer: httpx.Response) -> None:
     if answer.status_code != 200:
-        raise BadInput(f"{address[:100]} answers with status {answer.status_code}.", "Check the URL.")
+        raise BadInput(
+            msg("{address} answers with status {status_code}.", address=address[:100], status_code=answer.status_code),
+            msg("Check the URL."),
+        )
     if answer.headers.get("content-encoding", "identity").lower() != "identity":
         # A megabyte may decompress to a gigabyte.
-        raise BadInput(f"{_host(address)} sends compressed data, not plain text.", "Paste the text instead.")
+        raise BadInput(
+            msg("{address} sends compressed data, not plain text.", address=_host(address)),
+            msg("Paste the text instead."),
+        )
     if int(answer.headers.get("content-length", 0)) > MAX_BYTES:
         raise _too_large()
 
 
 def _not_public(host: str) -> BadInput:
-    return BadInput(f"{host[:100]} is not on the public network.", "Paste the text instead.")
+    return BadInput(msg("{host} is not on the public network.", host=host[:100]), msg("Paste the text instead."))
 
 
 def _too_large() -> BadInput:
-    return BadInput(f"The text is larger than the {format_bytes(MAX_BYTES)} allowed.", "Use a part of it.")
+    return BadInput(
+        msg("The text is larger than the {max_bytes} allowed.", max_bytes=format_bytes(MAX_BYTES)),
+        msg("Use a part of it."),
+    )
 
 
 def _host(address: str) -> str:
@@ -160,7 +191,9 @@ def _host(address: str) -> str:
 def _readable(data: bytes, headers: httpx.Headers) -> str:
     kind = headers.get("content-type", "text/plain").lower()
     if not kind.startswith("text/"):
-        raise BadInput(f"The URL returns {kind.split(';')[0]}, not text.", "Use the URL of a text or a page.")
+        raise BadInput(
+            msg("The URL returns {kind}, not text.", kind=kind.split(";")[0]), msg("Use the URL of a text or a page.")
+        )
     charset = re.search(r"charset=([\w-]+)", kind)
     try:
         text = data.decode(charset[1] if charset else "utf-8", "replace")

@@ -12,6 +12,7 @@ from pathlib import Path
 from lowmem.datasets import hub_texts
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
+from lowmem.messages import msg
 from lowmem.units import MB, format_bytes
 
 MANUAL, WIKITEXT, C4 = "manual", "wikitext2", "c4"
@@ -95,19 +96,33 @@ def _file(path: Path) -> Text:
         if size > MAX_FILE_BYTES:
             largest = format_bytes(MAX_FILE_BYTES)
             raise BadInput(
-                f"{path.name} has {format_bytes(size)}, more than the {largest} allowed.", "Use a part of it."
+                msg(
+                    "{path} has {size}, more than the {largest} allowed.",
+                    path=path.name,
+                    size=format_bytes(size),
+                    largest=largest,
+                ),
+                msg("Use a part of it."),
             )
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise BadInput(f"There is no file {path}.", f"Use a text file, or one of {', '.join(NAMES)}.") from None
+        raise BadInput(
+            msg("There is no file {path}.", path=path),
+            msg("Use a text file, or one of {names}.", names=", ".join(NAMES)),
+        ) from None
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path.name} is not UTF-8 text (byte {error.start:,}).", "Save it as UTF-8.") from None
+        raise BadInput(
+            msg("{path} is not UTF-8 text (byte {start:,}).", path=path.name, start=error.start),
+            msg("Save it as UTF-8."),
+        ) from None
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}.", "Use a text file.") from None
+        raise BadInput(
+            msg("{path} cannot be read: {strerror}.", path=path, strerror=error.strerror), msg("Use a text file.")
+        ) from None
     if not text.strip():
-        raise BadInput(f"{path.name} contains no text.", "Use a text file.")
+        raise BadInput(msg("{path} contains no text.", path=path.name), msg("Use a text file."))
     if "\0" in text:
-        raise BadInput(f"{path.name} contains binary data.", "Use a text file.")
+        raise BadInput(msg("{path} contains binary data.", path=path.name), msg("Use a text file."))
     return Text(path.name, text)
 
 

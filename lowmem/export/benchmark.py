@@ -20,6 +20,7 @@ from lowmem.events import Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
+from lowmem.messages import msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -42,7 +43,7 @@ def job(model: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
         return (yield from _encoders(model, Path(folder)))
     sessions = {}
     for name, ref, goal in (("torch", model, Goal(precision="fp32", backend="torch")), ("onnx", folder, Goal())):
-        yield Step(0, 0, f"Loading {name}")
+        yield Step(0, 0, msg("Loading {name}", name=name))
         session = sessions[name] = Session()
         hardware = probe()
         yield from _steps(session.load(plan(read_spec(ref), hardware, MemoryBudget.detect(hardware), goal), force=True))
@@ -54,7 +55,12 @@ def job(model: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
         prompt = _prompt(sessions["torch"], length)
         measured: dict[str, list[Receipt]] = {name: [] for name in sessions}
         for run in range(RUNS):
-            yield Step(position * RUNS + run, total, f"{length} prompt tokens, run {run + 1}", "runs")
+            yield Step(
+                position * RUNS + run,
+                total,
+                msg("{length} prompt tokens, run {run}", length=length, run=run + 1),
+                "runs",
+            )
             for name, session in sessions.items():
                 measured[name].append(_receipt(session, prompt))
         for name, receipts in measured.items():
@@ -75,7 +81,7 @@ def _encoders(ref: str, folder: Path) -> Generator[Step, None, dict[str, Any]]:
     lengths = [length for length in PROMPT_TOKENS if length < config.max_position_embeddings] or [8]
     found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": [None] * len(lengths)} for name in ("torch", "onnx")}
     for position, length in enumerate(lengths):
-        yield Step(position, len(lengths), f"{length} tokens", "lengths")
+        yield Step(position, len(lengths), msg("{length} tokens", length=length), "lengths")
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
         with torch.inference_mode():

@@ -20,6 +20,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.graph import Graph
 from lowmem.export.linears import Blocks, Linear
 from lowmem.export.weights import Matrix, Source
+from lowmem.messages import msg
 from lowmem.models.blocks import Layout
 from lowmem.planning.exported import FAMILIES
 from lowmem.runtime.onnx.manifest import KEEP
@@ -33,14 +34,16 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 def refusal(config: Any) -> str | None:
     """Why a model with `config` (of transformers, for the decoder) has no fused graph; None if it has one."""
     if config.model_type not in FAMILIES:
-        return f"There is no fused graph for models of type {config.model_type!r}."
+        return msg("There is no fused graph for models of type {model_type!r}.", model_type=config.model_type)
     if _activation(config) not in _ACTIVATIONS:
-        return f"The fused graph does not support the activation {_activation(config)!r}."
+        return msg("The fused graph does not support the activation {config!r}.", config=_activation(config))
     kinds = {kind for kind in _rope_types(config.rope_parameters or {}) if kind not in _STATIC_ROPE}
     if kinds:
-        return f"Its rotary positions ({', '.join(sorted(kinds))}) depend on the length of the text."
+        return msg("Its rotary positions ({kinds}) depend on the length of the text.", kinds=", ".join(sorted(kinds)))
     if head_dim(config) % 8:
-        return f"The fused attention needs heads of a multiple of 8 channels, not {head_dim(config)}."
+        return msg(
+            "The fused attention needs heads of a multiple of 8 channels, not {config}.", config=head_dim(config)
+        )
     return None
 
 
@@ -96,18 +99,23 @@ class FusedDecoder:
     def write(self, window_types: tuple[str, ...], cancel: CancelToken) -> Iterator[Step]:
         """All nodes, block by block. `window_types`: per layer "full" or "sliding"."""
         total = self._layout.count + 1
-        yield Step(0, total, "Writing the graph", "blocks")
+        yield Step(0, total, msg("Writing the graph"), "blocks")
         self._inputs()
         embedded = self._embedding()
         residual, branch = embedded, ""
         for index, kind in enumerate(window_types):
             cancel.check()
             residual, branch = self._block(index, kind, residual, branch)
-            yield Step(index + 1, total, f"Writing block {index + 1} of {self._layout.count}", "blocks")
+            yield Step(
+                index + 1,
+                total,
+                msg("Writing block {index} of {count}", index=index + 1, count=self._layout.count),
+                "blocks",
+            )
         if self._layers.head is not None:
             hidden, _ = self._norm(f"{self._decoder}.norm", residual, branch)
             self._head(hidden)
-        yield Step(total, total, "Writing the graph", "blocks")
+        yield Step(total, total, msg("Writing the graph"), "blocks")
 
     def _inputs(self) -> None:
         graph = self._graph

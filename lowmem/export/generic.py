@@ -25,6 +25,7 @@ from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
 from lowmem.export.lazy import LazyModel, fold_except, put_weights
 from lowmem.machine.oom import is_out_of_memory
+from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.config import is_encoder
 from lowmem.planning.graph_options import ExportOptions
@@ -80,18 +81,18 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     Raises:
         Unsupported: the exporter cannot trace it. MissingDependency: onnxscript is not installed. Cancelled.
     """
-    yield Step(0, 3, "Tracing the model")
+    yield Step(0, 3, msg("Tracing the model"))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with quiet():
         # Traced in fp16, the model keeps its norms in fp32; a conversion afterwards would not.
         dtype = torch.float16 if options.precision == "fp16" else torch.float32
         (_write_encoder if is_encoder(config.model_type) else _write_decoder)(folder, out / GRAPH, dtype)
     cancel.check()
-    yield Step(2, 3, f"Converting to {options.precision}")
+    yield Step(2, 3, msg("Converting to {precision}", precision=options.precision))
     if options.precision in ("int8", "int4"):
         with quiet():
             convert(out / GRAPH, options, cancel)
-    yield Step(3, 3, "Written")
+    yield Step(3, 3, msg("Written"))
 
 
 def _write_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
@@ -174,7 +175,9 @@ def _traced(arguments: dict[str, Any], matrices: set[str]) -> onnx_ir.Model:
             optimize_ir(program.model, should_fold=fold_except(matrices))
             return program.model
     except ImportError as error:
-        raise MissingDependency(f"PyTorch's exporter needs {error.name}.", "pip install onnx onnxscript") from error
+        raise MissingDependency(
+            msg("PyTorch's exporter needs {error}.", error=error.name), "pip install onnx onnxscript"
+        ) from error
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -187,8 +190,10 @@ def _untraceable(error: BaseException) -> Unsupported:
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip()
-    hint = "Choose a model of another family."
+    hint = msg("Choose a model of another family.")
     if found := _NO_OPERATOR.search(text):
-        return Unsupported(f"The model computes with {found[1]}, for which ONNX has no operator.", hint)
+        return Unsupported(
+            msg("The model computes with {found}, for which ONNX has no operator.", found=found[1]), hint
+        )
     reason = (text.splitlines() or [type(error).__name__])[0][:200]
-    return Unsupported(f"PyTorch cannot turn this model into a graph: {reason}", hint)
+    return Unsupported(msg("PyTorch cannot turn this model into a graph: {reason}", reason=reason), hint)

@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lowmem.errors import DiskFull
+from lowmem.messages import msg
 
 OPSET = 21
 IR_VERSION = 10
@@ -80,8 +81,8 @@ class WeightFile:
             if error.errno != errno.ENOSPC:
                 raise
             raise DiskFull(
-                f"The disk is full after {self._file.tell():,} bytes of weights.",
-                "Free some space, or choose fewer bits.",
+                msg("The disk is full after {tell:,} bytes of weights.", tell=self._file.tell()),
+                msg("Free some space, or choose fewer bits."),
             ) from error
 
     def __enter__(self) -> Self:

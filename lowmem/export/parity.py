@@ -20,6 +20,7 @@ from torch.nn import functional
 from lowmem.datasets.texts import evaluation_text
 from lowmem.events import CancelToken, Step
 from lowmem.export.reference import streamed_model
+from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
 from lowmem.planning.exported import PARITY_ROWS, parity_windows
@@ -67,8 +68,20 @@ class ParityCheck:
         kl = max(self.prefill.kl, self.decode.kl)
         agreed = min(self.prefill.agreement, self.decode.agreement)
         if self.passed:
-            return f"Verified: largest difference {worst:.2g}, KL {kl:.4f}, {agreed:.1%} top-1 match ({self.gate})."
-        return f"Failed: largest difference {worst:.2g}, KL {kl:.4f}, {agreed:.1%} top-1 match ({self.gate})."
+            return msg(
+                "Verified: largest difference {worst:.2g}, KL {kl:.4f}, {agreed:.1%} top-1 match ({gate}).",
+                worst=worst,
+                kl=kl,
+                agreed=agreed,
+                gate=self.gate,
+            )
+        return msg(
+            "Failed: largest difference {worst:.2g}, KL {kl:.4f}, {agreed:.1%} top-1 match ({gate}).",
+            worst=worst,
+            kl=kl,
+            agreed=agreed,
+            gate=self.gate,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +91,7 @@ def check_decoder(
     folder: Path, exported: Path, stored: Quantization | None, cancel: CancelToken
 ) -> Generator[Step, None, ParityCheck]:
     """Compare the graph in `exported` with the model in `folder`; the return value is the check."""
-    yield Step(0, 3, "Verifying: running the original")
+    yield Step(0, 3, msg("Verifying: running the original"))
     text, windows = _windows(folder)
     with Checkpoint(folder) as checkpoint, torch.inference_mode():
         model = streamed_model(folder, checkpoint, stored)
@@ -86,11 +99,11 @@ def check_decoder(
         wanted = model(input_ids=windows, use_cache=False).logits.float()
     del model
     cancel.check()
-    yield Step(1, 3, "Verifying: running the graph")
+    yield Step(1, 3, msg("Verifying: running the graph"))
     graph = OnnxModel(exported)
     prefill = _agreement(wanted, torch.cat([graph(window[None]).logits for window in windows]))
     cancel.check()
-    yield Step(2, 3, "Verifying: decoding with the graph")
+    yield Step(2, 3, msg("Verifying: decoding with the graph"))
     decode = _agreement(wanted[:, -STEPS:], torch.cat([_decoded(graph, window) for window in windows]))
     gate, passed = _judge(graph.manifest.precision, stored is not None, prefill, decode)
     yield Step(3, 3, "Verified" if passed else "Failed")
@@ -104,7 +117,7 @@ def check_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     """
     from transformers import AutoModel
 
-    yield Step(0, 2, "Verifying: running the original")
+    yield Step(0, 2, msg("Verifying: running the original"))
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     ids = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -112,7 +125,7 @@ def check_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     with torch.inference_mode():
         wanted = model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
     del model
-    yield Step(1, 2, "Verifying: running the graph")
+    yield Step(1, 2, msg("Verifying: running the graph"))
     session = open_session(exported / GRAPH)
     found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]).float()
     states, others = wanted[mask.bool()], found[mask.bool()]
@@ -122,9 +135,13 @@ def check_encoder(folder: Path, exported: Path, precision: str) -> Generator[Ste
     agreement = Agreement(difference, error, alike, len(states))
     limit = EXACT if precision == "fp32" else ENCODER_ERROR
     measured = difference if precision == "fp32" else error
-    gate = f"{'difference' if precision == 'fp32' else 'relative error'} up to {limit:g}"
-    yield Step(2, 2, "Compared")
-    return ParityCheck(agreement, agreement, gate, measured <= limit, "random tokens")
+    gate = (
+        msg("difference up to {limit:g}", limit=limit)
+        if precision == "fp32"
+        else msg("relative error up to {limit:g}", limit=limit)
+    )
+    yield Step(2, 2, msg("Compared"))
+    return ParityCheck(agreement, agreement, gate, measured <= limit, msg("random tokens"))
 
 
 def _windows(folder: Path) -> tuple[str, Tensor]:
@@ -143,7 +160,7 @@ def _windows(folder: Path) -> tuple[str, Tensor]:
     except (OSError, ValueError):
         pass
     generator = torch.Generator().manual_seed(0)
-    return "random tokens", torch.randint(decoder.vocab_size, (count, length), generator=generator)
+    return msg("random tokens"), torch.randint(decoder.vocab_size, (count, length), generator=generator)
 
 
 def _decoded(graph: OnnxModel, window: Tensor) -> Tensor:
@@ -173,6 +190,6 @@ def _agreement(wanted: Tensor, found: Tensor) -> Agreement:
 
 def _judge(precision: str, stored: bool, *found: Agreement) -> tuple[str, bool]:
     if precision == "fp32" and not stored:
-        return f"difference up to {EXACT:g}", all(one.max_difference <= EXACT for one in found)
+        return msg("difference up to {exact:g}", exact=EXACT), all(one.max_difference <= EXACT for one in found)
     limit = STORED_GATE if stored else GATES[precision]
-    return f"KL up to {limit:g}", all(one.kl <= limit for one in found)
+    return msg("KL up to {limit:g}", limit=limit), all(one.kl <= limit for one in found)

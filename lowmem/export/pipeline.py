@@ -21,6 +21,7 @@ from lowmem.fields import changed
 from lowmem.kernels.int8_linear import largest_code
 from lowmem.machine.hardware import probe
 from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.messages import msg
 from lowmem.models.config import is_encoder
 from lowmem.models.source import read_spec, record
 from lowmem.planning.graph_options import ExportOptions
@@ -49,8 +50,13 @@ def export_model(folder: Path, request: ExportRequest, cancel: CancelToken | Non
     predicted, limit = job.estimate.ram_bytes, job.estimate.limit
     if predicted > limit:
         raise DoesNotFit(
-            f"Exporting {job.spec.name} is estimated to take {format_bytes(predicted)} of RAM, but the budget is {format_bytes(limit)}.",
-            "Raise the budget or choose a smaller model.",
+            msg(
+                "Exporting {model} is estimated to take {predicted} of RAM, but the budget is {limit}.",
+                model=job.spec.name,
+                predicted=format_bytes(predicted),
+                limit=format_bytes(limit),
+            ),
+            msg("Raise the budget or choose a smaller model."),
         )
     try:
         part = _begun(out)
@@ -64,7 +70,8 @@ def export_model(folder: Path, request: ExportRequest, cancel: CancelToken | Non
         if error.errno != errno.ENOSPC:
             raise
         raise DiskFull(
-            f"The disk is full; {out.name} was not finished.", "Free some space, or choose fewer bits."
+            msg("The disk is full; {out} was not finished.", out=out.name),
+            msg("Free some space, or choose fewer bits."),
         ) from error
     finally:
         discard(out)
@@ -81,7 +88,10 @@ def _begun(out: Path) -> Path:
         if error.errno == errno.ENOSPC:
             raise
         reason = error.strerror or type(error).__name__
-        raise BadInput(f"{out.parent} cannot be written to: {reason}.", "Choose another folder.") from error
+        raise BadInput(
+            msg("{parent} cannot be written to: {reason}.", parent=out.parent, reason=reason),
+            msg("Choose another folder."),
+        ) from error
     return part
 
 
@@ -156,7 +166,11 @@ class _Export:
         return self.request.source or self.request.model
 
     def receipt(self, seconds: float, predicted: int, measured: int) -> Receipt:
-        generic = "" if self.is_encoder or not self.estimate.generic else f"Generic graph: {self.estimate.generic}"
+        generic = (
+            ""
+            if self.is_encoder or not self.estimate.generic
+            else msg("Generic graph: {generic}", generic=self.estimate.generic)
+        )
         return Receipt(
             action="export",
             model=self.spec.name,
@@ -195,8 +209,12 @@ class _Export:
         kept.parent.mkdir(exist_ok=True)
         part.rename(kept)
         raise Unsupported(
-            f"The graph of {self.spec.name} failed the parity check and cannot be used. {self.sentence}",
-            f"Choose another precision. The graph is in {kept}.",
+            msg(
+                "The graph of {model} failed the parity check and cannot be used. {sentence}",
+                model=self.spec.name,
+                sentence=self.sentence,
+            ),
+            msg("Choose another precision. The graph is in {kept}.", kept=kept),
         )
 
 

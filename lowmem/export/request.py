@@ -10,6 +10,7 @@ from typing import Any
 from lowmem.errors import BadInput, DiskFull, Unsupported
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes
+from lowmem.messages import msg
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
@@ -41,7 +42,9 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         if self.out.exists():
-            raise BadInput(f"{self.out} is there already.", "Choose another name, or delete it first.")
+            raise BadInput(
+                msg("{out} is there already.", out=self.out), msg("Choose another name, or delete it first.")
+            )
 
     def as_arguments(self) -> dict[str, Any]:
         """For JSON: `ExportRequest.from_arguments(**request.as_arguments()) == request`."""
@@ -84,10 +87,21 @@ class ExportEstimate:
 
     def sentence(self) -> str:
         if self.verdict == "over":
-            return f"Needs {format_bytes(self.ram_bytes)} of RAM, but the budget leaves {format_bytes(self.limit)}."
+            return msg(
+                "Needs {ram_bytes} of RAM, but the budget leaves {limit}.",
+                ram_bytes=format_bytes(self.ram_bytes),
+                limit=format_bytes(self.limit),
+            )
         if self.generic:
-            return f"Fits the budget of {format_bytes(self.limit)}. Generic graph: {self.generic}"
-        return f"Fits the budget of {format_bytes(self.limit)}. Fused graph: attention, cache and norms are single operators."
+            return msg(
+                "Fits the budget of {limit}. Generic graph: {generic}",
+                limit=format_bytes(self.limit),
+                generic=self.generic,
+            )
+        return msg(
+            "Fits the budget of {limit}. Fused graph: attention, cache and norms are single operators.",
+            limit=format_bytes(self.limit),
+        )
 
 
 def estimate(
@@ -104,7 +118,9 @@ def estimate(
         BadInput: the model is an exported graph.
     """
     if spec.exported:
-        raise BadInput(f"{spec.name} is an exported graph already.", "Choose the model it was exported from.")
+        raise BadInput(
+            msg("{model} is an exported graph already.", model=spec.name), msg("Choose the model it was exported from.")
+        )
     generic = _why_generic(spec, options, refusal)
     seconds = exported.writing_seconds(spec, options.precision)
     caution = exported.caution(spec, options.precision, fused=not generic)
@@ -131,19 +147,33 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
     options, generic = request.options, _why_generic(spec, request.options, refusal)
     if spec.quantization and generic:
         raise Unsupported(
-            f"{spec.name} is quantized with {spec.quantization}, which only fused graphs support. {generic}",
-            "Export the original model.",
+            msg(
+                "{model} is quantized with {quantization}, which only fused graphs support. {generic}",
+                model=spec.name,
+                quantization=spec.quantization,
+                generic=generic,
+            ),
+            msg("Export the original model."),
         )
     if spec.quantization and options.precision in ("fp32", "fp16"):
         raise BadInput(
-            f"{spec.name} is quantized: a graph in {options.precision} would only be larger.", "Choose int4 or int8."
+            msg(
+                "{model} is quantized: a graph in {precision} would only be larger.",
+                model=spec.name,
+                precision=options.precision,
+            ),
+            msg("Choose int4 or int8."),
         )
     if not generic and not spec.quantization and options.precision == "int4":
         widths = {columns for _, columns in exported.matrix_shapes(spec)}
         if odd := [width for width in sorted(widths) if width % options.group_size]:
             raise BadInput(
-                f"Groups of {options.group_size} do not divide layers of {odd[0]:,} inputs.",
-                "Choose groups of 16 or 32.",
+                msg(
+                    "Groups of {group_size} do not divide layers of {odd:,} inputs.",
+                    group_size=options.group_size,
+                    odd=odd[0],
+                ),
+                msg("Choose groups of 16 or 32."),
             )
     size = needed = _disk_bytes(spec, options, bool(generic))
     if generic and options.precision != "fp32":  # the traced graph, which is converted afterwards
@@ -153,16 +183,21 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
     free = disk_free_bytes(request.out.absolute().parent)
     if needed > free:
         raise DiskFull(
-            f"Exporting {spec.name} needs {format_bytes(needed)} of disk, but {format_bytes(free)} are free.",
-            "Free some space, or choose fewer bits.",
+            msg(
+                "Exporting {model} needs {needed} of disk, but {free} are free.",
+                model=spec.name,
+                needed=format_bytes(needed),
+                free=format_bytes(free),
+            ),
+            msg("Free some space, or choose fewer bits."),
         )
 
 
 def _why_generic(spec: ModelSpec, options: ExportOptions, refusal: str | None) -> str:
     """Why the graph will be a generic one; "" for a fused graph."""
     if is_encoder(spec.model_type):
-        return "It is an encoder."
-    return refusal or exported.refusal(spec) or ("" if options.fused else "Standard operators were requested.")
+        return msg("It is an encoder.")
+    return refusal or exported.refusal(spec) or ("" if options.fused else msg("Standard operators were requested."))
 
 
 def _disk_bytes(spec: ModelSpec, options: ExportOptions, generic: bool) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from lowmem.errors import OutOfMemory, Unsupported
+from lowmem.messages import msg
 from lowmem.units import MB
 
 _BLOCK = re.compile(r"\.(\d+)(?=[.'\"]|$)")
@@ -43,8 +44,12 @@ def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Se
     """
     if (largest := max(block_bytes, default=0)) > limit:
         raise OutOfMemory(
-            f"One block takes {largest / MB:,.0f} MB, the GPU has room for {limit / MB:,.0f} MB of an engine.",
-            "Choose a smaller model, or close what else uses the GPU.",
+            msg(
+                "One block takes {largest:,.0f} MB, the GPU has room for {limit:,.0f} MB of an engine.",
+                largest=largest / MB,
+                limit=limit / MB,
+            ),
+            msg("Choose a smaller model, or close what else uses the GPU."),
         )
     runs: list[Segment] = []
     first, held = 0, ends_bytes
@@ -82,8 +87,8 @@ def _places(graph: onnx.GraphProto, runs: Sequence[Segment]) -> list[int]:
         places.append(place)
     if not set(range(runs[-1].last)) <= named:
         raise Unsupported(
-            "The nodes of the graph do not name their blocks, so it cannot be split.",
-            "Free some GPU memory, or choose a smaller model.",
+            msg("The nodes of the graph do not name their blocks, so it cannot be split."),
+            msg("Free some GPU memory, or choose a smaller model."),
         )
     return places
 
@@ -117,7 +122,8 @@ def _ordered(types: Mapping[str, Any], names: set[str], graph: onnx.GraphProto) 
     """`names` in the order of the graph; a value without a type cannot be passed between segments."""
     if lost := names - set(types):
         raise Unsupported(
-            f"The type of {min(lost)} in {graph.name} is unknown.", "Free some GPU memory, or choose a smaller model."
+            msg("The type of {lost} in {graph} is unknown.", lost=min(lost), graph=graph.name),
+            msg("Free some GPU memory, or choose a smaller model."),
         )
     return [name for name in types if name in names]
 

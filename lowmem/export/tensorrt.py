@@ -27,6 +27,7 @@ from lowmem.export.request import ExportRequest
 from lowmem.export.segments import Segment, cut, segments
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware, probe
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.placement import block_index
@@ -59,11 +60,11 @@ def available(hardware: Hardware | None = None) -> str | None:
     hardware = hardware or probe()
     gpu = next((device for device in hardware.gpus if device.kind == "cuda"), None)
     if gpu is None:
-        return "TensorRT needs an NVIDIA GPU; this machine has none."
+        return msg("TensorRT needs an NVIDIA GPU; this machine has none.")
     if "fp16" not in gpu.dtypes:
-        return f"TensorRT engines are built in fp16, which {gpu.name} does not support."
+        return msg("TensorRT engines are built in fp16, which {gpu} does not support.", gpu=gpu.name)
     if importlib.util.find_spec("tensorrt") is None and not _has_provider():
-        return "TensorRT is not installed: pip install tensorrt (or onnxruntime-gpu, with its TensorRT provider)."
+        return msg("TensorRT is not installed: pip install tensorrt (or onnxruntime-gpu, with its TensorRT provider).")
     return None
 
 
@@ -165,7 +166,7 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
     try:
         import tensorrt as trt
     except ImportError as error:
-        raise MissingDependency("TensorRT is not installed.", "pip install tensorrt") from error
+        raise MissingDependency(msg("TensorRT is not installed."), "pip install tensorrt") from error
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     flags = 0
@@ -175,7 +176,10 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-        raise Unsupported(f"TensorRT cannot read the graph: {reasons[:300]}", "Run it with ONNX Runtime instead.")
+        raise Unsupported(
+            msg("TensorRT cannot read the graph: {reasons}", reasons=reasons[:300]),
+            msg("Run it with ONNX Runtime instead."),
+        )
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(gpu))
     shapes = builder.create_optimization_profile()
@@ -184,7 +188,9 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
     config.add_optimization_profile(shapes)
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise Unsupported("TensorRT could not build an engine from the graph.", "Lower the workspace or the context.")
+        raise Unsupported(
+            msg("TensorRT could not build an engine from the graph."), msg("Lower the workspace or the context.")
+        )
     engine.parent.mkdir(parents=True, exist_ok=True)
     part = engine.with_suffix(".part")
     try:
@@ -195,7 +201,8 @@ def build_engine(graph: Path, engine: Path, gpu: Device, profile: Profile) -> No
         if error.errno != errno.ENOSPC:
             raise
         raise DiskFull(
-            f"The disk is full; the engine of {len(memoryview(built)):,} bytes was not saved.", "Free some space."
+            msg("The disk is full; the engine of {built:,} bytes was not saved.", built=len(memoryview(built))),
+            msg("Free some space."),
         ) from error
 
 
@@ -210,7 +217,7 @@ def build_by_provider(graph: Path, cache: Path, gpu: Device, profile: Profile) -
     cache.mkdir(parents=True, exist_ok=True)
     session = open_session(graph, providers=provider(gpu, cache, graph_inputs(graph), profile))
     if "TensorrtExecutionProvider" not in session.get_providers():
-        raise Unsupported("ONNX Runtime's TensorRT provider did not load.", "pip install tensorrt")
+        raise Unsupported(msg("ONNX Runtime's TensorRT provider did not load."), "pip install tensorrt")
 
 
 def engine_of(graph: Path, gpu: Device, profile: Profile) -> Path:
@@ -234,7 +241,7 @@ def export_engine(folder: Path, request: ExportRequest, cancel: CancelToken | No
 
     hardware = probe()
     if missing := available(hardware):
-        raise Unsupported(missing, "Choose ONNX, which runs everywhere.")
+        raise Unsupported(missing, msg("Choose ONNX, which runs everywhere."))
     gpu, profile = hardware.gpus[0], Profile()
     runs = model_segments(read_spec(str(folder)), gpu)
     request, out = replace(request, options=replace(request.options, precision="fp16", fused=False)), request.out
@@ -248,7 +255,11 @@ def export_engine(folder: Path, request: ExportRequest, cancel: CancelToken | No
     graphs = [out / GRAPH] if len(runs) == 1 else cut(out / GRAPH, runs)
     engines = []
     for number, graph in enumerate(graphs, 1):
-        yield Step(number - 1, len(graphs), f"Building engine {number} of {len(graphs)} for {gpu.name}")
+        yield Step(
+            number - 1,
+            len(graphs),
+            msg("Building engine {number} of {graphs} for {gpu}", number=number, graphs=len(graphs), gpu=gpu.name),
+        )
         engines.append(engine_of(graph, gpu, profile))
     sizes = [sum(file.stat().st_size for file in (e.iterdir() if e.is_dir() else [e])) for e in engines]
     details = receipt.details | {"engines": [str(engine) for engine in engines], "engine_bytes": sum(sizes)}

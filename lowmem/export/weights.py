@@ -14,6 +14,7 @@ from torch import Tensor
 from lowmem.errors import CorruptModel
 from lowmem.kernels.packed_linear import check_shapes, read
 from lowmem.kernels.quantized import Quantized
+from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
 from lowmem.models.spec import PACKED_PARTS
@@ -63,10 +64,14 @@ class Source:
         """
         found = self._find(name)
         if found is None:
-            raise CorruptModel(f"{name}, which the model needs, is not in its files.", "Fetch the model again.")
+            raise CorruptModel(
+                msg("{name}, which the model needs, is not in its files.", name=name), msg("Fetch the model again.")
+            )
         values = self._checkpoint.read(found, torch.float32)
         if not all_finite(values):
-            raise CorruptModel(f"{name} holds NaN or infinite values.", "Fetch the model again, or choose another.")
+            raise CorruptModel(
+                msg("{name} holds NaN or infinite values.", name=name), msg("Fetch the model again, or choose another.")
+            )
         return values
 
     def matrices(self, layers: Sequence[str]) -> list[Matrix]:
@@ -93,7 +98,7 @@ class Source:
         names = {part[1:]: found + part for part in PACKED_PARTS if found + part in tensors}
         shapes = {part: tensors[name].shape for part, name in names.items()}
         if len(shapes.get("qweight", ())) != 2:
-            raise CorruptModel(f"{layer}.qweight is no matrix.", "Fetch the model again.")
+            raise CorruptModel(msg("{layer}.qweight is no matrix.", layer=layer), msg("Fetch the model again."))
         rows, columns = shapes["qweight"]
         check_shapes(self._stored, layer, *self._stored.linear_shape((rows, columns)), shapes)
         weight = read(self._stored, layer, {part: self._checkpoint.read(name) for part, name in names.items()})

@@ -18,6 +18,7 @@ from lowmem.generate.prompts import check_length, encode_prompt
 from lowmem.generate.text import SequenceText, advance, eos_ids
 from lowmem.machine.monitor import release_memory
 from lowmem.machine.oom import is_out_of_memory
+from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.batching")
 
@@ -87,7 +88,10 @@ def run_batches(
         release_memory()
         most = size // 2
         yield Step(
-            done, len(prompts), f"Out of memory with {size} prompts at a time: continuing with {most}.", "prompts"
+            done,
+            len(prompts),
+            msg("Out of memory with {size} prompts at a time: continuing with {most}.", size=size, most=most),
+            "prompts",
         )
 
 
@@ -95,13 +99,21 @@ def _encoded(
     tokenizer: Any, prompts: Sequence[str], options: GenerateOptions, context: int, raw: bool
 ) -> Iterator[_Prompt]:
     if not prompts:
-        raise BadInput("There are no prompts.", "Write one prompt per line.")
+        raise BadInput(msg("There are no prompts."), msg("Write one prompt per line."))
     for index, text in enumerate(prompts):
         try:
             ids = encode_prompt(tokenizer, text, raw)
             limit, _ = check_length(len(ids), options.max_new_tokens, context)
         except BadInput as error:
-            raise BadInput(f"Prompt {index + 1} of {len(prompts)}: {error.message}", error.hint) from error
+            raise BadInput(
+                msg(
+                    "Prompt {index} of {prompts}: {message}",
+                    index=index + 1,
+                    prompts=len(prompts),
+                    message=error.message,
+                ),
+                error.hint,
+            ) from error
         yield _Prompt(index, text, ids, limit)
 
 
@@ -140,13 +152,26 @@ def _run_batch(
     with closing(run):
         for event in run:
             if isinstance(event, Step):
-                yield Step(*progress, f"Batch of {len(batch)}: {event.done} of {event.total} prompt tokens", "prompts")
+                yield Step(
+                    *progress,
+                    msg(
+                        "Batch of {batch}: {done} of {total} prompt tokens",
+                        batch=len(batch),
+                        done=event.done,
+                        total=event.total,
+                    ),
+                    msg("prompts"),
+                )
                 continue
             for sequence, text in advance(sequences, event, ended):
                 texts[sequence] += text
             made += 1
             if made % TOKENS_PER_STEP == 0:
-                yield Step(*progress, f"Batch of {len(batch)}: {made} new tokens each", "prompts")
+                yield Step(
+                    *progress,
+                    msg("Batch of {batch}: {made} new tokens each", batch=len(batch), made=made),
+                    msg("prompts"),
+                )
     for sequence, prompt in enumerate(owners):
         yield _completion(prompt, sequence % copies, sequences[sequence], texts[sequence])
 
@@ -165,6 +190,11 @@ def _completion(prompt: _Prompt, sequence: int, answer: SequenceText, text: str)
 
 def _too_large(prompt: _Prompt) -> OutOfMemory:
     return OutOfMemory(
-        f"Prompt {prompt.index + 1} does not fit in memory even alone, with {len(prompt.ids):,} tokens and up to {prompt.limit:,} new ones.",
-        "Generate fewer tokens, use an int8 KV cache, or load the model in a smaller precision.",
+        msg(
+            "Prompt {index} does not fit in memory even alone, with {ids:,} tokens and up to {limit:,} new ones.",
+            index=prompt.index + 1,
+            ids=len(prompt.ids),
+            limit=prompt.limit,
+        ),
+        msg("Generate fewer tokens, use an int8 KV cache, or load the model in a smaller precision."),
     )

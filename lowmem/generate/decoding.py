@@ -20,6 +20,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.generate import prompt_lookup, sampling
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
+from lowmem.messages import msg
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,16 @@ def decoder_config(model: Any) -> Any:
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     if not prompts or not all(prompts):
-        raise BadInput("The prompt is empty.", "Write something for the model to continue.")
+        raise BadInput(msg("The prompt is empty."), msg("Write something for the model to continue."))
     largest = max(map(max, prompts))
     if largest >= vocabulary:
         raise BadInput(
-            f"The tokenizer produced token {largest:,}, but the model's vocabulary has only {vocabulary:,} tokens.",
-            "The tokenizer belongs to another model: download the model again with its own tokenizer.",
+            msg(
+                "The tokenizer produced token {largest:,}, but the model's vocabulary has only {vocabulary:,} tokens.",
+                largest=largest,
+                vocabulary=vocabulary,
+            ),
+            msg("The tokenizer belongs to another model: download the model again with its own tokenizer."),
         )
 
 
@@ -135,12 +140,12 @@ def _prefill(
 ) -> Generator[Step, None, Tensor]:
     """Process the prompts in chunks; returns the logits [rows, vocab] after their last tokens."""
     total = rows.length
-    yield Step(0, total, "Reading the prompt", "tokens")
+    yield Step(0, total, msg("Reading the prompt"), "tokens")
     for start, end in rows.parts(options.prefill_chunk):
         cancel.check()
         check()
         logits = rows.logits(start, end)
-        yield Step(end, total, "Reading the prompt", "tokens")
+        yield Step(end, total, msg("Reading the prompt"), "tokens")
     return logits
 
 
@@ -232,6 +237,6 @@ def _one_thread(model: Any) -> Iterator[None]:
 def _check_numbers(ids: list[int], made: int) -> None:
     if sampling.NOT_A_TOKEN in ids:
         raise CorruptModel(
-            f"The model produced NaN or infinite logits at token {made} of its answer.",
-            "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
+            msg("The model produced NaN or infinite logits at token {made} of its answer.", made=made),
+            msg("Choose another precision, such as fp32. If that does not help, the weights are damaged."),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowmem.fields import option
+from lowmem.messages import msg
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,45 +16,59 @@ class GenerateOptions:
     """
 
     max_new_tokens: int = option(
-        256, "Max new tokens", "Upper limit for the answer. Every token takes KV cache.", low=1, high=1_000_000, step=1
+        256,
+        msg("Max new tokens"),
+        msg("Upper limit for the answer. Every token takes KV cache."),
+        low=1,
+        high=1_000_000,
+        step=1,
     )
-    greedy: bool = option(False, "Greedy", "Always take the most likely token: no sampling, repeatable.")
+    greedy: bool = option(False, msg("Greedy"), msg("Always take the most likely token: no sampling, repeatable."))
     temperature: float = option(
-        0.7, "Temperature", "Below 1 is more predictable, above 1 more random.", low=0.05, high=5.0, step=0.05
+        0.7, msg("Temperature"), msg("Below 1 is more predictable, above 1 more random."), low=0.05, high=5.0, step=0.05
     )
-    top_k: int = option(50, "Top-k", "Sample from the k most likely tokens; 0 turns it off.", low=0, high=1000, step=1)
+    top_k: int = option(
+        50, msg("Top-k"), msg("Sample from the k most likely tokens; 0 turns it off."), low=0, high=1000, step=1
+    )
     top_p: float = option(
         0.95,
-        "Top-p",
-        "Sample from the most likely tokens that together reach this probability; 1 turns it off.",
+        msg("Top-p"),
+        msg("Sample from the most likely tokens that together reach this probability; 1 turns it off."),
         low=0.01,
         high=1.0,
         step=0.01,
     )
     min_p: float = option(
         0.0,
-        "Min-p",
-        "Drop tokens less likely than this fraction of the most likely one; 0 turns it off.",
+        msg("Min-p"),
+        msg("Drop tokens less likely than this fraction of the most likely one; 0 turns it off."),
         low=0.0,
         high=0.99,
         step=0.01,
     )
     repetition_penalty: float = option(
         1.0,
-        "Repetition penalty",
-        "Above 1 discourages tokens already in the text; 1 turns it off.",
+        msg("Repetition penalty"),
+        msg("Above 1 discourages tokens already in the text; 1 turns it off."),
         low=0.5,
         high=3.0,
         step=0.05,
     )
     seed: int = option(
-        -1, "Seed", "The same seed gives the same answer; -1 picks a new seed.", low=-1, high=2**31 - 1, step=1
+        -1,
+        msg("Seed"),
+        msg("The same seed gives the same answer; -1 picks a new seed."),
+        low=-1,
+        high=2**31 - 1,
+        step=1,
     )
-    stop: tuple[str, ...] = option((), "Stop strings", "End the answer before any of these strings; one per line.")
+    stop: tuple[str, ...] = option(
+        (), msg("Stop strings"), msg("End the answer before any of these strings; one per line.")
+    )
     num_return_sequences: int = option(
         1,
-        "Sequences",
-        "Independent answers to one prompt, which is processed only once.",
+        msg("Sequences"),
+        msg("Independent answers to one prompt, which is processed only once."),
         low=1,
         high=16,
         step=1,
@@ -61,49 +76,60 @@ class GenerateOptions:
     )
     cache_type: str = option(
         "same",
-        "KV cache type",
-        "int8 takes half or a quarter of the memory at a small loss of precision, int4 and int2 take even less; "
-        "ram keeps a GPU's cache in RAM.",
+        msg("KV cache type"),
+        msg(
+            "int8 takes half or a quarter of the memory at a small loss of precision, int4 and int2 take even less; ram keeps a GPU's cache in RAM."
+        ),
         choices=("same", "int8", "int4", "int2", "ram"),
         aliases=("kv",),
     )
     window: int = option(
         0,
-        "Window",
-        "Cache only this many of the latest tokens, so that text of any length takes constant memory. 0 caches all tokens.",
+        msg("Window"),
+        msg(
+            "Cache only this many of the latest tokens, so that text of any length takes constant memory. 0 caches all tokens."
+        ),
         low=0,
         high=1_000_000,
         step=64,
     )
     sinks: int = option(
         4,
-        "Sinks",
-        "First tokens that stay cached in addition to the window; without them quality collapses once they leave it.",
+        msg("Sinks"),
+        msg(
+            "First tokens that stay cached in addition to the window; without them quality collapses once they leave it."
+        ),
         low=0,
         high=256,
         step=1,
     )
     unbounded: bool = option(
         False,
-        "Unbounded",
-        "Ignore the end-of-text token and continue until the maximum number of new tokens.",
+        msg("Unbounded"),
+        msg("Ignore the end-of-text token and continue until the maximum number of new tokens."),
         aliases=("endless",),
     )
     use_cache: bool = option(
         True,
-        "KV cache",
-        "When off, the whole text (or window) is recomputed for every token: slow, but takes no cache memory.",
+        msg("KV cache"),
+        msg("When off, the whole text (or window) is recomputed for every token: slow, but takes no cache memory."),
     )
     prompt_lookup_num_tokens: int = option(
         0,
-        "Prompt lookup",
-        "Draft up to this many tokens from earlier text and verify them in one pass: faster for repetitive text, with "
-        "identical output. Only for greedy decoding in fp32; 0 turns it off.",
+        msg("Prompt lookup"),
+        msg(
+            "Draft up to this many tokens from earlier text and verify them in one pass: faster for repetitive text, with identical output. Only for greedy decoding in fp32; 0 turns it off."
+        ),
         low=0,
         high=32,
         step=1,
         aliases=("lookahead",),
     )
     prefill_chunk: int = option(
-        512, "Prefill chunk", "Prompt tokens per pass; fewer tokens take less memory.", low=16, high=8192, step=16
+        512,
+        msg("Prefill chunk"),
+        msg("Prompt tokens per pass; fewer tokens take less memory."),
+        low=16,
+        high=8192,
+        step=16,
     )

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from lowmem.errors import BadInput
 from lowmem.generate.tokens import token_ids, with_special
+from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.prompts")
 
@@ -39,7 +40,9 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], raw: bool = F
     else:
         ids = with_special(tokenizer, prompt if isinstance(prompt, str) else _layout(messages))
     if not ids:
-        raise BadInput("The tokenizer produces no tokens for the prompt.", "Use a script that the model supports.")
+        raise BadInput(
+            msg("The tokenizer produces no tokens for the prompt."), msg("Use a script that the model supports.")
+        )
     return ids
 
 
@@ -52,13 +55,20 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple
     room = context - prompt_tokens
     if room < 1:
         raise BadInput(
-            f"The prompt has {prompt_tokens:,} tokens, but prompt and answer together may have only {context:,}.",
-            f"Shorten the prompt by at least {1 - room:,} tokens, or use a longer context.",
+            msg(
+                "The prompt has {prompt_tokens:,} tokens, but prompt and answer together may have only {context:,}.",
+                prompt_tokens=prompt_tokens,
+                context=context,
+            ),
+            msg("Shorten the prompt by at least {difference:,} tokens, or use a longer context.", difference=1 - room),
         )
     if max_new_tokens <= room:
         return max_new_tokens, ""
-    note = (
-        f"The prompt has {prompt_tokens:,} of the context's {context:,} tokens, so the answer is limited to {room:,}."
+    note = msg(
+        "The prompt has {prompt_tokens:,} of the context's {context:,} tokens, so the answer is limited to {room:,}.",
+        prompt_tokens=prompt_tokens,
+        context=context,
+        room=room,
     )
     return room, note
 
@@ -66,21 +76,23 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple
 def _message(message: Message) -> dict[str, str]:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
-        raise BadInput("A message of the conversation has no valid role.", f"Use one of the roles {roles}.")
+        raise BadInput(
+            msg("A message of the conversation has no valid role."), msg("Use one of the roles {roles}.", roles=roles)
+        )
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         texts: list[Any] = [block.get("text") if isinstance(block, Mapping) else None for block in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
-        raise BadInput("A message of the conversation contains something other than text.", "Send text only.")
+        raise BadInput(msg("A message of the conversation contains something other than text."), msg("Send text only."))
     return {"role": message["role"], "content": content}
 
 
 def _check_messages(messages: Sequence[dict[str, str]]) -> None:
     if not messages or not messages[-1]["content"].strip():
-        raise BadInput("The prompt is empty.", "Write something for the model to answer.")
+        raise BadInput(msg("The prompt is empty."), msg("Write something for the model to answer."))
     if messages[-1]["role"] == "assistant":
-        raise BadInput("The conversation ends with an assistant message.", "End it with a user message.")
+        raise BadInput(msg("The conversation ends with an assistant message."), msg("End it with a user message."))
 
 
 def _layout(messages: Sequence[dict[str, str]]) -> str:
@@ -104,8 +116,8 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         except TemplateError as error:
             refusal = error
     raise BadInput(
-        f"The model's chat template rejects this conversation: {refusal}.",
-        "Alternate user and assistant messages, starting with the user.",
+        msg("The model's chat template rejects this conversation: {refusal}.", refusal=refusal),
+        msg("Alternate user and assistant messages, starting with the user."),
     ) from refusal
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowmem.errors import BadInput
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 
 UNBOUNDED = 2**40
 """The context, in tokens, of a windowed generation, which has no limit."""
@@ -31,14 +32,27 @@ def check_window(options: GenerateOptions, limit: int) -> None:
         return
     if options.sinks >= options.window:
         raise BadInput(
-            f"{options.sinks:,} sinks leave no room in a window of {options.window:,} tokens.",
-            f"Use fewer sinks (4 are enough) or a window larger than {options.sinks:,}.",
+            msg(
+                "{sinks:,} sinks leave no room in a window of {window:,} tokens.",
+                sinks=options.sinks,
+                window=options.window,
+            ),
+            msg("Use fewer sinks (4 are enough) or a window larger than {sinks:,}.", sinks=options.sinks),
         )
     if options.window + options.sinks >= limit:
-        message = f"A window of {options.window:,} tokens exceeds the model's {limit:,} positions."
+        message = msg(
+            "A window of {window:,} tokens exceeds the model's {limit:,} positions.", window=options.window, limit=limit
+        )
         if options.sinks:
-            message = f"A window of {options.window:,} tokens with {options.sinks:,} sinks exceeds the model's {limit:,} positions."
-        raise BadInput(message, f"Use a window of {max(1, limit - options.sinks - 1):,} or less.")
+            message = msg(
+                "A window of {window:,} tokens with {sinks:,} sinks exceeds the model's {limit:,} positions.",
+                window=options.window,
+                sinks=options.sinks,
+                limit=limit,
+            )
+        raise BadInput(
+            message, msg("Use a window of {difference:,} or less.", difference=max(1, limit - options.sinks - 1))
+        )
 
 
 def context_of(model_context: int, options: GenerateOptions) -> int:
@@ -53,11 +67,13 @@ def check_stride(window: int, stride: int) -> None:
         BadInput: an empty window, or a stride that skips tokens.
     """
     if window < 1:
-        raise BadInput("The window over the text has 0 tokens.", "Use a window of at least 1 token.")
+        raise BadInput(msg("The window over the text has 0 tokens."), msg("Use a window of at least 1 token."))
     if not 1 <= stride <= window:
         raise BadInput(
-            f"A stride of {stride:,} does not work with windows of {window:,} tokens.",
-            f"Use a stride from 1 to {window:,}; half the window is usual.",
+            msg(
+                "A stride of {stride:,} does not work with windows of {window:,} tokens.", stride=stride, window=window
+            ),
+            msg("Use a stride from 1 to {window:,}; half the window is usual.", window=window),
         )
 
 
@@ -69,6 +85,6 @@ def check_token_window(window: int, limit: int) -> None:
     """
     if window > limit:
         raise BadInput(
-            f"A window of {window:,} tokens exceeds the model's {limit:,} positions.",
-            f"Use a window of {limit:,} or less.",
+            msg("A window of {window:,} tokens exceeds the model's {limit:,} positions.", window=window, limit=limit),
+            msg("Use a window of {limit:,} or less.", limit=limit),
         )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel, MissingDependency
 from lowmem.kernels.quantized import Packed, relative_loss
+from lowmem.messages import msg
 
 OUTLIER_THRESHOLD = 6.0
 
@@ -92,7 +93,15 @@ def stored4(
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         fits = False
     if not fits:
-        raise CorruptModel(f"{name} is not {outputs:,} x {inputs:,} weights of bitsandbytes.", "Fetch the model again.")
+        raise CorruptModel(
+            msg(
+                "{name} is not {outputs:,} x {inputs:,} weights of bitsandbytes.",
+                name=name,
+                outputs=outputs,
+                inputs=inputs,
+            ),
+            msg("Fetch the model again."),
+        )
     state.dtype = dtype
     return _with_bias(layer, bias, device, dtype)
 
@@ -113,5 +122,5 @@ def _bitsandbytes():  # type: ignore[no-untyped-def]
     try:
         import bitsandbytes
     except ImportError:
-        raise MissingDependency("bitsandbytes is not installed.", "pip install bitsandbytes") from None
+        raise MissingDependency(msg("bitsandbytes is not installed."), "pip install bitsandbytes") from None
     return bitsandbytes

@@ -24,6 +24,7 @@ from lowmem.errors import MissingDependency
 from lowmem.kernels.layouts import NBITS, block_size
 from lowmem.kernels.onnx_model import one_node
 from lowmem.kernels.quantized import Quantized
+from lowmem.messages import msg
 
 SPLIT_WEIGHTS = 8_000_000
 """Layers of more weights than this are worth a session per core."""
@@ -112,7 +113,7 @@ def _session(attributes: dict[str, int], weights: dict[str, np.ndarray]) -> Any:
         import onnxruntime
     except ImportError:
         raise MissingDependency(
-            "onnxruntime, which runs quantized layers on CPUs, is not installed.", "pip install onnxruntime"
+            msg("onnxruntime, which runs quantized layers on CPUs, is not installed."), "pip install onnxruntime"
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

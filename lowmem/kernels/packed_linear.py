@@ -20,6 +20,7 @@ from lowmem.kernels.layouts import code_width, cpu_kernel, has_int8_kernels
 from lowmem.kernels.nbits_linear import NBitsLinear
 from lowmem.kernels.packing import from_awq, from_gptq
 from lowmem.kernels.quantized import Quantized, consecutive, dequantize_, pack_bytes, unpack_lanes
+from lowmem.messages import msg
 from lowmem.models.quantization import BNB, INT8, Quantization
 
 INT8_ZERO = 128
@@ -70,7 +71,9 @@ def packed_linear(stored: Quantization, name: str, parts: Parts, device: torch.d
 def _int8_linear(name: str, parts: Parts, device: torch.device, dtype: torch.dtype) -> nn.Module:
     codes, scales, bias = parts["weight"], parts["weight_scale"].float(), parts.get("bias")
     if not torch.isfinite(scales).all():
-        raise CorruptModel(f"{name}.weight_scale holds numbers that are not finite.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("{name}.weight_scale holds numbers that are not finite.", name=name), msg("Fetch the model again.")
+        )
     weight = Quantized(
         codes=(codes.to(torch.int16) + INT8_ZERO).to(torch.uint8),
         scales=scales,
@@ -106,11 +109,20 @@ def check_shapes(
     optional = {part: size for part, size in (("g_idx", (inputs,)), ("bias", (outputs,))) if part in shapes}
     for part, shape in (expected | optional).items():
         if part not in shapes:
-            raise CorruptModel(f"{name} has no {part} in the files.", "Fetch the model again.")
+            raise CorruptModel(
+                msg("{name} has no {part} in the files.", name=name, part=part), msg("Fetch the model again.")
+            )
         if shapes[part] != shape:
             raise CorruptModel(
-                f"{name}.{part} is {shapes[part]} in the file, but with {stored.label} it would be {shape}.",
-                "Fetch the model again.",
+                msg(
+                    "{name}.{part} is {shapes} in the file, but with {label} it would be {shape}.",
+                    name=name,
+                    part=part,
+                    shapes=shapes[part],
+                    label=stored.label,
+                    shape=shape,
+                ),
+                msg("Fetch the model again."),
             )
 
 
@@ -121,7 +133,9 @@ def read(stored: Quantization, name: str, parts: Parts) -> Quantized:
         CorruptModel: scales are not finite, or groups do not have equal numbers of inputs.
     """
     if not torch.isfinite(parts["scales"]).all():
-        raise CorruptModel(f"{name}.scales holds numbers that are not finite.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("{name}.scales holds numbers that are not finite.", name=name), msg("Fetch the model again.")
+        )
     if stored.method == "awq":
         return from_awq(parts)
     in_sequence = consecutive(_inputs(stored, parts), stored.group_size)
@@ -130,8 +144,13 @@ def read(stored: Quantization, name: str, parts: Parts) -> Quantized:
     g_idx = in_sequence if g_idx is None else g_idx
     if not torch.equal(g_idx.sort().values, in_sequence):
         raise CorruptModel(
-            f"{name}.g_idx does not share {len(g_idx):,} inputs out among groups of {stored.group_size}.",
-            "Fetch the model again.",
+            msg(
+                "{name}.g_idx does not share {g_idx:,} inputs out among groups of {group_size}.",
+                name=name,
+                g_idx=len(g_idx),
+                group_size=stored.group_size,
+            ),
+            msg("Fetch the model again."),
         )
     return from_gptq(parts | {"g_idx": g_idx}, stored.bits, v2=stored.layout == "gptq_v2")
 

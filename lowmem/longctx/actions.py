@@ -21,6 +21,7 @@ from lowmem.generate.window_limits import check_stride, check_token_window, chec
 from lowmem.longctx.curve import MIN_SPAN, Span
 from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, window_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
+from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
@@ -66,7 +67,7 @@ def hidden_states(
         ids = tokens_of(loaded.tokenizer, text, tokens)
         check_token_window(window, plan.spec.context)
         action = window_plan(plan, window, len(ids))
-        refuse_if_over(action, force, "Use a shorter window.")
+        refuse_if_over(action, force, msg("Use a shorter window."))
         written = yield from hidden.hidden_states(
             loaded.model,
             [ids],
@@ -82,10 +83,14 @@ def hidden_states(
 
     check_stride(window, stride)
     started = time.perf_counter()
-    (action, (written, count)), peak = yield from session.work("Computing hidden states", job, cancel, force=force)
+    (action, (written, count)), peak = yield from session.work(msg("Computing hidden states"), job, cancel, force=force)
     details = {**asdict(written), "window": window, "stride": stride, "file": str(out)}
     del details["path"]
-    note = f"{written.windows:,} windows; every state has at least {window - stride:,} tokens of context, or all of the text before it."
+    note = msg(
+        "{windows:,} windows; every state has at least {difference:,} tokens of context, or all of the text before it.",
+        windows=written.windows,
+        difference=window - stride,
+    )
     yield _receipt("hidden", action, started, peak, count, details, (note,), disk_bytes=out.stat().st_size)
 
 
@@ -117,13 +122,15 @@ def sliding_perplexity(
             tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, text_prefix(loaded.tokenizer)
         )
         action = pass_plan(plan, window)
-        refuse_if_over(action, force, "Use a shorter window.")
+        refuse_if_over(action, force, msg("Use a shorter window."))
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
         yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
         return action, (total.value, total.tokens, curve.spans())
 
     started = time.perf_counter()
-    (action, (value, count, spans)), peak = yield from session.work("Measuring perplexity", job, cancel, force=force)
+    (action, (value, count, spans)), peak = yield from session.work(
+        msg("Measuring perplexity"), job, cancel, force=force
+    )
     yield from spans
     details = {
         "perplexity": value,
@@ -158,25 +165,29 @@ def streaming_perplexity(
         check_window(options, plan.spec.context)
         if not options.window and len(ids) > plan.spec.context:
             raise BadInput(
-                f"The text has {len(ids):,} tokens, more than the model's {plan.spec.context:,} positions.",
-                "Set a window, or use a shorter text.",
+                msg(
+                    "The text has {ids:,} tokens, more than the model's {context:,} positions.",
+                    ids=len(ids),
+                    context=plan.spec.context,
+                ),
+                msg("Set a window, or use a shorter text."),
             )
         action = streaming_plan(plan, options, len(ids))
-        refuse_if_over(action, force, "Use a shorter window or fewer KV bits.")
+        refuse_if_over(action, force, msg("Use a shorter window or fewer KV bits."))
         reader, spans, nll = Reader(loaded.model, ids, options), list[Span](), 0.0
         span = max(MIN_SPAN, math.ceil(len(ids) / CURVE_POINTS))
         while reader.at < len(ids) - 1:
             start, part = reader.at, 0.0
             for losses in reader.read(min(start + span, len(ids) - 1), cancel, check):
                 part += float(losses.sum())
-                yield Step(reader.at, len(ids), "Reading the text", "tokens")
+                yield Step(reader.at, len(ids), msg("Reading the text"), "tokens")
             nll += part
             spans.append(Span(start, reader.at, _perplexity(part, reader.at - start)))
             yield spans[-1]
         return action, (_perplexity(nll, reader.at), reader.at, spans)
 
     started = time.perf_counter()
-    (action, (value, count, spans)), peak = yield from session.work("Reading the text", job, cancel, force=force)
+    (action, (value, count, spans)), peak = yield from session.work(msg("Reading the text"), job, cancel, force=force)
     details = {
         "perplexity": value,
         "tokens": count,
@@ -213,19 +224,21 @@ def recall(
         check_window(options, plan.spec.context)
         wanted = distances or _recall_distances(options, plan.spec.context)
         action = streaming_plan(plan, options, max(wanted) + needle.OVERHEAD_TOKENS)
-        refuse_if_over(action, False, "Use a shorter window or fewer KV bits.")
+        refuse_if_over(action, False, msg("Use a shorter window or fewer KV bits."))
         filler = tokens_of(loaded.tokenizer, text)
         filler *= 1 + max(wanted) // len(filler)
         found = []
         for number, distance in enumerate(wanted):
-            yield Step(number, len(wanted), f"Asking for a fact {distance:,} tokens back", "questions")
+            yield Step(
+                number, len(wanted), msg("Asking for a fact {distance:,} tokens back", distance=distance), "questions"
+            )
             found.append(
                 needle.recall(loaded.model, loaded.tokenizer, filler, options, distance, cancel=cancel, check=check)
             )
         return action, found
 
     started = time.perf_counter()
-    (action, found), peak = yield from session.work("Testing recall", job, cancel)
+    (action, found), peak = yield from session.work(msg("Testing recall"), job, cancel)
     details = {
         "recalls": [{**asdict(one), "recalled": one.recalled} for one in found],
         "window": options.window,
@@ -233,9 +246,17 @@ def recall(
         "cache_type": options.cache_type,
     }
     notes = tuple(
-        f"A fact {one.distance:,} tokens back is recalled (probability {one.probability:.1%})."
+        msg(
+            "A fact {distance:,} tokens back is recalled (probability {probability:.1%}).",
+            distance=one.distance,
+            probability=one.probability,
+        )
         if one.recalled
-        else f"A fact {one.distance:,} tokens back is not recalled (probability {one.probability:.1%})."
+        else msg(
+            "A fact {distance:,} tokens back is not recalled (probability {probability:.1%}).",
+            distance=one.distance,
+            probability=one.probability,
+        )
         for one in found
     )
     yield _receipt("recall", action, started, peak, 0, details, notes)
@@ -261,7 +282,7 @@ def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
         text = text[: CHARACTERS_PER_TOKEN * most]
     ids = token_ids(tokenizer, text, most) if text.strip() else []
     if not ids:
-        raise BadInput("The text is empty.", "Use a text with at least one word.")
+        raise BadInput(msg("The text is empty."), msg("Use a text with at least one word."))
     return ids
 
 

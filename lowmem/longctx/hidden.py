@@ -28,6 +28,7 @@ from lowmem.generate.window_limits import check_stride, check_token_window, pass
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.windows import Window, cut
+from lowmem.messages import msg
 from lowmem.units import format_bytes
 
 FORMATS = (".npy", ".safetensors")
@@ -101,7 +102,7 @@ def hidden_states(
     windows_at_once = max(1, (at_once or pass_tokens(model.device.type)) // window)
     with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, cancellable(list(model.modules()), cancel):
         done = windows = size = 0
-        yield Step(0, offsets[-1], "Computing hidden states", "tokens")
+        yield Step(0, offsets[-1], msg("Computing hidden states"), "tokens")
         for batch in _batches(pieces, windows_at_once):
             check()
             before, size = size, sum(len(piece.ids) for piece in batch)
@@ -113,7 +114,7 @@ def hidden_states(
                     file.write(layer, piece.row, row[piece.first : len(piece.ids)])
             done += sum(len(piece.ids) - piece.first for piece in batch)
             windows += len(batch)
-            yield Step(done, offsets[-1], "Computing hidden states", "tokens")
+            yield Step(done, offsets[-1], msg("Computing hidden states"), "tokens")
     return Written(out, file.shape, file.dtype, chosen, tuple(offsets), windows)
 
 
@@ -121,18 +122,20 @@ def _check(
     model: Any, texts: Sequence[Sequence[int]], window: int, stride: int, out: Path, layers: Sequence[int]
 ) -> tuple[int, ...]:
     if not texts or not all(texts):
-        raise BadInput("The text is empty.", "Use a text with at least one token.")
+        raise BadInput(msg("The text is empty."), msg("Use a text with at least one token."))
     check_stride(window, stride)
     check_token_window(window, context_limit(model.config))
     if out.suffix not in FORMATS:
         raise BadInput(
-            f"{out.name} is neither a .npy nor a .safetensors file.", "Use one of these two file extensions."
+            msg("{out} is neither a .npy nor a .safetensors file.", out=out.name),
+            msg("Use one of these two file extensions."),
         )
     count = decoder_config(model).num_hidden_layers
     for layer in layers:
         if not -count - 1 <= layer <= count:
             raise BadInput(
-                f"There is no layer {layer}.", f"Use 0 (the embeddings) to {count}, or {LAST} for the last layer."
+                msg("There is no layer {layer}.", layer=layer),
+                msg("Use 0 (the embeddings) to {count}, or {last} for the last layer.", count=count, last=LAST),
             )
     return tuple(dict.fromkeys(layer % (count + 1) for layer in layers))
 
@@ -210,8 +213,8 @@ class _File:
         """Write `states` [tokens, hidden] to rows `row` and following of a layer."""
         if not bool(states.isfinite().all()):
             raise CorruptModel(
-                f"The model produced NaN or infinite hidden states at token {row:,}.",
-                "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
+                msg("The model produced NaN or infinite hidden states at token {row:,}.", row=row),
+                msg("Choose another precision, such as fp32. If that does not help, the weights are damaged."),
             )
         self._file.seek(self._start + (layer * self._tokens + row) * self._hidden * self._dtype.itemsize)
         data = states.to(self._dtype).contiguous().cpu()
@@ -237,12 +240,18 @@ def _safetensors_header(layers: Sequence[int], tokens: int, hidden: int, dtype: 
 def _writer(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> Iterator[_File]:
     """A file that appears under its name only once it is complete."""
     if not out.absolute().parent.is_dir():
-        raise BadInput(f"There is no folder {out.parent}.", "Choose a path in an existing folder.")
+        raise BadInput(
+            msg("There is no folder {parent}.", parent=out.parent), msg("Choose a path in an existing folder.")
+        )
     size, free = _file_bytes(out, layers, tokens, hidden, dtype), disk_free_bytes(out.absolute().parent)
     if size > free:
         raise DiskFull(
-            f"The hidden states take {format_bytes(size)}, but only {format_bytes(free)} of the disk are free.",
-            "Use a shorter text, fewer layers or another folder.",
+            msg(
+                "The hidden states take {size}, but only {free} of the disk are free.",
+                size=format_bytes(size),
+                free=format_bytes(free),
+            ),
+            msg("Use a shorter text, fewer layers or another folder."),
         )
     unfinished = out.with_name(f".{out.name}.part")
     try:

@@ -19,6 +19,7 @@ from lowmem.machine.memory_limits import process_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.job import load_exactly
 from lowmem.measure.progress import share
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan as make_plan
@@ -66,7 +67,7 @@ def measure_strategy(
         ids = ids[: plan.spec.context]
     action = streaming_plan(resident, cache, len(ids))
     if action.verdict == "over":
-        raise DoesNotFit(action.sentence(), "Use fewer tokens or a shorter window.")
+        raise DoesNotFit(action.sentence(), msg("Use fewer tokens or a shorter window."))
     reader, points = Reader(loaded.model, ids, cache), list[dict[str, Any]]()
     for number in range(1, chosen.points + 1):
         until = number * (len(ids) - 1 - TIMED_TOKENS) // chosen.points
@@ -74,7 +75,7 @@ def measure_strategy(
         for losses in reader.read(until, cancel):
             nll, count = nll + float(losses.sum()), count + len(losses)
             done = LOADED + (100 - LOADED) * reader.at // len(ids)
-            yield Step(done, 100, f"{reader.at:,} of {len(ids):,} tokens", "%")
+            yield Step(done, 100, msg("{at:,} of {ids:,} tokens", at=reader.at, ids=len(ids)), "%")
         if not count:
             continue
         trim_heap()

@@ -17,6 +17,7 @@ from lowmem.events import CancelToken
 from lowmem.generate.decoding import no_check
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.reading import Reader
+from lowmem.messages import msg
 
 FACT, QUESTION = "\n\nRemember this: the secret word is {word}.\n\n", "\n\nRemember this: the secret word is"
 OVERHEAD_TOKENS = 160
@@ -66,7 +67,10 @@ def recall(
         BadInput: too little filler.
     """
     if len(filler) < distance:
-        raise BadInput(f"The text has {len(filler):,} tokens, fewer than {distance:,}.", "Use a longer text.")
+        raise BadInput(
+            msg("The text has {filler:,} tokens, fewer than {distance:,}.", filler=len(filler), distance=distance),
+            msg("Use a longer text."),
+        )
     words = Random(0).sample(WORDS, 2 * trials)
     right: list[float] = []
     control: list[float] = []

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowmem.fields import option
+from lowmem.messages import msg
 
 
 @dataclass(frozen=True, slots=True)
 class WindowOptions:
     """Sliding windows over a text."""
 
-    window: int = option(512, "Window", "Tokens per forward pass.", low=1, high=1_000_000, step=64)
+    window: int = option(512, msg("Window"), msg("Tokens per forward pass."), low=1, high=1_000_000, step=64)
     stride: int = option(
         256,
-        "Stride",
-        "Tokens between the starts of two windows: every token has at least window - stride tokens of context.",
+        msg("Stride"),
+        msg("Tokens between the starts of two windows: every token has at least window - stride tokens of context."),
         low=1,
         high=1_000_000,
         step=64,
@@ -27,9 +28,15 @@ class StrategyOptions:
     """Options of the comparison of cache strategies."""
 
     tokens: int = option(
-        4096, "Tokens of text", "More tokens show more and take longer.", low=64, high=200_000, step=256
+        4096, msg("Tokens of text"), msg("More tokens show more and take longer."), low=64, high=200_000, step=256
     )
-    window: int = option(512, "Window", "Tokens that the windowed strategies cache.", low=8, high=100_000, step=64)
-    sinks: int = option(4, "Sinks", "First tokens that stay cached in addition to the window.", low=1, high=256, step=1)
-    kv_bits: str = option("4", "KV bits", "Bits of the quantized cache.", choices=("8", "4", "2"))
-    points: int = option(8, "Points", "Positions in the text where time and memory are measured.", low=1, high=100)
+    window: int = option(
+        512, msg("Window"), msg("Tokens that the windowed strategies cache."), low=8, high=100_000, step=64
+    )
+    sinks: int = option(
+        4, msg("Sinks"), msg("First tokens that stay cached in addition to the window."), low=1, high=256, step=1
+    )
+    kv_bits: str = option("4", msg("KV bits"), msg("Bits of the quantized cache."), choices=("8", "4", "2"))
+    points: int = option(
+        8, msg("Points"), msg("Positions in the text where time and memory are measured."), low=1, high=100
+    )

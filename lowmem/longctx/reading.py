@@ -21,6 +21,7 @@ from lowmem.generate.decoding import cancellable, decoder_config, no_check
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
+from lowmem.messages import msg
 
 CHUNK = 128
 RECOMPUTED_SHARE = 0.25
@@ -36,7 +37,9 @@ class Reader:
 
     def __init__(self, model: Any, ids: Sequence[int], options: GenerateOptions) -> None:
         if len(ids) < 2:
-            raise BadInput(f"The text has {len(ids):,} tokens, too few to measure.", "Use a longer text.")
+            raise BadInput(
+                msg("The text has {ids:,} tokens, too few to measure.", ids=len(ids)), msg("Use a longer text.")
+            )
         self.model, self.options = model, options
         self.ids = torch.tensor([list(ids)], device=model.device)
         self.at = 0
@@ -100,8 +103,8 @@ class Reader:
         nll = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
         if bool(nll.isnan().any()):
             raise CorruptModel(
-                f"The model produced NaN logits within the first {end:,} tokens of the text.",
-                "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
+                msg("The model produced NaN logits within the first {end:,} tokens of the text.", end=end),
+                msg("Choose another precision, such as fp32. If that does not help, the weights are damaged."),
             )
         return nll.cpu()
 

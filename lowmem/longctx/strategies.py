@@ -20,6 +20,7 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.units import format_bytes
 
@@ -64,11 +65,11 @@ def strategies(options: StrategyOptions) -> dict[str, dict[str, Any]]:
     """Name -> fields of `GenerateOptions` that describe the cache."""
     window = options.window
     return {
-        "full cache": {},
-        "window without sinks": {"window": window, "sinks": 0},
-        "window with sinks": {"window": window, "sinks": options.sinks},
-        "window recomputed": {"window": window, "sinks": 0, "use_cache": False},
-        f"full cache in {options.kv_bits} bits": {"cache_type": f"int{options.kv_bits}"},
+        msg("full cache"): {},
+        msg("window without sinks"): {"window": window, "sinks": 0},
+        msg("window with sinks"): {"window": window, "sinks": options.sinks},
+        msg("window recomputed"): {"window": window, "sinks": 0, "use_cache": False},
+        msg("full cache in {kv_bits} bits", kv_bits=options.kv_bits): {"cache_type": f"int{options.kv_bits}"},
     }
 
 
@@ -142,7 +143,7 @@ def _isolated(arguments: dict[str, Any], cancel: CancelToken, budget: MemoryBudg
         yield str(error)
     except RuntimeError as error:
         log.exception("a cache strategy failed")
-        yield f"Unexpected error: {(str(error).strip().splitlines() or [''])[-1][:300]}"
+        yield msg("Unexpected error: {splitlines}", splitlines=(str(error).strip().splitlines() or [""])[-1][:300])
 
 
 def _snippet(ref: str, options: StrategyOptions) -> str:

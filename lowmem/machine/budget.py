@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from lowmem.errors import BadInput
 from lowmem.machine import memory_limits
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.units import MB, format_bytes, parse_bytes
 
 SMALLEST_BYTES = 100 * MB
@@ -79,6 +80,7 @@ def _size(name: str, value: str | float | None) -> int | None:
     count = parse_bytes(value)
     if count < SMALLEST_BYTES:
         raise BadInput(
-            f"A {name} budget of {format_bytes(count)} is below the smallest, 100 MB.", "Write it like 4G or 512M."
+            msg("A {name} budget of {count} is below the smallest, 100 MB.", name=name, count=format_bytes(count)),
+            msg("Write it like 4G or 512M."),
         )
     return count

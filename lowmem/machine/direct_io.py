@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem.errors import CorruptModel, LowMemError, ModelNotFound
+from lowmem.messages import msg
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,8 @@ class Shard:
             self._file, self.direct = _open(path)
         except OSError as error:
             raise ModelNotFound(
-                f"{path.name} cannot be opened: {error.strerror}.", "Attach its disk, or fetch the model again."
+                msg("{path} cannot be opened: {strerror}.", path=path.name, strerror=error.strerror),
+                msg("Attach its disk, or fetch the model again."),
             ) from error
         self._identity = _identity(os.fstat(self._file))
 
@@ -62,11 +64,17 @@ class Shard:
         if _identity(there) == _identity(held) == self._identity:
             return
         if there.st_ino != self._identity[1] or there.st_dev != self._identity[0]:
-            raise CorruptModel(f"{self.path.name} was replaced while the model ran.", "Load the model again.")
+            raise CorruptModel(
+                msg("{path} was replaced while the model ran.", path=self.path.name), msg("Load the model again.")
+            )
         raise CorruptModel(
-            f"{self.path.name} changed while the model ran: it had {self._identity[2]:,} bytes and has "
-            f"{there.st_size:,} now.",
-            "Fetch the model again, then load it.",
+            msg(
+                "{path} changed while the model ran: it had {identity:,} bytes and has {st_size:,} now.",
+                path=self.path.name,
+                identity=self._identity[2],
+                st_size=there.st_size,
+            ),
+            msg("Fetch the model again, then load it."),
         )
 
     def read(self, offset: int, memory: memoryview, needed: int) -> None:
@@ -81,7 +89,9 @@ class Shard:
                 count = _read_some(self._file, memory[done:], offset + done)
                 if not count:
                     self.check()
-                    raise CorruptModel(f"{self.path.name} ends within a weight.", "Fetch the model again.")
+                    raise CorruptModel(
+                        msg("{path} ends within a weight.", path=self.path.name), msg("Fetch the model again.")
+                    )
                 done += count
         except OSError as error:
             raise self._failed(error) from error
@@ -105,12 +115,14 @@ class Shard:
         except LowMemError as known:
             return known
         return CorruptModel(
-            f"{self.path.name} cannot be read: {error.strerror}.", "Check the disk; then load the model again."
+            msg("{path} cannot be read: {strerror}.", path=self.path.name, strerror=error.strerror),
+            msg("Check the disk; then load the model again."),
         )
 
     def _gone(self, error: OSError) -> ModelNotFound:
         return ModelNotFound(
-            f"{self.path.name} is not there any more: {error.strerror}.", "Attach its disk, or fetch the model again."
+            msg("{path} is not there any more: {strerror}.", path=self.path.name, strerror=error.strerror),
+            msg("Attach its disk, or fetch the model again."),
         )
 
 

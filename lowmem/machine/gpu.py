@@ -20,6 +20,7 @@ from typing import Any
 from lowmem.machine import processor
 from lowmem.machine.device import Device
 from lowmem.machine.memory_limits import Ram
+from lowmem.messages import msg
 from lowmem.settings import settings
 from lowmem.units import GB
 
@@ -32,7 +33,7 @@ ZEROGPU = Device(
     total_bytes=48 * GB,
     free_bytes=48 * GB,
     dtypes=("bf16", "fp16", "fp32"),
-    note="Attached only while an action runs.",
+    note=msg("Attached only while an action runs."),
 )
 
 
@@ -42,7 +43,9 @@ def gpus() -> tuple[tuple[Device, ...], str]:
         return (ZEROGPU,), ""
     found = _from_nvml() or _from_torch()
     if found and not _torch_reaches_gpus():
-        return (), f"There is an {found[0].name}, but this PyTorch cannot use it: it needs a build with CUDA."
+        return (), msg(
+            "There is an {found}, but this PyTorch cannot use it: it needs a build with CUDA.", found=found[0].name
+        )
     return tuple(sorted(found, key=lambda device: -device.total_bytes)), ""
 
 
@@ -50,7 +53,7 @@ def apple(ram: Ram) -> tuple[Device, ...]:
     """The GPU of an Apple chip, which shares the RAM; empty on other machines."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return ()
-    note = "Shares its memory with everything else that runs."
+    note = msg("Shares its memory with everything else that runs.")
     return (Device("mps", processor.name(), ram.total_bytes, ram.free_bytes, ("fp16", "fp32"), note),)
 
 
@@ -140,7 +143,7 @@ def _device(index: int, name: str, total: int, free: int, capability: tuple[int,
     if capability >= (8, 0):
         return Device(f"cuda:{index}", _clean(name), total, free, ("bf16", "fp16", "fp32"))
     version = ".".join(map(str, capability))
-    note = f"bf16 is not supported: it needs compute capability 8.0, this GPU has {version}."
+    note = msg("bf16 is not supported: it needs compute capability 8.0, this GPU has {version}.", version=version)
     return Device(f"cuda:{index}", _clean(name), total, free, ("fp16", "fp32"), note)
 
 

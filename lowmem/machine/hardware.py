@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.machine.device import CPU, Device
+from lowmem.messages import Message, join, msg
 from lowmem.settings import settings
 from lowmem.units import format_bytes
 
@@ -49,14 +50,26 @@ class Hardware:
         "NVIDIA T4 · 15.6 GB VRAM · 12.7 GB RAM · 2 cores · Colab"."""
         ram = format_bytes(self.cpu.total_bytes)
         if self.device.kind == "cuda":
-            name = self.device.name if len(self.gpus) == 1 else f"{self.device.name} (1 of {len(self.gpus)} GPUs)"
-            memories = [f"{format_bytes(self.device.total_bytes)} VRAM", f"{ram} RAM"]
+            name = (
+                self.device.name
+                if len(self.gpus) == 1
+                else msg("{device} (1 of {gpus} GPUs)", device=self.device.name, gpus=len(self.gpus))
+            )
+            memories = [
+                msg("{total_bytes} VRAM", total_bytes=format_bytes(self.device.total_bytes)),
+                Message("{ram} RAM", ram=ram),
+            ]
         elif self.device.kind == "mps":
-            name, memories = self.device.name, [f"{ram} shared RAM"]
+            name, memories = self.device.name, [msg("{ram} shared RAM", ram=ram)]
         else:
-            name, memories = self.cpu.name, [f"{ram} RAM"]
-        parts = [name, *memories, f"{self.cores} core{'s' * (self.cores != 1)}", _HOSTS.get(self.host, "")]
-        return " · ".join(part for part in parts if part)
+            name, memories = self.cpu.name, [Message("{ram} RAM", ram=ram)]
+        parts = [
+            name,
+            *memories,
+            msg("{cores} core", cores=self.cores) if self.cores == 1 else msg("{cores} cores", cores=self.cores),
+            _HOSTS.get(self.host, ""),
+        ]
+        return join(" · ", (part for part in parts if part))
 
 
 def probe() -> Hardware:
@@ -75,7 +88,7 @@ def probe() -> Hardware:
             total_bytes=ram.total_bytes,
             free_bytes=ram.free_bytes,
             dtypes=processor.dtypes(),
-            note=" ".join(note for note in (processor.note(), gpu_note) if note),
+            note=join(" ", (note for note in (processor.note(), gpu_note) if note)),
         ),
         gpus=gpus or gpu.apple(ram),
         cores=processor.cores(),

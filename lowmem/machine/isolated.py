@@ -31,7 +31,7 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.monitor import PeakMeter
 from lowmem.machine.oom import is_out_of_memory
-from lowmem.messages import packed, unpacked
+from lowmem.messages import msg, packed, unpacked
 from lowmem.settings import without_lent_gpu
 from lowmem.units import format_bytes
 
@@ -43,7 +43,7 @@ TERMINATE_SECONDS = 0.5
 EXIT_SECONDS = 10.0
 """Time for a child to exit after its result, before it is terminated."""
 
-_LESS_MEMORY = "Close other programs, or choose a smaller model, fewer bits or a shorter text."
+_LESS_MEMORY = msg("Close other programs, or choose a smaller model, fewer bits or a shorter text.")
 
 Job = Generator[Step, None, Any]
 
@@ -199,11 +199,16 @@ def _tail(printed: IO[bytes]) -> str:
 def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
     """The error for a child that died without a result: nearly always it was killed for memory."""
     log.warning("a job ended without a result, status %s: %s", status, printed)
-    held = f", when it had used up to {format_bytes(kernel_peak)}" if kernel_peak else ""
+    held = msg(", when it had used up to {kernel_peak}", kernel_peak=format_bytes(kernel_peak)) if kernel_peak else ""
     if status == -9:
-        return OutOfMemory(f"The system killed the job{held}: the machine's memory ran out.", _LESS_MEMORY)
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    return OutOfMemory(f"The job ended without a result ({how}){held}; most likely its memory ran out.", _LESS_MEMORY)
+        return OutOfMemory(
+            msg("The system killed the job{held}: the machine's memory ran out.", held=held), _LESS_MEMORY
+        )
+    how = msg("signal {status}", status=-status) if status < 0 else msg("status {status}", status=status)
+    return OutOfMemory(
+        msg("The job ended without a result ({how}){held}; most likely its memory ran out.", how=how, held=held),
+        _LESS_MEMORY,
+    )
 
 
 def serve(find: Callable[[str], Callable[..., Job]]) -> None:
@@ -248,7 +253,7 @@ def _run(
         if not is_out_of_memory(error):
             return {"bug": traceback.format_exc()}
         held = format_bytes(meter.peak.get("vram") or meter.peak["ram"])
-        return {"error": "OutOfMemory", "message": f"Memory ran out at {held}.", "hint": _LESS_MEMORY}
+        return {"error": "OutOfMemory", "message": msg("Memory ran out at {held}.", held=held), "hint": _LESS_MEMORY}
 
 
 def _claim_output() -> IO[str]:

@@ -20,6 +20,7 @@ from lowmem.machine import gpu, memory_limits
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.memory_limits import process_bytes
+from lowmem.messages import msg
 from lowmem.settings import settings
 from lowmem.units import format_bytes
 
@@ -51,7 +52,7 @@ def snapshot() -> Snapshot:
     )
 
 
-_MEMORY_NAMES = {"ram": "RAM", "vram": "GPU memory"}
+_MEMORY_NAMES = {"ram": "RAM", "vram": msg("GPU memory")}
 _SAMPLE_SECONDS = 0.01
 _lock = threading.RLock()
 _open: list[PeakMeter] = []  # running meters, innermost last; they share the kernel's single high-water mark
@@ -93,7 +94,9 @@ class PeakMeter:
         if self._limits and not self.exceeded:
             self._sample()
         if self.exceeded:
-            raise OutOfMemory(self.exceeded, "Use a shorter context, fewer bits, a smaller batch or a larger budget.")
+            raise OutOfMemory(
+                self.exceeded, msg("Use a shorter context, fewer bits, a smaller batch or a larger budget.")
+            )
 
     def __enter__(self) -> PeakMeter:
         with _lock:
@@ -130,9 +133,12 @@ class PeakMeter:
         for memory, limit in self._limits.items():
             over = used.get(memory, 0) - limit
             if over > 0 and not self.exceeded:
-                self.exceeded = (
-                    f"{format_bytes(used[memory])} of {_MEMORY_NAMES[memory]} in use, "
-                    f"{format_bytes(over)} more than the budget of {format_bytes(limit)}."
+                self.exceeded = msg(
+                    "{used} of {memory_names} in use, {over} more than the budget of {limit}.",
+                    used=format_bytes(used[memory]),
+                    memory_names=_MEMORY_NAMES[memory],
+                    over=format_bytes(over),
+                    limit=format_bytes(limit),
                 )
 
     def _note(self, used: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from lowmem.machine.memory_limits import cpu_quota
+from lowmem.messages import msg
 
 # Instructions that multiply bf16 at least as fast as fp32; without them bf16 is emulated and slower.
 _FAST_BF16 = {"avx512_bf16", "amx_bf16"}
@@ -56,7 +57,7 @@ def note() -> str:
     """A limitation in one sentence, or ""."""
     flags = _flags()
     if "sse2" in flags and "avx2" not in flags:
-        return "This processor has no AVX2: int8 does not run on it, and everything else is slow."
+        return msg("This processor has no AVX2: int8 does not run on it, and everything else is slow.")
     return ""
 
 

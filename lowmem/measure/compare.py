@@ -28,6 +28,7 @@ from lowmem.measure.options import MeasureOptions
 from lowmem.measure.progress import share
 from lowmem.measure.rows import Row, largest_peaks
 from lowmem.measure.variants import Variant, parse_variant
+from lowmem.messages import msg
 from lowmem.models import demo
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
@@ -122,7 +123,7 @@ class Comparison:
         reason = str(error)
         if not isinstance(error, LowMemError):
             log.error("measuring %s failed", variant.name, exc_info=error)
-            reason = f"Unexpected error: {(reason.strip().splitlines() or [''])[-1][:300]}"
+            reason = msg("Unexpected error: {splitlines}", splitlines=(reason.strip().splitlines() or [""])[-1][:300])
         return Row(variant.name, error=reason, seconds=seconds, model=self.spec.ref)
 
     def row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:
@@ -196,7 +197,12 @@ def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int
             step = next(steps)
         except StopIteration as end:
             return end.value
-        yield Step(100 * index + step.done, 100 * count, f"{name} ({index + 1} of {count}): {step.note}", "%")
+        yield Step(
+            100 * index + step.done,
+            100 * count,
+            msg("{name} ({index} of {count}): {note}", name=name, index=index + 1, count=count, note=step.note),
+            "%",
+        )
 
 
 def with_perplexity_change(row: Row, reference: Row) -> Row:
@@ -214,7 +220,9 @@ def caveats(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterato
     ):
         yield warning
     if methods and spec.source.detail == demo.DETAIL:
-        yield "The source was 4-bit with groups of 32, which the same grouping restores: compare at groups of 64 or 128."
+        yield msg(
+            "The source was 4-bit with groups of 32, which the same grouping restores: compare at groups of 64 or 128."
+        )
 
 
 def _receipt(

@@ -27,12 +27,13 @@ from lowmem.generate.decoding import decoder_config, no_check
 from lowmem.measure.perplexity import Perplexity
 from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
+from lowmem.messages import msg
 from lowmem.units import format_bytes
 
 STEPS_PER_NAT = 2048
 _LARGEST_CODE = 2**16 - 1
 
-_LESS_TEXT = "Free up space, or measure fewer tokens."
+_LESS_TEXT = msg("Free up space, or measure fewer tokens.")
 
 
 def reference_bytes(tokens: int, vocabulary: int) -> int:
@@ -51,7 +52,11 @@ class Reference:
         needed, free = reference_bytes(passage.scored, vocabulary), shutil.disk_usage(path.parent).free
         if needed > free:
             raise DiskFull(
-                f"The reference's predictions take {format_bytes(needed)}, but only {format_bytes(free)} of the disk are free.",
+                msg(
+                    "The reference's predictions take {needed}, but only {free} of the disk are free.",
+                    needed=format_bytes(needed),
+                    free=format_bytes(free),
+                ),
                 _LESS_TEXT,
             )
         self._file = path.open("wb")
@@ -67,7 +72,7 @@ class Reference:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise DiskFull("The disk ran full while writing the reference's predictions.", _LESS_TEXT) from error
+            raise DiskFull(msg("The disk ran full while writing the reference's predictions."), _LESS_TEXT) from error
 
     def close(self) -> None:
         self._file.close()
@@ -90,14 +95,18 @@ class Divergence:
         if header["vocabulary"] != vocabulary:
             self.close()
             raise BadInput(
-                f"The model's vocabulary has {vocabulary:,} tokens, but the reference's has {header['vocabulary']:,}.",
-                "Compare variants of the same model.",
+                msg(
+                    "The model's vocabulary has {vocabulary:,} tokens, but the reference's has {reference:,}.",
+                    vocabulary=vocabulary,
+                    reference=header["vocabulary"],
+                ),
+                msg("Compare variants of the same model."),
             )
         if header["identity"] != passage.identity:
             self.close()
             raise BadInput(
-                "The model's tokenizer splits the text differently from the reference's.",
-                "Compare variants of the same model.",
+                msg("The model's tokenizer splits the text differently from the reference's."),
+                msg("Compare variants of the same model."),
             )
         self._row = _row_type(vocabulary)
 

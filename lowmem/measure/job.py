@@ -12,6 +12,7 @@ from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.progress import share
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
@@ -79,9 +80,16 @@ def _refuse_if_over(plan: Plan, predicted: dict[str, int]) -> None:
         if (peak := predicted[estimate.memory]) > estimate.limit:
             over = format_bytes(peak - estimate.limit)
             raise DoesNotFit(
-                f"Measuring {plan.spec.name} in {plan.precision} needs {format_bytes(peak)} of {estimate.memory.upper()}, "
-                f"{over} more than the budget of {format_bytes(estimate.limit)}.",
-                "Choose fewer bits, a shorter window or a smaller model.",
+                msg(
+                    "Measuring {model} in {precision} needs {peak} of {memory}, {over} more than the budget of {limit}.",
+                    model=plan.spec.name,
+                    precision=plan.precision,
+                    peak=format_bytes(peak),
+                    memory=estimate.memory.upper(),
+                    over=over,
+                    limit=format_bytes(estimate.limit),
+                ),
+                msg("Choose fewer bits, a shorter window or a smaller model."),
             )
 
 
@@ -95,8 +103,8 @@ def load_exactly(session: Session, plan: Plan) -> Iterator[Step | Receipt]:
     found = session.plan
     if found is None or (found.spec.ref, found.precision) != (plan.spec.ref, plan.precision):
         raise OutOfMemory(
-            f"Memory ran out while loading {plan.spec.name} in {plan.precision}.",
-            "Close other programs, or choose fewer bits.",
+            msg("Memory ran out while loading {model} in {precision}.", model=plan.spec.name, precision=plan.precision),
+            msg("Close other programs, or choose fewer bits."),
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 from lowmem.units import MB
@@ -23,22 +24,22 @@ class MeasureOptions:
 
     tokens: int = option(
         4096,
-        "Tokens of text",
-        "More tokens make the results more precise and take longer.",
+        msg("Tokens of text"),
+        msg("More tokens make the results more precise and take longer."),
         low=16,
         high=1_000_000,
         step=256,
     )
-    window: int = option(1024, "Window", "Tokens per forward pass.", low=2, high=131_072, step=128)
+    window: int = option(1024, msg("Window"), msg("Tokens per forward pass."), low=2, high=131_072, step=128)
     stride: int = option(
-        512, "Stride", "Tokens between the starts of two windows; fewer give each token more context and take longer.",
+        512, msg('Stride'), msg('Tokens between the starts of two windows; fewer give each token more context and take longer.'),
         low=1, high=131_071, step=128,
     )  # fmt: skip
     prompt_tokens: int = option(
-        256, "Prompt tokens", "Length of the prompt used to measure prefill speed.", low=8, high=8192
+        256, msg("Prompt tokens"), msg("Length of the prompt used to measure prefill speed."), low=8, high=8192
     )
-    new_tokens: int = option(32, "New tokens", "Tokens generated to measure decode speed.", low=2, high=4096)
-    runs: int = option(3, "Runs", "The speed is the median of this many runs.", low=1, high=100)
+    new_tokens: int = option(32, msg("New tokens"), msg("Tokens generated to measure decode speed."), low=2, high=4096)
+    runs: int = option(3, msg("Runs"), msg("The speed is the median of this many runs."), low=1, high=100)
 
 
 def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:

@@ -14,6 +14,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import no_check
 from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
+from lowmem.messages import msg
 
 
 @dataclass(slots=True)
@@ -33,8 +34,10 @@ class Perplexity:
         self.tokens += len(segment.targets)
         if math.isnan(self.nll):
             raise CorruptModel(
-                f"The model produced NaN logits within the first {self.tokens:,} tokens of the text.",
-                "Choose another precision, such as fp32. If that does not help, the weights are damaged.",
+                msg(
+                    "The model produced NaN logits within the first {tokens:,} tokens of the text.", tokens=self.tokens
+                ),
+                msg("Choose another precision, such as fp32. If that does not help, the weights are damaged."),
             )
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from lowmem.errors import BadInput
+from lowmem.messages import msg
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,5 +103,8 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise BadInput(f"{path} cannot be written: {error.strerror}.", "Choose a path in an existing folder.") from None
+        raise BadInput(
+            msg("{path} cannot be written: {strerror}.", path=path, strerror=error.strerror),
+            msg("Choose a path in an existing folder."),
+        ) from None
     return path

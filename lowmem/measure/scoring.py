@@ -21,6 +21,7 @@ from lowmem.generate.decoding import cancellable, decoder_config, no_check
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 from lowmem.measure.windows import Passage, Window
+from lowmem.messages import msg
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def score(
         check: called before every window; may raise.
         segment_bytes: upper limit of the fp32 logits of a segment.
     """
-    yield Step(0, len(passage.ids), "Scoring the text", "tokens")
+    yield Step(0, len(passage.ids), msg("Scoring the text"), "tokens")
     rows = max(1, segment_bytes // (4 * decoder_config(model).vocab_size))
     with cancellable(list(model.modules()), cancel):
         for window in passage.windows():
@@ -67,7 +68,7 @@ def score(
                 segment, targets = Segment(log_probs, targets[:count]), targets[count:]
                 for consumer in consumers:
                     consumer.add(segment)
-            yield Step(window.end, len(passage.ids), "Scoring the text", "tokens")
+            yield Step(window.end, len(passage.ids), msg("Scoring the text"), "tokens")
 
 
 def _device(model: Any) -> torch.device:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.runtime.session import Session
 
 
@@ -34,12 +35,12 @@ def measure_speed(
     options = GenerateOptions(max_new_tokens=new_tokens, greedy=True)
     receipts: list[Receipt] = []
     for run in range(runs):
-        yield Step(run, runs, f"Measuring speed, run {run + 1} of {runs}", "runs")
+        yield Step(run, runs, msg("Measuring speed, run {run} of {runs}", run=run + 1, runs=runs), "runs")
         for event in session.generate(prompt, options, cancel, raw=True):
             if isinstance(event, Receipt):
                 receipts.append(event)
         cancel.check()  # generation that is stopped after its first token does not raise
-    yield Step(runs, runs, "Speed measured", "runs")
+    yield Step(runs, runs, msg("Speed measured"), "runs")
     return Speed(
         prefill_tps=statistics.median(receipt.prefill_tps for receipt in receipts),
         decode_tps=statistics.median(receipt.decode_tps for receipt in receipts),

@@ -12,6 +12,7 @@ from lowmem.datasets.texts import NAMES
 from lowmem.errors import BadInput
 from lowmem.fields import build
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.messages import msg
 from lowmem.precisions import PRECISIONS
 from lowmem.quant import get
 from lowmem.quant.base import Options
@@ -73,7 +74,7 @@ def parse_variant(text: str) -> Variant:
     numbers = [part for part in parts if "=" not in part]
     pairs = [part.partition("=") for part in parts if "=" in part]
     if method not in quant.METHODS or len(numbers) > len(_NUMBERS):
-        raise BadInput(f"There is no variant {text.strip()[:40]!r}.", _hint())
+        raise BadInput(msg("There is no variant {text!r}.", text=text.strip()[:40]), _hint())
     named = {name: value for name, _, value in pairs}
     return make_variant(method, dict(zip(_NUMBERS, numbers, strict=False)) | named)
 
@@ -89,7 +90,10 @@ def make_variant(method: str, settings: Mapping[str, Any]) -> Variant:
     options.check()
     calibration = build(Calibration, {name: settings[name] for name in _CALIBRATION if name in settings})
     if calibration.text not in NAMES:
-        raise BadInput(f"There is no calibration text {calibration.text[:40]!r}.", f"Choose one of {', '.join(NAMES)}.")
+        raise BadInput(
+            msg("There is no calibration text {text!r}.", text=calibration.text[:40]),
+            msg("Choose one of {names}.", names=", ".join(NAMES)),
+        )
     non_default = (*_non_default(options, _NUMBERS), *(_non_default(calibration) if get(method).calibrated else ()))
     name = ":".join(
         [method, str(options.bits), str(options.group_size), *(f"{key}={_format(v)}" for key, v in non_default)]
@@ -108,9 +112,10 @@ def _format(value: Any) -> str:
 
 
 def _hint() -> str:
-    return (
-        f"Write one of {', '.join(PRECISIONS)}, or METHOD:BITS:GROUP with a method of {', '.join(quant.METHODS)}, like "
-        "gptq:4:64 or gptq:4:64:symmetric=true."
+    return msg(
+        "Write one of {precisions}, or METHOD:BITS:GROUP with a method of {methods}, like gptq:4:64 or gptq:4:64:symmetric=true.",
+        precisions=", ".join(PRECISIONS),
+        methods=", ".join(quant.METHODS),
     )
 
 
@@ -123,5 +128,5 @@ def parse_variants(texts: str | Iterable[str]) -> list[Variant]:
     words = texts.split(",") if isinstance(texts, str) else list(texts)
     variants = [parse_variant(word) for word in words if word.strip()]
     if not variants:
-        raise BadInput("There are no variants to compare.", _hint())
+        raise BadInput(msg("There are no variants to compare."), _hint())
     return list(dict.fromkeys(variants))

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
+from lowmem.messages import msg
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,22 @@ class Passage:
     def __post_init__(self) -> None:
         if not 1 <= self.stride < self.window:
             raise BadInput(
-                f"A stride of {self.stride:,} does not work with windows of {self.window:,} tokens.",
-                f"Use a stride from 1 to {max(1, self.window - 1):,}.",
+                msg(
+                    "A stride of {stride:,} does not work with windows of {window:,} tokens.",
+                    stride=self.stride,
+                    window=self.window,
+                ),
+                msg("Use a stride from 1 to {difference:,}.", difference=max(1, self.window - 1)),
             )
         if len(self.prefix) >= self.window:
-            raise BadInput(f"A window of {self.window:,} tokens has no room for text.", "Use a larger window.")
+            raise BadInput(
+                msg("A window of {window:,} tokens has no room for text.", window=self.window),
+                msg("Use a larger window."),
+            )
         if self.scored < 1:
-            raise BadInput(f"The text has {len(self.ids):,} tokens, too few to measure.", "Use a longer text.")
+            raise BadInput(
+                msg("The text has {ids:,} tokens, too few to measure.", ids=len(self.ids)), msg("Use a longer text.")
+            )
 
     @property
     def scored(self) -> int:

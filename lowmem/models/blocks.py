@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.errors import Unsupported
+from lowmem.messages import msg
 
 Config = Mapping[str, Any]
 
@@ -142,12 +143,16 @@ def refusal(config: Config) -> str | None:
     """Why this model cannot be processed block by block, None if it can."""
     model_type = str(config.get("model_type") or "")
     if isinstance(config.get("quantization_config"), Mapping):
-        method = str(config["quantization_config"].get("quant_method") or "an unknown method")
-        return f"The model is already quantized with {method}."
+        method = str(config["quantization_config"].get("quant_method") or msg("an unknown method"))
+        return msg("The model is already quantized with {method}.", method=method)
     if model_type not in _FAMILIES:
-        return f"Models of type {model_type!r} cannot be processed block by block yet; {', '.join(FAMILIES)} can."
+        return msg(
+            "Models of type {model_type!r} cannot be processed block by block yet; {families} can.",
+            model_type=model_type,
+            families=", ".join(FAMILIES),
+        )
     if config.get("add_cross_attention"):
-        return "The model has cross-attention, which needs an encoder's output."
+        return msg("The model has cross-attention, which needs an encoder's output.")
     return None
 
 
@@ -158,7 +163,7 @@ def block_layout(config: Config) -> Layout:
         Unsupported: with the sentence of `refusal`.
     """
     if problem := refusal(config):
-        raise Unsupported(problem, "Choose the original weights of a model of one of these families.")
+        raise Unsupported(problem, msg("Choose the original weights of a model of one of these families."))
     layout = _FAMILIES[config["model_type"]]
     count = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     heads = config.get("num_attention_heads")

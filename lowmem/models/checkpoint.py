@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from lowmem.errors import CorruptModel
+from lowmem.messages import msg
 from lowmem.models.describe import weight_files
 from lowmem.models.files import LocalFile, LocalFolder
 from lowmem.models.safetensors_header import read_header
@@ -164,8 +165,13 @@ class _OpenFile:
     def _changed(self) -> CorruptModel:
         size = os.fstat(self._file.fileno()).st_size
         return CorruptModel(
-            f"{self._path.name} changed while it was read: it had {self._state[0]:,} bytes and has {size:,} now.",
-            "Fetch the model again.",
+            msg(
+                "{path} changed while it was read: it had {state:,} bytes and has {size:,} now.",
+                path=self._path.name,
+                state=self._state[0],
+                size=size,
+            ),
+            msg("Fetch the model again."),
         )
 
     def close(self) -> None:

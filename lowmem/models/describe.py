@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, Unsupported
+from lowmem.messages import msg
 from lowmem.models.config import check_supported, read_shape
 from lowmem.models.files import Files, Ranged, fingerprint, read_object
 from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
@@ -48,7 +49,10 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
         Unsupported: not a causal model that lowmem runs.
     """
     if CONFIG not in files.names:
-        raise ModelNotFound(f"{files.owner} has no config.json.{_other_formats(files.names)}", "Choose another model.")
+        raise ModelNotFound(
+            msg("{owner} has no config.json.{names}", owner=files.owner, names=_other_formats(files.names)),
+            msg("Choose another model."),
+        )
     config = read_object(files, CONFIG)
     check_supported(config, source.name, encoders)
     shape = read_shape(config, source.name)
@@ -77,7 +81,10 @@ def _describe_exported(files: Files, source: ModelSource, shape: dict[str, Any])
         tensors = tuple(Tensor(n, dtype, tuple(dims), size) for n, dtype, dims, size in manifest["model_tensors"])
         precision, size = str(manifest["precision"]), sum(map(int, manifest["files"].values()))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise CorruptModel(f"{MANIFEST} of {files.owner} is damaged.", "Export the model again.") from None
+        raise CorruptModel(
+            msg("{manifest} of {owner} is damaged.", manifest=MANIFEST, owner=files.owner),
+            msg("Export the model again."),
+        ) from None
     licence = str(manifest.get("licence") or "")
     return ModelSpec(
         source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files)), licence=licence),
@@ -99,7 +106,10 @@ def describe_gguf(file: Ranged, source: ModelSource) -> ModelSpec:
     arch = gguf.metadata.get("general.architecture")
     if arch not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
-        raise Unsupported(f"{source.name} is a GGUF file of architecture {arch!r}.", f"These can be used: {known}.")
+        raise Unsupported(
+            msg("{source} is a GGUF file of architecture {arch!r}.", source=source.name, arch=arch),
+            msg("These can be used: {known}.", known=known),
+        )
     licence = source.licence or str(gguf.metadata.get("general.license") or "")
     return ModelSpec(
         source=dataclasses.replace(source, licence=licence),
@@ -133,26 +143,50 @@ def weight_files(files: Files) -> tuple[str, ...]:
         shards = sorted(set(map(str, _weight_map(files).values())))
         # These names become paths when the shards are downloaded or opened.
         if strange := [shard for shard in shards if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", shard)]:
-            raise CorruptModel(f"{INDEX} of {files.owner} names the file {strange[0][:80]!r}.", "Choose another model.")
+            raise CorruptModel(
+                msg(
+                    "{index} of {owner} names the file {strange!r}.",
+                    index=INDEX,
+                    owner=files.owner,
+                    strange=strange[0][:80],
+                ),
+                msg("Choose another model."),
+            )
         if missing := [shard for shard in shards if shard not in files.names]:
             raise CorruptModel(
-                f"{len(missing)} of {len(shards)} weight files of {files.owner} are missing, first {missing[0][:80]!r}.",
-                "Fetch the model again.",
+                msg(
+                    "{missing} of {shards} weight files of {owner} are missing, first {missing2!r}.",
+                    missing=len(missing),
+                    shards=len(shards),
+                    owner=files.owner,
+                    missing2=missing[0][:80],
+                ),
+                msg("Fetch the model again."),
             )
         return tuple(shards)
     if "model.safetensors" in files.names:
         return ("model.safetensors",)
     if "adapter_model.safetensors" in files.names:
-        raise Unsupported(f"{files.owner} is a LoRA adapter, not a complete model.", "Choose its base model.")
+        raise Unsupported(
+            msg("{owner} is a LoRA adapter, not a complete model.", owner=files.owner), msg("Choose its base model.")
+        )
     if any(name.endswith(".safetensors") for name in files.names):
-        raise CorruptModel(f"{files.owner} has safetensors files but no {INDEX}.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("{owner} has safetensors files but no {index}.", owner=files.owner, index=INDEX),
+            msg("Fetch the model again."),
+        )
     if pickles := sorted(name for name in files.names if name.endswith(_PICKLES) and name != "training_args.bin"):
         raise UnsafeModel(
-            f"{files.owner} has its weights only as pickle files ({pickles[0]}), which can run code when opened.",
-            "Choose a model with safetensors weights.",
+            msg(
+                "{owner} has its weights only as pickle files ({pickles}), which can run code when opened.",
+                owner=files.owner,
+                pickles=pickles[0],
+            ),
+            msg("Choose a model with safetensors weights."),
         )
     raise ModelNotFound(
-        f"{files.owner} has a config.json but no weights.{_other_formats(files.names)}", "Choose another model."
+        msg("{owner} has a config.json but no weights.{names}", owner=files.owner, names=_other_formats(files.names)),
+        msg("Choose another model."),
     )
 
 
@@ -168,17 +202,24 @@ def has_chat_template(files: Files) -> bool:
 def _weight_map(files: Files) -> dict[str, Any]:
     weight_map = read_object(files, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptModel(f"{INDEX} of {files.owner} has no weight_map.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("{index} of {owner} has no weight_map.", index=INDEX, owner=files.owner), msg("Fetch the model again.")
+        )
     return weight_map
 
 
 def _check_inventory(files: Files, tensors: tuple[Tensor, ...]) -> None:
     if not tensors:
-        raise CorruptModel(f"The weight files of {files.owner} contain no tensors.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("The weight files of {owner} contain no tensors.", owner=files.owner), msg("Fetch the model again.")
+        )
     if INDEX in files.names and (lost := _weight_map(files).keys() - {tensor.name for tensor in tensors}):
-        raise CorruptModel(f"No weight file of {files.owner} contains {min(lost)[:80]!r}.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("No weight file of {owner} contains {lost!r}.", owner=files.owner, lost=min(lost)[:80]),
+            msg("Fetch the model again."),
+        )
 
 
 def _other_formats(names: Collection[str]) -> str:
     gguf = sorted(name for name in names if name.endswith(".gguf"))
-    return f" It has GGUF files: name one, such as {gguf[0]}." if gguf else ""
+    return msg(" It has GGUF files: name one, such as {gguf}.", gguf=gguf[0]) if gguf else ""

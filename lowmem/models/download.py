@@ -21,6 +21,7 @@ from typing import BinaryIO
 from lowmem.background import interruptible
 from lowmem.errors import CorruptModel, DiskFull, Offline
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg
 from lowmem.models import hub
 from lowmem.models.hub import RemoteFile, Repository
 from lowmem.units import format_bytes
@@ -50,7 +51,7 @@ def download(repository: Repository, names: Iterable[str], folder: Path, cancel:
     done = 0
     for file in files:
         for position in _download_file(repository, file, folder, cancel):
-            yield Step(done + position, total, f"Fetching {file.name}", "B")
+            yield Step(done + position, total, msg("Fetching {file}", file=file.name), "B")
         done += file.size
 
 
@@ -59,12 +60,18 @@ def ensure_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise _disk_full(
-            f"{what} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free in {folder.parent}."
+            msg(
+                "{what} needs {needed} of disk, {free} are free in {parent}.",
+                what=what,
+                needed=format_bytes(needed),
+                free=format_bytes(free),
+                parent=folder.parent,
+            )
         )
 
 
 def _disk_full(message: str) -> DiskFull:
-    return DiskFull(message, "Free some space, or set LOWMEM_HOME to a folder on a larger disk.")
+    return DiskFull(message, msg("Free some space, or set LOWMEM_HOME to a folder on a larger disk."))
 
 
 def _bytes_present(folder: Path, file: RemoteFile) -> int:
@@ -87,11 +94,16 @@ def _download_file(repository: Repository, file: RemoteFile, folder: Path, cance
         if error.errno not in _FULL:
             raise
         size = format_bytes(file.size)
-        raise _disk_full(f"The disk is full: {file.name} needs {size} in {folder.parent}.") from error
+        raise _disk_full(
+            msg("The disk is full: {file} needs {size} in {parent}.", file=file.name, size=size, parent=folder.parent)
+        ) from error
     if not partial.is_complete():
         part.unlink()
         raise CorruptModel(
-            f"{file.name} of {repository.repo} does not match the hub's hash; it was deleted.", "Fetch it again."
+            msg(
+                "{file} of {repo} does not match the hub's hash; it was deleted.", file=file.name, repo=repository.repo
+            ),
+            msg("Fetch it again."),
         )
     part.replace(final)
     yield file.size
@@ -112,12 +124,19 @@ def _receive(repository: Repository, file: RemoteFile, partial: _PartialFile, ca
             if failures >= ATTEMPTS:
                 received, size = format_bytes(partial.position), format_bytes(file.size)
                 raise Offline(
-                    f"{error.message} {received} of {size} of {file.name} are kept.", "Fetch again to resume."
+                    msg(
+                        "{message} {received} of {size} of {file} are kept.",
+                        message=error.message,
+                        received=received,
+                        size=size,
+                        file=file.name,
+                    ),
+                    msg("Fetch again to resume."),
                 ) from error
             cancel.wait(RETRY_SECONDS)
             continue
         if partial.position <= before:
-            raise CorruptModel(f"The hub sends no content for {file.name}.", "Try again later.")
+            raise CorruptModel(msg("The hub sends no content for {file}.", file=file.name), msg("Try again later."))
 
 
 class _PartialFile:
@@ -149,8 +168,12 @@ class _PartialFile:
             self._drop()
         if self.position + len(chunk) > self._file.size:
             raise CorruptModel(
-                f"The hub sends more than the {self._file.size:,} bytes that it lists for {self._file.name}.",
-                "Try again later.",
+                msg(
+                    "The hub sends more than the {size:,} bytes that it lists for {file}.",
+                    size=self._file.size,
+                    file=self._file.name,
+                ),
+                msg("Try again later."),
             )
         self._out.write(chunk)
         self._hash.update(chunk)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lowmem.background import locked, stoppable
 from lowmem.errors import BadInput, CorruptModel, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg
 from lowmem.models import demo, hub
 from lowmem.models.convert_gguf import convert
 from lowmem.models.describe import CONFIG, describe, model_files, weight_files
@@ -39,7 +40,7 @@ from lowmem.models.spec import ModelSource, ModelSpec
 from lowmem.models.tokenizer_files import check_tokenizer
 from lowmem.settings import settings
 
-_BUSY = "Waiting for another download of the same model"
+_BUSY = msg("Waiting for another download of the same model")
 
 Fetching = Generator[Step, None, Path]
 Record = dict[str, Any]
@@ -86,7 +87,14 @@ def _check_plan(planned: ModelSpec, folder: Path) -> Iterator[Step]:
     found = describe(LocalFolder(folder), planned.source, encoders=True)
     if replace(found, source=planned.source) != planned:
         raise _changed(planned.source)
-    yield Step(0, 0, f"The files of {planned.name} have changed since it was planned: loading them as they are now")
+    yield Step(
+        0,
+        0,
+        msg(
+            "The files of {planned} have changed since it was planned: loading them as they are now",
+            planned=planned.name,
+        ),
+    )
 
 
 def _planned_folder(planned: ModelSource) -> Path | None:
@@ -96,7 +104,8 @@ def _planned_folder(planned: ModelSource) -> Path | None:
 
 def _changed(planned: ModelSource) -> BadInput:
     return BadInput(
-        f"The files of {planned.name} have changed since it was planned.", "Plan it again before loading it."
+        msg("The files of {planned} have changed since it was planned.", planned=planned.name),
+        msg("Plan it again before loading it."),
     )
 
 

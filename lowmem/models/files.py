@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowmem.errors import CorruptModel, ModelNotFound
+from lowmem.messages import msg
 
 MAX_TEXT = 64 * 2**20
 """Size limit in bytes of files that are read into memory as a whole, such as an index or a tokenizer."""
@@ -66,7 +67,7 @@ class LocalFile:
         try:
             self.size = path.stat().st_size
         except OSError:
-            raise ModelNotFound(f"There is no file {path}.", "Check the path.") from None
+            raise ModelNotFound(msg("There is no file {path}.", path=path), msg("Check the path.")) from None
 
     def read(self, offset: int, length: int) -> bytes:
         with self.path.open("rb") as file:
@@ -100,12 +101,20 @@ class LocalFolder:
         try:
             self.names: Collection[str] = {entry.name for entry in folder.iterdir() if entry.is_file()}
         except OSError:
-            raise ModelNotFound(f"There is no folder {folder}.", "Check the path.") from None
+            raise ModelNotFound(msg("There is no folder {folder}.", folder=folder), msg("Check the path.")) from None
 
     def read(self, name: str) -> bytes:
         path = self.folder / name
         if path.stat().st_size > MAX_TEXT:
-            raise CorruptModel(f"{name} of {self.owner} is larger than {MAX_TEXT:,} bytes.", "Choose another model.")
+            raise CorruptModel(
+                msg(
+                    "{name} of {owner} is larger than {max_text:,} bytes.",
+                    name=name,
+                    owner=self.owner,
+                    max_text=MAX_TEXT,
+                ),
+                msg("Choose another model."),
+            )
         return path.read_bytes()
 
     def ranged(self, name: str) -> LocalFile:
@@ -117,7 +126,7 @@ class LocalFolder:
 
 def read_object(files: Files, name: str) -> dict[str, Any]:
     """Read a small file that contains a JSON object."""
-    return parse_object(files.read(name), f"{name} of {files.owner}")
+    return parse_object(files.read(name), msg("{name} of {owner}", name=name, owner=files.owner))
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -127,12 +136,20 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise CorruptModel(f"{what} is not a JSON object.", "Fetch the model again, or choose another.")
+        raise CorruptModel(
+            msg("{what} is not a JSON object.", what=what), msg("Fetch the model again, or choose another.")
+        )
     return value
 
 
 def ends_early(file: Ranged, needed: int) -> CorruptModel:
     """The error for a file that is shorter than its header says."""
     return CorruptModel(
-        f"{file.name} is truncated: it has {file.size:,} bytes, its header needs {needed:,}.", "Fetch the model again."
+        msg(
+            "{file} is truncated: it has {size:,} bytes, its header needs {needed:,}.",
+            file=file.name,
+            size=file.size,
+            needed=needed,
+        ),
+        msg("Fetch the model again."),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import CorruptModel, Unsupported
+from lowmem.messages import msg
 from lowmem.models.files import Ranged, ends_early
 from lowmem.models.spec import Tensor
 
@@ -95,7 +96,9 @@ def read_gguf(file: Ranged) -> Gguf:
     try:
         return _parse(_Cursor(file))
     except (struct.error, UnicodeDecodeError, OverflowError):
-        raise CorruptModel(f"{file.name} is not a valid GGUF file.", "Fetch the model again.") from None
+        raise CorruptModel(
+            msg("{file} is not a valid GGUF file.", file=file.name), msg("Fetch the model again.")
+        ) from None
 
 
 class _Cursor:
@@ -130,7 +133,10 @@ class _Cursor:
     def count(self, what: str) -> int:
         value: int = self.number("Q")
         if value > _MAX_ENTRIES:
-            raise CorruptModel(f"{self.file.name} claims to contain {value:,} {what}.", "Fetch the model again.")
+            raise CorruptModel(
+                msg("{file} claims to contain {value:,} {what}.", file=self.file.name, value=value, what=what),
+                msg("Fetch the model again."),
+            )
         return value
 
     def text(self) -> str:
@@ -142,38 +148,45 @@ class _Cursor:
             return self.text()
         if kind != _ARRAY:
             return self.number(self._scalar(kind))
-        inner, length = self.number("I"), self.count("array entries")
+        inner, length = self.number("I"), self.count(msg("array entries"))
         if inner == _STRING:
             for _ in range(length):
                 self.skip(self.number("Q"))
         elif inner == _ARRAY:
-            raise Unsupported(f"{self.file.name} holds nested arrays.", "Choose another file.")
+            raise Unsupported(msg("{file} holds nested arrays.", file=self.file.name), msg("Choose another file."))
         else:
             self.skip(length * struct.calcsize("<" + self._scalar(inner)))
         return length
 
     def _scalar(self, kind: int) -> str:
         if kind not in _SCALARS:
-            raise CorruptModel(f"{self.file.name} has a value of unknown type {kind}.", "Fetch the model again.")
+            raise CorruptModel(
+                msg("{file} has a value of unknown type {kind}.", file=self.file.name, kind=kind),
+                msg("Fetch the model again."),
+            )
         return _SCALARS[kind]
 
 
 def _parse(cursor: _Cursor) -> Gguf:
     name = cursor.file.name
     if cursor.file.size < 24 or cursor.take(4) != b"GGUF":
-        raise CorruptModel(f"{name} is not a GGUF file.", "Check the path, or fetch it again.")
+        raise CorruptModel(msg("{name} is not a GGUF file.", name=name), msg("Check the path, or fetch it again."))
     version = cursor.number("I")
     if version not in (2, 3):
         raise Unsupported(
-            f"{name} is GGUF version {version}; only versions 2 and 3 are supported.", "Choose a newer file."
+            msg("{name} is GGUF version {version}; only versions 2 and 3 are supported.", name=name, version=version),
+            msg("Choose a newer file."),
         )
-    tensor_count, value_count = cursor.count("tensors"), cursor.count("metadata values")
+    tensor_count, value_count = cursor.count("tensors"), cursor.count(msg("metadata values"))
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
         key = cursor.text()
         metadata[key] = cursor.value(cursor.number("I"))
     if metadata.get("split.count", 1) > 1:
-        raise Unsupported(f"{name} is one of {metadata['split.count']} parts.", "Choose a GGUF in a single file.")
+        raise Unsupported(
+            msg("{name} is one of {splitcount} parts.", name=name, splitcount=metadata["split.count"]),
+            msg("Choose a GGUF in a single file."),
+        )
     entries = [_tensor(cursor) for _ in range(tensor_count)]
     alignment = int(metadata.get("general.alignment") or 32)
     start = -(-cursor.position // alignment) * alignment
@@ -187,17 +200,29 @@ def _tensor(cursor: _Cursor) -> tuple[Tensor, int]:
     """A tensor and its offset in the data section. GGUF lists the fastest-varying dimension first."""
     name, dimensions = cursor.text(), cursor.number("I")
     if dimensions > 8:
-        raise CorruptModel(f"{cursor.file.name}: {name} has {dimensions} dimensions.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("{file}: {name} has {dimensions} dimensions.", file=cursor.file.name, name=name, dimensions=dimensions),
+            msg("Fetch the model again."),
+        )
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in TYPES:
-        raise Unsupported(f"{cursor.file.name}: {name} has the unknown type {kind}.", "Choose another file.")
+        raise Unsupported(
+            msg("{file}: {name} has the unknown type {kind}.", file=cursor.file.name, name=name, kind=kind),
+            msg("Choose another file."),
+        )
     dtype, block, block_bytes = TYPES[kind]
     tensor = Tensor(_transformers_name(name), dtype, shape, 0)
     if tensor.elements % block:
         raise CorruptModel(
-            f"{cursor.file.name}: {name} has {tensor.elements:,} elements, not whole blocks of {block}.",
-            "Fetch the model again.",
+            msg(
+                "{file}: {name} has {elements:,} elements, not whole blocks of {block}.",
+                file=cursor.file.name,
+                name=name,
+                elements=tensor.elements,
+                block=block,
+            ),
+            msg("Fetch the model again."),
         )
     return Tensor(tensor.name, dtype, shape, tensor.elements // block * block_bytes), offset
 

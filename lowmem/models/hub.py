@@ -23,6 +23,7 @@ from urllib.parse import quote
 import httpx
 
 from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
+from lowmem.messages import msg
 from lowmem.models.files import MAX_TEXT, ends_early, parse_object
 from lowmem.settings import settings
 from lowmem.version import __version__
@@ -107,12 +108,14 @@ def repository(repo: str, revision: str = "main") -> Repository:
     """
     url = f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
     with _request(repo, url) as response:
-        data = parse_object(_body(response, url), f"The hub's description of {repo}")
+        data = parse_object(_body(response, url), msg("The hub's description of {repo}", repo=repo))
     try:
         files = {file.name: file for file in map(_remote_file, data["siblings"])}
         commit = str(data["sha"])
     except (KeyError, TypeError, ValueError):
-        raise CorruptModel(f"The hub's description of {repo} cannot be read.", "Try again later.") from None
+        raise CorruptModel(
+            msg("The hub's description of {repo} cannot be read.", repo=repo), msg("Try again later.")
+        ) from None
     return Repository(repo, commit, files, _licence(data), bool(data.get("gated")))
 
 
@@ -183,7 +186,9 @@ def _request(repo: str, url: str, headers: Mapping[str, str] | None = None) -> I
     """GET a path of the hub; every failure is raised as a `LowMemError`."""
     now = settings()
     if now.hub_offline:
-        raise Offline("HF_HUB_OFFLINE is set, so the hub is not contacted.", "Unset it, or choose a local model.")
+        raise Offline(
+            msg("HF_HUB_OFFLINE is set, so the hub is not contacted."), msg("Unset it, or choose a local model.")
+        )
     authorization = {"Authorization": f"Bearer {now.hub_token}"} if now.hub_token else {}
     try:
         with _client().stream("GET", now.hub_endpoint + url, headers={**authorization, **(headers or {})}) as response:
@@ -191,7 +196,10 @@ def _request(repo: str, url: str, headers: Mapping[str, str] | None = None) -> I
                 raise _refusal(repo, response)
             yield response
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Offline(f"{now.hub_endpoint} cannot be reached ({_short(error)}).", "Check the connection.") from error
+        raise Offline(
+            msg("{hub_endpoint} cannot be reached ({error}).", hub_endpoint=now.hub_endpoint, error=_short(error)),
+            msg("Check the connection."),
+        ) from error
 
 
 @functools.cache
@@ -207,20 +215,23 @@ def _refusal(repo: str, response: httpx.Response) -> LowMemError:
     page = f"{settings().hub_endpoint}/{repo}"
     if code == "GatedRepo" or (status == 403 and code != "RepoNotFound"):
         hint = (
-            f"Accept it at {page} with the account of your HF_TOKEN."
+            msg("Accept it at {page} with the account of your HF_TOKEN.", page=page)
             if settings().hub_token
-            else f"Accept it at {page} and set HF_TOKEN to your token."
+            else msg("Accept it at {page} and set HF_TOKEN to your token.", page=page)
         )
-        return GatedModel(f"{repo} is gated: its authors require you to accept the licence.", hint)
+        return GatedModel(msg("{repo} is gated: its authors require you to accept the licence.", repo=repo), hint)
     if code == "RevisionNotFound":
-        return ModelNotFound(f"{repo} has no such revision.", f"See {page} for its branches and commits.")
+        return ModelNotFound(
+            msg("{repo} has no such revision.", repo=repo), msg("See {page} for its branches and commits.", page=page)
+        )
     if code == "EntryNotFound":
-        return ModelNotFound(f"A file is missing from {repo}.", f"See {page}/tree/main.")
+        return ModelNotFound(msg("A file is missing from {repo}.", repo=repo), msg("See {page}/tree/main.", page=page))
     if status in (401, 404):
         return ModelNotFound(
-            f"There is no model {repo!r} on the hub.", "Check the spelling; a private one needs HF_TOKEN."
+            msg("There is no model {repo!r} on the hub.", repo=repo),
+            msg("Check the spelling; a private one needs HF_TOKEN."),
         )
-    return Offline(f"The hub answers with status {status}.", "Try again in a minute.")
+    return Offline(msg("The hub answers with status {status}.", status=status), msg("Try again in a minute."))
 
 
 def _body(response: httpx.Response, name: str) -> bytes:
@@ -228,7 +239,10 @@ def _body(response: httpx.Response, name: str) -> bytes:
     for chunk in response.iter_raw():
         data += chunk
         if len(data) > MAX_TEXT:
-            raise CorruptModel(f"{name} is larger than {MAX_TEXT:,} bytes.", "Choose another model.")
+            raise CorruptModel(
+                msg("{name} is larger than {max_text:,} bytes.", name=name, max_text=MAX_TEXT),
+                msg("Choose another model."),
+            )
     return bytes(data)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem.errors import CorruptModel, Unsupported
+from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
 
@@ -36,8 +37,12 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
     """
     if folded := next((name for name in checkpoint.tensors if name.endswith(FOLDED_SCALES)), None):
         raise Unsupported(
-            f"{folded} scales activations, for which {model.config.model_type} has no place here.",
-            "Choose a GPTQ checkpoint, or the original model.",
+            msg(
+                "{folded} scales activations, for which {model_type} has no place here.",
+                folded=folded,
+                model_type=model.config.model_type,
+            ),
+            msg("Choose a GPTQ checkpoint, or the original model."),
         )
     prefix = f"{model.base_model_prefix}."
     tied = set(tied_parameters(model))
@@ -58,14 +63,23 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
         shape = checkpoint.tensors[name].shape
         if tuple(shape) != tuple(tensor.shape):
             raise CorruptModel(
-                f"{name} is {tuple(shape)} in the file but config.json asks for {tuple(tensor.shape)}.",
-                "Fetch the model again.",
+                msg(
+                    "{name} is {shape} in the file but config.json asks for {expected}.",
+                    name=name,
+                    shape=tuple(shape),
+                    expected=tuple(tensor.shape),
+                ),
+                msg("Fetch the model again."),
             )
         matched[parameter] = name
     if missing:
         raise CorruptModel(
-            f"{len(missing)} weights that the model needs are not in its files, {missing[0]} first.",
-            "Fetch the model again; if it stays, this family is not supported yet.",
+            msg(
+                "{missing} weights that the model needs are not in its files, {first} first.",
+                missing=len(missing),
+                first=missing[0],
+            ),
+            msg("Fetch the model again; if it stays, this family is not supported yet."),
         )
     return matched
 

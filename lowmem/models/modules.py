@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowmem.errors import Unsupported, first_line
+from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.loader")
 
@@ -28,8 +29,8 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     except Exception as error:
         log.info("cannot build the model of %s", folder, exc_info=True)
         raise Unsupported(
-            f"transformers cannot build this model: {first_line(error)}",
-            "Choose a causal language model of a known family.",
+            msg("transformers cannot build this model: {error}", error=first_line(error)),
+            msg("Choose a causal language model of a known family."),
         ) from error
     return model.eval().requires_grad_(False)
 

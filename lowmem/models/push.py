@@ -9,6 +9,7 @@ from typing import Any
 from lowmem.background import stoppable
 from lowmem.errors import BadInput, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken
+from lowmem.messages import msg
 from lowmem.models.describe import CONFIG
 from lowmem.settings import settings
 
@@ -29,14 +30,18 @@ def push(folder: Path, repo: str, token: str, *, private: bool = True, cancel: C
         Cancelled: nothing was committed to the repository.
     """
     if not token.strip():
-        raise BadInput("A token is needed to push.", "Enter one with write access; it is used for this push only.")
+        raise BadInput(
+            msg("A token is needed to push."), msg("Enter one with write access; it is used for this push only.")
+        )
     if not _REPOSITORY.fullmatch(repo.strip()):
-        raise BadInput(f"{repo.strip()[:80]!r} is not the name of a repository.", "Write it like ada/my-model.")
+        raise BadInput(
+            msg("{repo!r} is not the name of a repository.", repo=repo.strip()[:80]), msg("Write it like ada/my-model.")
+        )
     if not (folder / CONFIG).is_file():
-        raise BadInput(f"{folder.name} is not a model folder.", "Quantize a model first.")
+        raise BadInput(msg("{folder} is not a model folder.", folder=folder.name), msg("Quantize a model first."))
     now = settings()
     if now.hub_offline:
-        raise Offline("HF_HUB_OFFLINE is set, so the hub is not contacted.", "Unset it to push.")
+        raise Offline(msg("HF_HUB_OFFLINE is set, so the hub is not contacted."), msg("Unset it to push."))
     return stoppable(
         lambda: _upload(folder, repo.strip(), token.strip(), private, now.hub_endpoint), cancel or CancelToken()
     )
@@ -50,7 +55,7 @@ def _upload(folder: Path, repo: str, token: str, private: bool, endpoint: str) -
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
-            folder_path=folder, repo_id=repo, ignore_patterns=_LEFT_OUT, commit_message="Quantized with lowmem"
+            folder_path=folder, repo_id=repo, ignore_patterns=_LEFT_OUT, commit_message=msg("Quantized with lowmem")
         )
     except HfHubHTTPError as error:
         raise _refusal(error, repo) from None  # its request holds the token
@@ -58,7 +63,9 @@ def _upload(folder: Path, repo: str, token: str, private: bool, endpoint: str) -
         # huggingface_hub raises the exceptions of its HTTP library: httpx in 1.x, httpx2 in 2.x.
         if not (isinstance(error, OfflineModeIsEnabled | OSError) or type(error).__module__.startswith("httpx")):
             raise
-        raise Offline(f"{endpoint} cannot be reached.", "Check the connection and push again.") from None
+        raise Offline(
+            msg("{endpoint} cannot be reached.", endpoint=endpoint), msg("Check the connection and push again.")
+        ) from None
     return f"{endpoint}/{repo}"
 
 
@@ -66,11 +73,12 @@ def _refusal(error: Any, repo: str) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status in (401, 403):
         return GatedModel(
-            f"The hub does not let this token write to {repo}.",
-            "Create a token with the role write and enter it again.",
+            msg("The hub does not let this token write to {repo}.", repo=repo),
+            msg("Create a token with the role write and enter it again."),
         )
     if status == 404:
         return ModelNotFound(
-            f"The hub does not know {repo}.", "Put your user name or an organisation before the slash."
+            msg("The hub does not know {repo}.", repo=repo),
+            msg("Put your user name or an organisation before the slash."),
         )
-    return Offline(f"The hub refused the upload with status {status}.", "Try again later.")
+    return Offline(msg("The hub refused the upload with status {status}.", status=status), msg("Try again later."))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.messages import msg
 from lowmem.models.files import Files, read_object
 
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
@@ -50,11 +51,13 @@ class Quantization:
     @property
     def label(self) -> str:
         if self.method == INT8:
-            return "int8, one scale a row"
+            return msg("int8, one scale a row")
         if self.method == BNB:
             return f"bitsandbytes, {'LLM.int8' if self.bits == 8 else self.layout.upper()}"
-        groups = "one group a row" if self.group_size < 0 else f"groups of {self.group_size}"
-        return f"{self.method.upper()}, {self.bits} bits, {groups}"
+        groups = (
+            msg("one group a row") if self.group_size < 0 else msg("groups of {group_size}", group_size=self.group_size)
+        )
+        return msg("{method}, {bits} bits, {groups}", method=self.method.upper(), bits=self.bits, groups=groups)
 
     def groups(self, inputs: int) -> int:
         """Groups in a row of `inputs` weights."""
@@ -63,14 +66,27 @@ class Quantization:
     def refusal(self) -> str:
         """Why such a checkpoint cannot run, or ""."""
         if self.method not in LAYOUTS:
-            return f"It is quantized with {self.method}, of which lowmem knows no layout."
+            return msg("It is quantized with {method}, of which lowmem knows no layout.", method=self.method)
         if self.layout not in LAYOUTS[self.method]:
-            return f"It is quantized with {self.method} in the layout {self.layout!r}, which lowmem cannot read."
+            return msg(
+                "It is quantized with {method} in the layout {layout!r}, which lowmem cannot read.",
+                method=self.method,
+                layout=self.layout,
+            )
         if self.bits not in WIDTHS[self.method]:
             widths = ", ".join(map(str, WIDTHS[self.method]))
-            return f"It is quantized with {self.method} to {self.bits} bits; lowmem runs {widths}."
+            return msg(
+                "It is quantized with {method} to {bits} bits; lowmem runs {widths}.",
+                method=self.method,
+                bits=self.bits,
+                widths=widths,
+            )
         if self.group_size == 0 or self.group_size < -1:
-            return f"It is quantized with {self.method} in groups of {self.group_size}, which makes no sense."
+            return msg(
+                "It is quantized with {method} in groups of {group_size}, which makes no sense.",
+                method=self.method,
+                group_size=self.group_size,
+            )
         return ""
 
     def qweight_shape(self, outputs: int, inputs: int) -> Shape:
@@ -134,7 +150,9 @@ def _compressed(described: Mapping[str, Any]) -> Quantization:
     schemes = list(groups.values()) if isinstance(groups, Mapping) else []
     weights = schemes[0].get("weights") if len(schemes) == 1 and isinstance(schemes[0], Mapping) else None
     if not isinstance(weights, Mapping):
-        return Quantization(INT8, 8, layout=f"{layout} with {len(schemes)} kinds of layers")
+        return Quantization(
+            INT8, 8, layout=msg("{layout} with {schemes} kinds of layers", layout=layout, schemes=len(schemes))
+        )
     if weights.get("strategy") != "channel" or not weights.get("symmetric", True):
         layout = f"{layout} by {weights.get('strategy')}"
     return Quantization(INT8, _integer(weights, ("num_bits",)), layout=layout)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import BadInput
+from lowmem.messages import msg
 from lowmem.settings import settings
 
 DEMO = "demo"
@@ -21,7 +22,7 @@ _HUB = re.compile(
     rf"(?P<repo>{_PART}(?:/{_PART})?)(?:/(?P<file>[A-Za-z0-9][A-Za-z0-9._-]{{0,150}}\.gguf))?"
     r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,100}))?"
 )
-_HINT = 'Use "demo", a hub id such as HuggingFaceTB/SmolLM2-360M-Instruct, a model folder, or a .gguf file.'
+_HINT = msg('Use "demo", a hub id such as HuggingFaceTB/SmolLM2-360M-Instruct, a model folder, or a .gguf file.')
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,19 @@ def parse_ref(ref: str, allow_paths: bool = True) -> Reference:
     """
     text = ref.strip() if isinstance(ref, str) else ""
     if not text or len(text) > MAX_LENGTH or not text.isprintable():
-        raise BadInput("The model is empty." if not text else f"{text[:40]!r} cannot name a model.", _HINT)
+        raise BadInput(
+            msg("The model is empty.") if not text else msg("{text!r} cannot name a model.", text=text[:40]), _HINT
+        )
     if text == DEMO:
         return Reference("demo", text)
     path = _local_path(text, look=allow_paths)
     if path is not None:
         if not allow_paths and not any(path.is_relative_to(root) for root in _open_roots()):
-            raise BadInput(f"{text[:80]!r} is outside the folders that this page has access to.", _HINT)
+            raise BadInput(msg("{text!r} is outside the folders that this page has access to.", text=text[:80]), _HINT)
         return Reference("gguf" if path.suffix.lower() == ".gguf" else "folder", text, path=path)
     match = _HUB.fullmatch(text)
     if not match or ".." in text or "--" in match["repo"]:
-        raise BadInput(f"{text[:80]!r} is not the name of a model.", _HINT)
+        raise BadInput(msg("{text!r} is not the name of a model.", text=text[:80]), _HINT)
     kind = "hub_gguf" if match["file"] else "hub"
     return Reference(kind, text, match["repo"], match["revision"] or "main", match["file"] or "")
 
@@ -87,7 +90,7 @@ def _local_path(text: str, look: bool) -> Path | None:
         if explicit or (look and (path.is_file() if gguf else (path / "config.json").is_file())):
             return path.resolve()
     except (OSError, RuntimeError, ValueError):
-        raise BadInput(f"{text[:80]!r} is not a path that can be read.", _HINT) from None
+        raise BadInput(msg("{text!r} is not a path that can be read.", text=text[:80]), _HINT) from None
     return None
 
 

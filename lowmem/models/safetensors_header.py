@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import CorruptModel, Unsupported
+from lowmem.messages import msg
 from lowmem.models.files import Ranged, ends_early
 from lowmem.models.spec import DTYPE_BYTES, Tensor
 
@@ -43,18 +44,26 @@ def read_header(file: Ranged) -> Header:
         Unsupported: an unknown dtype.
     """
     if file.size < 8:
-        raise CorruptModel(f"{file.name} has {file.size} bytes: too short for safetensors.", "Fetch the model again.")
+        raise CorruptModel(
+            msg("{file} has {size} bytes: too short for safetensors.", file=file.name, size=file.size),
+            msg("Fetch the model again."),
+        )
     length = int.from_bytes(file.read(0, 8), "little")
     if length > MAX_HEADER:
-        raise _corrupt(file, f"a header of {length:,} bytes, above the format's {MAX_HEADER:,}")
+        raise _corrupt(
+            file,
+            msg(
+                "a header of {length:,} bytes, above the format's {max_header:,}", length=length, max_header=MAX_HEADER
+            ),
+        )
     if 8 + length > file.size:
         raise ends_early(file, 8 + length)
     try:
         fields = json.loads(file.read(8, length))
     except (ValueError, RecursionError):
-        raise _corrupt(file, "a header that is not JSON") from None
+        raise _corrupt(file, msg("a header that is not JSON")) from None
     if not isinstance(fields, dict):
-        raise _corrupt(file, "a header that is not a JSON object")
+        raise _corrupt(file, msg("a header that is not a JSON object"))
     metadata = fields.pop("__metadata__", None)
     entries = sorted((_entry(file, name, value) for name, value in fields.items()), key=lambda entry: entry[1:])
     return _without_gaps(file, 8 + length, entries, metadata if isinstance(metadata, dict) else {})
@@ -65,15 +74,27 @@ def _entry(file: Ranged, name: str, value: Any) -> tuple[Tensor, int, int]:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise _corrupt(file, f"an entry {name!r} without dtype, shape and data_offsets") from None
+        raise _corrupt(file, msg("an entry {name!r} without dtype, shape and data_offsets", name=name)) from None
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise _corrupt(file, f"an entry {name!r} whose shape or data_offsets are not counts")
+        raise _corrupt(file, msg("an entry {name!r} whose shape or data_offsets are not counts", name=name))
     if dtype not in DTYPES:
-        raise Unsupported(f"{file.name}: {name} has the unknown dtype {dtype!r}.", "Choose another model.")
+        raise Unsupported(
+            msg("{file}: {name} has the unknown dtype {dtype!r}.", file=file.name, name=name, dtype=dtype),
+            msg("Choose another model."),
+        )
     tensor = Tensor(name, DTYPES[dtype], shape, end - begin)
     needed = tensor.elements * DTYPE_BYTES[tensor.dtype]
     if tensor.nbytes != needed:
-        raise _corrupt(file, f"{tensor.nbytes:,} bytes for {name}, whose shape {list(shape)} needs {needed:,}")
+        raise _corrupt(
+            file,
+            msg(
+                "{nbytes:,} bytes for {name}, whose shape {shape} needs {needed:,}",
+                nbytes=tensor.nbytes,
+                name=name,
+                shape=list(shape),
+                needed=needed,
+            ),
+        )
     return tensor, begin, end
 
 
@@ -81,15 +102,29 @@ def _without_gaps(file: Ranged, start: int, entries: list[tuple[Tensor, int, int
     position, offsets = 0, {}
     for tensor, begin, end in entries:
         if begin != position:
-            problem = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise _corrupt(file, f"a tensor {tensor.name} that {problem} (begins at {begin:,}, expected {position:,})")
+            problem = msg("overlaps the tensor before it") if begin < position else msg("leaves a gap before it")
+            raise _corrupt(
+                file,
+                msg(
+                    "a tensor {tensor} that {problem} (begins at {begin:,}, expected {position:,})",
+                    tensor=tensor.name,
+                    problem=problem,
+                    begin=begin,
+                    position=position,
+                ),
+            )
         offsets[tensor.name], position = start + begin, end
     if start + position > file.size:
         raise ends_early(file, start + position)
     if start + position < file.size:
-        raise _corrupt(file, f"{file.size - start - position:,} bytes that belong to no tensor")
+        raise _corrupt(
+            file, msg("{difference:,} bytes that belong to no tensor", difference=file.size - start - position)
+        )
     return Header(tuple(tensor for tensor, _, _ in entries), offsets, metadata)
 
 
 def _corrupt(file: Ranged, what: str) -> CorruptModel:
-    return CorruptModel(f"{file.name} is not a valid safetensors file: it has {what}.", "Fetch the model again.")
+    return CorruptModel(
+        msg("{file} is not a valid safetensors file: it has {what}.", file=file.name, what=what),
+        msg("Fetch the model again."),
+    )

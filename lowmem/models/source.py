@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import BadInput, CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
+from lowmem.messages import msg
 from lowmem.models import catalog, demo, hub
 from lowmem.models.describe import CONFIG, describe, describe_gguf, model_files
 from lowmem.models.files import LocalFile, LocalFolder, digest, fingerprint
@@ -96,7 +97,11 @@ def local_models() -> list[LocalModel]:
 def with_local_models(error: Offline) -> Offline:
     """The same error with a hint that lists the models on this machine."""
     names = [model.ref for model in local_models()]
-    offer = f"On this machine: {', '.join(names[:8])}." if names else "No model is on this machine yet."
+    offer = (
+        msg("On this machine: {names}.", names=", ".join(names[:8]))
+        if names
+        else msg("No model is on this machine yet.")
+    )
     return Offline(error.message, f"{error.hint} {offer}")
 
 
@@ -146,7 +151,10 @@ def gguf_in(repository: hub.Repository, reference: Reference) -> str:
     """The GGUF file that `reference` names; raises `ModelNotFound`, which lists those that exist."""
     if reference.file not in repository.files:
         known = ", ".join(sorted(name for name in repository.names if name.endswith(".gguf"))[:6]) or "none"
-        raise ModelNotFound(f"{reference.repo} has no file {reference.file}.", f"Its GGUF files: {known}.")
+        raise ModelNotFound(
+            msg("{repo} has no file {file}.", repo=reference.repo, file=reference.file),
+            msg("Its GGUF files: {known}.", known=known),
+        )
     return reference.file
 
 
@@ -258,10 +266,15 @@ def _read_demo(reference: Reference) -> ModelSpec:
 
 def _no_model(path: Path) -> LowMemError:
     if not path.exists():
-        return ModelNotFound(f"There is no folder {path}.", "Check the path.")
+        return ModelNotFound(msg("There is no folder {path}.", path=path), msg("Check the path."))
     if not path.is_dir():
         size = format_bytes(path.stat().st_size)
-        return ModelNotFound(f"{path.name} ({size}) is neither a folder nor a .gguf file.", "Name the model's folder.")
+        return ModelNotFound(
+            msg("{path} ({size}) is neither a folder nor a .gguf file.", path=path.name, size=size),
+            msg("Name the model's folder."),
+        )
     if any(path.glob("*.safetensors")):
-        return CorruptModel(f"{path} has weights but no config.json.", "Fetch the model again.")
-    return ModelNotFound(f"{path} has no config.json.", "Name a folder that transformers could load.")
+        return CorruptModel(msg("{path} has weights but no config.json.", path=path), msg("Fetch the model again."))
+    return ModelNotFound(
+        msg("{path} has no config.json.", path=path), msg("Name a folder that transformers could load.")
+    )

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import BadInput, LowMemError
+from lowmem.messages import msg
 from lowmem.models.describe import MANIFEST
 from lowmem.models.files import LocalFolder, read_object
 from lowmem.models.source import record
 from lowmem.models.spec import ModelSource
 from lowmem.settings import settings
 
-KINDS = {"models": "fetched", "outputs": "made here", "graphs": "graph"}
+KINDS = {"models": "fetched", "outputs": msg("made here"), "graphs": "graph"}
 """Folder of LOWMEM_HOME -> label of what it contains."""
 
 
@@ -52,7 +53,7 @@ def find(key: str) -> Stored:
     """
     known = {one.key: one for one in stored()}
     if key not in known:
-        raise BadInput(f"Nothing is kept here under {key[:80]!r}.", "Choose one of the list.")
+        raise BadInput(msg("Nothing is kept here under {key!r}.", key=key[:80]), msg("Choose one of the list."))
     return known[key]
 
 
@@ -69,7 +70,8 @@ def delete(doomed: Stored) -> None:
         shutil.rmtree(away)
     except OSError as error:
         raise BadInput(
-            f"{doomed.name} cannot be deleted: {error.strerror}.", "Close the program that uses it, then try again."
+            msg("{doomed} cannot be deleted: {strerror}.", doomed=doomed.name, strerror=error.strerror),
+            msg("Close the program that uses it, then try again."),
         ) from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import CorruptModel
+from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec
 
 _OPAQUE = ("tokenizer.model", "spiece.model", "vocab.txt")  # formats whose vocabulary size is not read here
@@ -23,11 +24,18 @@ def check_tokenizer(folder: Path, spec: ModelSpec) -> None:
     if size is None:
         if any((folder / name).is_file() for name in _OPAQUE):
             return
-        raise CorruptModel(f"{spec.name} has no tokenizer.", "Add its tokenizer.json to the model's folder.")
+        raise CorruptModel(
+            msg("{model} has no tokenizer.", model=spec.name), msg("Add its tokenizer.json to the model's folder.")
+        )
     if size > spec.vocab + spec.vocab // _SLACK:
         raise CorruptModel(
-            f"The tokenizer of {spec.name} belongs to another model: it has {size:,} tokens, the model {spec.vocab:,}.",
-            "Fetch the model again, or put its own tokenizer.json in its folder.",
+            msg(
+                "The tokenizer of {model} belongs to another model: it has {size:,} tokens, the model {vocab:,}.",
+                model=spec.name,
+                size=size,
+                vocab=spec.vocab,
+            ),
+            msg("Fetch the model again, or put its own tokenizer.json in its folder."),
         )
 
 
@@ -43,7 +51,10 @@ def vocabulary_size(folder: Path) -> int | None:
                 fields = json.loads((folder / name).read_text(encoding="utf-8"))
                 return _size(fields["model"]["vocab"] if name == "tokenizer.json" else fields)
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise CorruptModel(f"{name} in {folder.name} cannot be read.", "Fetch the model again.") from None
+                raise CorruptModel(
+                    msg("{name} in {folder} cannot be read.", name=name, folder=folder.name),
+                    msg("Fetch the model again."),
+                ) from None
     return None
 
 

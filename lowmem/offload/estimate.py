@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.machine import bandwidth
+from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning import model_bytes
 from lowmem.planning.placement import block_index, counted, stored_block_bytes
@@ -45,7 +46,7 @@ class SpeedEstimate:
     @property
     def bound_by(self) -> str:
         """ "the disk", "the bus" or "the computation"."""
-        return max((self.disk, "the disk"), (self.bus, "the bus"), (self.compute, "the computation"))[1]
+        return max((self.disk, msg("the disk")), (self.bus, msg("the bus")), (self.compute, msg("the computation")))[1]
 
 
 def largest_file(folder: Path) -> Path | None:

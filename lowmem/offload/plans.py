@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem.errors import BadInput, DoesNotFit, Unsupported
+from lowmem.messages import msg
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.offloading import offload_precision, offloaded, smallest
@@ -27,27 +28,43 @@ def place_by_budget(plan: Plan) -> Plan:
     found = offloaded(plan)
     if found is not None and found.placement is not None:
         streams = found.placement.streamed(found.place.kind)
-        reason = "All blocks fit." if not streams else f"{found.placement.sentence()}, as the budget allows."
+        reason = (
+            msg("All blocks fit.")
+            if not streams
+            else msg("{placement}, as the budget allows.", placement=found.placement.sentence())
+        )
         return replace(found, reason=reason)
     least = smallest(plan)
     over = next((estimate for estimate in least.estimates if estimate.verdict == "over"), None)
     if over is None:
-        raise Unsupported(f"{plan.spec.name} cannot run block by block on {plan.place.name}.", "Choose another model.")
-    memory = "GPU memory" if over.memory == "vram" else "RAM"
+        raise Unsupported(
+            msg("{model} cannot run block by block on {place}.", model=plan.spec.name, place=plan.place.name),
+            msg("Choose another model."),
+        )
+    memory = msg("GPU memory") if over.memory == "vram" else "RAM"
     raise DoesNotFit(
-        f"Even block by block, {plan.spec.name} needs {format_bytes(over.peak)} of {memory}, more than the budget of "
-        f"{format_bytes(over.limit)}.",
-        f"Allow at least {format_bytes(over.peak * 1.01)}, or shorten the context.",
+        msg(
+            "Even block by block, {model} needs {peak} of {memory}, more than the budget of {limit}.",
+            model=plan.spec.name,
+            peak=format_bytes(over.peak),
+            memory=memory,
+            limit=format_bytes(over.limit),
+        ),
+        msg("Allow at least {peak}, or shorten the context.", peak=format_bytes(over.peak * 1.01)),
     )
 
 
 def place_blocks(plan: Plan, placement: Placement, may_map: bool = True) -> Plan:
     """`plan` with this placement; blocks on disk are memory-mapped if `may_map` and the RAM budget holds them."""
-    chosen = replace(plan, precision=offload_precision(plan), reason=f"As requested: {placement.sentence()}.")
+    chosen = replace(
+        plan,
+        precision=offload_precision(plan),
+        reason=msg("As requested: {placement}.", placement=placement.sentence()),
+    )
     if may_map and _may_map(chosen) and placement.indices("disk"):
         mapped = reestimate(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
-            why = "The RAM budget holds the blocks on disk, so they are memory-mapped and count as RAM."
+            why = msg("The RAM budget holds the blocks on disk, so they are memory-mapped and count as RAM.")
             return replace(mapped, reason=f"{mapped.reason} {why}")
     return reestimate(chosen, placement=placement)
 
@@ -82,7 +99,12 @@ def largest_batch(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:
         if size / _pass_bytes(tried) > best.batch / _pass_bytes(best):
             best = tried
         size *= 2
-    return replace(best, reason=f"{best.reason} Each pass over the weights serves {best.batch} sequences.")
+    return replace(
+        best,
+        reason=msg(
+            "{reason} Each pass over the weights serves {batch} sequences.", reason=best.reason, batch=best.batch
+        ),
+    )
 
 
 def _pass_bytes(plan: Plan) -> float:
@@ -106,9 +128,14 @@ def parse_blocks(text: str | None, layers: int) -> tuple[int, ...] | None:
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
-            raise BadInput(f"{part!r} is not a block.", "Use numbers and ranges such as 0-5,9, or all.")
+            raise BadInput(
+                msg("{part!r} is not a block.", part=part), msg("Use numbers and ranges such as 0-5,9, or all.")
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last >= layers or first > last:
-            raise BadInput(f"There are no blocks {part}.", f"The model has blocks 0 to {layers - 1}.")
+            raise BadInput(
+                msg("There are no blocks {part}.", part=part),
+                msg("The model has blocks 0 to {difference}.", difference=layers - 1),
+            )
         found += range(first, last + 1)
     return tuple(dict.fromkeys(found))

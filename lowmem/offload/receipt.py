@@ -9,6 +9,7 @@ from typing import Any
 from lowmem.events import Receipt
 from lowmem.fields import changed
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.placement import resident_place
 from lowmem.planning.plan import Plan
@@ -31,7 +32,7 @@ def offload_receipt(
         details={
             **receipt.details,
             **_pace(receipt),
-            "placement": plan.placement.sentence() if plan.placement else "all blocks resident",
+            "placement": plan.placement.sentence() if plan.placement else msg("all blocks resident"),
             "blocks": list(plan.placement.blocks) if plan.placement else [],
             "mapped": bool(plan.placement and plan.placement.mapped),
             "bytes_read": read,

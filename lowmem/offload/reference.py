@@ -21,6 +21,7 @@ from lowmem.generate.prompts import encode_prompt
 from lowmem.generate.text import stream
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import PeakMeter
+from lowmem.messages import msg
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.fetch import fetch
 from lowmem.models.modules import empty_model
@@ -55,7 +56,7 @@ def run(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, No
         DiskFull, Unsupported: see `loaded`.
     """
     folder = yield from fetch(plan.spec, CancelToken())
-    yield Step(0, 0, "Loading with accelerate")
+    yield Step(0, 0, msg("Loading with accelerate"))
     started, before = time.perf_counter(), _read_bytes()
     last: Chunk = Chunk("")
     with PeakMeter() as meter, loaded(plan, folder) as ready:
@@ -63,7 +64,7 @@ def run(plan: Plan, prompt: str, options: GenerateOptions) -> Generator[Step, No
         for event in stream(model, ready.tokenizer, ids, options, context=plan.spec.context, cancel=CancelToken()):
             if isinstance(event, Chunk):
                 last = event
-                yield Step(event.new_tokens, options.max_new_tokens, "Decoding", "tokens")
+                yield Step(event.new_tokens, options.max_new_tokens, msg("Decoding"), "tokens")
     return Receipt(
         action="offload",
         model=plan.spec.name,
@@ -102,7 +103,7 @@ def loaded(plan: Plan, folder: Path) -> Iterator[Loaded]:
     """
     if plan.spec.quantization:
         raise Unsupported(
-            "accelerate cannot offload quantized checkpoints to disk.", "Compare with the original model."
+            msg("accelerate cannot offload quantized checkpoints to disk."), msg("Compare with the original model.")
         )
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
     with _spill(plan, dtype) as spill:
@@ -137,8 +138,12 @@ def _spill(plan: Plan, dtype: torch.dtype) -> Iterator[Path]:
     needed, free = plan.spec.parameters * dtype.itemsize, disk_free_bytes(root)
     if free < needed:
         raise DiskFull(
-            f"accelerate may write {format_bytes(needed)} to disk, but only {format_bytes(free)} are free.",
-            "Free up space, or compare with a smaller model.",
+            msg(
+                "accelerate may write {needed} to disk, but only {free} are free.",
+                needed=format_bytes(needed),
+                free=format_bytes(free),
+            ),
+            msg("Free up space, or compare with a smaller model."),
         )
     with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as folder:
         yield Path(folder)

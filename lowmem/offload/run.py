@@ -14,6 +14,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.messages import msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
@@ -80,7 +81,7 @@ def plan_for(
     if goal.precision == "auto":
         # The planner chose a precision for a resident model, whereas offloaded blocks keep the stored one.
         precision = offload_precision(replace(base, precision=goal.precision))
-        base = reestimate(base, precision=precision, reason="All blocks are resident, without offloading.")
+        base = reestimate(base, precision=precision, reason=msg("All blocks are resident, without offloading."))
     if placement is not None and placement.resident:
         return base
     place: Callable[[Plan], Plan] = place_by_budget
@@ -96,7 +97,7 @@ def measure_speeds(
     model: str, disk: list[int], in_ram: list[int], mapped: bool, batch: int = 1, again: bool = False
 ) -> Generator[Step, None, None]:
     """The job that measures the speeds that `estimate_speed` needs for a placement, so that its caller need not load torch."""
-    yield Step(0, 0, "Measuring this machine's read speed")
+    yield Step(0, 0, msg("Measuring this machine's read speed"))
     placement = BlockPlacement(tuple(in_ram), tuple(disk), may_map=mapped)
     plan = plan_for(Session(), model, Goal(batch=batch), placement=placement)
     folder = yield from fetch(plan.spec, CancelToken())
@@ -135,7 +136,7 @@ def run(
     """
     cancel = cancel or CancelToken()
     folder = yield from fetch(plan.spec, cancel)
-    yield Step(0, 0, "Measuring this machine's read speed")
+    yield Step(0, 0, msg("Measuring this machine's read speed"))
     speed = estimate_speed(plan, largest_file(folder) or folder, again)
     loading: dict[str, int] = {}
     if session.plan is None or replace(session.plan, estimates=(), hardware=plan.hardware) != replace(
@@ -146,7 +147,7 @@ def run(
                 loading = event.measured
             else:
                 yield event
-    yield Step(0, 0, "Reading the first blocks")
+    yield Step(0, 0, msg("Reading the first blocks"))
     before = session.streamed_bytes
     if len(prompts) == 1:
         events: Iterator[Any] = session.generate(prompts[0], options, cancel, raw=raw, force=force)
@@ -186,9 +187,12 @@ def job(
         disk, in_ram: blocks to offload with "auto", instead of by budget.
     """
     if method not in METHODS:
-        raise BadInput(f"There is no method {method!r}.", f"Choose one of {', '.join(METHODS)}.")
+        raise BadInput(
+            msg("There is no method {method!r}.", method=method),
+            msg("Choose one of {methods}.", methods=", ".join(METHODS)),
+        )
     session = Session()
-    yield Step(0, 0, "Starting torch")
+    yield Step(0, 0, msg("Starting torch"))
     layers = read_spec(model).layers
     placement = placement_of(method, layers)
     if method == "auto" and (disk is not None or in_ram is not None):
@@ -204,7 +208,7 @@ def job(
         if isinstance(event, Receipt):
             receipt = event
         elif isinstance(event, Chunk):
-            yield Step(event.new_tokens, new_tokens, "Decoding", "tokens")
+            yield Step(event.new_tokens, new_tokens, msg("Decoding"), "tokens")
         elif isinstance(event, Step):
             yield event
     assert receipt is not None  # every action ends in one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowmem.messages import msg
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.plan import Line, Plan
 from lowmem.units import format_bytes
@@ -62,7 +63,7 @@ def ram_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     """The KV cache held in RAM while a GPU computes."""
     if not _in_ram(plan):
         return ()
-    return (Line("kv", plan_bytes(plan, dtype), "The KV cache, copied to the GPU layer by layer."),)
+    return (Line("kv", plan_bytes(plan, dtype), msg("The KV cache, copied to the GPU layer by layer.")),)
 
 
 def _in_ram(plan: Plan) -> bool:
@@ -103,10 +104,22 @@ def dequantized_bytes(plan: Plan, dtype: str) -> int:
 def sentence(plan: Plan, dtype: str) -> str:
     """What the cache holds, for a person."""
     if plan.cache_type == "none":
-        return "No cache: every token recomputes the whole context."
+        return msg("No cache: every token recomputes the whole context.")
     stored = dtype if plan.cache_type in ("same", "ram") else plan.cache_type
     if plan.window and plan.context > plan.cached_tokens:
-        return f"The latest {plan.window:,} and the first {plan.sinks:,} tokens x {plan.batch} ({stored}), at any text length."
+        return msg(
+            "The latest {window:,} and the first {sinks:,} tokens x {batch} ({stored}), at any text length.",
+            window=plan.window,
+            sinks=plan.sinks,
+            batch=plan.batch,
+            stored=stored,
+        )
     share = 1 if plan.cache_type in ("same", "ram") else bits_of(plan.cache_type) / (8 * DTYPE_BYTES[dtype])
     per_token = format_bytes(share * plan.spec.kv_bytes_per_token(dtype))
-    return f"{plan.cached_tokens:,} tokens x {plan.batch}, {per_token} per token ({stored})."
+    return msg(
+        "{cached_tokens:,} tokens x {batch}, {per_token} per token ({stored}).",
+        cached_tokens=plan.cached_tokens,
+        batch=plan.batch,
+        per_token=per_token,
+        stored=stored,
+    )

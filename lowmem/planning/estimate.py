@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.kernels import layouts
+from lowmem.messages import msg
 from lowmem.models.spec import CONVERSION_BYTES
 from lowmem.planning import cache, exported, streaming
 from lowmem.planning.model_bytes import (
@@ -26,16 +27,18 @@ def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
     """Predicted peak of RAM and, on a GPU, of VRAM. Does not read `plan.estimates`."""
     dtype, placement = compute_dtype(plan.precision, plan.place.dtypes), plan.placement
     on_device = streaming.device_lines(plan, placement, dtype) if placement else _device_lines(plan, dtype)
-    process = Line("overhead", plan.hardware.runtime_bytes, "Python, torch and transformers, measured on this machine.")
+    process = Line(
+        "overhead", plan.hardware.runtime_bytes, msg("Python, torch and transformers, measured on this machine.")
+    )
     if plan.place.kind != "cuda":
         return (_against_budget(plan, "ram", (*on_device, process)),)
-    workspace = Line("overhead", CUDA_WORKSPACE_BYTES, "Workspaces of the GPU libraries.")
+    workspace = Line("overhead", CUDA_WORKSPACE_BYTES, msg("Workspaces of the GPU libraries."))
     in_ram = (
         *cache.ram_lines(plan, dtype),
         *(streaming.ram_lines(plan, placement) if placement else ()),
         process,
-        Line("overhead", CUDA_RAM_BYTES, "The GPU driver and torch's kernels."),
-        Line("scratch", 2 * CONVERSION_BYTES, "Weights in transit from disk to the GPU."),
+        Line("overhead", CUDA_RAM_BYTES, msg("The GPU driver and torch's kernels.")),
+        Line("scratch", 2 * CONVERSION_BYTES, msg("Weights in transit from disk to the GPU.")),
     )
     return (_against_budget(plan, "ram", in_ram), _against_budget(plan, "vram", (*on_device, workspace)))
 
@@ -69,10 +72,18 @@ def _device_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
     dequantized = layouts.dense_bytes(spec, dtype) if plan.precision == "stored" else 0
     scratch = max(cache.dequantized_bytes(plan, dtype), dequantized, loading, 0)
     return (
-        Line("weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}."),
+        Line(
+            "weights",
+            weights,
+            msg(
+                "{parameters:,.0f} million parameters, {precision_label}.",
+                parameters=spec.parameters / 1000000.0,
+                precision_label=plan.precision_label,
+            ),
+        ),
         Line("kv", kv, cache.sentence(plan, dtype)),
         activations,
-        Line("scratch", scratch, "Buffers for loading, or for one dequantized layer of weights or cache."),
+        Line("scratch", scratch, msg("Buffers for loading, or for one dequantized layer of weights or cache.")),
         *kernel_lines(plan),
     )
 
@@ -85,10 +96,25 @@ def _graph_lines(plan: Plan) -> tuple[Line, ...]:
     weights = exported.session_bytes(spec, plan.precision)
     return (
         Line(
-            "weights", weights, f"{spec.parameters / 1e6:,.0f} million parameters, {plan.precision_label}, as graphs."
+            "weights",
+            weights,
+            msg(
+                "{parameters:,.0f} million parameters, {precision_label}, as graphs.",
+                parameters=spec.parameters / 1000000.0,
+                precision_label=plan.precision_label,
+            ),
         ),
-        Line("kv", kv, f"{plan.cached_tokens:,} tokens x {batch}, {per_token} per token (fp32)."),
-        Line("activations", activations, f"One block processing {chunk:,} tokens, and the logits."),
-        Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, which runs the graphs."),
-        Line("scratch", 0, "Graphs are mapped, not copied."),
+        Line(
+            "kv",
+            kv,
+            msg(
+                "{cached_tokens:,} tokens x {batch}, {per_token} per token (fp32).",
+                cached_tokens=plan.cached_tokens,
+                batch=batch,
+                per_token=per_token,
+            ),
+        ),
+        Line("activations", activations, msg("One block processing {chunk:,} tokens, and the logits.", chunk=chunk)),
+        Line("weights", layouts.ONNX_RUNTIME_BYTES, msg("ONNX Runtime, which runs the graphs.")),
+        Line("scratch", 0, msg("Graphs are mapped, not copied.")),
     )

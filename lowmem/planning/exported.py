@@ -9,6 +9,7 @@ import functools
 import importlib.util
 
 from lowmem.kernels.layouts import ONNX_RUNTIME_BYTES, nbits_bytes
+from lowmem.messages import msg
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.placement import block_index
@@ -27,7 +28,9 @@ SECONDS_PER_PARAMETER = {"fp32": 6e-9, "fp16": 6e-9, "int8": 4e-8, "int4": 6e-8}
 def missing() -> str | None:
     """The missing packages that graphs need, in a sentence; None if they are installed."""
     if absent := [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        return f"{' and '.join(absent)} is not installed: pip install {' '.join(absent)}."
+        return msg(
+            "{absent} is not installed: pip install {package}.", absent=" and ".join(absent), package=" ".join(absent)
+        )
     return None
 
 
@@ -38,9 +41,11 @@ def refusal(spec: ModelSpec) -> str | None:
     if spec.exported:
         return None
     if spec.model_type not in FAMILIES:
-        return f"There is no fused ONNX graph for models of type {spec.model_type!r}."
+        return msg("There is no fused ONNX graph for models of type {model_type!r}.", model_type=spec.model_type)
     if spec.head_dim % 8:
-        return f"The fused attention needs heads of a multiple of 8 channels, not {spec.head_dim}."
+        return msg(
+            "The fused attention needs heads of a multiple of 8 channels, not {head_dim}.", head_dim=spec.head_dim
+        )
     return None
 
 
@@ -49,10 +54,9 @@ def caution(spec: ModelSpec, precision: str, fused: bool = True) -> str:
     if precision != "int4" or spec.quantization or spec.exported or is_encoder(spec.model_type):
         return ""
     if not fused:
-        return "4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8."
-    return (
-        "4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8. Quantize with AWQ or GPTQ "
-        "first and export the result: its weights are used as they are, at about half the loss."
+        return msg("4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8.")
+    return msg(
+        "4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8. Quantize with AWQ or GPTQ first and export the result: its weights are used as they are, at about half the loss."
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lowmem.messages import join, msg
 from lowmem.planning import exported, offloading
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
@@ -24,14 +25,14 @@ def shorter_context(plan: Plan) -> Plan | None:
     if plan.context <= MINIMUM_CONTEXT:
         return None
     context = max(MINIMUM_CONTEXT, plan.context // 2)
-    return reestimate(plan, context=context, reason=f"Context shortened to {context:,} tokens.")
+    return reestimate(plan, context=context, reason=msg("Context shortened to {context:,} tokens.", context=context))
 
 
 def quantized_kv(plan: Plan) -> Plan | None:
     """The KV cache in int8."""
     if plan.cache_type != "same" or plan.backend == "onnx":  # a graph's cache is fp32
         return None
-    return reestimate(plan, cache_type="int8", reason="KV cache quantized to int8.")
+    return reestimate(plan, cache_type="int8", reason=msg("KV cache quantized to int8."))
 
 
 def fewer_bits(plan: Plan) -> Plan | None:
@@ -40,7 +41,10 @@ def fewer_bits(plan: Plan) -> Plan | None:
         return None
     for precision in candidates(plan.hardware, plan.place, plan.spec):
         smaller = reestimate(
-            plan, precision=precision, backend="torch", reason=f"Weights in {precision} instead of {plan.precision}."
+            plan,
+            precision=precision,
+            backend="torch",
+            reason=msg("Weights in {precision} instead of {wanted}.", precision=precision, wanted=plan.precision),
         )
         if smaller.main.share("weights") < 0.9 * plan.main.share("weights"):
             return smaller
@@ -54,7 +58,7 @@ def offload(plan: Plan) -> Plan | None:
     found = offloading.offloaded(plan) if plan.placement is None else offloading.further(plan)
     if found is None or found.placement is None or not found.placement.streamed(found.place.kind):
         return None
-    return replace(found, reason=f"Offloaded: {found.placement.sentence()}.")
+    return replace(found, reason=msg("Offloaded: {placement}.", placement=found.placement.sentence()))
 
 
 def other_memory(plan: Plan) -> Plan | None:
@@ -66,7 +70,7 @@ def other_memory(plan: Plan) -> Plan | None:
         plan,
         device=cpu.key,
         precision=candidates(plan.hardware, cpu, plan.spec)[0],
-        reason="Moved from the GPU to the CPU, which has more memory but is slower.",
+        reason=msg("Moved from the GPU to the CPU, which has more memory but is slower."),
     )
 
 
@@ -86,7 +90,7 @@ def smaller_model(plan: Plan) -> Plan | None:
         precision=candidates(plan.hardware, plan.place, spec)[0] if plan.precision == "stored" else plan.precision,
         backend="torch" if exported.refusal(spec) else plan.backend,
         context=min(plan.context, spec.context),
-        reason=f"{spec.name} instead of {plan.spec.name}.",
+        reason=msg("{model} instead of {wanted}.", model=spec.name, wanted=plan.spec.name),
     )
 
 
@@ -120,7 +124,7 @@ def fall_back(plan: Plan, chain: tuple[Fallback, ...] = SAME_MODEL) -> Plan:
         # Halving the context twice reads as one step: a later sentence of the same kind replaces the earlier.
         steps[lower.reason.split()[0]] = lower.reason
         plan = lower
-    return replace(plan, reason=" ".join(filter(None, (first, *steps.values()))))
+    return replace(plan, reason=join(" ", filter(None, (first, *steps.values()))))
 
 
 def remedies(plan: Plan, chain: tuple[Fallback, ...] = FALLBACKS) -> tuple[Plan, ...]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowmem.fields import option
+from lowmem.messages import msg
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 LABELS = {
-    "fp32": "fp32 (full precision)",
-    "fp16": "fp16 (for GPUs)",
-    "int8": "int8 (8-bit weights, almost lossless)",
-    "int4": "int4 (4-bit weights, smallest and fastest, some loss)",
+    "fp32": msg("fp32 (full precision)"),
+    "fp16": msg("fp16 (for GPUs)"),
+    "int8": msg("int8 (8-bit weights, almost lossless)"),
+    "int4": msg("int4 (4-bit weights, smallest and fastest, some loss)"),
 }
 
 
@@ -20,32 +21,36 @@ LABELS = {
 class ExportOptions:
     format: str = option(
         "onnx",
-        "Format",
-        "ONNX runs everywhere ONNX Runtime does; TensorRT builds an engine for one NVIDIA GPU.",
+        msg("Format"),
+        msg("ONNX runs everywhere ONNX Runtime does; TensorRT builds an engine for one NVIDIA GPU."),
         choices=("onnx", "tensorrt"),
     )
-    precision: str = option("int8", "Precision", "Data type of the weights.", choices=PRECISIONS)
+    precision: str = option("int8", msg("Precision"), msg("Data type of the weights."), choices=PRECISIONS)
     group_size: int = option(
         32,
-        "Group size",
-        "int4: weights that share a scale. Smaller groups lose less quality but take more memory.",
+        msg("Group size"),
+        msg("int4: weights that share a scale. Smaller groups lose less quality but take more memory."),
         low=16,
         high=128,
         step=16,
     )
     fast_prefill: str = option(
         "auto",
-        "Fast prompts",
-        "A second graph in dynamic int8 processes prompts about twice as fast, for one more byte per weight. Automatic: with int8 only.",
+        msg("Fast prompts"),
+        msg(
+            "A second graph in dynamic int8 processes prompts about twice as fast, for one more byte per weight. Automatic: with int8 only."
+        ),
         choices=("auto", "on", "off"),
     )
     fused: bool = option(
         True,
-        "Fused graph",
-        "Use ONNX Runtime's fused operators where the model family has them; off: standard operators only.",
+        msg("Fused graph"),
+        msg("Use ONNX Runtime's fused operators where the model family has them; off: standard operators only."),
     )
     optimise: bool = option(
-        False, "Optimise", "Generic graphs: fuse attention, norms and activations with ONNX Runtime's optimiser."
+        False,
+        msg("Optimise"),
+        msg("Generic graphs: fuse attention, norms and activations with ONNX Runtime's optimiser."),
     )
 
     @property

@@ -8,6 +8,7 @@ to measurements; `benchmarks/memory.py` shows the error of the prediction.
 from __future__ import annotations
 
 from lowmem.kernels import layouts
+from lowmem.messages import msg
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache
@@ -123,7 +124,11 @@ def activation_line(plan: Plan, dtype: str) -> Line:
     if plan.cache_type == "none" and plan.place.kind == "cpu":
         alive *= HEAP_FRAGMENTATION
     total = alive + logits_bytes(plan.spec, plan.batch, dtype)
-    return Line("activations", total, f"One block processing {chunk:,} tokens x {plan.batch}, and the logits.")
+    return Line(
+        "activations",
+        total,
+        msg("One block processing {chunk:,} tokens x {batch}, and the logits.", chunk=chunk, batch=plan.batch),
+    )
 
 
 def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
@@ -149,7 +154,7 @@ def kernel_lines(plan: Plan) -> tuple[Line, ...]:
     stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
     if stored is None or layouts.cpu_kernel(stored) != "nbits":
         return ()
-    return (Line("weights", layouts.ONNX_RUNTIME_BYTES, "ONNX Runtime, whose kernels run the quantized layers."),)
+    return (Line("weights", layouts.ONNX_RUNTIME_BYTES, msg("ONNX Runtime, whose kernels run the quantized layers.")),)
 
 
 def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:

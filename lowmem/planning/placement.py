@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lowmem.errors import BadInput
+from lowmem.messages import Message, join, msg
 from lowmem.models.spec import ModelSpec, Tensor
 
 PLACES = ("gpu", "ram", "disk")
@@ -42,12 +43,12 @@ class Placement:
 
     def sentence(self) -> str:
         """ "6 blocks in RAM, 24 on disk"."""
-        names = {"gpu": "on the GPU", "ram": "in RAM", "disk": "on disk"}
+        names = {"gpu": msg("on the GPU"), "ram": msg("in RAM"), "disk": msg("on disk")}
         counts = [(self.blocks.count(place), names[place]) for place in PLACES]
-        present = [f"{count} {where}" for count, where in counts if count]
-        first, *rest = present or ["none"]
-        number, _, where = first.partition(" ")
-        return ", ".join((f"{number} block{'s' * (number != '1')} {where}", *rest))
+        (first, where), *rest = [pair for pair in counts if pair[0]] or [(0, "")]
+        blocks = msg("{count} block {where}") if first == 1 else msg("{count} blocks {where}")
+        others = (Message("{count} {where}", count=count, where=where) for count, where in rest)
+        return join(", ", (Message(blocks, count=first, where=where), *others))
 
 
 def all_resident(spec: ModelSpec, device_kind: str) -> Placement:
@@ -68,10 +69,15 @@ def chosen(placement: Placement, place: str, indices: Iterable[int]) -> Placemen
     """
     blocks = list(placement.blocks)
     if place not in PLACES:
-        raise BadInput(f"There is no place {place!r}.", f"Choose one of {', '.join(PLACES)}.")
+        raise BadInput(
+            msg("There is no place {place!r}.", place=place), msg("Choose one of {places}.", places=", ".join(PLACES))
+        )
     for index in indices:
         if not -len(blocks) <= index < len(blocks):
-            raise BadInput(f"There is no block {index}.", f"The model has blocks 0 to {len(blocks) - 1}.")
+            raise BadInput(
+                msg("There is no block {index}.", index=index),
+                msg("The model has blocks 0 to {difference}.", difference=len(blocks) - 1),
+            )
         blocks[index] = place
     return replace(placement, blocks=tuple(blocks))
 

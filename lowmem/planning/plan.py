@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.placement import Placement
 from lowmem.precisions import PRECISIONS
@@ -134,10 +135,22 @@ class Plan:
     def sentence(self) -> str:
         """The verdict for a person, with its numbers."""
         tightest = max(self.estimates, key=lambda estimate: estimate.peak / max(estimate.limit, 1))
-        memory = "GPU memory" if tightest.memory == "vram" else "RAM"
+        memory = msg("GPU memory") if tightest.memory == "vram" else "RAM"
         peak, limit = format_bytes(tightest.peak), format_bytes(tightest.limit)
         if tightest.verdict == "over":
-            return f"Needs {peak} of {memory}, {format_bytes(tightest.peak - tightest.limit)} more than the budget of {limit}."
+            return msg(
+                "Needs {peak} of {memory}, {difference} more than the budget of {limit}.",
+                peak=peak,
+                memory=memory,
+                difference=format_bytes(tightest.peak - tightest.limit),
+                limit=limit,
+            )
         if tightest.verdict == "tight":
-            return f"Tight: {peak} of the {limit} {memory} budget, {format_bytes(tightest.limit - tightest.peak)} to spare."
-        return f"Fits: {peak} of the {limit} {memory} budget."
+            return msg(
+                "Tight: {peak} of the {limit} {memory} budget, {difference} to spare.",
+                peak=peak,
+                limit=limit,
+                memory=memory,
+                difference=format_bytes(tightest.limit - tightest.peak),
+            )
+        return msg("Fits: {peak} of the {limit} {memory} budget.", peak=peak, limit=limit, memory=memory)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import Message, msg
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.cache import CACHE_TYPES
@@ -64,27 +65,46 @@ def plan(
 
 def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
     if not 1 <= goal.context <= 10_000_000:
-        raise BadInput(f"A context of {goal.context:,} tokens is not possible.", "Use a value from 1 to 10,000,000.")
+        raise BadInput(
+            msg("A context of {context:,} tokens is not possible.", context=goal.context),
+            msg("Use a value from 1 to 10,000,000."),
+        )
     if not 1 <= goal.batch <= 4096:
-        raise BadInput(f"A batch of {goal.batch:,} is not possible.", "Use a value from 1 to 4,096.")
+        raise BadInput(
+            msg("A batch of {batch:,} is not possible.", batch=goal.batch), msg("Use a value from 1 to 4,096.")
+        )
     if not 1 <= goal.prefill_chunk <= 1_000_000:
-        raise BadInput(f"A prefill chunk of {goal.prefill_chunk:,} is not possible.", "Use a value from 16 to 8,192.")
+        raise BadInput(
+            msg("A prefill chunk of {prefill_chunk:,} is not possible.", prefill_chunk=goal.prefill_chunk),
+            msg("Use a value from 16 to 8,192."),
+        )
     if goal.cache_type not in CACHE_TYPES:
-        raise BadInput(f"There is no KV cache type {goal.cache_type!r}.", f"Choose one of {', '.join(CACHE_TYPES)}.")
+        raise BadInput(
+            msg("There is no KV cache type {cache_type!r}.", cache_type=goal.cache_type),
+            msg("Choose one of {cache_types}.", cache_types=", ".join(CACHE_TYPES)),
+        )
     keys = ["auto", hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
     if goal.device not in keys:
-        raise BadInput(f"There is no device {goal.device!r}.", f"Choose one of {', '.join(keys)}.")
+        raise BadInput(
+            msg("There is no device {device!r}.", device=goal.device),
+            msg("Choose one of {keys}.", keys=", ".join(keys)),
+        )
     if spec is not None and (unknown := storage_refusal(spec)):
-        raise Unsupported(unknown, "Choose the original model; lowmem quantizes while loading.")
+        raise Unsupported(unknown, msg("Choose the original model; lowmem quantizes while loading."))
     if goal.backend != "auto" and goal.backend not in BACKENDS:
-        raise BadInput(f"There is no backend {goal.backend!r}.", f"Choose auto, {' or '.join(BACKENDS)}.")
+        raise BadInput(
+            msg("There is no backend {backend!r}.", backend=goal.backend),
+            msg("Choose auto, {backends}.", backends=" or ".join(BACKENDS)),
+        )
     if spec is not None and spec.exported and (wrong := _exported_refusal(spec, hardware, goal)):
-        raise Unsupported(wrong, "Leave backend, device and precision to the planner, or choose the original model.")
+        raise Unsupported(
+            wrong, msg("Leave backend, device and precision to the planner, or choose the original model.")
+        )
     if goal.backend == "onnx" and spec is not None and (refusal := _graph_refusal(spec, hardware, goal)):
-        raise Unsupported(refusal, "Choose the torch backend, or auto.")
+        raise Unsupported(refusal, msg("Choose the torch backend, or auto."))
     if goal.precision != "auto" and (refusal := available(goal.precision, hardware, goal.device, spec)):
         kind = Unsupported if spec is not None and spec.quantization else BadInput
-        raise kind(refusal, "Choose another precision, or auto.")
+        raise kind(refusal, msg("Choose another precision, or auto."))
 
 
 def _catalog() -> list[ModelSpec]:
@@ -97,17 +117,25 @@ def _catalog() -> list[ModelSpec]:
 def _graph_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:
     """Why ONNX Runtime cannot run this goal, or None."""
     if device_of(hardware, goal.device).kind != "cpu":
-        return "The ONNX backend runs on the CPU only."
+        return msg("The ONNX backend runs on the CPU only.")
     if goal.cache_type != "same":
-        return f"The ONNX backend has an fp32 KV cache, not {goal.cache_type}."
+        return msg("The ONNX backend has an fp32 KV cache, not {cache_type}.", cache_type=goal.cache_type)
     if goal.precision not in ("auto", "stored", *GRAPH_PRECISIONS):
-        return f"ONNX graphs are available in {', '.join(GRAPH_PRECISIONS)}, not in {goal.precision}."
+        return msg(
+            "ONNX graphs are available in {graph_precisions}, not in {precision}.",
+            graph_precisions=", ".join(GRAPH_PRECISIONS),
+            precision=goal.precision,
+        )
     return exported.refusal(spec)
 
 
 def _exported_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:
     if goal.backend == "torch" or goal.precision not in ("auto", spec.exported):
-        return f"{spec.name} is an exported graph: it runs only in {spec.exported} on ONNX Runtime."
+        return msg(
+            "{model} is an exported graph: it runs only in {exported} on ONNX Runtime.",
+            model=spec.name,
+            exported=spec.exported,
+        )
     return _graph_refusal(spec, hardware, replace(goal, precision="auto"))
 
 
@@ -165,12 +193,19 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal:
         backend = "torch" if on_torch else "onnx"
         chosen = _draft(spec, hardware, budget, goal, goal.precision, backend)
         caution = exported.caution(spec, chosen.precision)
-        return replace(chosen, reason=f"The precision you chose. {caution}" if caution else "The precision you chose.")
+        return replace(
+            chosen,
+            reason=msg("The precision you chose. {caution}", caution=caution)
+            if caution
+            else msg("The precision you chose."),
+        )
     drafts = [_draft(spec, hardware, budget, goal, *choice) for choice in _choices(spec, hardware, budget, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
-        return replace(chosen, reason="Nothing fits; this needs the least memory.", declined=_declined(drafts, chosen))
+        return replace(
+            chosen, reason=msg("Nothing fits; this needs the least memory."), declined=_declined(drafts, chosen)
+        )
     chosen = fitting[0]
     return replace(chosen, reason=_precision_reason(chosen), declined=_declined(drafts, chosen))
 
@@ -183,46 +218,70 @@ def _why_not(draft: Plan, chosen: Plan) -> str:
     if draft.verdict == "over":
         return draft.sentence()
     if chosen.backend == "onnx" and draft.backend == "torch" and draft.precision in (chosen.precision, "int8"):
-        return f"Fits in {format_bytes(draft.main.peak)}, but torch decodes several times slower than ONNX Runtime."
+        return msg(
+            "Fits in {peak}, but torch decodes several times slower than ONNX Runtime.",
+            peak=format_bytes(draft.main.peak),
+        )
     if draft.place.kind == "cpu" and chosen.precision == "int8":
-        return f"Fits in {format_bytes(draft.main.peak)}, but is slower: it reads more memory per token."
-    return f"Fits in {format_bytes(draft.main.peak)}, but there is room for more bits."
+        return msg("Fits in {peak}, but is slower: it reads more memory per token.", peak=format_bytes(draft.main.peak))
+    return msg("Fits in {peak}, but there is room for more bits.", peak=format_bytes(draft.main.peak))
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.spec.name}, {plan.precision_label}{', ONNX Runtime' if plan.backend == 'onnx' else ''}"
+    return (
+        msg("{model}, {precision_label}, ONNX Runtime", model=plan.spec.name, precision_label=plan.precision_label)
+        if plan.backend == "onnx"
+        else Message("{model}, {precision_label}", model=plan.spec.name, precision_label=plan.precision_label)
+    )
 
 
 def _precision_reason(plan: Plan) -> str:
     if plan.backend == "onnx":
         graph, caution = _graph_sentence(plan), exported.caution(plan.spec, plan.precision)
         if caution:
-            return f"int4 on ONNX Runtime needs the least memory. {graph} {caution}"
+            return msg("int4 on ONNX Runtime needs the least memory. {graph} {caution}", graph=graph, caution=caution)
         if plan.precision == "int8":
-            return f"int8 on ONNX Runtime is fastest on a CPU, with a small loss of quality. {graph}"
-        return f"ONNX Runtime ({plan.precision_label}) is fastest on a CPU, with a small loss of quality. {graph}"
+            return msg("int8 on ONNX Runtime is fastest on a CPU, with a small loss of quality. {graph}", graph=graph)
+        return msg(
+            "ONNX Runtime ({precision_label}) is fastest on a CPU, with a small loss of quality. {graph}",
+            precision_label=plan.precision_label,
+            graph=graph,
+        )
     if plan.place.kind == "cpu" and plan.precision == "int8":
-        return "int8 is fastest on a CPU, with a small loss of quality."
+        return msg("int8 is fastest on a CPU, with a small loss of quality.")
     if plan.precision in ("fp16", "bf16", "fp32"):
-        return f"{plan.precision} is the most accurate precision that {plan.place.name} runs well, and it fits."
+        return msg(
+            "{precision} is the most accurate precision that {place} runs well, and it fits.",
+            precision=plan.precision,
+            place=plan.place.name,
+        )
     if plan.precision == "stored":
-        return f"The checkpoint is already quantized ({plan.precision_label}) and runs as stored."
-    return f"{plan.precision_label} has the most bits that fit."
+        return msg(
+            "The checkpoint is already quantized ({precision_label}) and runs as stored.",
+            precision_label=plan.precision_label,
+        )
+    return msg("{precision_label} has the most bits that fit.", precision_label=plan.precision_label)
 
 
 def _graph_sentence(plan: Plan) -> str:
     if plan.spec.exported:
-        return "It is already exported."
+        return msg("It is already exported.")
     size, seconds = exported.disk_bytes(plan.spec, plan.precision), exported.writing_seconds(plan.spec)
     if seconds < 120:
-        return f"Its graph ({format_bytes(size)}) is written once, in about {max(10, round(seconds, -1)):.0f} s."
-    return f"Its graph ({format_bytes(size)}) is written once, in about {seconds / 60:.0f} min."
+        return msg(
+            "Its graph ({size}) is written once, in about {seconds:.0f} s.",
+            size=format_bytes(size),
+            seconds=max(10, round(seconds, -1)),
+        )
+    return msg(
+        "Its graph ({size}) is written once, in about {seconds:.0f} min.", size=format_bytes(size), seconds=seconds / 60
+    )
 
 
 def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:
     """The best model that fits with room to spare, with as much context as fits comfortably."""
     if not choices:
-        raise BadInput("There is no model to choose from.", "Name one: a hub id, a folder or a .gguf file.")
+        raise BadInput(msg("There is no model to choose from."), msg("Name one: a hub id, a folder or a .gguf file."))
     declined: list[Declined] = []
     for spec in choices:
         draft = _plan_model(spec, hardware, budget, goal)
@@ -236,7 +295,11 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryB
     # "Nothing fits" no longer holds after a fallback.
     reasons = (smallest.reason,) if smallest.verdict != least.verdict == "over" else (least.reason, smallest.reason)
     kept = tuple(d for d in declined if d.choice != _title(smallest))
-    return replace(smallest, reason=f"The smallest model available. {' '.join(filter(None, reasons))}", declined=kept)
+    return replace(
+        smallest,
+        reason=msg("The smallest model available. {reasons}", reasons=" ".join(filter(None, reasons))),
+        declined=kept,
+    )
 
 
 def _too_slow(plan: Plan) -> str:
@@ -249,7 +312,7 @@ def _too_slow(plan: Plan) -> str:
     )
     if weights <= CPU_WEIGHTS_CEILING:
         return ""
-    return f"Too slow on a CPU: every token would read {format_bytes(weights)} of weights."
+    return msg("Too slow on a CPU: every token would read {weights} of weights.", weights=format_bytes(weights))
 
 
 def _with_context(draft: Plan, goal: Goal, declined: tuple[Declined, ...]) -> Plan:
@@ -259,9 +322,13 @@ def _with_context(draft: Plan, goal: Goal, declined: tuple[Declined, ...]) -> Pl
         if longer.verdict != "fits":
             break
         grown = longer
-    memory = "GPU memory" if grown.main.memory == "vram" else "RAM"
-    reason = (
-        f"The best model that fits {format_bytes(grown.main.limit)} of {memory} with {goal.context:,} tokens and room to spare. "
-        f"{draft.reason} Context {grown.context:,} tokens."
+    memory = msg("GPU memory") if grown.main.memory == "vram" else "RAM"
+    reason = msg(
+        "The best model that fits {limit} of {memory} with {context:,} tokens and room to spare. {reason} Context {chosen:,} tokens.",
+        limit=format_bytes(grown.main.limit),
+        memory=memory,
+        context=goal.context,
+        reason=draft.reason,
+        chosen=grown.context,
     )
     return replace(grown, reason=reason, declined=(*declined, *draft.declined))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowmem.machine.device import Device
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.precisions import PRECISIONS
@@ -19,7 +20,11 @@ def available(precision: str, hardware: Hardware, device: str = "auto", spec: Mo
     """
     place = device_of(hardware, device)
     if precision not in PRECISIONS:
-        return f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}."
+        return msg(
+            "There is no precision {precision!r}; choose one of {precisions}.",
+            precision=precision,
+            precisions=", ".join(PRECISIONS),
+        )
     if (precision == STORED) != bool(spec and spec.quantization):
         return _stored_refusal(precision, spec)
     chosen = PRECISIONS[precision]
@@ -42,11 +47,19 @@ def storage_refusal(spec: ModelSpec) -> str:
     if not spec.quantization:
         return ""
     if spec.stored is None:
-        return f"{spec.name} is quantized with {spec.quantization}, of which nothing more is known."
+        return msg(
+            "{model} is quantized with {quantization}, of which nothing more is known.",
+            model=spec.name,
+            quantization=spec.quantization,
+        )
     if refusal := spec.stored.refusal():
-        return f"{spec.name} cannot be run: {refusal[0].lower()}{refusal[1:]}"
+        return msg("{model} cannot be run. {refusal}", model=spec.name, refusal=refusal)
     if not spec.packed_layers:
-        return f"{spec.name} is quantized with {spec.quantization}, says its config.json, but none of its layers is."
+        return msg(
+            "{model} is quantized with {quantization}, says its config.json, but none of its layers is.",
+            model=spec.name,
+            quantization=spec.quantization,
+        )
     return ""
 
 
@@ -60,6 +73,11 @@ def candidates(hardware: Hardware, device: Device, spec: ModelSpec | None = None
 
 def _stored_refusal(precision: str, spec: ModelSpec | None) -> str:
     if precision == STORED:
-        return "Only a model that is already quantized runs as stored."
-    name, method = (spec.name, spec.quantization) if spec else ("The model", "")
-    return f"{name} is already quantized with {method}: it runs as stored, not in {precision}."
+        return msg("Only a model that is already quantized runs as stored.")
+    name, method = (spec.name, spec.quantization) if spec else (msg("The model"), "")
+    return msg(
+        "{name} is already quantized with {method}: it runs as stored, not in {precision}.",
+        name=name,
+        method=method,
+        precision=precision,
+    )

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from lowmem.kernels.layouts import TILE_BYTES
 from lowmem.machine.direct_io import PAGE
+from lowmem.messages import msg
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache, model_bytes
@@ -35,9 +36,13 @@ def device_lines(plan: Plan, placement: Placement, dtype: str) -> tuple[Line, ..
     running = (
         Line("kv", cache.device_bytes(plan, dtype), cache.sentence(plan, dtype)),
         model_bytes.activation_line(plan, dtype),
-        Line("scratch", cache.dequantized_bytes(plan, dtype), "One dequantized layer of the KV cache."),
-        Line("scratch", _ring_bytes(plan.spec, streamed), f"{SLOTS} blocks in transit, as stored on disk."),
-        Line("scratch", _tile_bytes(plan, streamed, dtype), "Weights dequantized or converted for computing."),
+        Line("scratch", cache.dequantized_bytes(plan, dtype), msg("One dequantized layer of the KV cache.")),
+        Line(
+            "scratch",
+            _ring_bytes(plan.spec, streamed),
+            msg("{slots} blocks in transit, as stored on disk.", slots=SLOTS),
+        ),
+        Line("scratch", _tile_bytes(plan, streamed, dtype), msg("Weights dequantized or converted for computing.")),
     )
     # The run allocates its buffers after loading, so only the larger of the two counts.
     loading = _loading_bytes(plan, placement, dtype) - sum(line.count for line in running)
@@ -45,11 +50,16 @@ def device_lines(plan: Plan, placement: Placement, dtype: str) -> tuple[Line, ..
         Line(
             "weights",
             weights,
-            f"{resident} of {plan.spec.layers} blocks, embeddings and output head: {plan.precision_label}.",
+            msg(
+                "{resident} of {layers} blocks, embeddings and output head: {precision_label}.",
+                resident=resident,
+                layers=plan.spec.layers,
+                precision_label=plan.precision_label,
+            ),
         ),
         *(model_bytes.kernel_lines(plan) if resident else ()),
         *running,
-        Line("scratch", max(0, loading), "Buffers while loading."),
+        Line("scratch", max(0, loading), msg("Buffers while loading.")),
     )
 
 
@@ -57,8 +67,16 @@ def ram_lines(plan: Plan, placement: Placement) -> tuple[Line, ...]:
     """What lies in RAM while a GPU computes, without the process itself."""
     sizes, in_ram = stored_block_bytes(plan.spec), placement.indices("ram")
     return (
-        Line("weights", sum(sizes[index] for index in in_ram), f"{len(in_ram)} blocks in RAM, as stored on disk."),
-        Line("scratch", _ring_bytes(plan.spec, placement.indices("disk")), f"{SLOTS} blocks in transit from disk."),
+        Line(
+            "weights",
+            sum(sizes[index] for index in in_ram),
+            msg("{in_ram} blocks in RAM, as stored on disk.", in_ram=len(in_ram)),
+        ),
+        Line(
+            "scratch",
+            _ring_bytes(plan.spec, placement.indices("disk")),
+            msg("{slots} blocks in transit from disk.", slots=SLOTS),
+        ),
     )
 
 

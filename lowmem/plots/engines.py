@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lowmem.messages import Message, msg
 from lowmem.plots.figure import COLORS, GREY, bars, new_figure, style
 from lowmem.units import format_bytes
 
@@ -21,15 +22,15 @@ def graph_benchmark(result: Mapping[str, Any]) -> list[Figure]:
     Args:
         result: the last event of `lowmem.export.benchmark`.
     """
-    panels = [("prefill_tps", "Prefill", "prompt tokens/s; longer is better", "{:,.0f}")]
+    panels = [("prefill_tps", msg("Prefill"), msg("prompt tokens/s; longer is better"), "{:,.0f}")]
     if any(value is not None for engine in ENGINES for value in result[engine]["token_ms"]):
-        panels.append(("token_ms", "Each new token", "milliseconds; shorter is better", "{:.1f} ms"))
+        panels.append(("token_ms", msg("Each new token"), msg("milliseconds; shorter is better"), "{:.1f} ms"))
     return [_lengths(result, *panel) for panel in panels]
 
 
 def _lengths(result: Mapping[str, Any], key: str, title: str, unit: str, form: str) -> Figure:
     rows = [
-        (f"{length} tokens, {name}", result[engine][key][position], color)
+        (msg("{length} tokens, {name}", length=length, name=name), result[engine][key][position], color)
         for position, length in enumerate(result["prompts"])
         for engine, (name, color) in ENGINES.items()
     ]
@@ -37,7 +38,13 @@ def _lengths(result: Mapping[str, Any], key: str, title: str, unit: str, form: s
     figure = new_figure(520, 90 + ROW_HEIGHT * len(rows), title)
     axes = figure.subplots()
     style(axes, title, unit)
-    bars(axes, names, values, ["" if value is None else form.format(value) for value in values], colors)
+    bars(
+        axes,
+        names,
+        values,
+        ["" if value is None else Message(form.replace("{:", "{value:"), value=value) for value in values],
+        colors,
+    )
     return figure
 
 
@@ -52,9 +59,9 @@ def offload_methods(
     """Time per token and peak memory of each way to offload a model; `texts` are the times as they are written."""
     figure = new_figure(1000, 90 + 40 * len(names), title)
     time, memory = figure.subplots(1, 2)
-    style(time, "Time per token", "shorter is better")
+    style(time, msg("Time per token"), msg("shorter is better"))
     bars(time, names, seconds, texts, [COLORS[0]] * len(names))
-    style(memory, "Peak memory", "measured, and predicted (line); shorter is better")
+    style(memory, msg("Peak memory"), msg("measured, and predicted (line); shorter is better"))
     bars(memory, names, peaks, [format_bytes(peak) for peak in peaks], [COLORS[2]] * len(names), predicted)
     for axes in figure.axes:
         axes.tick_params(axis="y", labelcolor=GREY)

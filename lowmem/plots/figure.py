@@ -15,6 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem.messages import msg, translate
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ COLORS = ("#4c8bd6", "#d9822b", "#3fa36b", "#a66bc9", "#d0596a", "#2fa3b0", "#a8
 """Of medium lightness, so that they are visible on white and on black."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-NO_DATA = "no figures"
+NO_DATA = msg("no figures")
 
 _PNG_SCALE = 2
 _LOCK = threading.Lock()
@@ -63,10 +65,10 @@ def scales(
     """Label both axes of a plot of points; horizontal lines lead from the values to the points."""
     if logarithmic:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(lambda value, _: up(value))
+        axes.yaxis.set_minor_formatter(lambda value, _: translate(up(value)))
         axes.tick_params(which="minor", colors=GREY, length=0, labelsize=12)
-    axes.xaxis.set_major_formatter(lambda value, _: across(value))
-    axes.yaxis.set_major_formatter(lambda value, _: up(value))
+    axes.xaxis.set_major_formatter(lambda value, _: translate(across(value)))
+    axes.yaxis.set_major_formatter(lambda value, _: translate(up(value)))
     axes.set_xlabel(label, color=GREY, fontsize=12)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color=FAINT, linewidth=1)
@@ -93,7 +95,7 @@ def bars(
     largest = max((value for value in (*values, *marks) if value), default=0) or 1
     axes.set_xlim(0, 1.35 * largest)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), names, fontweight="bold", fontsize=13)
+    axes.set_yticks(range(len(names)), list(map(translate, names)), fontweight="bold", fontsize=13)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.spines["left"].set(visible=True, color=FAINT)
@@ -122,7 +124,7 @@ def to_svg(figure: Figure) -> str:
     svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[A-Za-z0-9.]+_\d+"', "<g", svg).replace('<g id="point"', '<g class="point"')
     svg = re.sub(r"(font: [^'\";]*px )'[^;\"]*", rf"\1{FONT}", svg)
-    title = escape(str(figure.get_label()))
+    title = escape(translate(str(figure.get_label())))
     return svg.replace("<svg ", '<svg role="img" ', 1).replace(">", f">\n <title>{title}</title>", 1)
 
 
@@ -136,13 +138,6 @@ def encode(figure: Figure, path: Path) -> str | bytes:
     return to_svg(figure) if path.suffix.lower() == ".svg" else to_png(figure)
 
 
-def replace_texts(figure: Figure, change: Callable[[str], str]) -> Figure:
-    """Put every text of `figure` through `change`, such as a translation."""
-    for text in _texts(figure):
-        text.set_text(change(text.get_text()))
-    return figure
-
-
 def _texts(figure: Figure) -> list[Any]:
     return [artist for artist in figure.findobj() if hasattr(artist, "set_parse_math")]
 
@@ -151,6 +146,7 @@ def _render(figure: Figure, **arguments: Any) -> bytes:
     from matplotlib import rc_context
 
     for text in _texts(figure):
+        text.set_text(translate(text.get_text()))
         text.set_parse_math(False)  # a dollar sign in a name is no formula
     out = io.BytesIO()
     with _LOCK, rc_context({"svg.fonttype": "none"}):

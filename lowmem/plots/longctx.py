@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from lowmem.longctx.strategies import Point, by_strategy
+from lowmem.messages import Message, msg
 from lowmem.plots.figure import COLORS, GREY, new_figure, no_data, scales, style
 from lowmem.units import format_bytes
 
@@ -29,14 +30,14 @@ Curve = tuple[str, Sequence[tuple[float, float]]]
 def picture(points: Sequence[Point], title: str = "", columns: int = 3) -> Figure:
     """Compare cache strategies: perplexity, time per token and cache size along the text, `columns` panels abreast."""
     panels: list[tuple[str, str, Callable[[Point], float | None], Callable[[float], str]]] = [
-        ("Perplexity", "of the segment before; smaller is better", lambda p: p.perplexity, _number),
-        ("Time", "per token, ms", lambda p: 1000 * (p.token_seconds or 0) or None, _number),
-        ("Memory", "of the KV cache", lambda p: p.kv_bytes or None, format_bytes),
+        (msg("Perplexity"), msg("of the segment before; smaller is better"), lambda p: p.perplexity, _number),
+        (msg("Time"), msg("per token, ms"), lambda p: 1000 * (p.token_seconds or 0) or None, _number),
+        (msg("Memory"), msg("of the KV cache"), lambda p: p.kv_bytes or None, format_bytes),
     ]
     found = by_strategy(points)
     rows = -(-len(panels) // columns)
     size = columns * PANEL_WIDTH, rows * PANEL_HEIGHT + LEGEND_HEIGHT
-    figure = new_figure(*size, title or "Cache strategies for a long text", title)
+    figure = new_figure(*size, title or msg("Cache strategies for a long text"), title)
     for axes, (heading, unit, value, text) in zip(
         figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True
     ):
@@ -51,8 +52,14 @@ def picture(points: Sequence[Point], title: str = "", columns: int = 3) -> Figur
 
 def perplexity_sheet(places: Sequence[tuple[float, float]]) -> Figure:
     """Perplexity along one text."""
-    figure = new_figure(640, 320, "Perplexity along the text")
-    _panel(figure.subplots(), [("", places)], "Perplexity", "of each segment of the text; smaller is better", _number)
+    figure = new_figure(640, 320, msg("Perplexity along the text"))
+    _panel(
+        figure.subplots(),
+        [("", places)],
+        msg("Perplexity"),
+        msg("of each segment of the text; smaller is better"),
+        _number,
+    )
     return figure
 
 
@@ -68,7 +75,7 @@ def _panel(axes: Axes, curves: Sequence[Curve], heading: str, unit: str, text: C
         marker = "o" if len(places) <= MOST_MARKERS else ""
         across, up = zip(*places, strict=True) if places else ((), ())
         axes.plot(across, up, marker=marker, markersize=6, linewidth=2.5, color=COLORS[index % len(COLORS)], label=name)
-    scales(axes, _tokens, "tokens read", text, logarithmic=logarithmic)
+    scales(axes, _tokens, msg("tokens read"), text, logarithmic=logarithmic)
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=6)
     axes.set_ylim(min(values) / 1.1 if logarithmic else 0, 1.08 * max(values))
@@ -88,8 +95,8 @@ def _places(points: Sequence[Point], value: Callable[[Point], float | None]) -> 
 
 
 def _number(value: float) -> str:
-    return f"{value:,.4g}"
+    return Message("{value:,.4g}", value=value)
 
 
 def _tokens(tokens: float) -> str:
-    return f"{tokens / 1000:g}k" if tokens >= 1000 else f"{tokens:g}"
+    return f"{tokens / 1000:g}k" if tokens >= 1000 else Message("{tokens:g}", tokens=tokens)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowmem.measure.rows import Row
+from lowmem.messages import Message, msg
 from lowmem.plots.figure import COLORS, GREY, bars, new_figure, no_data, scales, style
 from lowmem.units import format_bytes
 
@@ -28,20 +29,30 @@ def picture(rows: Sequence[Row], title: str = "", text: str = "") -> Figure:
         text: what the quality was measured on.
     """
     height = MARGINS + max(PLOT_HEIGHT, ROW_HEIGHT * len(rows))
-    figure = new_figure(WIDTH, height, title or "Comparison of variants", title)
+    figure = new_figure(WIDTH, height, title or msg("Comparison of variants"), title)
     quality, speed, memory = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     colors = [COLORS[index % len(COLORS)] for index in range(len(rows))]
     names = [row.variant for row in rows]
-    _quality(quality, rows, colors, f"perplexity on {text}" if text else "perplexity")
+    _quality(quality, rows, colors, msg("perplexity on {text}", text=text) if text else "perplexity")
 
-    style(speed, "Speed", "new tokens/s (prefill in brackets); longer is better")
-    prefill = [f" ({row.prefill_tps:,.0f})" if row.prefill_tps else "" for row in rows]
+    style(speed, msg("Speed"), msg("new tokens/s (prefill in brackets); longer is better"))
+    prefill = [Message(" ({prefill_tps:,.0f})", prefill_tps=row.prefill_tps) if row.prefill_tps else "" for row in rows]
     tps = [row.decode_tps for row in rows]
-    bars(speed, names, tps, [f"{one or 0:,.1f}{more}" for one, more in zip(tps, prefill, strict=True)], colors)
+    bars(
+        speed,
+        names,
+        tps,
+        [Message("{one:,.1f}{more}", one=one or 0, more=more) for one, more in zip(tps, prefill, strict=True)],
+        colors,
+    )
 
     on_gpu = any(row.predicted_vram_bytes is not None for row in rows)
     style(
-        memory, "Peak memory", f"{'GPU memory' if on_gpu else 'RAM'} measured, and predicted (line); shorter is better"
+        memory,
+        msg("Peak memory"),
+        msg("GPU memory measured, and predicted (line); shorter is better")
+        if on_gpu
+        else msg("RAM measured, and predicted (line); shorter is better"),
     )
     peaks = [row.peak_bytes for row in rows]
     predicted = [row.predicted_bytes if row.peak_bytes else None for row in rows]
@@ -51,7 +62,7 @@ def picture(rows: Sequence[Row], title: str = "", text: str = "") -> Figure:
 
 def _quality(axes: Axes, rows: Sequence[Row], colors: Sequence[str], unit: str) -> None:
     """Size of the weights to the right, perplexity upwards: the best variants are at the lower left."""
-    style(axes, "Size and quality", f"{unit}; smaller is better")
+    style(axes, msg("Size and quality"), msg("{unit}; smaller is better", unit=unit))
     points = [
         (row.weight_bytes, row.perplexity, row.variant, color)
         for row, color in zip(rows, colors, strict=True)
@@ -64,8 +75,8 @@ def _quality(axes: Axes, rows: Sequence[Row], colors: Sequence[str], unit: str) 
     scales(
         axes,
         lambda size: format_bytes(size) if size else "0",
-        "loaded weights",
-        lambda perplexity: f"{perplexity:,.4g}",
+        msg("loaded weights"),
+        lambda perplexity: Message("{perplexity:,.4g}", perplexity=perplexity),
         logarithmic=high > 10 * low,
     )
     high = max(high, LEAST_SPAN * low)

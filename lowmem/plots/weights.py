@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Step
+from lowmem.messages import Message, msg
 from lowmem.plots.figure import GREY, new_figure, scales, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 120
-CAPTION = "above: the original weights; below: rounded with one scale for all of them (groups have their own scales)"
+CAPTION = msg(
+    "above: the original weights; below: rounded with one scale for all of them (groups have their own scales)"
+)
 BEFORE, AFTER = "#8a999b", "#1d8d94"
 WIDTH, HEIGHT = 900, 280
 LARGEST_TENSOR_BYTES = 64_000_000
@@ -48,13 +51,14 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
     ]
     if spec.quantization or not fitting:
         raise BadInput(
-            f"{spec.name} has no layer that groups of {group} divide.", "Choose its original, or other groups."
+            msg("{model} has no layer that groups of {group} divide.", model=spec.name, group=group),
+            msg("Choose its original, or other groups."),
         )
     chosen = _one_a_block(fitting)
     options, losses, shown = method.Options(bits=bits, group_size=group), [], {}
     with Checkpoint(folder) as checkpoint:
         for number, tensor in enumerate(chosen):
-            yield Step(number, len(chosen), f"Rounding block {number + 1}")
+            yield Step(number, len(chosen), msg("Rounding block {number}", number=number + 1))
             weight = checkpoint.read(tensor.name).float()
             weight = weight.t().contiguous() if spec.model_type == "gpt2" else weight
             rounded = method.quantize([weight], None, options, CancelToken())[0]
@@ -89,7 +93,7 @@ def _shares(counts: Any) -> list[float]:
 
 def histogram(found: Mapping[str, Any]) -> Figure:
     """The weights of one layer before rounding, upwards, and after it, downwards."""
-    title = f"{found['layer']}, {found['bits']} bits"
+    title = msg("{layer}, {bits} bits", layer=found["layer"], bits=found["bits"])
     figure = new_figure(WIDTH, HEIGHT, title)
     axes = figure.subplots()
     style(axes, title, CAPTION)
@@ -100,7 +104,7 @@ def histogram(found: Mapping[str, Any]) -> Figure:
     axes.bar(places, [-share for share in found["after"]], 0.8 * step, color=AFTER)
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set(xlim=(low, high), yticks=[])
-    axes.set_xticks([low, 0, high], [f"{value:.3g}" for value in (low, 0.0, high)])
+    axes.set_xticks([low, 0, high], [Message("{value:.3g}", value=value) for value in (low, 0.0, high)])
     axes.spines["bottom"].set_visible(False)
     return figure
 
@@ -110,7 +114,9 @@ def losses(values: Sequence[float], title: str, unit: str) -> Figure:
     figure = new_figure(WIDTH, HEIGHT, title)
     axes = figure.subplots()
     style(axes, title, unit)
-    scales(axes, lambda block: f"{block:.0f}", "block", lambda loss: f"{loss:.1e}")
+    scales(
+        axes, lambda block: Message("{block:.0f}", block=block), "block", lambda loss: Message("{loss:.1e}", loss=loss)
+    )
     axes.bar(range(1, len(values) + 1), values, 0.8, color=AFTER)
     axes.locator_params(axis="y", nbins=4)
     axes.locator_params(axis="x", integer=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem.machine.device import Device
+from lowmem.messages import msg
 from lowmem.models.quantization import Quantization
 from lowmem.models.spec import DTYPE_BYTES
 
@@ -36,7 +37,11 @@ class Precision:
 
     def refusal(self, device: Device) -> str | None:
         """Why the precision does not run on `device`, None if it does."""
-        return None if not self.dtype or self.dtype in device.dtypes else f"{device.name} does not support {self.key}."
+        return (
+            None
+            if not self.dtype or self.dtype in device.dtypes
+            else msg("{device} does not support {key}.", device=device.name, key=self.key)
+        )
 
     def rank(self, device: Device) -> int | None:
         """Position in the automatic choice for `device`, 0 first; None if it is only taken on request.

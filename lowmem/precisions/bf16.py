@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowmem.machine.device import Device
+from lowmem.messages import msg
 from lowmem.precisions.base import Precision
 
 
@@ -14,4 +15,4 @@ class Bf16(Precision):
         return 1 if device.kind == "cpu" else super().rank(device)
 
 
-PRECISION = Bf16("bf16", "bf16 (half precision)", dtype="bf16")
+PRECISION = Bf16("bf16", msg("bf16 (half precision)"), dtype="bf16")

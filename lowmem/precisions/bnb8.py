@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.kernels import layouts
 from lowmem.machine.device import Device
+from lowmem.messages import msg
 from lowmem.precisions.base import Precision
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ class BitsAndBytes(Precision):
 
     def refusal(self, device: Device) -> str | None:
         if device.kind == "mps":
-            return "bitsandbytes does not support Apple GPUs."
+            return msg("bitsandbytes does not support Apple GPUs.")
         if importlib.util.find_spec("bitsandbytes") is None:
-            return "bitsandbytes is not installed: pip install bitsandbytes."
+            return msg("bitsandbytes is not installed: pip install bitsandbytes.")
         return None
 
 
@@ -41,4 +42,4 @@ class Bnb8(BitsAndBytes):
         return linear8(weight.contiguous(), bias, device, dtype)
 
 
-PRECISION = Bnb8("bnb8", "8-bit (bitsandbytes LLM.int8)")
+PRECISION = Bnb8("bnb8", msg("8-bit (bitsandbytes LLM.int8)"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowmem.machine.device import Device
+from lowmem.messages import msg
 from lowmem.precisions.base import Precision
 
 
@@ -11,4 +12,4 @@ class Fp32(Precision):
         return 2 if device.kind == "cpu" else super().rank(device)
 
 
-PRECISION = Fp32("fp32", "fp32 (full precision)", dtype="fp32", backends=("torch", "onnx"))
+PRECISION = Fp32("fp32", msg("fp32 (full precision)"), dtype="fp32", backends=("torch", "onnx"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.kernels import layouts
 from lowmem.machine.device import Device
+from lowmem.messages import msg
 from lowmem.precisions.base import Precision
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class Int8(Precision):
 
     def refusal(self, device: Device) -> str | None:
         if device.kind != "cpu":
-            return "Dynamic int8 is a CPU method; on a GPU use 8-bit or 4-bit bitsandbytes."
-        return None if layouts.has_int8_kernels() else "Dynamic int8 needs an x86 processor."
+            return msg("Dynamic int8 is a CPU method; on a GPU use 8-bit or 4-bit bitsandbytes.")
+        return None if layouts.has_int8_kernels() else msg("Dynamic int8 needs an x86 processor.")
 
     def rank(self, device: Device) -> int | None:
         return 0 if device.kind == "cpu" else None
@@ -65,4 +66,4 @@ class Int8(Precision):
         return FineInt8Linear if self.fine else Int8Linear
 
 
-PRECISION = Int8("int8", "int8 (dynamic, for CPU)", backends=("torch", "onnx"), covers_embeddings=True)
+PRECISION = Int8("int8", msg("int8 (dynamic, for CPU)"), backends=("torch", "onnx"), covers_embeddings=True)

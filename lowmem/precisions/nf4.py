@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.kernels import layouts
 from lowmem.machine.device import Device
+from lowmem.messages import msg
 from lowmem.precisions.bnb8 import BitsAndBytes
 
 if TYPE_CHECKING:
@@ -31,4 +32,4 @@ class Nf4(BitsAndBytes):
         return linear4(weight.contiguous(), bias, device, dtype)
 
 
-PRECISION = Nf4("nf4", "4-bit (bitsandbytes NF4)")
+PRECISION = Nf4("nf4", msg("4-bit (bitsandbytes NF4)"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowmem.kernels.layouts import has_int8_kernels
+from lowmem.messages import msg
 from lowmem.models.quantization import BNB, INT8, Quantization
 from lowmem.precisions import int8
 from lowmem.precisions.base import Precision
@@ -22,4 +23,4 @@ class Stored(Precision):
         return replace(int8.PRECISION, fine=stored is not None and stored.method != INT8)
 
 
-PRECISION = Stored("stored", "as stored (already quantized)")
+PRECISION = Stored("stored", msg("as stored (already quantized)"))

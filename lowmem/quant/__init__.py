@@ -10,6 +10,7 @@ import importlib
 
 from lowmem.errors import BadInput
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.quant.base import Method
 
 METHODS: tuple[str, ...] = ("int8_dynamic", "bnb", "rtn", "hqq", "gptq", "awq")
@@ -26,7 +27,10 @@ def get(name: str) -> Method:
         BadInput: there is no such method; the hint lists them all.
     """
     if name not in METHODS:
-        raise BadInput(f"There is no quantization method {name!r}.", f"Choose one of {', '.join(METHODS)}.")
+        raise BadInput(
+            msg("There is no quantization method {name!r}.", name=name),
+            msg("Choose one of {methods}.", methods=", ".join(METHODS)),
+        )
     method: Method = importlib.import_module(f"{__name__}.methods.{name}").METHOD
     return method
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import CorruptModel
+from lowmem.messages import msg
 from lowmem.models.checkpoint import as_bytes
 
 
@@ -47,7 +48,10 @@ class Activations:
         while done < len(memory):
             count = self._file.readinto(memory[done:])
             if not count:
-                raise CorruptModel(f"{self.path.name} ends before sample {index + 1}.", "Start again in a new folder.")
+                raise CorruptModel(
+                    msg("{path} ends before sample {index}.", path=self.path.name, index=index + 1),
+                    msg("Start again in a new folder."),
+                )
             done += count
         return values if device is None else values.to(device)
 

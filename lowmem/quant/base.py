@@ -15,6 +15,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.version import __version__
 
 if TYPE_CHECKING:
@@ -30,17 +31,17 @@ SMALLEST_GROUP = 16
 class Options:
     """Options that every method has; a method's own subclass adds to them."""
 
-    bits: int = option(4, "Bits", "Bits per weight: 2 (experimental), 3, 4 or 8.", low=2, high=8, step=1)
+    bits: int = option(4, msg("Bits"), msg("Bits per weight: 2 (experimental), 3, 4 or 8."), low=2, high=8, step=1)
     group_size: int = option(
         64,
-        "Group size",
-        "Weights that share a scale: smaller groups are more accurate and take more space; -1 is a whole row.",
+        msg("Group size"),
+        msg("Weights that share a scale: smaller groups are more accurate and take more space; -1 is a whole row."),
         low=-1,
         high=4096,
         step=1,
     )
     symmetric: bool = option(
-        False, "Symmetric", "No zero points: slightly less accurate, supported by more inference engines."
+        False, msg("Symmetric"), msg("No zero points: slightly less accurate, supported by more inference engines.")
     )
 
     @property
@@ -60,11 +61,17 @@ class Options:
             BadInput: naming the value and those that can be stored.
         """
         if self.bits not in BITS:
-            raise BadInput(f"Weights cannot be stored in {self.bits} bits.", f"Use {', '.join(map(str, BITS))}.")
+            raise BadInput(
+                msg("Weights cannot be stored in {bits} bits.", bits=self.bits),
+                msg("Use {str}.", str=", ".join(map(str, BITS))),
+            )
         if self.group_size != -1 and self.group_size < SMALLEST_GROUP:
             raise BadInput(
-                f"The scales of groups of {self.group_size} weights would take more space than quantizing saves.",
-                f"Use {SMALLEST_GROUP} or more, or -1 for a whole row.",
+                msg(
+                    "The scales of groups of {group_size} weights would take more space than quantizing saves.",
+                    group_size=self.group_size,
+                ),
+                msg("Use {smallest_group} or more, or -1 for a whole row.", smallest_group=SMALLEST_GROUP),
             )
 
 

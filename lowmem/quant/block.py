@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowmem.errors import CorruptModel
 from lowmem.kernels.grid import as_stored
 from lowmem.kernels.quantized import Packed, Quantized
+from lowmem.messages import msg
 from lowmem.models.blocks import Stage
 from lowmem.models.modules import set_tensor
 from lowmem.quant.activations import Activations
@@ -119,17 +120,19 @@ def calibrated_block(
             names = " + ".join(name.rpartition(".")[2] for name in stage.linears)
             hessian = run.hessian(stage)
             for done in run.accumulate(stage, hessian):
-                yield (2 * number + done / inputs.samples) / phases, f"inputs of {names}"
-            yield (2 * number + 1) / phases, f"quantizing {names}"
+                yield (2 * number + done / inputs.samples) / phases, msg("inputs of {names}", names=names)
+            yield (2 * number + 1) / phases, msg("quantizing {names}", names=names)
             if not bool(hessian.matrix.diagonal().isfinite().all()):
-                raise CorruptModel(f"{owner} computes NaN or infinite values.", "Choose another model.")
+                raise CorruptModel(
+                    msg("{owner} computes NaN or infinite values.", owner=owner), msg("Choose another model.")
+                )
             scales = partial.scale_channels(stage, hessian)
             if scales is not None:
                 run.divide(stage, scales)
             loss = partial.quantize(stage, hessian)
-            yield (2 * number + 2) / phases, f"{names}: loss {loss:.2e}"
+            yield (2 * number + 2) / phases, msg("{names}: loss {loss:.2e}", names=names, loss=loss)
         for done in run.finish(outputs) if outputs else ():
-            yield (phases - 1 + done / inputs.samples) / phases, "outputs of the block"
+            yield (phases - 1 + done / inputs.samples) / phases, msg("outputs of the block")
         return partial.result()
     finally:
         run.close()

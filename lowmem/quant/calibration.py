@@ -14,6 +14,7 @@ from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
+from lowmem.messages import msg
 
 NOTEWORTHY_OVERLAP = 0.01
 """Share of the evaluation text from which the overlap is reported."""
@@ -27,16 +28,21 @@ class Calibration:
 
     text: str = option(
         texts.MANUAL,
-        "Calibration text",
-        f"{texts.MANUAL} (included), {texts.WIKITEXT} or {texts.C4} (from the hub), or the path of a text file.",
+        msg("Calibration text"),
+        msg(
+            "{manual} (included), {wikitext} or {c4} (from the hub), or the path of a text file.",
+            manual=texts.MANUAL,
+            wikitext=texts.WIKITEXT,
+            c4=texts.C4,
+        ),
     )
     samples: int = option(
-        64, "Samples", "More samples cover more of the language and take longer.", low=1, high=4096, step=1
+        64, msg("Samples"), msg("More samples cover more of the language and take longer."), low=1, high=4096, step=1
     )
     length: int = option(
         512,
-        "Tokens per sample",
-        "Longer samples calibrate attention over longer distances.",
+        msg("Tokens per sample"),
+        msg("Longer samples calibrate attention over longer distances."),
         low=16,
         high=8192,
         step=16,
@@ -56,8 +62,12 @@ def token_samples(tokenizer: Any, calibration: Calibration, context: int, cancel
     """
     if calibration.length > context:
         raise BadInput(
-            f"Samples of {calibration.length:,} tokens do not fit the model's context of {context:,}.",
-            f"Use {context:,} or fewer.",
+            msg(
+                "Samples of {length:,} tokens do not fit the model's context of {context:,}.",
+                length=calibration.length,
+                context=context,
+            ),
+            msg("Use {context:,} or fewer.", context=context),
         )
     text = texts.calibration_text(_source(calibration.text), cancel)
     start = _start(tokenizer)
@@ -66,9 +76,17 @@ def token_samples(tokenizer: Any, calibration: Calibration, context: int, cancel
     ids = tokenizer(text.text[: CHARACTERS_PER_TOKEN * needed], add_special_tokens=False)["input_ids"]
     if len(ids) < needed:
         raise BadInput(
-            f"The calibration text {text.name} has {len(ids):,} tokens; {calibration.samples} samples of "
-            f"{calibration.length} need {needed:,}.",
-            f"Use a longer text, or {len(ids) // fresh} samples." if len(ids) >= fresh else "Use a longer text.",
+            msg(
+                "The calibration text {text} has {ids:,} tokens; {samples} samples of {length} need {needed:,}.",
+                text=text.name,
+                ids=len(ids),
+                samples=calibration.samples,
+                length=calibration.length,
+                needed=needed,
+            ),
+            msg("Use a longer text, or {ids} samples.", ids=len(ids) // fresh)
+            if len(ids) >= fresh
+            else msg("Use a longer text."),
         )
     stride = len(ids) // calibration.samples
     return tuple((*start, *ids[i * stride : i * stride + fresh]) for i in range(calibration.samples))
@@ -88,4 +106,6 @@ def overlap_warning(calibration: str, evaluation: str) -> str:
     share = texts.overlap(evaluation, calibration)
     if share < NOTEWORTHY_OVERLAP:
         return ""
-    return f"{share:.0%} of the evaluation text is also in the calibration text: the figures are too good."
+    return msg(
+        "{share:.0%} of the evaluation text is also in the calibration text: the figures are too good.", share=share
+    )

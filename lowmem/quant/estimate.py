@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.figures import figures, keep
+from lowmem.messages import msg
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.model_bytes import activation_bytes, is_linear, linear_shape
@@ -84,11 +85,15 @@ class Estimate:
     def sentence(self) -> str:
         peak, limit = format_bytes(self.ram_bytes), format_bytes(self.limit or 0)
         if self.limit is None:
-            return f"Needs {peak} of RAM."
+            return msg("Needs {peak} of RAM.", peak=peak)
         if self.verdict == "over":
             over = format_bytes(self.ram_bytes - self.limit)
-            return f"Needs {peak} of RAM, {over} more than the {limit} available."
-        return f"{self.verdict.capitalize()}: {peak} of the {limit} of RAM available."
+            return msg(
+                "Needs {peak} of RAM, {over} more than the {limit} available.", peak=peak, over=over, limit=limit
+            )
+        if self.verdict == "tight":
+            return msg("Tight: {peak} of the {limit} of RAM available.", peak=peak, limit=limit)
+        return msg("Fits: {peak} of the {limit} of RAM available.", peak=peak, limit=limit)
 
 
 def estimate_quantization(spec: ModelSpec, request: QuantizeRequest, runtime_bytes: int = 0) -> Estimate:
@@ -128,7 +133,9 @@ def estimate_quantization(spec: ModelSpec, request: QuantizeRequest, runtime_byt
         ram_bytes=runtime_bytes + max(copying, working),
         disk_bytes=output + temporary,
         seconds=work(spec, request) / (speed if speed > 0 else method.speed),
-        timing="based on this method's last run on this machine" if speed > 0 else "based on two cores of an AMD EPYC",
+        timing=msg("based on this method's last run on this machine")
+        if speed > 0
+        else msg("based on two cores of an AMD EPYC"),
         limit=request.budget.ram,
     )
 
@@ -171,22 +178,36 @@ def check_model(spec: ModelSpec, group_size: int) -> None:
         BadInput: the groups do not divide a layer; the hint names sizes that do.
     """
     if spec.quantization:
-        raise Unsupported(f"{spec.name} is already quantized with {spec.quantization}.", "Choose the original model.")
+        raise Unsupported(
+            msg("{model} is already quantized with {quantization}.", model=spec.name, quantization=spec.quantization),
+            msg("Choose the original model."),
+        )
     if spec.model_type not in FAMILIES:
         raise Unsupported(
-            f"Models of type {spec.model_type!r} cannot be processed block by block yet.",
-            f"These can: {', '.join(FAMILIES)}.",
+            msg("Models of type {model_type!r} cannot be processed block by block yet.", model_type=spec.model_type),
+            msg("These can: {families}.", families=", ".join(FAMILIES)),
         )
     for tensor in filter(is_linear, spec.tensors):
         rows, columns = linear_shape(spec, tensor)
         if group_size != -1 and columns % group_size:
             fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
             raise BadInput(
-                f"Groups of {group_size} do not divide the {columns:,} inputs of {tensor.name}.",
-                f"Use {fitting} or -1." if fitting else "Use -1, one group per row.",
+                msg(
+                    "Groups of {group_size} do not divide the {columns:,} inputs of {tensor}.",
+                    group_size=group_size,
+                    columns=columns,
+                    tensor=tensor.name,
+                ),
+                msg("Use {fitting} or -1.", fitting=fitting) if fitting else msg("Use -1, one group per row."),
             )
         if rows % PACKED or columns % PACKED:
             raise Unsupported(
-                f"{tensor.name} has {columns:,} inputs and {rows:,} outputs; packed layers need multiples of {PACKED}.",
-                "Choose another model.",
+                msg(
+                    "{tensor} has {columns:,} inputs and {rows:,} outputs; packed layers need multiples of {packed}.",
+                    tensor=tensor.name,
+                    columns=columns,
+                    rows=rows,
+                    packed=PACKED,
+                ),
+                msg("Choose another model."),
             )

@@ -15,6 +15,7 @@ from lowmem.errors import CorruptModel, DiskFull, DoesNotFit
 from lowmem.events import CancelToken
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
+from lowmem.messages import msg
 from lowmem.models.blocks import Layout, block_layout
 from lowmem.models.describe import CONFIG
 from lowmem.models.files import LocalFolder, read_object
@@ -68,14 +69,24 @@ class Job:
         needed, free = self.estimate.disk_bytes - done, disk_free_bytes(out.absolute().parent)
         if needed > free:
             raise DiskFull(
-                f"Quantizing {self.spec.name} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free.",
-                "Free some space, or choose fewer bits, fewer samples or another disk.",
+                msg(
+                    "Quantizing {model} needs {needed} of disk, {free} are free.",
+                    model=self.spec.name,
+                    needed=format_bytes(needed),
+                    free=format_bytes(free),
+                ),
+                msg("Free some space, or choose fewer bits, fewer samples or another disk."),
             )
         if needed_ram > limit:
             raise DoesNotFit(
-                f"Quantizing {self.spec.name} with {self.request.method.label} is predicted to take "
-                f"{format_bytes(needed_ram)} of RAM, the budget is {format_bytes(limit)}.",
-                "Raise the budget, or choose a method without calibration, which needs less.",
+                msg(
+                    "Quantizing {model} with {label} is predicted to take {needed_ram} of RAM, the budget is {limit}.",
+                    model=self.spec.name,
+                    label=self.request.method.label,
+                    needed_ram=format_bytes(needed_ram),
+                    limit=format_bytes(limit),
+                ),
+                msg("Raise the budget, or choose a method without calibration, which needs less."),
             )
 
     def samples(self) -> Samples:
@@ -91,7 +102,8 @@ class Job:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CorruptModel(
-                f"The tokenizer in {self.folder.name} cannot be read: {reason}", "Add the model's tokenizer.json."
+                msg("The tokenizer in {folder} cannot be read: {reason}", folder=self.folder.name, reason=reason),
+                msg("Add the model's tokenizer.json."),
             ) from error
         samples = token_samples(tokenizer, self.request.calibration, self.spec.context, self.cancel)
         del tokenizer

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lowmem.errors import BadInput, CorruptModel
+from lowmem.messages import msg
 
 JOURNAL = "journal.json"
 _LOCK = "lock"
@@ -65,7 +66,10 @@ def check_output(out: Path) -> None:
         return
     if out.exists():
         kind = "folder" if out.is_dir() else "file"
-        raise BadInput(f"The {kind} {out} already exists.", "Choose another name; nothing is overwritten.")
+        raise BadInput(
+            msg("The {kind} {out} already exists.", kind=kind, out=out),
+            msg("Choose another name; nothing is overwritten."),
+        )
 
 
 @contextmanager
@@ -81,8 +85,12 @@ def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journ
     part = part_of(out)
     if part.exists() and not (part / JOURNAL).is_file() and any(part.iterdir()):
         raise CorruptModel(
-            f"{part} is in the way: it has no {JOURNAL}, so it is not an unfinished quantization.",
-            "Delete or rename it, or choose another output folder.",
+            msg(
+                "{part} is in the way: it has no {journal}, so it is not an unfinished quantization.",
+                part=part,
+                journal=JOURNAL,
+            ),
+            msg("Delete or rename it, or choose another output folder."),
         )
     part.mkdir(parents=True, exist_ok=True)
     lock = FileLock(part / _LOCK)
@@ -90,7 +98,8 @@ def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journ
         lock.acquire(timeout=0)
     except Timeout:
         raise BadInput(
-            f"{out} is being written by another process.", "Wait for it to finish, or choose another name."
+            msg("{out} is being written by another process.", out=out),
+            msg("Wait for it to finish, or choose another name."),
         ) from None
     try:
         yield part, _continued(part, dict(settings))
@@ -117,7 +126,8 @@ def _read(part: Path) -> Journal:
         return Journal(**json.loads((part / JOURNAL).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise CorruptModel(
-            f"The journal of the unfinished {part} cannot be read.", f"Delete {part} and start again."
+            msg("The journal of the unfinished {part} cannot be read.", part=part),
+            msg("Delete {part} and start again.", part=part),
         ) from None
 
 

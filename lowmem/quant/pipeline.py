@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lowmem.errors import CorruptModel, DiskFull
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.modules import empty_model
 from lowmem.quant.activations import Activations
@@ -70,8 +71,10 @@ def quantize_folder(
             if error.errno != errno.ENOSPC:
                 raise
             raise DiskFull(
-                f"The disk is full: {out.name} is unfinished at block {journal.blocks + 1}.",
-                "Free some space and start again; finished blocks are kept.",
+                msg(
+                    "The disk is full: {out} is unfinished at block {blocks}.", out=out.name, blocks=journal.blocks + 1
+                ),
+                msg("Free some space and start again; finished blocks are kept."),
             ) from error
         write_companions(folder, part, request.method, request.options)
         receipt = quantize_receipt(job, part, journal, meter.peak, resumed)
@@ -110,10 +113,10 @@ class Pipeline:
         for name in weights:
             self._job.cancel.check()
             if not name.startswith(f"{self._job.layout.path}."):
-                yield self._step(0, 0.0, f"Copying {name}")
+                yield self._step(0, 0.0, msg("Copying {name}", name=name))
                 shards.add([(name, weights.read_unquantized(name))])
         if self._samples:
-            yield self._step(0, 0.0, "Embedding the calibration text")
+            yield self._step(0, 0.0, msg("Embedding the calibration text"))
             self._journal.activations = "block-0.bin"
             with self._entrance(model, weights) as entrance, self._activations() as inputs:
                 for index in range(len(self._samples)):
@@ -127,12 +130,12 @@ class Pipeline:
         if not self._samples or self._journal.blocks == self._job.layout.count:
             return []
         if self._journal.blocks:
-            yield self._step(self._journal.blocks, 0.0, "Continuing an unfinished run")
+            yield self._step(self._journal.blocks, 0.0, msg("Continuing an unfinished run"))
             with self._activations() as inputs:
                 if inputs.read_checksum() != self._journal.checksum:
                     raise CorruptModel(
-                        f"The activations in the unfinished {self._part} are damaged.",
-                        f"Delete {self._part} and start again.",
+                        msg("The activations in the unfinished {part} are damaged.", part=self._part),
+                        msg("Delete {part} and start again.", part=self._part),
                     )
         with self._entrance(model, weights) as entrance:
             calls = entrance.calls()
@@ -190,7 +193,11 @@ class Pipeline:
                 share, note = next(made)
             except StopIteration as end:
                 return end.value
-            yield self._step(index, share, f"Block {index + 1} of {self._job.layout.count}, {note}")
+            yield self._step(
+                index,
+                share,
+                msg("Block {index} of {count}, {note}", index=index + 1, count=self._job.layout.count, note=note),
+            )
 
     def _step(self, index: int, share: float, note: str) -> Step:
         """Progress of `share` (0 to 1) within block `index`, with the time left once there is enough to extrapolate."""
@@ -198,7 +205,7 @@ class Pipeline:
         here = done - self._first_block
         if here >= 0.5:
             left = (time.monotonic() - self._started) / here * (count - done)
-            note = f"{note} · {format_seconds(left)} left"
+            note = msg("{note} · {left} left", note=note, left=format_seconds(left))
         return Step(round(BLOCK_STEPS * done), BLOCK_STEPS * count, note)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.events import Receipt
+from lowmem.messages import msg
 from lowmem.models.source import record
 from lowmem.quant.base import Options
 from lowmem.quant.card import write_card
@@ -24,11 +25,15 @@ def quantize_receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int
         resumed: blocks that an earlier run had finished.
     """
     method, options, losses = job.request.method, job.request.options, journal.losses
-    groups = "one group per row" if options.group_size == -1 else f"groups of {options.group_size}"
+    groups = (
+        msg("one group per row")
+        if options.group_size == -1
+        else msg("groups of {group_size}", group_size=options.group_size)
+    )
     return Receipt(
         action="quantize",
         model=job.spec.name,
-        precision=f"{method.label}, {options.bits} bits, {groups}",
+        precision=msg("{label}, {bits} bits, {groups}", label=method.label, bits=options.bits, groups=groups),
         device=str(job.device),
         seconds=journal.seconds,
         predicted={"ram": job.estimate.ram_bytes},
@@ -52,9 +57,9 @@ def quantize_receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int
 
 def _notes(options: Options, resumed: int) -> Iterator[str]:
     if options.bits == 2:
-        yield "2 bits are experimental: most models of this size stop making sense."
+        yield msg("2 bits are experimental: most models of this size stop making sense.")
     if resumed:
-        yield f"The first {resumed} blocks are from an earlier run."
+        yield msg("The first {resumed} blocks are from an earlier run.", resumed=resumed)
 
 
 def _snippet(job: Job) -> str:
@@ -82,6 +87,10 @@ def write_model_card(job: Job, part: Path, receipt: Receipt) -> None:
         asdict(options),
         format=method.config(options)["quant_method"],
         licence=str(record(job.folder).get("licence") or ""),
-        calibration=f"{text.samples} x {text.length} tokens of {text.text}" if method.calibrated else "",
+        calibration=msg(
+            "{samples} x {length} tokens of {text}", samples=text.samples, length=text.length, text=text.text
+        )
+        if method.calibrated
+        else "",
         serving=method.serving(options),
     )

@@ -12,6 +12,7 @@ from lowmem.errors import Unsupported
 from lowmem.fields import build
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
+from lowmem.messages import msg
 from lowmem.quant import DEFAULT, get
 from lowmem.quant.base import Method, Options
 from lowmem.quant.calibration import Calibration
@@ -63,7 +64,7 @@ class QuantizeRequest:
         """
         chosen = get(method)
         if refusal := chosen.available(hardware or probe()):
-            raise Unsupported(refusal, "Choose another method.")
+            raise Unsupported(refusal, msg("Choose another method."))
         built: Options = build(chosen.Options, options or {})
         built.check()
         return cls(model, chosen, built, build(Calibration, calibration or {}), **rest)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from lowmem.errors import CorruptModel
+from lowmem.messages import msg
 from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer
 from lowmem.quant.estimate import SHARD_BYTES
 
@@ -41,8 +42,14 @@ class Shards:
         size = path.stat().st_size if path.is_file() else 0
         if described and size < _DATA_START + position:
             raise CorruptModel(
-                f"{path.name} in {self._folder.name} has {size:,} bytes, its journal says {_DATA_START + position:,}.",
-                f"Delete {self._folder} and start again.",
+                msg(
+                    "{path} in {folder} has {size:,} bytes, its journal says {data_start:,}.",
+                    path=path.name,
+                    folder=self._folder.name,
+                    size=size,
+                    data_start=_DATA_START + position,
+                ),
+                msg("Delete {folder} and start again.", folder=self._folder),
             )
         out = path.open("r+b" if described else "w+b")
         self._out = out

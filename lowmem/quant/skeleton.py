@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import CorruptModel
+from lowmem.messages import msg
 from lowmem.models.blocks import Layout
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.matching import match_names
@@ -47,7 +48,9 @@ class Weights:
         """
         values = self._checkpoint.read(self._stored[name])
         if not all_finite(values):
-            raise CorruptModel(f"{name} holds NaN or infinite values.", "Fetch the model again, or choose another.")
+            raise CorruptModel(
+                msg("{name} holds NaN or infinite values.", name=name), msg("Fetch the model again, or choose another.")
+            )
         return values
 
     def read_unquantized(self, name: str) -> Tensor:

@@ -22,6 +22,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.kernels import packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
 from lowmem.machine.monitor import trim_heap
+from lowmem.messages import msg
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.modules import empty_model, set_tensor
@@ -67,11 +68,11 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
         Cancelled: between two tensors.
     """
     if refusal := storage_refusal(plan.spec) or available(plan.precision, plan.hardware, plan.device, plan.spec):
-        raise Unsupported(refusal, "Let the planner choose the precision, or choose the original model.")
+        raise Unsupported(refusal, msg("Let the planner choose the precision, or choose the original model."))
     device = torch.device(plan.device)
     dtype = TORCH_DTYPES[compute_dtype(plan.precision, plan.place.dtypes)]
     model = _empty_model(folder, dtype)
-    yield Step(0, 0, "Building the empty model")
+    yield Step(0, 0, msg("Building the empty model"))
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
         place = _Placer(plan, device, dtype)
@@ -99,7 +100,7 @@ def _stream(
         return None
     if plan.placement.mapped and not can_map(checkpoint, offloaded, dtype):
         raise Unsupported(
-            "Weights that are stored in another dtype cannot be used in place.", "Let them stream instead."
+            msg("Weights that are stored in another dtype cannot be used in place."), msg("Let them stream instead.")
         )
     return stream(model, checkpoint, offloaded, plan.placement, device, dtype, plan.spec.stored)
 
@@ -117,8 +118,8 @@ def _tokenizer(folder: Path) -> Any:
     except Exception as error:
         log.info("cannot read the tokenizer of %s", folder, exc_info=True)
         raise CorruptModel(
-            f"The tokenizer in {folder.name} cannot be read: {first_line(error)}",
-            "Fetch the model again, or add its tokenizer.json.",
+            msg("The tokenizer in {folder} cannot be read: {error}", folder=folder.name, error=first_line(error)),
+            msg("Fetch the model again, or add its tokenizer.json."),
         ) from error
 
 
@@ -139,7 +140,7 @@ def _fill(
             # Temporaries of many sizes between weights that stay fragment the heap; the holes grow as large as the weights.
             trim_heap()
             trimmed = done
-        yield Step(done, total, "Loading weights", "B")
+        yield Step(done, total, msg("Loading weights"), "B")
 
 
 class _Placer:
@@ -184,7 +185,10 @@ class _Placer:
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]
         if self.stored is None or not isinstance(module, (nn.Linear, Conv1D)):
-            raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+            raise Unsupported(
+                msg("{layer} is quantized, but is a {kind}.", layer=layer, kind=type(module).__name__),
+                msg("Choose the original model."),
+            )
         shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
         packed_linear.check_shapes(self.stored, layer, *_shape(module), shapes)
         parts = {part: checkpoint.read(name) for part, name in members.items()}
@@ -194,7 +198,10 @@ class _Placer:
         # GPT-style position embeddings of some families shift their ids.
         if type(module) is not nn.Embedding and not hasattr(module, "embed_scale"):
             raise Unsupported(
-                f"{type(module).__name__} cannot be stored in {self.precision.key}.", "Choose fp32 or bf16."
+                msg(
+                    "{kind} cannot be stored in {precision}.", kind=type(module).__name__, precision=self.precision.key
+                ),
+                msg("Choose fp32 or bf16."),
             )
         return self.precision.embedding(checkpoint.read(members["weight"]), float(getattr(module, "embed_scale", 1.0)))
 
@@ -235,7 +242,8 @@ def _settle(model: PreTrainedModel, device: torch.device, precision: Precision) 
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise CorruptModel(
-            f"{len(empty)} weights are missing from the files, {empty[0]} first.", "Fetch the model again."
+            msg("{empty} weights are missing from the files, {first} first.", empty=len(empty), first=empty[0]),
+            msg("Fetch the model again."),
         )
 
 
@@ -268,8 +276,13 @@ def _tie(model: PreTrainedModel, parameter: str, source: str, precision: Precisi
 def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> None:
     if len(tokenizer) > (size := model.config.get_text_config().vocab_size):
         raise BadInput(
-            f"The tokenizer knows {len(tokenizer):,} tokens but {plan.spec.name} only {size:,}: it belongs to another model.",
-            "Put the model's own tokenizer files beside its weights.",
+            msg(
+                "The tokenizer knows {tokenizer:,} tokens but {model} only {size:,}: it belongs to another model.",
+                tokenizer=len(tokenizer),
+                model=plan.spec.name,
+                size=size,
+            ),
+            msg("Put the model's own tokenizer files beside its weights."),
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lowmem.events import Chunk, Completion, Receipt
 from lowmem.fields import changed
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
@@ -39,7 +40,13 @@ def unload_receipt(plan: Plan, seconds: float, taken: int, returned: int) -> Rec
         precision=plan.precision,
         device=plan.device,
         seconds=seconds,
-        notes=(f"Freed {format_bytes(max(0, returned))}, {share:.0%} of what loading took.",),
+        notes=(
+            msg(
+                "Freed {returned}, {share:.0%} of what loading took.",
+                returned=format_bytes(max(0, returned)),
+                share=share,
+            ),
+        ),
         details={"taken_bytes": taken, "returned_bytes": returned, "returned_share": share},
     )
 

@@ -23,6 +23,7 @@ from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.messages import msg
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv, without_graph
 from lowmem.planning.plan import Plan
@@ -99,10 +100,10 @@ class Session:
             OutOfMemory: no fallback is left.
         """
         cancel = cancel or CancelToken()
-        yield from self._turn(f"Loading {plan.spec.name}", cancel)
+        yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
         try:
             if not force:
-                _refuse_if_over(plan, "Lower the context, choose fewer bits or a smaller model, or try anyway.")
+                _refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
             receipt = yield from self._load(plan, cancel, force)
             self._load_receipt = self._last_receipt = receipt
             yield receipt
@@ -167,7 +168,9 @@ class Session:
             options = replace(options, max_new_tokens=room)
             action = self.estimate(len(ids), options)
             if not force:
-                _refuse_if_over(action, "Generate fewer tokens, quantize the KV cache to int8, or load fewer bits.")
+                _refuse_if_over(
+                    action, msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits.")
+                )
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
             self._last_receipt = receipts.with_prompt(receipt, plan, prompt, options, raw)
@@ -193,7 +196,7 @@ class Session:
         from lowmem.generate.batching import run_batches
 
         cancel = cancel or CancelToken()
-        yield from self._turn(f"Answering {len(prompts):,} prompts", cancel)
+        yield from self._turn(msg("Answering {prompts:,} prompts", prompts=len(prompts)), cancel)
         try:
             yield from self._ensure_backend(options, cancel, force)
             loaded, plan = self._resident()
@@ -265,7 +268,7 @@ class Session:
         """Wait until the model is free; steps say what it is busy with."""
         while not self._lock.acquire(timeout=0.2):
             cancel.check()
-            yield Step(0, 0, f"Waiting for: {self._busy or 'other work'}")
+            yield Step(0, 0, msg("Waiting for: {busy}", busy=self._busy or msg("other work")))
         self._busy = what
         if self._loaded is not None and self._loaded.streamer is not None:
             self._loaded.streamer.check = cancel.check
@@ -276,7 +279,7 @@ class Session:
 
     def _planned(self) -> Plan:
         if self._plan is None:
-            raise BadInput("No model is loaded.", "Load one first; the recommended setup takes one click.")
+            raise BadInput(msg("No model is loaded."), msg("Load one first; the recommended setup takes one click."))
         return self._plan
 
     def _resident(self) -> tuple[Loaded, Plan]:
@@ -292,16 +295,19 @@ class Session:
         if plan.backend != "onnx" or (options is not None and self.estimate(1, options).backend == "onnx"):
             return
         reason = (
-            "An exported graph does not expose its layers."
+            msg("An exported graph does not expose its layers.")
             if options is None
-            else "An exported graph has no window and no quantized KV cache."
+            else msg("An exported graph has no window and no quantized KV cache.")
         )
         on_torch = without_graph(plan, reason)
         if on_torch is None:
-            raise Unsupported(f"{plan.spec.name} is loaded as a graph. {reason}", "Load the original model for torch.")
-        yield Step(0, 0, f"{reason} Loading for torch.")
+            raise Unsupported(
+                msg("{model} is loaded as a graph. {reason}", model=plan.spec.name, reason=reason),
+                msg("Load the original model for torch."),
+            )
+        yield Step(0, 0, msg("{reason} Loading for torch.", reason=reason))
         if not force:
-            _refuse_if_over(on_torch, "Choose a smaller model or fewer bits.")
+            _refuse_if_over(on_torch, msg("Choose a smaller model or fewer bits."))
         self._load_receipt = yield from self._load(on_torch, cancel, force)
 
     def _meter(self, plan: Plan, force: bool) -> PeakMeter:
@@ -330,8 +336,12 @@ class Session:
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
                 # The planner chose the graph, so its failure is no reason to refuse the model.
-                why = str(error) if isinstance(error, LowMemError) else "The graph could not be made."
-                lower = None if isinstance(error, Cancelled) else without_graph(plan, f"{why} Torch runs it instead.")
+                why = str(error) if isinstance(error, LowMemError) else msg("The graph could not be made.")
+                lower = (
+                    None
+                    if isinstance(error, Cancelled)
+                    else without_graph(plan, msg("{why} Torch runs it instead.", why=why))
+                )
                 refused = lower is not None
                 if refused:
                     log.warning("no graph for %s", plan.spec.name, exc_info=error)
@@ -341,18 +351,22 @@ class Session:
                     raise
                 if lower is None:
                     raise OutOfMemory(
-                        f"Loading {plan.spec.name} in {plan.precision} ran out of memory, and nothing smaller is left.",
-                        "Close other programs or choose a smaller model.",
+                        msg(
+                            "Loading {model} in {precision} ran out of memory, and nothing smaller is left.",
+                            model=plan.spec.name,
+                            precision=plan.precision,
+                        ),
+                        msg("Close other programs or choose a smaller model."),
                     ) from error
             log.warning("loading %s in %s did not work; %s", plan.spec.name, plan.precision, lower.reason)
-            notes.append(lower.reason if refused else f"Memory ran out. {lower.reason}")
+            notes.append(lower.reason if refused else msg("Memory ran out. {reason}", reason=lower.reason))
             yield Step(0, 0, notes[-1])
             plan = lower
 
     def _attempt(
         self, plan: Plan, folder: Path, cancel: CancelToken, force: bool
     ) -> Generator[Step, None, dict[str, int]]:
-        yield Step(0, 0, "Starting torch")
+        yield Step(0, 0, msg("Starting torch"))
         stoppable(_start_torch, cancel)
         from lowmem.runtime import loader
 
@@ -407,19 +421,21 @@ class Session:
                     lower = quantized_kv(action) if options.use_cache else None
                     if not last and lower is None:
                         raise OutOfMemory(
-                            f"Memory ran out while reading {len(ids):,} prompt tokens.",
-                            "Shorten the prompt, or load fewer bits.",
+                            msg("Memory ran out while reading {ids:,} prompt tokens.", ids=len(ids)),
+                            msg("Shorten the prompt, or load fewer bits."),
                         ) from error
                 # Only after the exception handler can the failed attempt's cache be collected.
                 release_memory()
                 if last or lower is None:
                     written = sum(chunk.new_tokens for chunk in last.values())
-                    notes.append(f"Memory ran out after {written:,} tokens; the text so far is kept.")
+                    notes.append(
+                        msg("Memory ran out after {written:,} tokens; the text so far is kept.", written=written)
+                    )
                     break
                 meter.exceeded = ""
                 action = lower
                 options = replace(options, cache_type="int8", prefill_chunk=max(16, options.prefill_chunk // 4))
-                notes.append(f"Memory ran out. {lower.reason}")
+                notes.append(msg("Memory ran out. {reason}", reason=lower.reason))
                 yield Step(0, 0, notes[-1])
         return receipts.generate_receipt(action, time.perf_counter() - started, list(last.values()), meter.peak, notes)
 

@@ -22,6 +22,7 @@ import spaces
 from lowmem.errors import Cancelled, LowMemError, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
 from lowmem.runtime.session import Message, Session
@@ -126,9 +127,9 @@ def _real_memory() -> dict[str, Any]:
 
 
 def _with_gpu(receipt: Receipt, gpu: dict[str, Any], loading: float, out_of_time: bool) -> Receipt:
-    notes = (f"Loading the model took {loading:.1f} s of GPU time.",) if loading > 1 else ()
+    notes = (msg("Loading the model took {loading:.1f} s of GPU time.", loading=loading),) if loading > 1 else ()
     if out_of_time:
-        notes = (*notes, "The GPU time for this action is used up.")
+        notes = (*notes, msg("The GPU time for this action is used up."))
     details = receipt.details | gpu | {"loading_seconds": loading}
     return replace(receipt, notes=(*receipt.notes, *notes), details=details)
 
@@ -141,7 +142,7 @@ class LentSession(Session):
     ) -> Generator[Step, None, dict[str, int]]:
         if plan.place.kind == "cpu":
             return (yield from super()._attempt(plan, folder, cancel, force))
-        yield Step(0, 0, "A GPU is attached with the first answer")
+        yield Step(0, 0, msg("A GPU is attached with the first answer"))
         self._taken_bytes, self._overhead_bytes = 0, plan.hardware.runtime_bytes
         self._plan = plan
         return {}
@@ -153,8 +154,8 @@ class LentSession(Session):
     def _resident(self) -> tuple[Loaded, Plan]:
         if self._lends:
             raise Unsupported(
-                "This needs a model that stays in memory, but here a GPU is attached for one answer at a time.",
-                "Load the model with CPU under Runs on.",
+                msg("This needs a model that stays in memory, but here a GPU is attached for one answer at a time."),
+                msg("Load the model with CPU under Runs on."),
             )
         return super()._resident()
 
@@ -186,7 +187,7 @@ class LentSession(Session):
         if not self._lends:
             yield from super().batch(prompts, options, cancel, raw=raw, batch_size=batch_size, force=force)
             return
-        what = f"Answering {len(prompts):,} prompts"
+        what = msg("Answering {prompts:,} prompts", prompts=len(prompts))
         yield from self._lent(what, tuple(prompts), options, raw, batch_size, cancel or CancelToken())  # type: ignore[misc]
 
     def _lent(
@@ -196,7 +197,7 @@ class LentSession(Session):
         yield from self._turn(what, cancel)
         try:
             plan, started = self._planned(), time.perf_counter()
-            yield Step(0, 0, "Waiting for a GPU")
+            yield Step(0, 0, msg("Waiting for a GPU"))
             last: dict[int, Chunk] = {}
             events = lent(plan, asked, options, raw, batch_size)
             try:
@@ -233,4 +234,6 @@ def _sentences(events: Iterator[Event | LowMemError]) -> Iterator[Event]:
         title, message = getattr(error, "title", ""), getattr(error, "message", "")
         if isinstance(error, LowMemError) or "ZeroGPU" not in str(title):
             raise
-        raise NotAllowed(f"{title}: {message}.".replace("..", "."), "Try again later, or load it on the CPU.") from None
+        raise NotAllowed(
+            f"{title}: {message}.".replace("..", "."), msg("Try again later, or load it on the CPU.")
+        ) from None

@@ -28,6 +28,7 @@ from lowmem.measure.compare import Comparison, workspace
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.sweep.estimate import peaks
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 MAX_TRIES = 5
 """Times that a cell is started before it is given up because its workers died."""
 
-_INSTALL = 'Install it: pip install "ray>=2.40".'
+_INSTALL = msg('Install it: pip install "ray>=2.40".')
 
 
 def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -54,8 +55,12 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
 
     if task["version"] != __version__:
         raise Unsupported(
-            f"A worker has lowmem {__version__}, but this machine has {task['version']}.",
-            "Install the same version on all machines.",
+            msg(
+                "A worker has lowmem {version}, but this machine has {local}.",
+                version=__version__,
+                local=task["version"],
+            ),
+            msg("Install the same version on all machines."),
         )
     variant, is_reference = parse_variant(task["variant"]), task["is_reference"]
     spec, options = read_spec(task["model"]), build(MeasureOptions, task["options"])
@@ -102,14 +107,15 @@ class RayPool:
         try:
             import ray
         except ImportError:
-            raise MissingDependency("A sweep on a cluster needs Ray, which is not installed.", _INSTALL) from None
+            raise MissingDependency(msg("A sweep on a cluster needs Ray, which is not installed."), _INSTALL) from None
         self._ray, self._most, self._cancel = ray, most, cancel
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadInput(
-                f"No Ray cluster responds at {address}: {reason}", "Start one with ray start --head, or omit --ray."
+                msg("No Ray cluster responds at {address}: {reason}", address=address, reason=reason),
+                msg("Start one with ray start --head, or omit --ray."),
             ) from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._largest = max((int(node.get("memory", 0)) for node in nodes), default=0)
@@ -164,7 +170,12 @@ class RayPool:
             raise _cause(error) from None
         except self._ray.exceptions.RayError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            row = asdict(Row(task.cell.variant.name, error=f"Its worker died {MAX_TRIES} times: {reason}"))
+            row = asdict(
+                Row(
+                    task.cell.variant.name,
+                    error=msg("Its worker died {max_tries} times: {reason}", max_tries=MAX_TRIES, reason=reason),
+                )
+            )
             reference = None
         if reference is not None:
             unfinished = task.work / "reference.part"
@@ -173,7 +184,9 @@ class RayPool:
         return Report(task, row=Row(**row))
 
     def note(self) -> str:
-        return "Cells ran on a cluster with one core or one GPU each: compare speeds only between identical machines."
+        return msg(
+            "Cells ran on a cluster with one core or one GPU each: compare speeds only between identical machines."
+        )
 
     def close(self) -> None:
         """Cancel running tasks and disconnect from the cluster."""
@@ -186,5 +199,8 @@ def _cause(error: Any) -> Exception:
     """The exception that kept a task from returning a row: another version, a missing folder, lowmem not installed."""
     cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
     if isinstance(cause, ModuleNotFoundError):
-        return Unsupported(f"A package is missing on the cluster's machines: {cause}", "Install lowmem on all of them.")
+        return Unsupported(
+            msg("A package is missing on the cluster's machines: {cause}", cause=cause),
+            msg("Install lowmem on all of them."),
+        )
     return cause

@@ -29,6 +29,7 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.compare import DEFAULT_OPTIONS
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.variants import Variant, make_variant, parse_variant
+from lowmem.messages import msg
 from lowmem.precisions import PRECISIONS
 from lowmem.units import MB, format_bytes
 
@@ -36,7 +37,7 @@ KEYS = ("models", "precisions", "methods", "text", "reference", "measure", "ram"
 MAX_CELLS = 500
 LARGEST_FILE_BYTES = 1 * MB
 
-_EXAMPLE = "Write it like: models: [demo], precisions: [fp32, int8], methods: {rtn: {bits: [3, 4]}}."
+_EXAMPLE = msg("Write it like: models: [demo], precisions: [fp32, int8], methods: {rtn: {bits: [3, 4]}}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,17 @@ def read_grid(path: Path) -> Grid:
 
     try:
         if (size := path.stat().st_size) > LARGEST_FILE_BYTES:
-            raise BadInput(f"{path} has {format_bytes(size)}, too much for a grid.", _EXAMPLE)
+            raise BadInput(msg("{path} has {size}, too much for a grid.", path=path, size=format_bytes(size)), _EXAMPLE)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}.", "Choose a YAML file.") from None
+        raise BadInput(
+            msg("{path} cannot be read: {error}.", path=path, error=getattr(error, "strerror", error)),
+            msg("Choose a YAML file."),
+        ) from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise BadInput(f"{path} is not valid YAML, see line {line}.", _EXAMPLE) from None
+        raise BadInput(msg("{path} is not valid YAML, see line {line}.", path=path, line=line), _EXAMPLE) from None
     return make_grid(content)
 
 
@@ -107,18 +111,24 @@ def make_grid(content: Any) -> Grid:
         BadInput: naming the invalid part.
     """
     if not isinstance(content, Mapping) or not content:
-        raise BadInput("The grid is empty.", _EXAMPLE)
+        raise BadInput(msg("The grid is empty."), _EXAMPLE)
     if unknown := [str(key) for key in content if key not in KEYS]:
-        raise BadInput(f"A grid has no key {unknown[0][:40]!r}.", f"Its keys are {', '.join(KEYS)}.")
+        raise BadInput(
+            msg("A grid has no key {unknown!r}.", unknown=unknown[0][:40]),
+            msg("Its keys are {keys}.", keys=", ".join(KEYS)),
+        )
     models, precisions = _texts(content, "models"), _texts(content, "precisions")
     methods = _methods(content.get("methods") or {})
     if not models:
-        raise BadInput("The grid has no models.", _EXAMPLE)
+        raise BadInput(msg("The grid has no models."), _EXAMPLE)
     count = len(models) * (len(precisions) + sum(map(_count, methods.values())))
     if not count:
-        raise BadInput("The grid has neither precisions nor methods.", _EXAMPLE)
+        raise BadInput(msg("The grid has neither precisions nor methods."), _EXAMPLE)
     if count > MAX_CELLS:
-        raise BadInput(f"The grid has {count:,} cells, more than {MAX_CELLS}.", "Remove some settings.")
+        raise BadInput(
+            msg("The grid has {count:,} cells, more than {max_cells}.", count=count, max_cells=MAX_CELLS),
+            msg("Remove some settings."),
+        )
     reference = parse_variant(str(content.get("reference") or "fp32"))
     variants = [_precision(word) for word in precisions]
     variants += [make_variant(method, chosen) for method, settings in methods.items() for chosen in _product(settings)]
@@ -136,7 +146,7 @@ def _texts(content: Mapping[str, Any], key: str) -> list[str]:
     given = content.get(key) or []
     words = [given] if isinstance(given, str) else given
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
-        raise BadInput(f"{key} in the grid is not a list of names.", _EXAMPLE)
+        raise BadInput(msg("{key} in the grid is not a list of names.", key=key), _EXAMPLE)
     return [word.strip() for word in words]
 
 
@@ -147,14 +157,15 @@ def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
     methods = _mapping(given, "methods")
     if unknown := [method for method in methods if method not in quant.METHODS]:
         raise BadInput(
-            f"There is no quantization method {unknown[0][:40]!r}.", f"Choose from {', '.join(quant.METHODS)}."
+            msg("There is no quantization method {unknown!r}.", unknown=unknown[0][:40]),
+            msg("Choose from {methods}.", methods=", ".join(quant.METHODS)),
         )
     return {method: _mapping(settings or {}, method) for method, settings in methods.items()}
 
 
 def _mapping(given: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise BadInput(f"{key} in the grid is not a mapping of names to values.", _EXAMPLE)
+        raise BadInput(msg("{key} in the grid is not a mapping of names to values.", key=key), _EXAMPLE)
     return given
 
 
@@ -162,7 +173,8 @@ def _precision(word: str) -> Variant:
     variant = parse_variant(word)
     if not variant.precision:
         raise BadInput(
-            f"{word[:40]!r} is not a precision.", f"Choose from {', '.join(PRECISIONS)}; list methods under methods."
+            msg("{word!r} is not a precision.", word=word[:40]),
+            msg("Choose from {precisions}; list methods under methods.", precisions=", ".join(PRECISIONS)),
         )
     return variant
 

@@ -18,6 +18,7 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.compare import Comparison
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
+from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec
 from lowmem.sweep.estimate import Peaks
 from lowmem.sweep.grid import Cell
@@ -139,9 +140,10 @@ class LocalPool:
     def note(self) -> str:
         if self.workers == 1:
             return ""
-        return (
-            f"Up to {self.workers} cells ran in parallel with {self.threads} cores each, so speeds are lower than those of a "
-            "cell on its own. Use one worker to measure those."
+        return msg(
+            "Up to {workers} cells ran in parallel with {threads} cores each, so speeds are lower than those of a cell on its own. Use one worker to measure those.",
+            workers=self.workers,
+            threads=self.threads,
         )
 
     def close(self) -> None:

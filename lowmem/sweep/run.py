@@ -15,6 +15,7 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.measure.compare import caveats, with_perplexity_change
 from lowmem.measure.rows import Row, largest_peaks
+from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.sweep.estimate import peaks
@@ -89,7 +90,10 @@ def sweep(
 
 def _pool(run: _Run, workers: int, ray: str, cancel: CancelToken) -> Pool:
     if workers < 0:
-        raise BadInput(f"{workers} parallel cells are not possible.", "Use 1 or more, or 0 for as many as fit.")
+        raise BadInput(
+            msg("{workers} parallel cells are not possible.", workers=workers),
+            msg("Use 1 or more, or 0 for as many as fit."),
+        )
     if ray:
         from lowmem.sweep.cluster import RayPool
 
@@ -151,7 +155,7 @@ class _Run:
                 del self._started[cell]
                 if report.row is None:
                     waiting.insert(0, cell)
-                    yield self._step(f"{cell.name}: running again with the whole budget")
+                    yield self._step(msg("{cell}: running again with the whole budget", cell=cell.name))
                 else:
                     yield self._finished(cell, report.row, waiting)
 
@@ -174,7 +178,7 @@ class _Run:
     def _step(self, note: str) -> Step:
         done, count = len(self.rows), len(self.cells)
         share = min(100 * done + sum(self._started.values()), 100 * count)
-        return Step(share, 100 * count, f"{done} of {count} done. {note}", "%")
+        return Step(share, 100 * count, msg("{done} of {count} done. {note}", done=done, count=count, note=note), "%")
 
     def receipt(self, seconds: float, note: str) -> Receipt:
         rows = ordered(self.rows, self.cells)

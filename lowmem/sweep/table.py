@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from lowmem.datasets.texts import Text
 from lowmem.errors import BadInput
 from lowmem.measure.rows import Row, to_csv, write_atomically
+from lowmem.messages import msg
 from lowmem.settings import settings
 from lowmem.sweep.grid import Cell, Grid
 from lowmem.version import __version__
@@ -82,9 +83,14 @@ def opened(folder: Path, grid: Grid, text: Text) -> Iterator[Table]:
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
-        raise BadInput(f"Another sweep is running in {folder}.", "Wait for it, or choose another folder.") from None
+        raise BadInput(
+            msg("Another sweep is running in {folder}.", folder=folder), msg("Wait for it, or choose another folder.")
+        ) from None
     except OSError as error:
-        raise BadInput(f"{folder} cannot be created: {error.strerror}.", "Choose a writable folder.") from None
+        raise BadInput(
+            msg("{folder} cannot be created: {strerror}.", folder=folder, strerror=error.strerror),
+            msg("Choose a writable folder."),
+        ) from None
     try:
         yield Table(folder, conditions(grid, text), text)
     finally:
@@ -124,9 +130,12 @@ def _read(folder: Path, conditions: dict[str, Any]) -> list[Row]:
         same = content["conditions"] == conditions
         rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in content["rows"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise BadInput(f"{path} is not the table of a sweep.", "Choose another folder.") from None
+        raise BadInput(msg("{path} is not the table of a sweep.", path=path), msg("Choose another folder.")) from None
     if not same:
-        raise BadInput(f"{folder} has rows that were measured under other conditions.", "Choose another folder.")
+        raise BadInput(
+            msg("{folder} has rows that were measured under other conditions.", folder=folder),
+            msg("Choose another folder."),
+        )
     return rows
 
 

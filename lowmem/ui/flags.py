@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lowmem.ui.i18n.translate import languages
+from lowmem.messages import languages
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,9 @@ from starlette.middleware import Middleware
 
 from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.messages import msg
 from lowmem.settings import settings
-from lowmem.ui.i18n.edge import Languages, Page
+from lowmem.ui.language import Languages, Page
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import AUTO, Engine
@@ -83,7 +84,8 @@ def serve(
     """
     if mcp and importlib.util.find_spec("mcp") is None:
         raise MissingDependency(
-            "MCP tools need the package mcp, which is not installed.", 'Install it: pip install "gradio[mcp]".'
+            msg("MCP tools need the package mcp, which is not installed."),
+            msg('Install it: pip install "gradio[mcp]".'),
         )
     here = settings()
     public = share or here.host in ("space", "zerogpu") or host not in (None, "127.0.0.1", "localhost")
@@ -121,7 +123,9 @@ def _sign_ins(auth: str | None, share: bool, public: bool) -> list[tuple[str, st
     if not public:
         return [everybody]
     if everybody[0] == OWNER:
-        raise BadInput(f"{OWNER!r} is the sign-in of the page's owner.", "Give visitors another user name.")
+        raise BadInput(
+            msg("{owner!r} is the sign-in of the page's owner.", owner=OWNER), msg("Give visitors another user name.")
+        )
     owner = (OWNER, secrets.token_urlsafe(9))
     print(f"As the owner, who may also push and go over the budget: {owner[0]} with {owner[1]}", flush=True)
     return [everybody, owner]
@@ -130,5 +134,5 @@ def _sign_ins(auth: str | None, share: bool, public: bool) -> list[tuple[str, st
 def _credentials(auth: str) -> tuple[str, str]:
     user, colon, password = auth.partition(":")
     if not (user and colon and password):
-        raise BadInput("The sign-in has no user or no password.", "Write it like --auth ada:secret.")
+        raise BadInput(msg("The sign-in has no user or no password."), msg("Write it like --auth ada:secret."))
     return user, password

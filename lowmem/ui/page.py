@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gradio as gr
 
+from lowmem.messages import msg
 from lowmem.models.hub import reachable as hub_reachable
 from lowmem.ui import tabs
 from lowmem.ui.api.publish import publish
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.edge import Page
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html, Page
 from lowmem.ui.parts.bind import QUICK, Jobs
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
@@ -43,8 +43,8 @@ def build_ui(
     """
     services = services or Services(engine or Engine())
     engine, jobs = services.engine, Jobs()
-    with Page(title=say("title"), fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
-        gr.HTML(render.header(), elem_id="header")
+    with Page(title="lowmem", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+        gr.HTML(Html(lambda: render.header()), elem_id="header")
         hub = gr.HTML(elem_id="hub-notice")
         sidebar = Sidebar(engine, budget_bytes)
         loaded = demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
@@ -55,7 +55,18 @@ def build_ui(
                     tab.build(context)
         publish(services)
         # Said once here, not with every model that cannot be fetched.
-        context.when_opened(lambda: "" if hub_reachable() else parts.quiet(say("no_hub")), None, hub, **QUICK)
+        context.when_opened(
+            lambda: (
+                ""
+                if hub_reachable()
+                else parts.quiet(
+                    msg("The hub cannot be reached. Models on this machine, the demo and .gguf files still work.")
+                )
+            ),
+            None,
+            hub,
+            **QUICK,
+        )
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(jobs.leave)
     demo.queue(max_size=32)

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 
 from lowmem.errors import Unsupported
 from lowmem.generate.cache.full import DummyLayer, FullLayer
+from lowmem.messages import msg
 from lowmem.planning.cache import bits_of
 
 
@@ -51,8 +52,12 @@ def make_cache(
     if cache_type != "same" and sharing:
         # A layer that reads another layer's keys would find the shared buffer overwritten.
         raise Unsupported(
-            f"{config.model_type!r} layers share keys and values, which the {cache_type} cache does not support.",
-            "Set the KV cache type to the precision of the computation.",
+            msg(
+                "{model_type!r} layers share keys and values, which the {cache_type} cache does not support.",
+                model_type=config.model_type,
+                cache_type=cache_type,
+            ),
+            msg("Set the KV cache type to the precision of the computation."),
         )
     from lowmem.generate.cache.block import DequantizeBuffers
     from lowmem.generate.cache.cpu_offload import LayerPrefetcher, OffloadedLayer
@@ -91,6 +96,9 @@ def check_supported(model: Any) -> None:
 
 def _unsupported(config: Any) -> Unsupported:
     return Unsupported(
-        f"{config.model_type!r} models keep more state than keys and values, which this cache cannot hold.",
-        "Turn the KV cache off (slow), or choose another model.",
+        msg(
+            "{model_type!r} models keep more state than keys and values, which this cache cannot hold.",
+            model_type=config.model_type,
+        ),
+        msg("Turn the KV cache off (slow), or choose another model."),
     )

@@ -20,6 +20,7 @@ from lowmem.generate.cache.rotary import Rotation, key_rotations, position_limit
 from lowmem.generate.cache.window import WindowCache, WindowLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
+from lowmem.messages import msg
 from lowmem.planning.cache import bits_of
 
 
@@ -53,8 +54,8 @@ def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -
     """The cache of a model that makes its own, such as an exported graph, which binds its cache in place."""
     if options.cache_type != "same":
         raise Unsupported(
-            f"An exported graph keeps its KV cache in fp32, not in {options.cache_type}.",
-            "Set the KV cache type to the precision of the computation, or load with the torch backend.",
+            msg("An exported graph keeps its KV cache in fp32, not in {cache_type}.", cache_type=options.cache_type),
+            msg("Set the KV cache type to the precision of the computation, or load with the torch backend."),
         )
     if options.window:
         check_window(options, position_limit(model.config))
@@ -77,8 +78,12 @@ def _window_cache(
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unsupported(
-                f"The {kind!r} layers of {decoder.model_type!r} models support neither a window nor a quantized cache.",
-                "Turn off the window and choose an unquantized KV cache.",
+                msg(
+                    "The {kind!r} layers of {model_type!r} models support neither a window nor a quantized cache.",
+                    kind=kind,
+                    model_type=decoder.model_type,
+                ),
+                msg("Turn off the window and choose an unquantized KV cache."),
             )
         native = known is DynamicSlidingWindowLayer
         packed = not native and options.cache_type not in ("same", "ram")  # a window is small: it stays on the device

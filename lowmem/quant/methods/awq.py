@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
+from lowmem.messages import msg
 from lowmem.quant import base
 from lowmem.quant.card import vllm
 from lowmem.quant.gptq_format import packed_bytes
@@ -27,20 +28,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class AwqOptions(base.Options):
     scale_channels: bool = option(
-        True, "Activation-aware scaling", "First scale input channels by their activations.", aliases=("balance",)
+        True,
+        msg("Activation-aware scaling"),
+        msg("First scale input channels by their activations."),
+        aliases=("balance",),
     )
-    clip: bool = option(True, "Clip", "Try smaller ranges for every group and keep the one that changes outputs least.")
+    clip: bool = option(
+        True, msg("Clip"), msg("Try smaller ranges for every group and keep the one that changes outputs least.")
+    )
 
     def check(self) -> None:
         base.Options.check(self)
         if self.bits != 4:
-            raise BadInput(f"AWQ stores 4 bits, not {self.bits}.", "Use 4 bits, or GPTQ for other bit widths.")
+            raise BadInput(
+                msg("AWQ stores 4 bits, not {bits}.", bits=self.bits), msg("Use 4 bits, or GPTQ for other bit widths.")
+            )
 
 
 class Awq(base.Method):
     name = "awq"
     label = "AWQ"
-    description = "Protects the most active channels, 4-bit only; needs calibration text, takes minutes."
+    description = msg("Protects the most active channels, 4-bit only; needs calibration text, takes minutes.")
     speed = 7.7e10
     calibrated = True
     matrices = 2  # the Hessian, and its product with the weights

@@ -15,6 +15,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken
 from lowmem.fields import option
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.planning.precision import available
 from lowmem.quant import base
 
@@ -33,11 +34,19 @@ _STATE_BYTES = 180  # the description of 4-bit codes, some bytes more or less fr
 
 @dataclass(frozen=True, slots=True)
 class BnbOptions(base.Options):
-    type: str = option("nf4", "4-bit type", "NF4 matches the distribution of weights better than FP4.", choices=TYPES)
-    double: bool = option(True, "Double quantization", "Quantize the scales too: saves 0.4 bits per weight.")
-    compute: str = option("float16", "Compute dtype", "The dtype other programs will compute in.", choices=DTYPES)
+    type: str = option(
+        "nf4", msg("4-bit type"), msg("NF4 matches the distribution of weights better than FP4."), choices=TYPES
+    )
+    double: bool = option(True, msg("Double quantization"), msg("Quantize the scales too: saves 0.4 bits per weight."))
+    compute: str = option(
+        "float16", msg("Compute dtype"), msg("The dtype other programs will compute in."), choices=DTYPES
+    )
     threshold: float = option(
-        6.0, "Outlier threshold", "LLM.int8 computes activations above it in half precision.", low=0.0, high=100.0
+        6.0,
+        msg("Outlier threshold"),
+        msg("LLM.int8 computes activations above it in half precision."),
+        low=0.0,
+        high=100.0,
     )
 
     def __post_init__(self) -> None:
@@ -46,17 +55,20 @@ class BnbOptions(base.Options):
 
     def check(self) -> None:
         if self.bits not in (4, 8):
-            raise BadInput(f"bitsandbytes has 4 and 8 bits, not {self.bits}.", "Use 4 or 8.")
+            raise BadInput(msg("bitsandbytes has 4 and 8 bits, not {bits}.", bits=self.bits), msg("Use 4 or 8."))
         if self.bits == 4 and self.group_size not in BLOCKS:
-            raise BadInput(f"bitsandbytes has no groups of {self.group_size}.", "Use 64, 128, 256 or 512.")
+            raise BadInput(
+                msg("bitsandbytes has no groups of {group_size}.", group_size=self.group_size),
+                msg("Use 64, 128, 256 or 512."),
+            )
         if self.symmetric:
-            raise BadInput("bitsandbytes has no symmetric option.", "Turn symmetric off.")
+            raise BadInput(msg("bitsandbytes has no symmetric option."), msg("Turn symmetric off."))
 
 
 class BitsAndBytes(base.Method):
     name = "bnb"
     label = "bitsandbytes"
-    description = "NF4, FP4 or LLM.int8; made for GPUs, takes seconds."
+    description = msg("NF4, FP4 or LLM.int8; made for GPUs, takes seconds.")
     speed = 8.4e6
     config_file = False
     presets = ()  # the precisions nf4 and bnb8 are the same

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.events import CancelToken
 from lowmem.fields import option
+from lowmem.messages import msg
 from lowmem.quant import base
 from lowmem.quant.gptq_format import GptqFormat
 
@@ -24,26 +25,31 @@ ORDERS = ("groups", "activation", "none")
 class GptqOptions(base.Options):
     order: str = option(
         "groups",
-        "Column order",
-        "Most important columns first: in whole groups, which keeps inference fast, or one by one (act-order).",
+        msg("Column order"),
+        msg("Most important columns first: in whole groups, which keeps inference fast, or one by one (act-order)."),
         choices=ORDERS,
     )
     dampening: float = option(
         0.1,
-        "Dampening",
-        "Share of the Hessian's diagonal that is added to it: more relies less on the calibration text.",
+        msg("Dampening"),
+        msg("Share of the Hessian's diagonal that is added to it: more relies less on the calibration text."),
         low=0.001,
         high=10.0,
         aliases=("damping",),
     )
-    search: bool = option(True, "Search the range", "Try smaller ranges for every group and refit its scale.")
+    search: bool = option(True, msg("Search the range"), msg("Try smaller ranges for every group and refit its scale."))
     sweeps: int = option(
-        3, "Sweeps", "Passes of coordinate descent after GPTQ's own solution; 0 is plain GPTQ.", low=0, high=20, step=1
+        3,
+        msg("Sweeps"),
+        msg("Passes of coordinate descent after GPTQ's own solution; 0 is plain GPTQ."),
+        low=0,
+        high=20,
+        step=1,
     )
     scale_channels: bool = option(
         False,
-        "Activation-aware scaling",
-        "First scale input channels by their activations, as AWQ does, where the layer before can absorb it.",
+        msg("Activation-aware scaling"),
+        msg("First scale input channels by their activations, as AWQ does, where the layer before can absorb it."),
         aliases=("balance",),
     )
 
@@ -55,7 +61,7 @@ class GptqOptions(base.Options):
 class Gptq(GptqFormat):
     name = "gptq"
     label = "GPTQ"
-    description = "Best quality; needs calibration text, takes minutes."
+    description = msg("Best quality; needs calibration text, takes minutes.")
     speed = 8.1e10
     calibrated = True
     matrices = 2  # the Hessian, and the Cholesky factor of its inverse

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowmem.events import CancelToken
+from lowmem.messages import msg
 from lowmem.quant import base
 from lowmem.quant.gptq_format import GptqFormat
 
@@ -32,7 +33,7 @@ REFITS = 3
 class HalfQuadratic(GptqFormat):
     name = "hqq"
     label = "HQQ"
-    description = "Better than round to nearest; no calibration, takes seconds."
+    description = msg("Better than round to nearest; no calibration, takes seconds.")
     speed = 9.2e6
     Options = base.Options
 

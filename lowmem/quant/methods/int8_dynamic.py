@@ -15,6 +15,7 @@ from lowmem.events import CancelToken
 from lowmem.fields import option
 from lowmem.machine.device import CPU
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.planning.precision import available
 from lowmem.quant import base
 
@@ -27,19 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Int8Options(base.Options):
-    bits: int = option(8, "Bits", "Dynamic int8 has 8 bits.", low=8, high=8, step=1)
-    group_size: int = option(-1, "Group size", "Dynamic int8 has one scale per row: -1.", low=-1, high=-1, step=1)
-    symmetric: bool = option(True, "Symmetric", "Dynamic int8 has no zero points.")
+    bits: int = option(8, msg("Bits"), msg("Dynamic int8 has 8 bits."), low=8, high=8, step=1)
+    group_size: int = option(
+        -1, msg("Group size"), msg("Dynamic int8 has one scale per row: -1."), low=-1, high=-1, step=1
+    )
+    symmetric: bool = option(True, msg("Symmetric"), msg("Dynamic int8 has no zero points."))
 
     def check(self) -> None:
         if not self.symmetric:
-            raise BadInput("Dynamic int8 has no zero points.", "Turn symmetric on, or choose another method.")
+            raise BadInput(msg("Dynamic int8 has no zero points."), msg("Turn symmetric on, or choose another method."))
 
 
 class Int8Dynamic(base.Method):
     name = "int8_dynamic"
-    label = "Dynamic int8"
-    description = "8-bit, fast on CPUs; no calibration, takes seconds."
+    label = msg("Dynamic int8")
+    description = msg("8-bit, fast on CPUs; no calibration, takes seconds.")
     speed = 1.3e7
     config_file = False
     presets = ()  # the precision int8 is the same

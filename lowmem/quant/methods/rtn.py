@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.events import CancelToken
 from lowmem.fields import option
+from lowmem.messages import msg
 from lowmem.quant import base
 from lowmem.quant.gptq_format import GptqFormat
 
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class RtnOptions(base.Options):
     search: bool = option(
-        False, "Search the range", "Also try smaller ranges and keep the one with the least squared error; slower."
+        False,
+        msg("Search the range"),
+        msg("Also try smaller ranges and keep the one with the least squared error; slower."),
     )
 
 
 class RoundToNearest(GptqFormat):
     name = "rtn"
-    label = "Round to nearest"
-    description = "Simplest; no calibration, takes seconds."
+    label = msg("Round to nearest")
+    description = msg("Simplest; no calibration, takes seconds.")
     speed = 1.2e7
     Options = RtnOptions
 

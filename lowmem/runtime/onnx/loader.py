@@ -21,6 +21,7 @@ from lowmem.errors import LowMemError
 from lowmem.events import CancelToken, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.messages import msg
 from lowmem.models.stored import graph_prefix
 from lowmem.planning.exported import runtime_version
 from lowmem.planning.graph_options import ExportOptions
@@ -42,9 +43,9 @@ def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
     """
     read_manifest(folder)
     tokenizer = _tokenizer(folder)
-    yield Step(0, 0, "Opening the graph")
+    yield Step(0, 0, msg("Opening the graph"))
     model = OnnxModel(folder)
-    yield Step(1, 1, "Loading weights")
+    yield Step(1, 1, msg("Loading weights"))
     loaded = Loaded(model, tokenizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]  # its duck
     _check_vocabulary(tokenizer, loaded.model, plan)
     return loaded
@@ -66,7 +67,7 @@ def graph_folder(
         return folder
     options = _options(plan)
     kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.source)}{_key(options)}"
-    with locked(kept, cancel, "Waiting for another writing of the same graph") as waiting:
+    with locked(kept, cancel, msg("Waiting for another writing of the same graph")) as waiting:
         yield from waiting
         if not _is_whole(kept):
             yield from _write(folder, kept, options, plan.spec.ref, cancel, budget.for_child_process())
@@ -96,7 +97,7 @@ def _write(
         "options": asdict(options),
         "budget": budget.as_dict(),
     }
-    yield Step(0, 0, "Writing its graph, once")
+    yield Step(0, 0, msg("Writing its graph, once"))
     try:
         for event in run_isolated("export", arguments, cancel, budget):
             if not isinstance(event, Finished):

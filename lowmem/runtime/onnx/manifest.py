@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
+from lowmem.messages import msg
 from lowmem.models.describe import MANIFEST
 
 VERSION = 2
@@ -64,11 +65,20 @@ class Manifest:
         for name, size in self.files.items():
             path = folder / name
             if not path.is_file():
-                raise CorruptModel(f"{folder.name} lacks {name} ({size:,} bytes).", "Export the model again.")
+                raise CorruptModel(
+                    msg("{folder} lacks {name} ({size:,} bytes).", folder=folder.name, name=name, size=size),
+                    msg("Export the model again."),
+                )
             if (found := path.stat().st_size) != size:
                 raise CorruptModel(
-                    f"{name} in {folder.name} has {found:,} bytes, but {size:,} were written.",
-                    "Export the model again.",
+                    msg(
+                        "{name} in {folder} has {found:,} bytes, but {size:,} were written.",
+                        name=name,
+                        folder=folder.name,
+                        found=found,
+                        size=size,
+                    ),
+                    msg("Export the model again."),
                 )
 
 
@@ -85,25 +95,41 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ModelNotFound(f"{folder} holds no exported model ({MANIFEST} is missing).", "Export one first.")
+        raise ModelNotFound(
+            msg("{folder} holds no exported model ({manifest} is missing).", folder=folder, manifest=MANIFEST),
+            msg("Export one first."),
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = int(values.get("version", 0))
         if version > VERSION:
             raise Unsupported(
-                f"{folder.name} was written by a later lowmem (format {version}, this one reads {VERSION}).",
-                "Update lowmem, or export the model again.",
+                msg(
+                    "{folder} was written by a later lowmem (format {version}, this one reads {supported}).",
+                    folder=folder.name,
+                    version=version,
+                    supported=VERSION,
+                ),
+                msg("Update lowmem, or export the model again."),
             )
         if "proof" in values:
             values["parity"] = values.pop("proof")
         manifest = Manifest(**values)
         outside = [name for name in manifest.files if not _PLAIN.fullmatch(name)]
     except (ValueError, TypeError, AttributeError) as error:
-        raise CorruptModel(f"{MANIFEST} in {folder.name} cannot be read: {error}.", "Export the model again.") from None
+        raise CorruptModel(
+            msg("{manifest} in {folder} cannot be read: {error}.", manifest=MANIFEST, folder=folder.name, error=error),
+            msg("Export the model again."),
+        ) from None
     if outside:
         raise CorruptModel(
-            f"{MANIFEST} in {folder.name} names the file {outside[0][:80]!r}, which is not in the folder.",
-            "Export the model again.",
+            msg(
+                "{manifest} in {folder} names the file {outside!r}, which is not in the folder.",
+                manifest=MANIFEST,
+                folder=folder.name,
+                outside=outside[0][:80],
+            ),
+            msg("Export the model again."),
         )
     manifest.check_files(folder)
     return manifest

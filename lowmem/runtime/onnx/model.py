@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMemory, Unsupported
 from lowmem.machine.processor import cores, has_vnni
+from lowmem.messages import msg
 from lowmem.planning import exported
 from lowmem.runtime.onnx.cache import Binding, GrowingCache, InPlaceCache
 from lowmem.runtime.onnx.manifest import GRAPH, KEEP, PREFILL, Manifest, read_manifest
@@ -27,12 +28,12 @@ SMALLEST_PIECE, LARGEST_PIECE, PIECE_WORK = 32, 512, 40e9
 on the model, not on time, because other chunks round differently: the same seed must give the same answer."""
 
 _VNNI_RANGE = 127
-_AGAIN = "Export the model again."
-_UPGRADE = "Update it: pip install -U onnxruntime"
+_AGAIN = msg("Export the model again.")
+_UPGRADE = msg("Update it: pip install -U onnxruntime")
 
 _NEWER = {
     "opset": re.compile(r"Opset (\d+) is under development.* is till opset (\d+)"),
-    "ONNX IR version": re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)"),
+    msg("ONNX IR version"): re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)"),
 }
 _NO_OPERATOR = re.compile(r"(?:No Op registered for|Could not find an implementation for) (\w[\w.:]*)")
 _WRAPPING = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|\S+\.(?:cc|h):\d+ ")
@@ -51,7 +52,9 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
     try:
         import onnxruntime as ort
     except ImportError:
-        raise MissingDependency("onnxruntime, which runs exported models, is not installed.", "pip install onnxruntime")  # noqa: B904
+        raise MissingDependency(  # noqa: B904
+            msg("onnxruntime, which runs exported models, is not installed."), "pip install onnxruntime"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or cores(), 1
     options.log_severity_level = 3
@@ -74,18 +77,37 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
     for kind, pattern in _NEWER.items():
         if found := pattern.search(text):
             return Unsupported(
-                f"{path.name} is written in {kind} {found[1]}, ONNX Runtime {exported.runtime_version()} reads up to {found[2]}.",
+                msg(
+                    "{path} is written in {kind} {found}, ONNX Runtime {runtime_version} reads up to {supported}.",
+                    path=path.name,
+                    kind=kind,
+                    found=found[1],
+                    runtime_version=exported.runtime_version(),
+                    supported=found[2],
+                ),
                 _UPGRADE,
             )
     if found := _NO_OPERATOR.search(text):
         return Unsupported(
-            f"ONNX Runtime {exported.runtime_version()} has no {found[1]}, which {path.name} needs.", _UPGRADE
+            msg(
+                "ONNX Runtime {runtime_version} has no {found}, which {path} needs.",
+                runtime_version=exported.runtime_version(),
+                found=found[1],
+                path=path.name,
+            ),
+            _UPGRADE,
         )
     if "alloc" in text.lower():
-        return OutOfMemory(f"Memory ran out while loading {path.name}.", "Choose fewer bits or a smaller model.")
+        return OutOfMemory(
+            msg("Memory ran out while loading {path}.", path=path.name), msg("Choose fewer bits or a smaller model.")
+        )
     if "external data" in text.lower() or "external initializer" in text.lower():
-        return CorruptModel(f"The weights of {path.name} are missing, cut short or outside its folder.", _AGAIN)
-    return CorruptModel(f"{path.name} cannot be loaded: {_WRAPPING.sub('', text)[:200]}", _AGAIN)
+        return CorruptModel(
+            msg("The weights of {path} are missing, cut short or outside its folder.", path=path.name), _AGAIN
+        )
+    return CorruptModel(
+        msg("{path} cannot be loaded: {text}", path=path.name, text=_WRAPPING.sub("", text)[:200]), _AGAIN
+    )
 
 
 class OnnxModel:
@@ -114,8 +136,8 @@ class OnnxModel:
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
         if not self.past:
             raise Unsupported(
-                f"The graph in {folder.name} has no KV cache, so it cannot write text.",
-                "Export a text generation model.",
+                msg("The graph in {folder} has no KV cache, so it cannot write text.", folder=folder.name),
+                msg("Export a text generation model."),
             )
         shape = self.session.get_inputs()[inputs.index(self.past[0])].shape
         self.kv_heads, self.head_dim = int(shape[1]), int(shape[3])
@@ -187,6 +209,6 @@ class OnnxModel:
         except Exception as error:
             if "alloc" in str(error).lower():
                 raise OutOfMemory(
-                    "Memory ran out in ONNX Runtime.", "Shorten the prompt, or load fewer bits."
+                    msg("Memory ran out in ONNX Runtime."), msg("Shorten the prompt, or load fewer bits.")
                 ) from error
             raise

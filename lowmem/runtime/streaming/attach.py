@@ -19,6 +19,7 @@ from lowmem.errors import BadInput, CorruptModel, Unsupported
 from lowmem.generate.decoding import decoder_blocks
 from lowmem.kernels import bnb_linear, packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
+from lowmem.messages import msg
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.matching import by_module, match_names
 from lowmem.models.modules import set_tensor
@@ -33,8 +34,8 @@ Names = Mapping[str, str]
 """Parameter name -> stored name."""
 
 QUANTIZED = (
-    "The model's layers are quantized: they cannot be moved once they are loaded.",
-    "Load the model with a placement instead.",
+    msg("The model's layers are quantized: they cannot be moved once they are loaded."),
+    msg("Load the model with a placement instead."),
 )
 
 
@@ -50,8 +51,12 @@ def offloaded_names(
     blocks = decoder_blocks(model)
     if len(blocks) != len(placement.blocks):
         raise Unsupported(
-            f"{model.config.model_type} keeps its {len(placement.blocks)} blocks where they cannot be found.",
-            "Run it without offloading.",
+            msg(
+                "{model_type} keeps its {blocks} blocks where they cannot be found.",
+                model_type=model.config.model_type,
+                blocks=len(placement.blocks),
+            ),
+            msg("Run it without offloading."),
         )
     found: dict[int, Names] = {}
     resident = resident_place(device.type if device.type == "cpu" else "cuda")
@@ -135,7 +140,10 @@ def as_stored(
 def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Quantization | None) -> StoredPacked:
     layer = members["qweight"].removesuffix(".qweight")
     if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
-        raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+        raise Unsupported(
+            msg("{layer} is quantized, but is a {kind}.", layer=layer, kind=type(module).__name__),
+            msg("Choose the original model."),
+        )
     outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
     packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
@@ -148,7 +156,10 @@ def _codes(
     """int8 of compressed-tensors or bitsandbytes, or 4 bits of bitsandbytes, whose quantization state stays resident."""
     layer = members["weight"].removesuffix(".weight")
     if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
-        raise Unsupported(f"{layer} is quantized, but is a {type(module).__name__}.", "Choose the original model.")
+        raise Unsupported(
+            msg("{layer} is quantized, but is a {kind}.", layer=layer, kind=type(module).__name__),
+            msg("Choose the original model."),
+        )
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
     outputs, inputs = weight.shape
     shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
@@ -207,13 +218,14 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         names = match_names(model, checkpoint)
         blocks = offloaded_names(model, names, placement, device)
         if not blocks:
-            raise BadInput("Every block stays where it is.", "Name blocks to be moved.")
+            raise BadInput(msg("Every block stays where it is."), msg("Name blocks to be moved."))
         moved = {name: stored for block in blocks.values() for name, stored in block.items()}
         _check_dense(checkpoint, blocks)
         _check_same(model, checkpoint, moved)
         if placement.mapped and not can_map(checkpoint, blocks, dtype):
             raise Unsupported(
-                "Weights that are stored in another dtype cannot be used in place.", "Let them stream instead."
+                msg("Weights that are stored in another dtype cannot be used in place."),
+                msg("Let them stream instead."),
             )
         members = {name: model.get_parameter(name) for name in moved}
         kept = {name: _outline(parameter) for name, parameter in members.items()}
@@ -252,4 +264,7 @@ def _check_same(model: PreTrainedModel, checkpoint: Checkpoint, names: Names) ->
     for name, stored in names.items():
         parameter = model.get_parameter(name)
         if parameter.dim() == 1 and not torch.equal(checkpoint.read(stored, parameter.dtype), parameter.cpu()):
-            raise CorruptModel(f"{name} in memory is not what the folder holds.", "Save the model, then offload that.")
+            raise CorruptModel(
+                msg("{name} in memory is not what the folder holds.", name=name),
+                msg("Save the model, then offload that."),
+            )

@@ -23,6 +23,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.options import MeasureOptions
+from lowmem.messages import msg
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.plan import Plan
 from lowmem.quant import DEFAULT
@@ -81,7 +82,7 @@ def receipt(services: Services) -> Receipt | None:
 
 def stored(services: Services) -> Json:
     """What is stored on the machine's disk: {"stored": [{"key", "name", "kind", "nbytes"}]}, for the page's owner."""
-    services.engine.access.require_owner("Listing the disk")
+    services.engine.access.require_owner(msg("Listing the disk"))
     return {"stored": [asdict(one) for one in services.engine.stored()]}
 
 
@@ -123,7 +124,8 @@ def _message(value: Any) -> dict[str, str]:
         case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
             return {"role": role, "content": content}
     raise BadInput(
-        "A message of the history is malformed.", 'Write each as {"role": "user" or "assistant", "content": "..."}.'
+        msg("A message of the history is malformed."),
+        msg('Write each as {"role": "user" or "assistant", "content": "..."}.'),
     )
 
 

@@ -13,6 +13,7 @@ import gradio as gr
 from lowmem.events import CancelToken
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
+from lowmem.messages import join
 from lowmem.ui.api.arguments import described
 from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED, Endpoint
 from lowmem.ui.api.json import Json, as_json
@@ -55,7 +56,7 @@ def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callab
             found = endpoint.view(pump(result, token)) if streams else iter([as_json(result)])
             yield from ({**one, "renamed": renamed} if renamed else one for one in found)
         except Exception as error:
-            raise gr.Error(" ".join(filter(None, explain(error))), print_exception=False) from None
+            raise gr.Error(join(" ", filter(None, explain(error))), print_exception=False) from None
 
     def answer(*args: Any, **kwargs: Any) -> Json:
         return next(answers(*args, **kwargs))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 
 from lowmem.events import Receipt
 from lowmem.machine.bandwidth import Unmeasured, ram_bandwidth
+from lowmem.messages import Message, msg
 from lowmem.planning import exported
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.placement import stored_block_bytes
@@ -16,7 +16,7 @@ from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.request import QuantizeRequest
 from lowmem.ui.html import parts
 from lowmem.ui.html.lessons import LESSONS, MODULE, Lesson, Typical
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import escape
 from lowmem.units import format_bytes
 
 Facts = list[tuple[str, str]]
@@ -38,7 +38,11 @@ def lesson(key: str, plan: Plan | None, last: Receipt | None) -> str:
 
 
 def _words(lesson: Lesson) -> str:
-    words = ((say("learn_does"), lesson.does), (say("learn_costs"), lesson.costs), (say("learn_avoid"), lesson.avoid))
+    words = (
+        (msg("What it does"), lesson.does),
+        (msg("What it costs"), lesson.costs),
+        (msg("When not to use it"), lesson.avoid),
+    )
     return parts.explanations(words)
 
 
@@ -46,13 +50,17 @@ def _own(key: str, plan: Plan, last: Receipt | None) -> str:
     facts, bars = _OWN[key](plan, last)
     drawn = _bars(bars, LESSONS[key].title) if bars else ""
     return (
-        f'<h3>{escape(say("learn_own"))} <span translate="no">{escape(plan.spec.name)}</span></h3>'
+        f'<h3>{escape(msg("Figures for"))} <span translate="no">{escape(plan.spec.name)}</span></h3>'
         f'<div class="lm-learn-own">{parts.stats(facts)}{drawn}</div>'
     )
 
 
 def _typical(table: Typical) -> str:
-    source = say("learn_source", module=MODULE, section=table.section)
+    source = msg(
+        'Typical figures of the course, module "{module}", section "{section}"; not of this model.',
+        module=MODULE,
+        section=table.section,
+    )
     return f'<p class="lm-muted lm-small">{escape(source)}</p>{parts.table(table.header, table.rows)}'
 
 
@@ -61,7 +69,7 @@ def _bars(bars: Bars, title: str) -> str:
     largest = max(count for _, count in bars) or 1
     rows = "".join(
         f'<div class="lm-pair"><span>{escape(label)}</span>{parts.track("", ("", parts.percent(count, largest)))}'
-        f'<b class="lm-num">{format_bytes(count)}</b></div>'
+        f'<b class="lm-num">{escape(format_bytes(count))}</b></div>'
         for label, count in bars
     )
     return f'<figure class="lm-sizes"><figcaption>{escape(title)}</figcaption>{rows}</figure>'
@@ -79,70 +87,98 @@ def _precisions(plan: Plan, keys: Sequence[str]) -> list[str]:
 def _generate(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
     spec, weights, kv = plan.spec, plan.main.share("weights"), plan.main.share("kv")
     facts = [
-        (f"Weights in {plan.precision}", format_bytes(weights)),
+        (msg("Weights in {precision}", precision=plan.precision), format_bytes(weights)),
         (
-            "KV cache per token",
+            msg("KV cache per token"),
             format_bytes(kv / (plan.cached_tokens * plan.batch) if kv else spec.kv_bytes_per_token(_dtype(plan))),
         ),
-        ("Blocks x KV heads x head size", f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
+        (msg("Blocks x KV heads x head size"), f"{spec.layers} x {spec.kv_heads} x {spec.head_dim}"),
     ]
     if last and last.decode_tps and last.model == spec.name:
-        facts.append(("Time per token, measured", f"{1000 / last.decode_tps:.1f} ms"))
+        facts.append(
+            (msg("Time per token, measured"), Message("{decode_tps:.1f} ms", decode_tps=1000 / last.decode_tps))
+        )
     lengths = [count for count in LENGTHS if count < spec.context] + [spec.context]
-    caches = [(f"KV cache, {count:,} tokens", spec.kv_bytes(count, 1, _dtype(plan))) for count in lengths]
-    return facts, [("Weights", weights), *caches]
+    caches = [
+        (msg("KV cache, {count:,} tokens", count=count), spec.kv_bytes(count, 1, _dtype(plan))) for count in lengths
+    ]
+    return facts, [(msg("Weights"), weights), *caches]
 
 
 def _quantize(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     """Sizes of checkpoints."""
     spec = plan.spec
-    facts = [("Parameters", f"{spec.parameters / 1e6:,.0f} million"), ("Blocks", f"{spec.layers}")]
+    facts = [
+        (msg("Parameters"), msg("{parameters:,.0f} million", parameters=spec.parameters / 1000000.0)),
+        (msg("Blocks"), f"{spec.layers}"),
+    ]
     if not _precisions(plan, PRECISIONS):
         return facts, []
     bars = [(key, weight_bytes(spec, key, key)) for key in PRECISIONS]
     rtn = get("rtn")
     for bits in WIDTHS:
         cost = estimate_quantization(spec, QuantizeRequest(spec.ref, rtn, rtn.Options(bits=bits, group_size=GROUP)))
-        bars.append((f"{bits} bits, groups of {GROUP}", cost.output_bytes))
-        facts.append((f"Bits per quantized weight, {bits} bits", f"{cost.bits_per_weight:.2f}"))
+        bars.append((msg("{bits} bits, groups of {group}", bits=bits, group=GROUP), cost.output_bytes))
+        facts.append(
+            (
+                msg("Bits per quantized weight, {bits} bits", bits=bits),
+                Message("{bits_per_weight:.2f}", bits_per_weight=cost.bits_per_weight),
+            )
+        )
     return facts, bars
 
 
 def _offload(plan: Plan, last: Receipt | None) -> tuple[Facts, Bars]:
     blocks = stored_block_bytes(plan.spec)
-    facts = [("Blocks", f"{len(blocks)}"), ("Size of a block", format_bytes(max(blocks, default=0)))]
-    facts.append(("Read per token, all blocks offloaded", format_bytes(sum(blocks))))
+    facts = [(msg("Blocks"), f"{len(blocks)}"), (msg("Size of a block"), format_bytes(max(blocks, default=0)))]
+    facts.append((msg("Read per token, all blocks offloaded"), format_bytes(sum(blocks))))
     try:
         rate = ram_bandwidth(None)
-        facts.append(("Time to read them from RAM, measured", f"{sum(blocks) / rate:.2f} s" if rate else "-"))
+        facts.append(
+            (
+                msg("Time to read them from RAM, measured"),
+                Message("{blocks:.2f} s", blocks=sum(blocks) / rate) if rate else "-",
+            )
+        )
     except Unmeasured:
         pass
     if last and last.details.get("seconds_per_token") and last.model == plan.spec.name:
-        facts.append(("Time per token, measured", f"{last.details['seconds_per_token']:.2f} s"))
-    bars = [("All blocks", sum(blocks)), ("Two blocks (buffers)", 2 * max(blocks, default=0))]
+        facts.append(
+            (
+                msg("Time per token, measured"),
+                Message("{seconds_per_token:.2f} s", seconds_per_token=last.details["seconds_per_token"]),
+            )
+        )
+    bars = [(msg("All blocks"), sum(blocks)), (msg("Two blocks (buffers)"), 2 * max(blocks, default=0))]
     return facts, bars
 
 
 def _longctx(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     spec, dtype = plan.spec, _dtype(plan)
     facts = [
-        ("KV cache per token", format_bytes(spec.kv_bytes_per_token(dtype))),
-        ("The model's context", f"{spec.context:,} tokens"),
+        (msg("KV cache per token"), format_bytes(spec.kv_bytes_per_token(dtype))),
+        (msg("The model's context"), msg("{context:,} tokens", context=spec.context)),
     ]
-    whole = [(f"All {count:,} tokens", spec.kv_bytes(count, 1, dtype)) for count in LENGTHS[1:]]
+    whole = [(msg("All {count:,} tokens", count=count), spec.kv_bytes(count, 1, dtype)) for count in LENGTHS[1:]]
     window, sinks = (plan.window, plan.sinks) if plan.window else (WINDOW, SINKS)
-    return facts, [*whole, (f"A window of {window:,} and {sinks} sinks", spec.kv_bytes(window + sinks, 1, dtype))]
+    return facts, [
+        *whole,
+        (
+            msg("A window of {window:,} and {sinks} sinks", window=window, sinks=sinks),
+            spec.kv_bytes(window + sinks, 1, dtype),
+        ),
+    ]
 
 
 def _export(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     spec = plan.spec
     if not _precisions(plan, GRAPHS) or exported.refusal(spec):
-        return [("Blocks", f"{spec.layers}")], []
+        return [(msg("Blocks"), f"{spec.layers}")], []
     bars = [(key, exported.disk_bytes(spec, key, GRAPH_GROUP)) for key in GRAPHS]
     seconds = exported.writing_seconds(spec)
     return [
-        ("Time to write it in int8, about", f"{seconds:.0f} s"),
-        ("KV cache per token", format_bytes(exported.kv_bytes(spec, 1, 1))),
+        (msg("Time to write it in int8, about"), Message("{seconds:.0f} s", seconds=seconds)),
+        (msg("KV cache per token"), format_bytes(exported.kv_bytes(spec, 1, 1))),
     ], bars
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lowmem.events import Receipt
+from lowmem.messages import Message, msg
 from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.placement import Placement, all_resident
 from lowmem.planning.plan import Plan
@@ -14,7 +14,8 @@ from lowmem.plots.engines import offload_methods
 from lowmem.plots.figure import to_svg
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import ENGLISH, name, say
+from lowmem.ui.language import escape
+from lowmem.ui.names import NAMES, name
 from lowmem.units import format_bytes
 
 TIME_TOLERANCE = 0.25
@@ -30,7 +31,7 @@ def picture(plan: Plan, speed: SpeedEstimate | None, *, here: bool = True) -> st
     """
     placement = plan.placement or all_resident(plan.spec, plan.place.kind)
     return (
-        f'<section class="lm-stack"><h2>{escape(say("offload_blocks"))}</h2>{_legend(placement)}'
+        f'<section class="lm-stack"><h2>{escape(msg("Placement of the blocks"))}</h2>{_legend(placement)}'
         f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{_prediction(plan, speed, here)}</div></div>'
         f"</section>"
     )
@@ -47,12 +48,16 @@ def _kinds(placement: Placement) -> list[str]:
 
 def _column(plan: Plan, placement: Placement) -> str:
     resident_at = "gpu" if plan.place.kind == "cuda" else "ram"
-    cells = [f'<i data-place="{resident_at}" class="lm-end" title="embedding: {name("places", resident_at)}"></i>']
+    cells = [
+        f'<i data-place="{resident_at}" class="lm-end" title="{escape(msg("embedding: {place}", place=name("places", resident_at)))}"></i>'
+    ]
     cells += [
-        f'<i data-place="{kind}" title="block {index}: {escape(name("places", kind))}">{index}</i>'
+        f'<i data-place="{kind}" title="{escape(msg("block {index}: {place}", index=index, place=name("places", kind)))}">{index}</i>'
         for index, kind in enumerate(_kinds(placement))
     ]
-    cells.append(f'<i data-place="{resident_at}" class="lm-end" title="head: {name("places", resident_at)}"></i>')
+    cells.append(
+        f'<i data-place="{resident_at}" class="lm-end" title="{escape(msg("head: {place}", place=name("places", resident_at)))}"></i>'
+    )
     spoken = escape(placement.sentence())
     return (
         f'<div class="lm-blocks" role="img" aria-label="{spoken}" data-many="{len(cells) > 40}">{"".join(cells)}</div>'
@@ -69,39 +74,60 @@ def _legend(placement: Placement) -> str:
 
 
 def _prediction(plan: Plan, speed: SpeedEstimate | None, here: bool) -> str:
-    budgets = render.budget(plan, f"{plan.spec.name} · {plan.precision_label}")
+    budgets = render.budget(
+        plan, Message("{model} · {precision_label}", model=plan.spec.name, precision_label=plan.precision_label)
+    )
     lines = [plan.reason]
     if speed is None:
-        lines.append(say("offload_unknown" if here else "offload_later"))
+        lines.append(
+            msg("Measure the speed of this machine to see the time per token. It takes a few seconds.")
+            if here
+            else msg("The time per token is shown once the model is on this machine.")
+        )
         return budgets + parts.small(*lines)
-    seconds = say("offload_speed_is", seconds=_seconds(speed.seconds_per_token), bound=speed.bound_by)
+    seconds = msg(
+        "{seconds} per token, limited by {bound}", seconds=_seconds(speed.seconds_per_token), bound=speed.bound_by
+    )
     if speed.disk_bytes:
         rate = format_bytes(speed.disk_rate)
-        lines.append(say("offload_moves", size=format_bytes(speed.disk_bytes), rate=rate))
-    return f'<p class="lm-pace"><span>{escape(say("offload_speed"))}</span><b>{escape(seconds)}</b></p>{budgets}{parts.small(*lines)}'
+        lines.append(
+            msg("Reads {size} from disk per token, at {rate}/s", size=format_bytes(speed.disk_bytes), rate=rate)
+        )
+    return f'<p class="lm-pace"><span>{escape(msg("Time per token"))}</span><b>{escape(seconds)}</b></p>{budgets}{parts.small(*lines)}'
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
+    return (
+        Message("{seconds:.2f} s", seconds=seconds)
+        if seconds >= 0.1
+        else Message("{seconds:.0f} ms", seconds=1000 * seconds)
+    )
 
 
 def measured(one: Receipt) -> str:
     """Predicted and measured memory and time per token."""
-    bars = parts.peaks(one, lambda memory: f"{name('memory', memory)} peak")
+    bars = parts.peaks(one, lambda memory: msg("{memory} peak", memory=name("memory", memory)))
     details = one.details
     expected, taken = (details.get(key) or 0.0 for key in ("predicted_seconds_per_token", "seconds_per_token"))
     if expected and taken:
-        bars += parts.against(say("offload_speed"), expected, taken, _seconds, TIME_TOLERANCE)
+        bars += parts.against(msg("Time per token"), expected, taken, _seconds, TIME_TOLERANCE)
     read = format_bytes(details.get("bytes_read", 0))
-    lines = [f"{details.get('placement', '')} · {one.new_tokens} tokens · {read} read"]
+    lines = [
+        msg(
+            "{get} · {new_tokens} tokens · {read} read",
+            get=details.get("placement", ""),
+            new_tokens=one.new_tokens,
+            read=read,
+        )
+    ]
     if taken and one.new_tokens > FEW_TOKENS and abs(expected - taken) > TIME_TOLERANCE * taken:
-        lines.append(say("offload_stale"))
+        lines.append(msg("Speed has changed; measure again."))
     return f'<section class="lm-made">{bars}{parts.small(*lines)}</section>'
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of a comparison, as far as it is measured."""
-    return parts.table(ENGLISH["offload_table"], map(_cells, rows)) if rows else ""
+    return parts.table(NAMES["offload_table"], map(_cells, rows)) if rows else ""
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

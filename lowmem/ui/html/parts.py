@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from lowmem.events import Receipt
-from lowmem.ui.i18n.strings import name, say
+from lowmem.messages import Message, msg
+from lowmem.ui.language import escape
+from lowmem.ui.names import name
 from lowmem.units import format_bytes, format_seconds
 
 Pairs = Iterable[tuple[str, str]]
@@ -100,16 +101,23 @@ def against(
     near = abs(error) <= tolerance
     difference = form(abs(predicted - measured))
     if near:
-        verdict = f"{100 * error:+.1f} %"
+        verdict: str = Message("{error:+.1f} %", error=100 * error)
+    elif error < 0:
+        verdict = msg("{difference} more than predicted", difference=difference)
     else:
-        verdict = f"{difference} more than predicted" if error < 0 else f"{difference} less than predicted"
-    title = bar_title(label, f'<span class="lm-pill" data-near="{str(near).lower()}">{verdict}</span>')
+        verdict = msg("{difference} less than predicted", difference=difference)
+    title = bar_title(label, f'<span class="lm-pill" data-near="{str(near).lower()}">{escape(verdict)}</span>')
     rows = "".join(
-        f'<div class="lm-pair"><span>{word}</span>{track("", (kind, percent(count, max(predicted, measured))))}'
-        f'<b class="lm-num">{form(count)}</b></div>'
-        for word, kind, count in (("predicted", "lm-predicted", predicted), ("measured", "", measured))
+        f'<div class="lm-pair"><span>{escape(word)}</span>{track("", (kind, percent(count, max(predicted, measured))))}'
+        f'<b class="lm-num">{escape(form(count))}</b></div>'
+        for word, kind, count in ((msg("predicted"), "lm-predicted", predicted), (msg("measured"), "", measured))
     )
-    spoken = f"{label}: predicted {form(predicted)}, measured {form(measured)}"
+    spoken = msg(
+        "{label}: predicted {predicted}, measured {measured}",
+        label=label,
+        predicted=form(predicted),
+        measured=form(measured),
+    )
     return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'
 
 
@@ -127,10 +135,10 @@ def notes(lines: Sequence[str]) -> str:
 
 def estimate(expected: Any, items: Pairs, note: str) -> str:
     """The card of an estimate with a `verdict`, a `sentence()` and `seconds`; `note` is HTML below."""
-    timed = [*items, (say("time"), say("about", time=rounded(expected.seconds)))]
+    timed = [*items, (msg("Time"), msg("about {time}", time=rounded(expected.seconds)))]
     return (
         f'<section class="lm-forecast" data-verdict="{expected.verdict}">'
-        f'<div class="lm-head"><h2>{escape(say("predicted"))}</h2>{pill(expected.verdict)}</div>{pairs(timed)}'
+        f'<div class="lm-head"><h2>{escape(msg("Predicted"))}</h2>{pill(expected.verdict)}</div>{pairs(timed)}'
         f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p>{note}</section>'
     )
 
@@ -138,18 +146,25 @@ def estimate(expected: Any, items: Pairs, note: str) -> str:
 def rounded(seconds: float) -> str:
     """An estimated time, to one or two digits."""
     if seconds < 60:
-        return f"{max(1, round(seconds)) if seconds < 20 else round(seconds, -1):.0f} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return Message("{seconds:.0f} s", seconds=max(1, round(seconds)) if seconds < 20 else round(seconds, -1))
+    return f"{round(seconds / 60)} min" if seconds < 5400 else Message("{seconds:.1f} h", seconds=seconds / 3600)
 
 
 def made(receipt: Receipt, body: str, more: str = "") -> str:
     """The receipt of a result in a folder: `body`, predicted and measured sizes, notes, `more`, files."""
     folder = Path(receipt.details["folder"])
-    size = against(say("on_disk_size"), receipt.details["predicted_bytes"], receipt.disk_bytes)
-    took = small(f"{say('time')} {format_seconds(receipt.seconds)} · {folder.name}")
-    bars = size + peaks(receipt, lambda _: say("peak"))
+    size = against(msg("Size on disk"), receipt.details["predicted_bytes"], receipt.disk_bytes)
+    took = small(
+        Message(
+            "{label} {seconds} · {folder}",
+            label=msg("Time"),
+            seconds=format_seconds(receipt.seconds),
+            folder=folder.name,
+        )
+    )
+    bars = size + peaks(receipt, lambda _: msg("Peak RAM"))
     return (
-        f'<section class="lm-made"><h2>{escape(say("result"))}</h2>{body}{bars}{took}'
+        f'<section class="lm-made"><h2>{escape(msg("Result"))}</h2>{body}{bars}{took}'
         f"{notes(receipt.notes)}{more}{files(folder)}</section>"
     )
 
@@ -164,11 +179,11 @@ def files(folder: Path) -> str:
     if not folder.is_dir():
         return ""
     rows = "".join(f"<li>{_link(file, file.name)}</li>" for file in sorted(folder.iterdir()) if file.is_file())
-    return f'<details class="lm-files"><summary>{escape(say("files"))}</summary><ul>{rows}</ul></details>'
+    return f'<details class="lm-files"><summary>{escape(msg("Files"))}</summary><ul>{rows}</ul></details>'
 
 
 def _link(path: Path, label: str) -> str:
     return (
         f'<a href="gradio_api/file={quote(str(path))}" download="{escape(path.name)}">{escape(label)}</a>'
-        f' <span class="lm-num lm-muted">{format_bytes(path.stat().st_size)}</span>'
+        f' <span class="lm-num lm-muted">{escape(format_bytes(path.stat().st_size))}</span>'
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.window_limits import UNBOUNDED
 from lowmem.machine.monitor import Snapshot
+from lowmem.messages import LANGUAGE, Message, join, msg, tag
 from lowmem.planning.fallback import remedies
 from lowmem.planning.plan import Line, MemoryEstimate, Plan
 from lowmem.precisions import PRECISIONS
 from lowmem.ui.html import parts
-from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.language import escape, number
+from lowmem.ui.names import name
 from lowmem.units import format_bytes, format_seconds
 
 ROWS_SHOWN = 200
@@ -26,7 +27,7 @@ LOGO = (
 
 
 def header() -> str:
-    return f'<header class="lm-header" lang="en">{LOGO}<h1>{escape(say("title"))}</h1><p>{escape(say("tagline"))}</p></header>'
+    return f'<header class="lm-header" lang="{tag(LANGUAGE.get())}">{LOGO}<h1>{escape("lowmem")}</h1><p>{escape(msg("Language models inside a memory budget"))}</p></header>'
 
 
 # --- budgets
@@ -38,7 +39,7 @@ def budget(plan: Plan, caption: str = "") -> str:
     bars = "".join(_budget_bar(one, opened=one is plan.main) for one in (plan.main, *others))
     return (
         f'<section class="lm-budget" data-verdict="{plan.verdict}">'
-        f'<div class="lm-head"><h2>{escape(say("budget"))}</h2>{parts.pill(plan.verdict)}</div>'
+        f'<div class="lm-head"><h2>{escape(msg("Memory budget"))}</h2>{parts.pill(plan.verdict)}</div>'
         f'{parts.small(caption)}{bars}<p class="lm-sentence" role="status">{escape(plan.sentence())}</p></section>'
     )
 
@@ -50,8 +51,17 @@ def _budget_bar(one: MemoryEstimate, *, opened: bool) -> str:
         f'<span class="lm-seg" data-share="{escape(line.key)}" style="width:{parts.percent(line.count, scale)}"></span>'
         for line in lines
     )
-    spoken = ", ".join(f"{name('shares', line.key)} {format_bytes(line.count)}" for line in lines)
-    label = f"{format_bytes(one.peak)} of {format_bytes(one.limit)} {memory}: {spoken}"
+    spoken = join(
+        ", ",
+        (Message("{share} {count}", share=name("shares", line.key), count=format_bytes(line.count)) for line in lines),
+    )
+    label = msg(
+        "{peak} of {limit} {memory}: {spoken}",
+        peak=format_bytes(one.peak),
+        limit=format_bytes(one.limit),
+        memory=memory,
+        spoken=spoken,
+    )
     limit = f'<i class="lm-limit" style="left:{parts.percent(one.limit, scale)}"></i>' if one.peak > one.limit else ""
     rows = "".join(_legend_row(line.key, line.count, line.why) for line in lines)
     rows += _legend_row("free", max(0, one.limit - one.peak), "")
@@ -68,12 +78,14 @@ def _merged(one: MemoryEstimate) -> list[Line]:
     for line in one.lines:
         if line.count > 0:
             before = merged.get(line.key, Line(line.key, 0, ""))
-            merged[line.key] = Line(line.key, before.count + line.count, f"{before.why} {line.why}".strip())
+            merged[line.key] = Line(
+                line.key, before.count + line.count, join(" ", filter(None, (before.why, line.why)))
+            )
     return list(merged.values())
 
 
 def _of(label: str, part: int, whole: int) -> str:
-    numbers = f'{format_bytes(part)} <span class="lm-muted">of {format_bytes(whole)}</span>'
+    numbers = f'{escape(format_bytes(part))} <span class="lm-muted">{escape(msg("of {whole}", whole=format_bytes(whole)))}</span>'
     return parts.bar_title(label, f'<span class="lm-num">{numbers}</span>')
 
 
@@ -81,7 +93,7 @@ def _legend_row(key: str, count: int, why: str) -> str:
     tip = f' tabindex="0" data-tip="{escape(why)}" title="{escape(why)}"' if why else ""
     return (
         f'<li{tip}><i class="lm-dot" data-share="{escape(key)}"></i><span>{escape(name("shares", key))}</span>'
-        f'<b class="lm-num">{format_bytes(count)}</b></li>'
+        f'<b class="lm-num">{escape(format_bytes(count))}</b></li>'
     )
 
 
@@ -90,20 +102,27 @@ def _legend_row(key: str, count: int, why: str) -> str:
 
 def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) -> str:
     """The set-up that would be loaded, with its reason and what has to be fetched."""
-    eyebrow = say("recommended") if recommended else say("chosen")
+    eyebrow = msg("Recommended for this machine") if recommended else msg("Your choice")
     on_onnx = plan.backend == "onnx"
     facts = [
-        (say("precision"), plan.precision if on_onnx else PRECISIONS[plan.precision].label),
-        (say("context"), f"{plan.context:,} tokens"),
-        (say("device"), f"{plan.place.name}, ONNX Runtime" if on_onnx else plan.place.name),
-        (name("memory", plan.main.memory), f"{format_bytes(plan.main.peak)} of {format_bytes(plan.main.limit)}"),
+        (msg("Precision"), plan.precision if on_onnx else PRECISIONS[plan.precision].label),
+        (msg("Context"), msg("{context:,} tokens", context=plan.context)),
+        (msg("Runs on"), msg("{place}, ONNX Runtime", place=plan.place.name) if on_onnx else plan.place.name),
+        (
+            name("memory", plan.main.memory),
+            msg("{peak} of {limit}", peak=format_bytes(plan.main.peak), limit=format_bytes(plan.main.limit)),
+        ),
     ]
     if download == 0:
-        fetch = say("on_disk")
+        fetch = msg("Already on this machine")
     elif download:
-        fetch = f"{say('download', size=format_bytes(download))}, {say('disk_free', size=format_bytes(disk_free))}"
+        fetch = Message(
+            "{label}, {label2}",
+            label=msg("Download {size}", size=format_bytes(download)),
+            label2=msg("{size} free on disk", size=format_bytes(disk_free)),
+        )
     else:
-        fetch = say("disk_free", size=format_bytes(disk_free))
+        fetch = msg("{size} free on disk", size=format_bytes(disk_free))
     licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
     over = _why(plan) if plan.verdict == "over" else ""
     detail = f' <small class="lm-muted">{escape(plan.spec.source.detail)}</small>' if plan.spec.source.detail else ""
@@ -116,16 +135,22 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
 
 def _why(plan: Plan) -> str:
     """Why a plan is over its budget, and which single change would bring it within."""
-    fixes = [f"{lower.reason} {format_bytes(lower.main.peak)}." for lower in remedies(plan)]
+    fixes = [
+        Message("{reason} {peak}.", reason=lower.reason, peak=format_bytes(lower.main.peak)) for lower in remedies(plan)
+    ]
     listed = "".join(f"<li>{escape(fix)}</li>" for fix in fixes)
-    instead = f'<div class="lm-fixes"><p>{escape(say("remedies"))}</p><ul>{listed}</ul></div>' if fixes else ""
+    instead = (
+        f'<div class="lm-fixes"><p>{escape(msg("Any one of these changes makes it fit:"))}</p><ul>{listed}</ul></div>'
+        if fixes
+        else ""
+    )
     return f'<p class="lm-why">{escape(plan.sentence())}</p>{instead}'
 
 
 def unknown_card(ref: str) -> str:
     """The place of a set-up that could not be planned."""
     return (
-        f'<section class="lm-card"><p class="lm-eyebrow">{escape(say("chosen"))}</p>'
+        f'<section class="lm-card"><p class="lm-eyebrow">{escape(msg("Your choice"))}</p>'
         f'<h2 class="lm-model">{escape(ref[:80])}</h2></section>'
     )
 
@@ -141,24 +166,33 @@ def slim(plan: Plan, receipt: Receipt | None) -> str:
     memory = plan.main.memory
     measured = receipt.measured.get(memory) if receipt else None
     size = format_bytes(measured or plan.main.peak)
-    device = device_label(plan.device) + (", ONNX Runtime" if plan.backend == "onnx" else "")
-    items = [plan.precision, device, f"{plan.context:,} tokens", f"{size} {name('memory', memory)}"]
+    device = device_label(plan.device) + (msg(", ONNX Runtime") if plan.backend == "onnx" else "")
+    items = [
+        plan.precision,
+        device,
+        msg("{context:,} tokens", context=plan.context),
+        Message("{size} {memory}", size=size, memory=name("memory", memory)),
+    ]
     rest = "".join(f"<span>{escape(part)}</span>" for part in items)
     return f'<div class="lm-slim"><i class="lm-lamp"></i><strong>{escape(plan.spec.name)}</strong>{rest}</div>'
 
 
 def device_label(key: str) -> str:
-    return {"cpu": "CPU", "mps": "Apple GPU"}.get(key, "GPU" if key.startswith("cuda") else key)
+    return {"cpu": "CPU", "mps": msg("Apple GPU")}.get(key, "GPU" if key.startswith("cuda") else key)
 
 
 def progress(step: Step) -> str:
     """A step as a thin bar; without a total it only moves. Counts are shown if they have a unit."""
     counted = ""
     if step.total > 0 and step.unit:
-        done, total = (format_bytes(n) if step.unit == "B" else f"{n:,}" for n in (step.done, step.total))
-        counted = f"{done} of {total}" + (f" {step.unit}" if step.unit != "B" else "")
+        done, total = (format_bytes(n) if step.unit == "B" else Message("{n:,}", n=n) for n in (step.done, step.total))
+        counted = (
+            msg("{done} of {total}", done=done, total=total)
+            if step.unit == "B"
+            else msg("{done} of {total} {unit}", done=done, total=total, unit=name("units", step.unit))
+        )
     elif step.total > 0:
-        counted = f"{step.done / step.total:.0%}"
+        counted = Message("{done:.0%}", done=step.done / step.total)
     width = parts.percent(min(step.done, step.total), step.total) if step.total > 0 else "100%"
     known = "true" if step.total > 0 else "false"
     title = parts.bar_title(step.note, f'<span class="lm-num lm-muted">{escape(counted)}</span>')
@@ -176,14 +210,24 @@ def meters(now: Snapshot) -> str:
     """RAM, GPU memory and disk as they are now."""
     rows = [_meter(name("memory", "ram"), now.ram_used, now.ram_total, now.process_bytes)]
     rows += [_meter(label, used, total) for label, used, total in now.vram]
-    free = say("disk_free", size=format_bytes(now.disk_free))
+    free = msg("{size} free on disk", size=format_bytes(now.disk_free))
     rows.append(f'<p class="lm-muted lm-small">{escape(free)}</p>')
-    return f'<section class="lm-meters"><h2>{escape(say("live"))}</h2>{"".join(rows)}</section>'
+    return f'<section class="lm-meters"><h2>{escape(msg("Memory in use"))}</h2>{"".join(rows)}</section>'
 
 
 def _meter(label: str, used: int, total: int, own: int = 0) -> str:
-    mine = f"{format_bytes(own)} by lowmem" if own else ""
-    spoken = f"{label}: {format_bytes(used)} of {format_bytes(total)} in use{', ' + mine if mine else ''}"
+    mine = msg("{own} by lowmem", own=format_bytes(own)) if own else ""
+    spoken = (
+        msg(
+            "{label}: {used} of {total} in use, {mine}",
+            label=label,
+            used=format_bytes(used),
+            total=format_bytes(total),
+            mine=mine,
+        )
+        if mine
+        else msg("{label}: {used} of {total} in use", label=label, used=format_bytes(used), total=format_bytes(total))
+    )
     bar = parts.track(spoken, ("lm-own", parts.percent(own, total)), ("", parts.percent(max(0, used - own), total)))
     note = f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else ""
     return f'<div class="lm-meter">{_of(label, used, total)}{bar}{note}</div>'
@@ -192,14 +236,19 @@ def _meter(label: str, used: int, total: int, own: int = 0) -> str:
 def resident(plan: Plan | None, busy: str) -> str:
     """The resident model, and what is going on."""
     if plan is None:
-        body = f'<p class="lm-muted lm-small">{escape(say("nothing_resident"))}</p>'
+        body = f'<p class="lm-muted lm-small">{escape(msg("No model is loaded."))}</p>'
     else:
-        facts = f"{plan.precision} · {device_label(plan.device)} · {plan.context:,} tokens"
+        facts = Message(
+            "{precision} · {device} · {context:,} tokens",
+            precision=plan.precision,
+            device=device_label(plan.device),
+            context=plan.context,
+        )
         body = (
             f'<p><strong>{escape(plan.spec.name)}</strong></p><p class="lm-muted lm-small lm-num">{escape(facts)}</p>'
         )
     now = f'<p class="lm-busy lm-small">{escape(busy)}</p>' if busy else ""
-    return f'<section class="lm-resident"><h2>{escape(say("resident"))}</h2>{body}{now}</section>'
+    return f'<section class="lm-resident"><h2>{escape(msg("Resident model"))}</h2>{body}{now}</section>'
 
 
 # --- receipts
@@ -207,30 +256,28 @@ def resident(plan: Plan | None, busy: str) -> str:
 
 def receipt(one: Receipt | None) -> str:
     """Predicted and measured memory, then the other numbers and the notes."""
-    title = f"<h2>{escape(say('receipt'))}</h2>"
+    title = f"<h2>{escape(msg('Last run'))}</h2>"
     if one is None:
-        return (
-            f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(say("no_receipt"))}</p></section>'
-        )
-    bars = parts.peaks(one, lambda memory: f"{name('memory', memory)} peak")
-    what = parts.small(f"{one.action} · {one.model} · {one.precision}")
+        return f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(msg("Predicted and measured memory appear here after the first run."))}</p></section>'
+    bars = parts.peaks(one, lambda memory: msg("{memory} peak", memory=name("memory", memory)))
+    what = parts.small(join(" · ", (name("actions", one.action), one.model, one.precision)))
     return (
         f'<section class="lm-receipt">{title}{what}{bars}{parts.stats(_facts(one))}{parts.notes(one.notes)}</section>'
     )
 
 
 def _facts(one: Receipt) -> list[tuple[str, str]]:
-    facts = [("time", format_seconds(one.seconds))]
+    facts = [(msg("time"), format_seconds(one.seconds))]
     if one.new_tokens:
-        facts.append(("new tokens", f"{one.new_tokens:,}"))
+        facts.append((msg("new tokens"), Message("{new_tokens:,}", new_tokens=one.new_tokens)))
     if one.decode_tps:
-        facts.append(("decode", f"{one.decode_tps:.1f} tok/s"))
+        facts.append((msg("decode"), Message("{decode_tps:.1f} tok/s", decode_tps=one.decode_tps)))
     if one.prefill_tps:
-        facts.append(("prefill", f"{one.prefill_tps:.0f} tok/s"))
+        facts.append((msg("prefill"), Message("{prefill_tps:.0f} tok/s", prefill_tps=one.prefill_tps)))
     if one.seconds_to_first:
-        facts.append(("first token", f"{one.seconds_to_first:.2f} s"))
+        facts.append((msg("first token"), Message("{seconds_to_first:.2f} s", seconds_to_first=one.seconds_to_first)))
     if one.disk_bytes:
-        facts.append(("on disk", format_bytes(one.disk_bytes)))
+        facts.append((msg("on disk"), format_bytes(one.disk_bytes)))
     return facts
 
 
@@ -251,18 +298,19 @@ def live(chunk: Chunk | None) -> str:
     if chunk is None:
         return '<div class="lm-live"></div>'  # keeps the line's place
     used, limit = chunk.context_tokens, max(chunk.context_limit, 1)
-    numbers = [(f"{chunk.decode_tps:.1f}", "tok/s")] if chunk.decode_tps else []
+    numbers = [(Message("{decode_tps:.1f}", decode_tps=chunk.decode_tps), "tok/s")] if chunk.decode_tps else []
     if chunk.prefill_tps:
-        numbers.append((f"{chunk.prefill_tps:.0f}", "prefill"))
+        numbers.append((Message("{prefill_tps:.0f}", prefill_tps=chunk.prefill_tps), msg("prefill")))
     if chunk.seconds_to_first:
-        numbers.append((f"{chunk.seconds_to_first:.2f}", "s to first"))
-    figures = "".join(f"<span><b>{value}</b> {escape(unit)}</span>" for value, unit in numbers)
+        numbers.append((Message("{seconds_to_first:.2f}", seconds_to_first=chunk.seconds_to_first), msg("s to first")))
+    figures = "".join(f"<span><b>{escape(value)}</b> {escape(unit)}</span>" for value, unit in numbers)
     if limit >= UNBOUNDED:
-        return (
-            f'<div class="lm-live lm-num">{figures}<div class="lm-context"><b>{used:,}</b> tokens, no limit</div></div>'
-        )
-    bar = parts.track(f"Context: {used:,} of {limit:,} tokens", ("", parts.percent(min(used, limit), limit)))
-    context = f'<div class="lm-context">{bar}<span><b>{used:,}</b> of {limit:,} context</span></div>'
+        return f'<div class="lm-live lm-num">{figures}<div class="lm-context"><b>{number(used, ",")}</b> {escape(msg("tokens, no limit"))}</div></div>'
+    bar = parts.track(
+        msg("Context: {used:,} of {limit:,} tokens", used=used, limit=limit),
+        ("", parts.percent(min(used, limit), limit)),
+    )
+    context = f'<div class="lm-context">{bar}<span><b>{number(used, ",")}</b> {escape(msg("of {limit:,} context", limit=limit))}</span></div>'
     return f'<div class="lm-live lm-num">{figures}{context}</div>'
 
 
@@ -273,12 +321,16 @@ def table(rows: Sequence[Completion]) -> str:
     first = sorted(rows, key=lambda row: (row.index, row.sequence))[:ROWS_SHOWN]
     body = "".join(
         f'<tr><td class="lm-num">{row.index + 1}</td><td translate="no">{escape(row.prompt)}</td><td translate="no">{escape(row.text)}</td>'
-        f'<td class="lm-num">{row.new_tokens:,}</td></tr>'
+        f'<td class="lm-num">{number(row.new_tokens, ",")}</td></tr>'
         for row in first
     )
     hidden = len(rows) - ROWS_SHOWN
-    more = f'<p class="lm-muted lm-small">{escape(say("rows_more", count=hidden))}</p>' if hidden > 0 else ""
-    head = "".join(f"<th>{word}</th>" for word in ("#", "Prompt", "Answer", "Tokens"))
+    more = (
+        f'<p class="lm-muted lm-small">{escape(msg("{count} more in the files below.", count=hidden))}</p>'
+        if hidden > 0
+        else ""
+    )
+    head = "".join(f"<th>{escape(word)}</th>" for word in ("#", msg("Prompt"), msg("Answer"), msg("Tokens")))
     return (
         f'<div class="lm-table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{more}"

@@ -6,37 +6,45 @@ from collections.abc import Sequence
 
 from lowmem.events import Receipt
 from lowmem.measure.rows import Row
+from lowmem.messages import Message, msg
 from lowmem.quant.estimate import Estimate
 from lowmem.ui.html import parts
-from lowmem.ui.i18n.strings import ENGLISH, say
+from lowmem.ui.names import NAMES
 from lowmem.units import format_bytes
 
 
 def card(expected: Estimate) -> str:
     """Size, memory and time of a quantization."""
     facts = [
-        (say("size"), f"{format_bytes(expected.original_bytes)} → {format_bytes(expected.output_bytes)}"),
-        (say("bits_per_weight"), f"{expected.bits_per_weight:.2f}"),
-        (say("peak"), format_bytes(expected.ram_bytes)),
+        (
+            msg("Size"),
+            Message(
+                "{original_bytes} → {output_bytes}",
+                original_bytes=format_bytes(expected.original_bytes),
+                output_bytes=format_bytes(expected.output_bytes),
+            ),
+        ),
+        (msg("Bits per weight"), Message("{bits_per_weight:.2f}", bits_per_weight=expected.bits_per_weight)),
+        (msg("Peak RAM"), format_bytes(expected.ram_bytes)),
     ]
-    return parts.estimate(expected, facts, parts.small(say("timing", why=expected.timing)))
+    return parts.estimate(expected, facts, parts.small(msg("Time estimate {why}.", why=expected.timing)))
 
 
 def receipt(one: Receipt) -> str:
     """The course's table, predicted and measured sizes, and the files."""
     cells = (
         one.precision,
-        f"{one.details['bits_per_weight']:.2f}",
+        Message("{bits_per_weight:.2f}", bits_per_weight=one.details["bits_per_weight"]),
         format_bytes(one.details["original_bytes"]),
         format_bytes(one.disk_bytes),
-        f"{one.details['loss']:.3%}",
+        Message("{loss:.3%}", loss=one.details["loss"]),
     )
-    return parts.made(one, parts.table(ENGLISH["course_table"], [cells]))
+    return parts.made(one, parts.table(NAMES["course_table"], [cells]))
 
 
 def comparison(rows: Sequence[Row]) -> str:
     """The table of a comparison, as far as it is measured."""
-    return parts.table(ENGLISH["compare_table"], map(_cells, rows))
+    return parts.table(NAMES["compare_table"], map(_cells, rows))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -44,7 +52,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         return row.variant, row.error
 
     def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+        return "-" if value is None else Message(f"{{value:{form}}}", value=value)
 
     error = row.prediction_error
     return (
@@ -57,5 +65,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.prefill_tps, ",.0f"),
         number(row.decode_tps, ",.1f"),
         "-" if row.peak_bytes is None else format_bytes(row.peak_bytes),
-        "-" if error is None else f"{error:+.1%}",
+        "-" if error is None else Message("{error:+.1%}", error=error),
     )

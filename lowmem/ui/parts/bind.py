@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import html
 import logging
 import secrets
 import threading
@@ -17,9 +16,9 @@ import gradio as gr
 
 from lowmem.errors import BadInput, Cancelled, LowMemError
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg, translate
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.edge import shown
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import escape
 
 E = TypeVar("E")
 
@@ -82,7 +81,7 @@ def stops(trigger: Callable[..., Any], jobs: Jobs, kind: str, shown_in: Any) -> 
     def stop(request: gr.Request) -> None:
         jobs.stop(request, kind)
 
-    said = trigger(lambda: render.progress(Step(0, 0, say("stopping"))), None, shown_in, **QUICK)
+    said = trigger(lambda: render.progress(Step(0, 0, msg("Stopping"))), None, shown_in, **QUICK)
     said.then(stop, None, None, **QUICK)
 
 
@@ -152,16 +151,16 @@ def explain(error: Exception) -> tuple[str, str]:
         return error.message, error.hint
     short = secrets.token_hex(3)
     log.error("bug %s", short, exc_info=error)
-    return say("bug"), say("bug_hint", id=short)
+    return msg("Something went wrong inside lowmem."), msg("See the log for details ({id}).", id=short)
 
 
 def notice(error: Exception, *, toast: bool = True) -> str:
     """The failure as HTML that stays in place, and as a toast (only queued events can show one)."""
-    message, hint = (html.escape(shown(text)) for text in explain(error))
+    message, hint = map(escape, explain(error))
     if isinstance(error, Cancelled):
         return f'<p class="lm-notice" data-kind="quiet" role="status">{message}</p>'
     if toast:
-        gr.Warning(f"{message} {hint}".strip(), title=shown(say("trouble")))
+        gr.Warning(f"{message} {hint}".strip(), title=translate(msg("Something went wrong")))
     return f'<div class="lm-notice" data-kind="error" role="alert"><strong>{message}</strong> {hint}</div>'
 
 
@@ -173,6 +172,9 @@ def bounded(*texts: str) -> None:
     """
     count = sum(map(len, texts))
     if not any(text.strip() for text in texts):
-        raise BadInput(say("empty"), say("empty_hint"))
+        raise BadInput(msg("There is nothing to send."), msg("Write something first."))
     if count > TEXT_LIMIT:
-        raise BadInput(say("too_long", count=count, limit=TEXT_LIMIT), say("too_long_hint"))
+        raise BadInput(
+            msg("The text has {count:,} characters, more than the {limit:,} allowed.", count=count, limit=TEXT_LIMIT),
+            msg("Shorten it."),
+        )

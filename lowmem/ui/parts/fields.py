@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from lowmem.fields import Option, build, describe
-from lowmem.ui.i18n.strings import name, say
+from lowmem.messages import msg
+from lowmem.ui.names import name
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ def widget(option: Option, prefix: str = "option") -> gr.components.Component:
             return gr.Number(value=default, precision=0 if isinstance(default, int) else None, **labels)
         return gr.Slider(low, min(high, SLIDER_LIMIT), value=default, step=step, buttons=[], **labels)
     if isinstance(default, tuple):
-        return gr.Textbox(value="\n".join(default), lines=2, placeholder=say("one_per_line"), **labels)
+        return gr.Textbox(value="\n".join(default), lines=2, placeholder=msg("One per line"), **labels)
     return gr.Textbox(value=default, **labels)
 
 

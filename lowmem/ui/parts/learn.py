@@ -6,10 +6,11 @@ import logging
 
 import gradio as gr
 
+from lowmem.messages import Message, msg
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import learn as render_learn
 from lowmem.ui.html.lessons import LESSONS
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.service.engine import AUTO, Choice, Engine
 
@@ -26,9 +27,9 @@ class Learn:
 
     def __init__(self, engine: Engine, key: str, model: gr.Dropdown | None = None) -> None:
         self.engine, self.key = engine, key
-        title = f"{say('learn')}: {LESSONS[key].title}"
+        title = Message("{label}: {title}", label=msg("Learn"), title=LESSONS[key].title)
         with gr.Accordion(title, open=False, elem_id=f"learn-{key}", elem_classes="lm-learn-box") as box:
-            text = gr.HTML(render_learn.lesson(key, None, None), elem_id=f"learn-{key}-text")
+            text = gr.HTML(Html(lambda: render_learn.lesson(key, None, None)), elem_id=f"learn-{key}-text")
         inputs = [model] if model else None
         box.expand(self._lesson, inputs, text, **QUICK)
         if model:

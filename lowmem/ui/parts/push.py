@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import escape
 from lowmem.ui.parts.bind import PRIVATE, QUICK
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import ButtonRunner, View
@@ -27,21 +27,23 @@ class PushBox:
 
     def __init__(self, context: Context, receipt: gr.State, key: str = "push") -> None:
         self.access = context.engine.access
-        with gr.Accordion(say("push"), open=False, visible=not self.access.public, elem_id=key) as box:
+        with gr.Accordion(msg("Push to the hub"), open=False, visible=not self.access.public, elem_id=key) as box:
             repo = gr.Textbox(
-                label=say("push_repo"), placeholder=say("push_repo_hint"), max_length=200, elem_id=f"{key}-repo"
+                label=msg("Repository"), placeholder=msg("your-name/your-model"), max_length=200, elem_id=f"{key}-repo"
             )
             token = gr.Textbox(
-                label=say("push_token"),
-                info=say("push_token_help"),
+                label=msg("Hub token with write access"),
+                info=msg("Used for this upload only and never stored."),
                 type="password",
                 max_length=200,
                 elem_id=f"{key}-token",
                 html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
             )
-            private = gr.Checkbox(True, label=say("push_private"), elem_id=f"{key}-private")
+            private = gr.Checkbox(True, label=msg("Private"), elem_id=f"{key}-private")
             style = {"variant": "secondary", "size": "sm", "min_width": 140}
-            self.runner = ButtonRunner(context, key, say("push"), starting="pushing", queue=PRIVATE, **style)
+            self.runner = ButtonRunner(
+                context, key, msg("Push to the hub"), starting=msg("Uploading"), queue=PRIVATE, **style
+            )
         outputs = [token, self.runner.progress, self.runner.notice]
         self.runner.wire([receipt, repo, token, private], outputs, self._start)
         context.when_opened(lambda: gr.Accordion(visible=self.access.owned), None, box, **QUICK)
@@ -53,7 +55,7 @@ class PushBox:
         pushed = ""
 
         def events() -> Iterator[Any]:
-            yield Step(0, 0, say("pushing"))
+            yield Step(0, 0, msg("Uploading"))
             yield from push_result(self.access, folder, repo, token, private, cancel)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
@@ -61,7 +63,7 @@ class PushBox:
             nonlocal pushed
             for address in (event for event in gathered if isinstance(event, str)):
                 link = f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(address)}</a>'
-                pushed = f'<p class="lm-notice" role="status">{say("pushed", address=link)}</p>'
-            return ["", render.progress(Step(0, 0, say("pushing"))) if gathered and not pushed else "", pushed]
+                pushed = f'<p class="lm-notice" role="status">{escape(msg("Pushed to {address}", address=link))}</p>'
+            return ["", render.progress(Step(0, 0, msg("Uploading"))) if gathered and not pushed else "", pushed]
 
         return events(), view

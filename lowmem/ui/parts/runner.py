@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import Step
+from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import HEAVY, QUICK, notice, pump, stops
 from lowmem.ui.parts.context import Context
 
@@ -31,7 +31,7 @@ class Runner:
         running, idle: what buttons become while it runs, and afterwards.
         stop: the event that stops it.
         progress, notice: where steps and failures are shown. A view whose outputs include `progress` draws it itself.
-        starting: the key of the sentence before the first step.
+        starting: the sentence before the first step.
         queue: event settings of the work.
     """
 
@@ -45,7 +45,7 @@ class Runner:
         stop: Any,
         progress: gr.HTML,
         notice: gr.HTML,
-        starting: str = "starting",
+        starting: str = msg("Starting the engine"),
         queue: dict[str, Any] = HEAVY,
     ) -> None:
         self.engine, self.jobs, self.sidebar = context.engine, context.jobs, context.sidebar
@@ -90,7 +90,7 @@ class Runner:
             return {self.notice: ""}
         self.jobs.begin(request, self.kind)
         busy = self.engine.busy if self.queue is HEAVY else ""
-        waiting = Step(0, 0, say("waiting", busy=busy) if busy else say(self.starting))
+        waiting = Step(0, 0, msg("Waiting: {busy}", busy=busy) if busy else self.starting)
         own = {**self.running, self.progress: render.progress(waiting), self.notice: ""}
         return own | {one: value for one, value in zip(self.outputs, outputs, strict=False) if one not in own}
 
@@ -122,13 +122,13 @@ class ButtonRunner(Runner):
     """A Runner with its own button, Stop, progress and notice, built where it stands in the layout."""
 
     def __init__(
-        self, context: Context, kind: str, label: str, *, starting: str = "starting", queue: dict[str, Any] = HEAVY,
+        self, context: Context, kind: str, label: str, *, starting: str = msg("Starting the engine"), queue: dict[str, Any] = HEAVY,
         **style: Any,
     ) -> None:  # fmt: skip
         style = {"variant": "primary", "min_width": 200, "elem_id": f"{kind}-start", **style}
         with gr.Row(elem_classes="lm-actions"):
             self.button = gr.Button(label, scale=0, **style)
-            stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id=f"{kind}-stop")
+            stop = gr.Button(msg("Stop"), visible=False, scale=0, min_width=90, elem_id=f"{kind}-stop")
         super().__init__(
             context,
             kind,

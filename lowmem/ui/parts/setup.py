@@ -11,10 +11,11 @@ import gradio as gr
 
 from lowmem.events import CancelToken
 from lowmem.fields import build
+from lowmem.messages import Message, msg
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import Runner, View
@@ -38,34 +39,36 @@ class Setup:
         self.choosing = gr.State(False)
         with gr.Row(visible=False, elem_id="resident-bar") as self.bar:
             self.slim = gr.HTML(elem_id="slim")
-            self.change = gr.Button(say("change"), size="sm", min_width=120, scale=0, elem_id="change-model")
-            self.unload = gr.Button(say("unload"), size="sm", min_width=84, scale=0, elem_id="unload-bar")
+            self.change = gr.Button(msg("Change model"), size="sm", min_width=120, scale=0, elem_id="change-model")
+            self.unload = gr.Button(msg("Unload"), size="sm", min_width=84, scale=0, elem_id="unload-bar")
         with gr.Column(elem_id="setup") as self.panel:
             with gr.Column(elem_id="offer"):
                 self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
                 with gr.Row(elem_id="load-row"):
                     self.load = gr.Button(
-                        say("planning"),
+                        msg("Finding what fits"),
                         variant="primary",
                         size="lg",
                         interactive=False,
                         elem_id="load",
                     )
                     self.anyway = gr.Button(
-                        say("anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway"
+                        msg("Try anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway"
                     )
                 self.problem = gr.HTML(elem_id="setup-problem")  # of the choice; goes when it changes
                 self.runner = self._build_runner(context)
-            self.back = gr.Button(say("back"), size="sm", visible=False, elem_id="back")
+            self.back = gr.Button(msg("Back to the resident model"), size="sm", visible=False, elem_id="back")
             self._build_controls(context.model)
-            with gr.Accordion(say("declined", count=0), open=False, elem_id="declined") as self.declined_box:
+            with gr.Accordion(
+                msg("Alternatives considered ({count})", count=0), open=False, elem_id="declined"
+            ) as self.declined_box:
                 self.declined = gr.HTML()
             self.storage = Storage(context)
 
     def _build_runner(self, context: Context) -> Runner:
         with gr.Row(elem_id="load-progress", visible=False) as row:
             progress = gr.HTML()
-            stop = gr.Button(say("stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
+            stop = gr.Button(msg("Stop"), size="sm", scale=0, min_width=80, elem_id="stop-load")
         off, on = gr.update(interactive=False), gr.update(interactive=True)
         return Runner(
             context,
@@ -79,18 +82,18 @@ class Setup:
 
     def _build_controls(self, model: str) -> None:
         hardware = self.engine.hardware()
-        models = [(say("automatic"), AUTO), *self.engine.catalog()]
+        models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
         if model not in [ref for _, ref in models]:
             models.append((model, model))
-        devices = [(say("automatic"), AUTO), *((device.name, device.key) for device in (*hardware.gpus, hardware.cpu))]
-        with gr.Accordion(say("choose"), open=model != AUTO, elem_id="choose"):
+        devices = [(msg("Automatic"), AUTO), *((device.name, device.key) for device in (*hardware.gpus, hardware.cpu))]
+        with gr.Accordion(msg("Choose another model or setting"), open=model != AUTO, elem_id="choose"):
             with gr.Row():
                 self.model = gr.Dropdown(
                     models,
                     value=model,
                     allow_custom_value=True,
-                    label=say("model"),
-                    info=say("model_help"),
+                    label=msg("Model"),
+                    info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
                     elem_id="model",
                     min_width=260,
                 )
@@ -98,21 +101,27 @@ class Setup:
                     self._precisions(AUTO),
                     value=AUTO,
                     filterable=False,
-                    label=say("precision"),
-                    info=say("precision_help"),
+                    label=msg("Precision"),
+                    info=msg("Fewer bits, less memory."),
                     elem_id="precision",
                     min_width=260,
                 )
             self.context_size = gr.Slider(
-                256, 8192, value=2048, step=256, label=say("context"), info=say("context_help"), elem_id="context"
+                256,
+                8192,
+                value=2048,
+                step=256,
+                label=msg("Context"),
+                info=msg("Tokens of prompt and answer together; the KV cache is sized for them."),
+                elem_id="context",
             )
             with gr.Row():
                 self.device = gr.Dropdown(
                     devices,
                     value=AUTO,
                     filterable=False,
-                    label=say("device"),
-                    info=say("device_help"),
+                    label=msg("Runs on"),
+                    info=msg("The device that runs the model."),
                     elem_id="device",
                     visible=bool(hardware.gpus),
                     min_width=260,
@@ -121,8 +130,8 @@ class Setup:
                     [(name("choices", key), key) for key in CACHE_TYPES],
                     value="same",
                     filterable=False,
-                    label=say("kv"),
-                    info=say("kv_help"),
+                    label=msg("KV cache type"),
+                    info=msg("int8 takes half or a quarter of the memory, at a small loss of precision."),
                     elem_id="kv",
                     min_width=260,
                 )
@@ -189,7 +198,7 @@ class Setup:
 
     def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
         folder = str(result_folder(receipt["details"]["folder"]))
-        models = [(say("automatic"), AUTO), *self.engine.catalog()]
+        models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
         if folder not in [ref for _, ref in models]:
             models.append((Path(folder).name, folder))
         shown = gr.Dropdown(models, value=folder)
@@ -213,7 +222,7 @@ class Setup:
             return [*self._priced(self.engine.plan(choice), recommended=choice.model == AUTO == choice.precision), ""]
         except Exception as error:
             blocked = [
-                gr.Button(say("cannot_load"), interactive=False),
+                gr.Button(msg("No model to load"), interactive=False),
                 gr.Button(visible=False),
                 gr.Accordion(visible=False),
             ]
@@ -222,7 +231,11 @@ class Setup:
     def _priced(self, plan: Plan, *, recommended: bool) -> list[Any]:
         hardware = self.engine.hardware()
         over = plan.verdict == "over"
-        label = say("over") if over else say("load", model=plan.spec.name, precision=plan.precision)
+        label = (
+            msg("Doesn't fit")
+            if over
+            else msg("Load {model} in {precision} and chat", model=plan.spec.name, precision=plan.precision)
+        )
         card = render.setup_card(
             plan,
             recommended=recommended,
@@ -234,9 +247,17 @@ class Setup:
             card,
             gr.Button(label, interactive=not over),
             gr.Button(visible=over and self.engine.access.owned, interactive=True),
-            gr.Accordion(say("declined", count=len(declined)), visible=bool(declined)),
+            gr.Accordion(msg("Alternatives considered ({count})", count=len(declined)), visible=bool(declined)),
             render.refusals(declined),
-            render.budget(plan, f"{plan.spec.name} · {plan.precision} · {plan.context:,} tokens"),
+            render.budget(
+                plan,
+                Message(
+                    "{model} · {precision} · {context:,} tokens",
+                    model=plan.spec.name,
+                    precision=plan.precision,
+                    context=plan.context,
+                ),
+            ),
         ]
 
     def fit_context(self, model: str, context: float) -> Any:
@@ -256,7 +277,7 @@ class Setup:
     def refusals(self, device: str = AUTO) -> str:
         """The precisions that do not run here, each with its reason."""
         refused = [(precision_label(key), why) for key, why in self.engine.precisions(device).items() if why]
-        return render.refusals(refused, say("not_here"))
+        return render.refusals(refused, msg("Not on this machine"))
 
     def _start(self, token: CancelToken, *values: Any, force: bool = False) -> tuple[Iterator[Any], View]:
         def events() -> Iterator[Any]:

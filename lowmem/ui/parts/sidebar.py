@@ -9,8 +9,10 @@ import gradio as gr
 
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html
+from lowmem.ui.names import name
 from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs
 from lowmem.ui.service.engine import Engine
 from lowmem.units import GB
@@ -38,14 +40,16 @@ class Sidebar:
         self.engine = engine
         hardware = engine.hardware()
         with gr.Sidebar(width=352, elem_id="sidebar"):
-            self.machine = gr.HTML(render.machine(hardware.line()))
+            self.machine = gr.HTML(Html(lambda: render.machine(hardware.line())))
             self.budget = gr.HTML(elem_id="budget")
             self._build_sliders(hardware, cap_bytes)
             self.meters = gr.HTML(elem_id="meters")
-            self.resident = gr.HTML(render.resident(None, ""), elem_id="resident")
-            self.unload = gr.Button(say("unload"), size="sm", visible=False, elem_id="unload")
-            self.receipt = gr.HTML(render.receipt(None), elem_id="receipt")
-            with gr.Accordion(say("snippet"), open=False, visible=False, elem_id="snippet") as self.snippet_box:
+            self.resident = gr.HTML(Html(lambda: render.resident(None, "")), elem_id="resident")
+            self.unload = gr.Button(msg("Unload"), size="sm", visible=False, elem_id="unload")
+            self.receipt = gr.HTML(Html(lambda: render.receipt(None)), elem_id="receipt")
+            with gr.Accordion(
+                msg("Repeat in Python"), open=False, visible=False, elem_id="snippet"
+            ) as self.snippet_box:
                 self.snippet = gr.Code(
                     language="python",
                     show_label=False,
@@ -73,9 +77,9 @@ class Sidebar:
         presets = [size for size in sizes if size < most[main]]
         preset = 0 if cap_bytes is None else next((size for size in presets if size * GB == cap_bytes), None)
         pretend = gr.Radio(
-            [(f"{size} GB", size) for size in presets] + [(say("pretend_all"), 0)],
+            [(f"{size} GB", size) for size in presets] + [(msg("All"), 0)],
             value=preset,
-            label=say("pretend"),
+            label=msg("Simulate a machine with"),
             elem_id="pretend",
         )
         sliders = {}
@@ -83,7 +87,7 @@ class Sidebar:
             top = max(0.2, int(gigabytes * 10) / 10)
             value = min(top, cap_bytes / GB) if cap_bytes and memory == main else top
             sliders[memory] = gr.Slider(
-                0.1, top, value=value, step=0.1, label=say(f"{memory}_slider"), elem_id=f"{memory}-budget", buttons=[]
+                0.1, top, value=value, step=0.1, label=name("slider", memory), elem_id=f"{memory}-budget", buttons=[]
             )
         self._top = {memory: slider.maximum for memory, slider in sliders.items()}
         self.limits = list(sliders.values())

@@ -6,8 +6,9 @@ from typing import Any
 
 import gradio as gr
 
+from lowmem.messages import Message, msg
 from lowmem.ui.html import parts
-from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
 from lowmem.ui.service.engine import AUTO
@@ -20,12 +21,18 @@ class Storage:
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
         self.pending = gr.State("")  # what the next click deletes
-        with gr.Accordion(say("stored"), open=False, elem_id="stored") as self.box:
-            gr.HTML(parts.quiet(say("stored_help")))
-            self.which = gr.Dropdown([], value=None, label=say("stored_which"), elem_id="stored-which")
+        with gr.Accordion(msg("Stored on this machine"), open=False, elem_id="stored") as self.box:
+            gr.HTML(
+                parts.quiet(
+                    msg(
+                        "Downloaded models, results of this page, and ONNX graphs written when a model was first loaded."
+                    )
+                )
+            )
+            self.which = gr.Dropdown([], value=None, label=msg("Model or result"), elem_id="stored-which")
             with gr.Row(elem_classes="lm-actions"):
                 self.button = gr.Button(
-                    say("delete"), interactive=False, scale=0, min_width=200, elem_id="delete-stored"
+                    msg("Delete"), interactive=False, scale=0, min_width=200, elem_id="delete-stored"
                 )
             self.notice = gr.HTML(elem_id="stored-notice")
         context.when_opened(lambda: gr.Accordion(visible=self.engine.access.owned), None, self.box, **QUICK)
@@ -42,20 +49,31 @@ class Storage:
 
     def _listed(self) -> list[Any]:
         found = self.engine.stored() if self.engine.access.owned else []
-        entries = [(f"{one.name} · {name('kinds', one.kind)} · {format_bytes(one.nbytes)}", one.key) for one in found]
+        entries = [
+            (
+                Message(
+                    "{one} · {kind} · {nbytes}",
+                    one=one.name,
+                    kind=name("kinds", one.kind),
+                    nbytes=format_bytes(one.nbytes),
+                ),
+                one.key,
+            )
+            for one in found
+        ]
         return [gr.Dropdown(entries, value=None), *self._chosen(None), ""]
 
     def _chosen(self, key: str | None) -> list[Any]:
-        return [gr.Button(say("delete"), variant="secondary", interactive=bool(key)), ""]
+        return [gr.Button(msg("Delete"), variant="secondary", interactive=bool(key)), ""]
 
     def _click(self, key: str | None, pending: str) -> list[Any]:
         if key and key != pending:
-            sure = gr.Button(say("delete_sure"), variant="stop")
+            sure = gr.Button(msg("Delete permanently?"), variant="stop")
             return [gr.skip(), sure, key, "", gr.skip()]
         try:
             freed = self.engine.delete(key or "")
         except Exception as error:
             return [*self._listed()[:3], notice(error), gr.skip()]
-        models = [(say("automatic"), AUTO), *self.engine.catalog()]
-        gone = parts.quiet(say("deleted", size=format_bytes(freed)))
+        models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
+        gone = parts.quiet(msg("Freed {size}.", size=format_bytes(freed)))
         return [*self._listed()[:3], gone, gr.Dropdown(models)]

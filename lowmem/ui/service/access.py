@@ -12,6 +12,7 @@ from gradio.context import LocalContext
 
 from lowmem.errors import NotAllowed
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 
 MOST_TOKENS = 4096
 UNBOUNDED = 1_000_000
@@ -49,7 +50,10 @@ class Access:
             NotAllowed: a visitor asks.
         """
         if not self.owned:
-            raise NotAllowed(f"{what} is left to the owner of this page.", "Run lowmem on your own machine to do it.")
+            raise NotAllowed(
+                msg("{what} is left to the owner of this page.", what=what),
+                msg("Run lowmem on your own machine to do it."),
+            )
 
     def check_model(self, ref: str) -> None:
         """Let visitors name what the page lists, and more only where that is allowed.
@@ -59,7 +63,8 @@ class Access:
         """
         if not (self.any_model or _is_listed(ref) or self.owned):
             raise NotAllowed(
-                f"This page runs only the models it lists, and not {ref[:80]!r}.", "Choose one from the list."
+                msg("This page runs only the models it lists, and not {ref!r}.", ref=ref[:80]),
+                msg("Choose one from the list."),
             )
 
     @property
@@ -77,12 +82,21 @@ class Access:
             return
         if prompts > MOST_PROMPTS:
             raise NotAllowed(
-                f"{prompts:,} prompts are more than the {MOST_PROMPTS} that visitors may send.", "Send fewer."
+                msg(
+                    "{prompts:,} prompts are more than the {most_prompts} that visitors may send.",
+                    prompts=prompts,
+                    most_prompts=MOST_PROMPTS,
+                ),
+                msg("Send fewer."),
             )
         if options.max_new_tokens > MOST_TOKENS:
             raise NotAllowed(
-                f"{options.max_new_tokens:,} new tokens are more than the {MOST_TOKENS:,} that visitors may ask for.",
-                "Ask for fewer.",
+                msg(
+                    "{max_new_tokens:,} new tokens are more than the {most_tokens:,} that visitors may ask for.",
+                    max_new_tokens=options.max_new_tokens,
+                    most_tokens=MOST_TOKENS,
+                ),
+                msg("Ask for fewer."),
             )
 
     def check_reading(self, tokens: int) -> None:
@@ -93,8 +107,12 @@ class Access:
         """
         if tokens > MOST_TOKENS and not self.owned:
             raise NotAllowed(
-                f"{tokens:,} tokens of text are more than the {MOST_TOKENS:,} allowed for visitors.",
-                "Use fewer tokens.",
+                msg(
+                    "{tokens:,} tokens of text are more than the {most_tokens:,} allowed for visitors.",
+                    tokens=tokens,
+                    most_tokens=MOST_TOKENS,
+                ),
+                msg("Use fewer tokens."),
             )
 
 

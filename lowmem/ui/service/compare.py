@@ -11,6 +11,7 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import parse_variants
+from lowmem.messages import msg
 from lowmem.quant import all_methods
 from lowmem.sweep.grid import MAX_CELLS, Grid
 from lowmem.ui.service.engine import Engine
@@ -45,7 +46,12 @@ class CompareService:
 
         chosen = parse_variants(variants)
         if len(chosen) > MOST_VARIANTS:
-            raise BadInput(f"{len(chosen)} variants are more than {MOST_VARIANTS}.", "Select fewer.")
+            raise BadInput(
+                msg(
+                    "{chosen} variants are more than {most_variants}.", chosen=len(chosen), most_variants=MOST_VARIANTS
+                ),
+                msg("Select fewer."),
+            )
         self._check(text, options)
         self.engine.spec(model)  # refuses models that this visitor may not name
         first = "fp32" if "fp32" in self.variants() else chosen[0].name
@@ -61,9 +67,19 @@ class CompareService:
 
         cells = len(grid.cells())
         if self.engine.public and cells > MOST_VARIANTS:
-            raise BadInput(f"{cells} cells are more than the {MOST_VARIANTS} a visitor may run.", "Choose fewer.")
+            raise BadInput(
+                msg(
+                    "{cells} cells are more than the {most_variants} a visitor may run.",
+                    cells=cells,
+                    most_variants=MOST_VARIANTS,
+                ),
+                msg("Choose fewer."),
+            )
         if cells > MAX_CELLS:
-            raise BadInput(f"{cells:,} cells are more than {MAX_CELLS}.", "Choose fewer.")
+            raise BadInput(
+                msg("{cells:,} cells are more than {max_cells}.", cells=cells, max_cells=MAX_CELLS),
+                msg("Choose fewer."),
+            )
         self._check(grid.text, grid.options)
         for model in grid.models:
             self.engine.spec(model)  # refuses models that this visitor may not name
@@ -72,6 +88,16 @@ class CompareService:
 
     def _check(self, text: str, options: MeasureOptions) -> None:
         if self.engine.public and options.tokens > LARGEST_TEXT_TOKENS:
-            raise BadInput(f"{options.tokens:,} tokens are more than {LARGEST_TEXT_TOKENS:,}.", "Measure on fewer.")
+            raise BadInput(
+                msg(
+                    "{tokens:,} tokens are more than {largest_text_tokens:,}.",
+                    tokens=options.tokens,
+                    largest_text_tokens=LARGEST_TEXT_TOKENS,
+                ),
+                msg("Measure on fewer."),
+            )
         if text not in texts.NAMES:
-            raise BadInput(f"There is no text {text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}.")
+            raise BadInput(
+                msg("There is no text {text!r}.", text=text[:40]),
+                msg("Choose one of {names}.", names=", ".join(texts.NAMES)),
+            )

@@ -14,13 +14,13 @@ from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware
+from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.precisions import PRECISIONS
 from lowmem.settings import settings
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.service.access import Access
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not chang
 class Choice:
     """A visitor's choice of set-up. "auto" leaves it to the planner, an empty budget to the machine."""
 
-    model: str = option(AUTO, "Model", "A hub id, a folder, a .gguf file, or auto.")
-    precision: str = option(AUTO, "Precision", "Fewer bits, less memory.", choices=(AUTO, *PRECISIONS))
-    context: int = option(2048, "Context", "Tokens of prompt and answer together.", low=64, high=1 << 20, step=64)
-    device: str = option(AUTO, "Device", "The device that runs the model.")
-    kv: str = option("same", "KV cache type", "Fewer bits take less memory.", choices=CACHE_TYPES)
+    model: str = option(AUTO, msg("Model"), msg("A hub id, a folder, a .gguf file, or auto."))
+    precision: str = option(AUTO, msg("Precision"), msg("Fewer bits, less memory."), choices=(AUTO, *PRECISIONS))
+    context: int = option(
+        2048, msg("Context"), msg("Tokens of prompt and answer together."), low=64, high=1 << 20, step=64
+    )
+    device: str = option(AUTO, msg("Device"), msg("The device that runs the model."))
+    kv: str = option("same", msg("KV cache type"), msg("Fewer bits take less memory."), choices=CACHE_TYPES)
     budget: MemoryBudget = UNLIMITED
 
 
@@ -98,12 +100,15 @@ class Engine:
         """
         from lowmem.models.stored import delete, find
 
-        self.access.require_owner("Deleting from this machine")
+        self.access.require_owner(msg("Deleting from this machine"))
         doomed = find(key)
         if self.busy:
-            raise BadInput(f"Nothing can be deleted while the model is working: {self.busy}.", "Wait, or press Stop.")
+            raise BadInput(
+                msg("Nothing can be deleted while the model is working: {busy}.", busy=self.busy),
+                msg("Wait, or press Stop."),
+            )
         if self._is_resident(doomed.folder):
-            raise BadInput(f"{doomed.name} is loaded.", "Unload the model first.")
+            raise BadInput(msg("{doomed} is loaded.", doomed=doomed.name), msg("Unload the model first."))
         delete(doomed)
         self._specs.clear()
         return doomed.nbytes
@@ -161,7 +166,10 @@ class Engine:
         hardware = self.hardware()
         keys = [AUTO, hardware.cpu.key, *(gpu.key for gpu in hardware.gpus)]
         if choice.device not in keys:
-            raise BadInput(f"There is no device {choice.device[:40]!r} here.", f"Choose one of {', '.join(keys)}.")
+            raise BadInput(
+                msg("There is no device {device!r} here.", device=choice.device[:40]),
+                msg("Choose one of {keys}.", keys=", ".join(keys)),
+            )
         spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
         context = min(choice.context, spec.context) if spec and spec.context else choice.context
         goal = Goal(context=context, precision=choice.precision, device=choice.device, cache_type=choice.kv)
@@ -215,8 +223,8 @@ class Engine:
 
     def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
         if force:
-            self.access.require_owner("Going over the budget")
-        yield Step(0, 0, say("starting"))
+            self.access.require_owner(msg("Going over the budget"))
+        yield Step(0, 0, msg("Starting the engine"))
         yield from self.session.load(plan, cancel, force=force)
 
     def unload(self) -> Receipt | None:
@@ -267,11 +275,11 @@ class Engine:
 
     def require_model(self) -> None:
         if self.resident is None:
-            raise BadInput(say("nothing_loaded"), say("nothing_loaded_hint"))
+            raise BadInput(msg("No model is loaded."), msg("Load one first."))
 
 
 def precision_label(key: str) -> str:
-    return say("automatic") if key == AUTO else PRECISIONS[key].label
+    return msg("Automatic") if key == AUTO else PRECISIONS[key].label
 
 
 def _real_session() -> Session:

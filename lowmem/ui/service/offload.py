@@ -15,6 +15,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine.bandwidth import Unmeasured
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.messages import Message, msg
 from lowmem.models.source import local_folder
 from lowmem.models.spec import ModelSpec
 from lowmem.offload.estimate import SpeedEstimate, estimate_speed, largest_file
@@ -35,11 +36,11 @@ MOST_ANSWERS = 64
 class OffloadRequest:
     """A model to run within a budget, as a visitor entered it. Both lists empty leave the placement to the budget."""
 
-    model: str = option("demo", "Model", "A hub id, a folder or a .gguf file.")
+    model: str = option("demo", msg("Model"), msg("A hub id, a folder or a .gguf file."))
     budget: MemoryBudget = UNLIMITED
-    disk_blocks: str = option("", "Blocks on disk", "Numbers and ranges such as 0-5,9; or all.")
-    ram_blocks: str = option("", "Blocks in RAM", "Numbers and ranges such as 0-5,9; or all.")
-    answers: int = option(1, "Sequences", "Generated in parallel; 0 for automatic.", low=0, high=MOST_ANSWERS)
+    disk_blocks: str = option("", msg("Blocks on disk"), msg("Numbers and ranges such as 0-5,9; or all."))
+    ram_blocks: str = option("", msg("Blocks in RAM"), msg("Numbers and ranges such as 0-5,9; or all."))
+    answers: int = option(1, msg("Sequences"), msg("Generated in parallel; 0 for automatic."), low=0, high=MOST_ANSWERS)
 
 
 class OffloadService:
@@ -117,7 +118,10 @@ class OffloadService:
     ) -> Iterator[Step | dict[str, Any]]:
         """Run every method in a process of its own; yields a dictionary for each, of its receipt or of its "error"."""
         if unknown := [method for method in methods if method not in METHODS]:
-            raise BadInput(f"There is no method {unknown[0]!r}.", f"Choose among {', '.join(METHODS)}.")
+            raise BadInput(
+                msg("There is no method {unknown!r}.", unknown=unknown[0]),
+                msg("Choose among {methods}.", methods=", ".join(METHODS)),
+            )
         self.engine.spec(request.model)  # refuses models that this visitor may not name
         arguments = {"model": request.model, "prompt": prompt, "new_tokens": _checked(new_tokens), "context": CONTEXT}
         for method in dict.fromkeys(methods):
@@ -131,7 +135,9 @@ def _one(method: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterato
             if isinstance(event, Finished):
                 yield {"method": method, **event.value}
             else:
-                yield Step(event.done, event.total, f"{method}: {event.note}", event.unit)
+                yield Step(
+                    event.done, event.total, Message("{method}: {note}", method=method, note=event.note), event.unit
+                )
     except Cancelled:
         raise
     except LowMemError as error:
@@ -147,7 +153,10 @@ def _where(request: OffloadRequest, spec: ModelSpec) -> BlockPlacement:
 
 def _checked(new_tokens: int) -> int:
     if not 1 <= new_tokens <= MOST_TOKENS:
-        raise BadInput(f"{new_tokens:,} new tokens are not possible here.", f"Choose 1 to {MOST_TOKENS}.")
+        raise BadInput(
+            msg("{new_tokens:,} new tokens are not possible here.", new_tokens=new_tokens),
+            msg("Choose 1 to {most_tokens}.", most_tokens=MOST_TOKENS),
+        )
     return int(new_tokens)
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from lowmem.errors import BadInput
 from lowmem.events import Completion
 from lowmem.measure.rows import write_atomically
-from lowmem.ui.i18n.edge import shown
-from lowmem.ui.i18n.strings import say
+from lowmem.messages import msg, translate
 from lowmem.ui.service.results import new_folder
 from lowmem.units import MB, format_bytes
 
@@ -38,9 +37,16 @@ def checked(prompts: Sequence[str]) -> list[str]:
     """The prompts that are not blank, 1 to `PROMPT_LIMIT` of them."""
     kept = [prompt for prompt in prompts if prompt.strip()]
     if not kept:
-        raise BadInput("There are no prompts.", "Write one per line, or upload a .txt, .csv or .jsonl file.")
+        raise BadInput(msg("There are no prompts."), msg("Write one per line, or upload a .txt, .csv or .jsonl file."))
     if len(kept) > PROMPT_LIMIT:
-        raise BadInput(f"{len(kept):,} prompts are more than the {PROMPT_LIMIT:,} of one batch.", "Split them.")
+        raise BadInput(
+            msg(
+                "{kept:,} prompts are more than the {prompt_limit:,} of one batch.",
+                kept=len(kept),
+                prompt_limit=PROMPT_LIMIT,
+            ),
+            msg("Split them."),
+        )
     return kept
 
 
@@ -49,16 +55,24 @@ def read_file(path: Path) -> list[str]:
     size = path.stat().st_size
     if size > FILE_LIMIT:
         raise BadInput(
-            f"{path.name} has {format_bytes(size)}, more than {format_bytes(FILE_LIMIT)}.", "Split the file."
+            msg(
+                "{path} has {size}, more than {file_limit}.",
+                path=path.name,
+                size=format_bytes(size),
+                file_limit=format_bytes(FILE_LIMIT),
+            ),
+            msg("Split the file."),
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise BadInput(f"{path.name} is not UTF-8 text.", "Save it as UTF-8.") from None
+        raise BadInput(msg("{path} is not UTF-8 text.", path=path.name), msg("Save it as UTF-8.")) from None
     readers: dict[str, Callable[[str], list[str]]] = {".txt": str.splitlines, ".csv": _from_csv, ".jsonl": _from_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise BadInput(f"{path.name} is not a .txt, .csv or .jsonl file.", "Save the prompts as one of these.")
+        raise BadInput(
+            msg("{path} is not a .txt, .csv or .jsonl file.", path=path.name), msg("Save the prompts as one of these.")
+        )
     return reader(text)
 
 
@@ -79,10 +93,14 @@ def _from_jsonl(text: str) -> list[str]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
-            raise BadInput(f"Line {number} is not JSON.", 'Write each as {"prompt": "..."} or "...".') from None
+            raise BadInput(
+                msg("Line {number} is not JSON.", number=number), msg('Write each as {"prompt": "..."} or "...".')
+            ) from None
         prompt = next((value[name] for name in COLUMNS if name in value), None) if isinstance(value, dict) else value
         if not isinstance(prompt, str):
-            raise BadInput(f"Line {number} has no prompt.", 'Write each as {"prompt": "..."} or "...".')
+            raise BadInput(
+                msg("Line {number} has no prompt.", number=number), msg('Write each as {"prompt": "..."} or "...".')
+            )
         prompts.append(prompt)
     return prompts
 
@@ -104,4 +122,6 @@ def joined(answers: dict[int, str]) -> str:
     """One sequence as it is; several under numbered headings in the visitor's language."""
     if len(answers) <= 1:
         return "".join(answers.values())
-    return "\n\n".join(f"— {shown(say('answer', number=index + 1))} —\n{answers[index]}" for index in sorted(answers))
+    return "\n\n".join(
+        f"— {translate(msg('Answer {number}', number=index + 1))} —\n{answers[index]}" for index in sorted(answers)
+    )

@@ -12,6 +12,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.messages import msg
 from lowmem.quant import DEFAULT, usable
 from lowmem.quant.estimate import Estimate, check_model, estimate_quantization, record_speed
 from lowmem.quant.request import QuantizeRequest, output_folder
@@ -58,7 +59,10 @@ class QuantizeService:
         )
         text = request.calibration.text
         if text not in texts.NAMES and self.engine.public and not _is_upload(Path(text)):
-            raise BadInput(f"There is no calibration text {text[:40]!r}.", f"Choose one of {', '.join(texts.NAMES)}.")
+            raise BadInput(
+                msg("There is no calibration text {text!r}.", text=text[:40]),
+                msg("Choose one of {names}.", names=", ".join(texts.NAMES)),
+            )
         return request
 
     def estimate(self, request: QuantizeRequest) -> Estimate:

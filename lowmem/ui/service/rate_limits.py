@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.messages import msg, translate
 from lowmem.settings import settings
-from lowmem.ui.i18n.edge import shown
 from lowmem.units import MB, format_bytes
 
 Scope = MutableMapping[str, Any]
@@ -87,12 +87,22 @@ class VisitorLimits:
         rule = next((rule for rule in RULES if any(part in scope["path"] for part in rule.paths)), None)
         wait = self._counter.wait(rule, address_of(scope)) if rule else 0.0
         if rule and wait:
-            told = f"Too many {rule.what} from here: {rule.count} in {rule.seconds:.0f} s. Try again in {wait:.0f} s."
+            told = msg(
+                "Too many {what} from here: {count} in {seconds:.0f} s. Try again in {wait:.0f} s.",
+                what=rule.what,
+                count=rule.count,
+                seconds=rule.seconds,
+                wait=wait,
+            )
             await _refuse(send, 429, told, [(b"retry-after", b"%d" % (wait + 1))])
             return
         declared = _headers(scope).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MOST_BODY_BYTES:
-            await _refuse(send, 413, f"A request may have at most {format_bytes(MOST_BODY_BYTES)}.")
+            await _refuse(
+                send,
+                413,
+                msg("A request may have at most {most_body_bytes}.", most_body_bytes=format_bytes(MOST_BODY_BYTES)),
+            )
             return
         await self._app(scope, _bounded(receive), send)
 
@@ -124,7 +134,7 @@ def _bounded(receive: Receive) -> Receive:
 
 
 async def _refuse(send: Send, status: int, sentence: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    body = json.dumps({"detail": shown(sentence)}).encode()
+    body = json.dumps({"detail": translate(sentence)}).encode()
     kind = (b"content-type", b"application/json")
     await send({"type": "http.response.start", "status": status, "headers": [kind, *(headers or [])]})
     await send({"type": "http.response.body", "body": body})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken
+from lowmem.messages import msg
 from lowmem.models.push import push
 from lowmem.settings import settings
 from lowmem.ui.service.access import Access
@@ -35,7 +36,7 @@ def result_folder(folder: str) -> Path:
     """
     path = Path(folder).resolve()
     if not folder or not path.is_dir() or not path.is_relative_to(settings().outputs.resolve()):
-        raise BadInput("Only results of this page can be used.", "Quantize or export a model first.")
+        raise BadInput(msg("Only results of this page can be used."), msg("Quantize or export a model first."))
     return path
 
 
@@ -47,6 +48,6 @@ def push_result(
     Args:
         token: of the hub, with write access; "" for the owner's own.
     """
-    access.require_owner("Pushing to the hub")
+    access.require_owner(msg("Pushing to the hub"))
     path = result_folder(folder)
     yield push(path, repo, token.strip() or settings().hub_token or "", private=private, cancel=cancel)

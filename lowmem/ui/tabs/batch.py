@@ -9,8 +9,8 @@ import gradio as gr
 
 from lowmem.events import CancelToken, Completion, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import TEXT_LIMIT
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import ButtonRunner, View
@@ -23,24 +23,41 @@ class Batch:
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
         self.lines = gr.Textbox(
-            label=say("prompts"),
-            placeholder=say("prompts_hint"),
+            label=msg("Prompts, one per line"),
+            placeholder=msg("What is a KV cache?\nName three rivers."),
             lines=5,
             max_lines=12,
             max_length=TEXT_LIMIT,
             elem_id="prompts",
         )
-        self.file = gr.File(label=say("file"), file_types=[".txt", ".csv", ".jsonl"], height=124, elem_id="prompt-file")
+        self.file = gr.File(
+            label=msg("Or a file: .txt, .csv or .jsonl, up to 2 MB"),
+            file_types=[".txt", ".csv", ".jsonl"],
+            height=124,
+            elem_id="prompt-file",
+        )
         with gr.Row(elem_id="batch-controls"):
             self.size = gr.Slider(
-                0, 64, value=0, step=1, label=say("batch_size"), info=say("batch_size_help"), min_width=220, buttons=[]
+                0,
+                64,
+                value=0,
+                step=1,
+                label=msg("Batch size"),
+                info=msg("Prompts in parallel. 0 = as many as the budget allows."),
+                min_width=220,
+                buttons=[],
             )
-            self.template = gr.Checkbox(True, label=say("template"), info=say("template_help"), min_width=220)
-        self.runner = ButtonRunner(context, "batch", say("run_batch"), starting="reading")
+            self.template = gr.Checkbox(
+                True,
+                label=msg("Use the chat template"),
+                info=msg("When off, each prompt is continued as plain text."),
+                min_width=220,
+            )
+        self.runner = ButtonRunner(context, "batch", msg("Answer all prompts"), starting=msg("Reading the prompt"))
         self.table = gr.HTML(elem_id="batch-table")
         with gr.Row(visible=False, elem_classes="lm-actions") as self.files:
-            self.csv = gr.DownloadButton(say("csv"), size="sm", scale=0, min_width=150, elem_id="csv")
-            self.jsonl = gr.DownloadButton(say("jsonl"), size="sm", scale=0, min_width=150, elem_id="jsonl")
+            self.csv = gr.DownloadButton(msg("Download CSV"), size="sm", scale=0, min_width=150, elem_id="csv")
+            self.jsonl = gr.DownloadButton(msg("Download JSONL"), size="sm", scale=0, min_width=150, elem_id="jsonl")
 
     def wire(self, options: list[Any], read: Callable[..., GenerateOptions]) -> None:
         """`read` turns the values of `options` into GenerateOptions."""
@@ -65,7 +82,7 @@ def _view(total: int) -> View:
         if not gathered:
             return ["", render.table(rows), *_downloads(rows)]
         steps = [event for event in gathered if isinstance(event, Step)]
-        counted = Step(len(rows), total, say("answered", done=len(rows), total=total))
+        counted = Step(len(rows), total, msg("{done} of {total} answered", done=len(rows), total=total))
         progress = render.progress(steps[-1] if steps and not rows else counted)
         return [progress, render.table(rows), gr.skip(), gr.skip(), gr.skip()]
 

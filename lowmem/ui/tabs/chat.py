@@ -9,9 +9,10 @@ import gradio as gr
 
 from lowmem.events import CancelToken, Chunk
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html, escape
 from lowmem.ui.parts.bind import QUICK, bounded
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import Runner, View
@@ -26,22 +27,22 @@ class Chat:
         self.engine = context.engine
         self.history = gr.Chatbot(
             show_label=False,
-            label=say("chat"),
+            label=msg("Chat"),
             height="100%",
             buttons=["copy"],
             layout="bubble",
             elem_id="chat",
-            placeholder=f'<p class="lm-muted">{say("chat_empty")}</p>',
+            placeholder=Html(lambda: f'<p class="lm-muted">{escape(msg("Ask a question to start."))}</p>'),
             reasoning_tags=[("<think>", "</think>")],
             allow_tags=False,
         )
-        self.live = gr.HTML(render.live(None), elem_id="chat-live")
+        self.live = gr.HTML(Html(lambda: render.live(None)), elem_id="chat-live")
         self.notice = gr.HTML(elem_id="chat-notice")
         self.message = gr.Textbox(
-            placeholder=say("message_hint"),
-            label=say("message"),
+            placeholder=msg("Write a message"),
+            label=msg("Message"),
             show_label=False,
-            submit_btn=say("send"),
+            submit_btn=msg("Send"),
             lines=1,
             max_lines=8,
             elem_id="message",
@@ -56,7 +57,7 @@ class Chat:
             stop=self.message.stop,
             progress=self.live,
             notice=self.notice,
-            starting="reading",
+            starting=msg("Reading the prompt"),
         )
 
     def wire(self, system: gr.Textbox, options: list[Any], read: Callable[..., GenerateOptions]) -> None:
@@ -96,7 +97,12 @@ class Chat:
             if answer:
                 return [_ready(), answered, live, ""]
             # Without an answer the message goes back into its box: two questions in a row are no conversation.
-            return [_ready(text_of(history[-1])), history[:-1], render.live(None), parts.quiet(say("silent"))]
+            return [
+                _ready(text_of(history[-1])),
+                history[:-1],
+                render.live(None),
+                parts.quiet(msg("The model returned an empty answer.")),
+            ]
 
         return view
 
@@ -116,12 +122,12 @@ def _asked(message: str, history: list[Message]) -> list[Any] | None:
 
 def _busy() -> Any:
     """The message box while an answer is written."""
-    return gr.Textbox("", submit_btn=False, stop_btn=say("stop"))
+    return gr.Textbox("", submit_btn=False, stop_btn=msg("Stop"))
 
 
 def _ready(*text: str) -> Any:
     """The message box, with `text` put back if there is one."""
-    return gr.Textbox(*text, submit_btn=say("send"), stop_btn=False)
+    return gr.Textbox(*text, submit_btn=msg("Send"), stop_btn=False)
 
 
 def conversation(history: list[Message], system: str = "") -> list[dict[str, str]]:

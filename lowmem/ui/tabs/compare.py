@@ -13,12 +13,12 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.fields import describe
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row, to_csv, write_atomically
+from lowmem.messages import msg
 from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.variants import picture
 from lowmem.ui.html import parts
 from lowmem.ui.html import quantize as render_quantize
-from lowmem.ui.i18n.edge import shown_sheet
-from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import read, widgets
@@ -45,24 +45,24 @@ class CompareView:
                     originals(context.engine),
                     value="demo",
                     allow_custom_value=True,
-                    label=say("model"),
-                    info=say("model_help"),
+                    label=msg("Model"),
+                    info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
                     elem_id="compare-model",
                     min_width=260,
                 )
                 self.text = gr.Dropdown(
                     [(name("texts", key), key) for key in texts.NAMES],
                     value=texts.MANUAL,
-                    label=say("measured_on"),
-                    info=say("compare_help"),
+                    label=msg("Measured on"),
+                    info=msg("Each variant runs in its own process; rows appear as they finish."),
                     filterable=False,
                     elem_id="compare-text",
                     min_width=260,
                 )
             self.variants = gr.CheckboxGroup(
-                possible, value=self.example_variants, label=say("variants"), elem_id="compare-variants"
+                possible, value=self.example_variants, label=msg("Variants"), elem_id="compare-variants"
             )
-            with gr.Accordion(say("measure_options"), open=False, elem_id="compare-options"):
+            with gr.Accordion(msg("Measurement settings"), open=False, elem_id="compare-options"):
                 fields = [option.name for option in describe(MeasureOptions)]
                 self.options = widgets(MeasureOptions, fields, "measure")
             self._build_actions(context)
@@ -70,18 +70,22 @@ class CompareView:
             self.plots = gr.HTML(elem_id="compare-plots")
             self.notes = gr.HTML(elem_id="compare-notes")
             with gr.Row(visible=False, elem_classes="lm-actions") as self.files:
-                self.csv = gr.DownloadButton(say("csv"), size="sm", scale=0, min_width=150, elem_id="compare-csv")
-                self.png = gr.DownloadButton(say("png"), size="sm", scale=0, min_width=150, elem_id="compare-png")
+                self.csv = gr.DownloadButton(
+                    msg("Download CSV"), size="sm", scale=0, min_width=150, elem_id="compare-csv"
+                )
+                self.png = gr.DownloadButton(
+                    msg("Download PNG"), size="sm", scale=0, min_width=150, elem_id="compare-png"
+                )
             SweepView(context, self.text, self.options)
         self._wire()
 
     def _build_actions(self, context: Context) -> None:
         with gr.Row(elem_classes="lm-actions"):
             self.example = gr.Button(
-                say("compare_example"), variant="primary", scale=0, min_width=260, elem_id="compare-example"
+                msg("Compare FP32, INT8 and INT4"), variant="primary", scale=0, min_width=260, elem_id="compare-example"
             )
-            self.button = gr.Button(say("run_compare"), scale=0, min_width=180, elem_id="compare-start")
-            stop = gr.Button(say("stop"), visible=False, scale=0, min_width=90, elem_id="compare-stop")
+            self.button = gr.Button(msg("Compare selected"), scale=0, min_width=180, elem_id="compare-start")
+            stop = gr.Button(msg("Stop"), visible=False, scale=0, min_width=90, elem_id="compare-stop")
         off, on = gr.update(interactive=False), gr.update(interactive=True)
         self.runner = Runner(
             context,
@@ -104,7 +108,7 @@ class CompareView:
         self, token: CancelToken, model: str | None, text: str, variants: list[str], *values: Any
     ) -> tuple[Iterator[Any], View]:
         if not variants:
-            raise BadInput("No variant is selected.", "Select two or more.")
+            raise BadInput(msg("No variant is selected."), msg("Select two or more."))
         model = (model or "").strip()
         options = read(MeasureOptions, tuple(self.options), values[: len(self.options)])
         budget = self.sidebar.budget_of(values[len(self.options) :])
@@ -130,5 +134,5 @@ def _view(model: str, text: str) -> View:
 def _files(rows: list[Row], model: str, text: str) -> list[Any]:
     folder = new_folder("compare")
     table = write_atomically(folder / "comparison.csv", to_csv(rows))
-    drawn = write_atomically(folder / "comparison.png", to_png(shown_sheet(picture(rows, model, text))))
+    drawn = write_atomically(folder / "comparison.png", to_png(picture(rows, model, text)))
     return [gr.Row(visible=True), gr.DownloadButton(value=str(table)), gr.DownloadButton(value=str(drawn))]

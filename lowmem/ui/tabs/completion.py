@@ -10,8 +10,8 @@ import gradio as gr
 
 from lowmem.events import CancelToken, Chunk
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import TEXT_LIMIT, bounded
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import ButtonRunner, View
@@ -24,16 +24,16 @@ class Completion:
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
         self.prompt = gr.Textbox(
-            label=say("prompt"),
-            placeholder=say("prompt_hint"),
+            label=msg("Text to continue"),
+            placeholder=msg("Once upon a time"),
             lines=5,
             max_lines=12,
             max_length=TEXT_LIMIT,
             elem_id="prompt",
         )
-        self.runner = ButtonRunner(context, "completion", say("continue"), starting="reading")
+        self.runner = ButtonRunner(context, "completion", msg("Continue the text"), starting=msg("Reading the prompt"))
         self.text = gr.Textbox(
-            label=say("continuation"),
+            label=msg("Continuation"),
             lines=8,
             max_lines=24,
             interactive=False,

@@ -8,10 +8,11 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import CancelToken
+from lowmem.messages import Message, msg
 from lowmem.plots import weights as pictures
 from lowmem.plots.figure import to_svg
 from lowmem.ui.html import parts
-from lowmem.ui.i18n.strings import ENGLISH, say
+from lowmem.ui.names import NAMES
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import ButtonRunner, View
 
@@ -30,10 +31,12 @@ class ExplainView:
     def __init__(self, context: Context, model: gr.Dropdown, receipt: gr.State) -> None:
         self.service = context.services.quantize
         with gr.Column(elem_id="explain"):
-            bits = gr.Radio([(str(bits), bits) for bits in WIDTHS], value=4, label=say("bits"), elem_id="explain-bits")
-            self.runner = ButtonRunner(context, "explain", say("draw"), starting="drawing")
+            bits = gr.Radio([(str(bits), bits) for bits in WIDTHS], value=4, label=msg("Bits"), elem_id="explain-bits")
+            self.runner = ButtonRunner(
+                context, "explain", msg("Plot this model's weights"), starting=msg("Reading weights")
+            )
             drawn = gr.HTML(elem_id="explain-pictures")
-            gr.HTML(parts.explanations(ENGLISH["how"]))
+            gr.HTML(parts.explanations(NAMES["how"]))
         self.runner.wire([model, bits, receipt], [drawn], self._start)
 
     def _start(
@@ -52,12 +55,23 @@ class ExplainView:
 
 def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:
     sheets = [pictures.histogram(found)]
-    title = (
-        f"{say('loss_by_block')}: {found['model']}, round to nearest, {found['bits']} bits, groups of {found['group']}"
+    title = msg(
+        "{label}: {model}, round to nearest, {bits} bits, groups of {group}",
+        label=msg("Error by block"),
+        model=found["model"],
+        bits=found["bits"],
+        group=found["group"],
     )
-    sheets.append(pictures.losses(found["losses"], title, say("loss_unit")))
+    sheets.append(
+        pictures.losses(found["losses"], title, msg("squared error relative to squared weights; lower is better"))
+    )
     if receipt:
         losses = pictures.by_block(receipt["details"]["losses"])
-        title = f"{say('loss_by_block')}: {receipt['model']}, {receipt['precision']}"
-        sheets.append(pictures.losses(losses, title, say("loss_unit")))
+        title = Message(
+            "{label}: {model}, {precision}",
+            label=msg("Error by block"),
+            model=receipt["model"],
+            precision=receipt["precision"],
+        )
+        sheets.append(pictures.losses(losses, title, msg("squared error relative to squared weights; lower is better")))
     return "".join(parts.drawing(to_svg(sheet)) for sheet in sheets)

@@ -12,13 +12,14 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.export import tensorrt
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
+from lowmem.messages import msg
 from lowmem.planning.graph_options import LABELS, ExportOptions
 from lowmem.plots.engines import graph_benchmark
 from lowmem.plots.figure import to_svg
 from lowmem.ui.html import export as export_render
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.learn import Learn
@@ -41,15 +42,15 @@ class ExportTab:
                 self._build_form()
             with gr.Column(scale=2, min_width=300, elem_id="export-side"):
                 self.card = gr.HTML(elem_id="export-card")
-                self.runner = ButtonRunner(context, "export", say("start_export"))
+                self.runner = ButtonRunner(context, "export", msg("Export"))
                 self.problem = gr.HTML(elem_id="export-problem")
         with gr.Column(visible=False, elem_id="export-result") as self.result:
             self.table = gr.HTML(elem_id="export-receipt")
             with gr.Row(elem_classes="lm-actions"):
                 self.load = gr.Button(
-                    say("load_result"), variant="primary", scale=0, min_width=220, elem_id="export-load"
+                    msg("Load into Generate"), variant="primary", scale=0, min_width=220, elem_id="export-load"
                 )
-            self.benchmark = ButtonRunner(context, "benchmark", say("start_benchmark"))
+            self.benchmark = ButtonRunner(context, "benchmark", msg("Benchmark against PyTorch"))
             self.plot = gr.HTML(elem_id="benchmark-plot")
             PushBox(context, self.receipt, "export-push")
         Learn(context.engine, "export", self.model)
@@ -60,45 +61,57 @@ class ExportTab:
             originals(self.engine),
             value="demo",
             allow_custom_value=True,
-            label=say("model"),
-            info=say("model_help"),
+            label=msg("Model"),
+            info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
             elem_id="export-model",
         )
         missing = tensorrt.available(self.engine.hardware())
         formats = [("ONNX", "onnx"), *([] if missing else [("TensorRT", "tensorrt")])]
-        self.format = gr.Radio(formats, value="onnx", label=say("export_format"), elem_id="export-format")
-        gr.HTML(render.refusals([("TensorRT", missing)] if missing else [], say("not_here")))
+        self.format = gr.Radio(formats, value="onnx", label=msg("Format"), elem_id="export-format")
+        gr.HTML(Html(lambda: render.refusals([("TensorRT", missing)] if missing else [], msg("Not on this machine"))))
         self.precision = gr.Radio(
             [(label, key) for key, label in LABELS.items()],
             value="int8",
-            label=say("precision"),
+            label=msg("Precision"),
             elem_id="export-precision",
         )
         with gr.Row():
             self.group = gr.Dropdown(
                 [(str(size), size) for size in GROUPS],
                 value=32,
-                label=say("group"),
-                info=say("group_help"),
+                label=msg("Group size"),
+                info=msg("Weights that share a scale. Smaller groups are more precise and take more space."),
                 visible=False,
                 filterable=False,
                 elem_id="export-group",
                 min_width=200,
             )
             self.fast = gr.Radio(
-                [(say("automatic"), "auto"), (say("export_on"), "on"), (say("export_off"), "off")],
+                [(msg("Automatic"), "auto"), (msg("On"), "on"), (msg("Off"), "off")],
                 value="auto",
-                label=say("export_fast"),
-                info=say("export_fast_help"),
+                label=msg("Fast prompts"),
+                info=msg(
+                    "A second graph in dynamic int8 processes prompts about twice as fast and takes one byte per weight. Automatic: only with int8."
+                ),
                 elem_id="export-fast",
                 min_width=260,
             )
-        with gr.Accordion(say("advanced"), open=False, elem_id="export-advanced"):
+        with gr.Accordion(msg("Advanced"), open=False, elem_id="export-advanced"):
             self.fused = gr.Checkbox(
-                True, label=say("export_fused"), info=say("export_fused_help"), elem_id="export-fused"
+                True,
+                label=msg("Fused graph"),
+                info=msg(
+                    "Uses ONNX Runtime's fused operators and updates the KV cache in place. Off: standard operators only."
+                ),
+                elem_id="export-fused",
             )
             self.optimise = gr.Checkbox(
-                False, label=say("export_optimise"), info=say("export_optimise_help"), elem_id="export-optimise"
+                False,
+                label=msg("Optimize"),
+                info=msg(
+                    "For graphs that are not fused: runs ONNX Runtime's optimizer and reports nodes, size and latency before and after."
+                ),
+                elem_id="export-optimise",
             )
         own = [self.model, self.format, self.precision, self.group, self.fast, self.fused, self.optimise]
         self.controls: list[Any] = [*own, *self.sidebar.limits]
@@ -156,7 +169,7 @@ class ExportTab:
         self, token: CancelToken, receipt: dict[str, Any] | None, *limits: float
     ) -> tuple[Iterator[Any], View]:
         if not receipt:
-            raise BadInput("There is no exported model to benchmark.", "Export one first.")
+            raise BadInput(msg("There is no exported model to benchmark."), msg("Export one first."))
         drawn: Any = gr.skip()
 
         def view(gathered: Sequence[Any]) -> list[Any]:
@@ -170,4 +183,4 @@ class ExportTab:
         return self.service.benchmark(folder, receipt["ref"], budget, token), view
 
 
-TAB = Tab("export", say("export"), ExportTab)
+TAB = Tab("export", msg("Export"), ExportTab)

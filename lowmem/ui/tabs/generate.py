@@ -8,9 +8,10 @@ import gradio as gr
 
 from lowmem.fields import describe
 from lowmem.generate.options import GenerateOptions
+from lowmem.messages import Message, msg
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html, escape
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.fields import read, widgets
@@ -35,11 +36,11 @@ class GenerateTab:
             with gr.Column(scale=3, min_width=300, elem_id="work"):
                 self.template_note = gr.HTML(elem_id="template-note")
                 with gr.Tabs(elem_id="modes"):
-                    with gr.Tab(say("chat"), id="chat"):
+                    with gr.Tab(msg("Chat"), id="chat"):
                         self.chat = Chat(context)
-                    with gr.Tab(say("completion"), id="completion"):
+                    with gr.Tab(msg("Completion"), id="completion"):
                         self.completion = Completion(context)
-                    with gr.Tab(say("batch"), id="batch"):
+                    with gr.Tab(msg("Batch"), id="batch"):
                         self.batch = Batch(context)
             with gr.Column(scale=1, min_width=250, elem_id="options"):
                 self._build_options()
@@ -47,12 +48,16 @@ class GenerateTab:
         self._wire()
 
     def _build_options(self) -> None:
-        gr.HTML(f"<h2>{say('options')}</h2>")
+        gr.HTML(Html(lambda: f"<h2>{escape(msg('Options'))}</h2>"))
         self.system = gr.Textbox(
-            label=say("system"), placeholder=say("system_hint"), lines=2, max_lines=6, elem_id="system"
+            label=msg("System prompt"),
+            placeholder=msg("Optional: how the model should behave"),
+            lines=2,
+            max_lines=6,
+            elem_id="system",
         )
         controls = widgets(GenerateOptions, MAIN)
-        with gr.Accordion(say("more_options"), open=False, elem_id="more-options"):
+        with gr.Accordion(msg("More options"), open=False, elem_id="more-options"):
             controls |= widgets(GenerateOptions, REST)
         self.names, self.controls = tuple(controls), controls
         self.options = list(controls.values())
@@ -93,7 +98,16 @@ class GenerateTab:
     def _view(self, choosing: bool) -> list[Any]:
         plan = self.engine.resident
         plain = plan is not None and not plan.spec.has_chat_template
-        note = parts.quiet(say("no_template", model=plan.spec.name)) if plan and plain else ""
+        note = (
+            parts.quiet(
+                msg(
+                    "{model} has no chat template, so messages are joined as plain text. Use Completion for better results.",
+                    model=plan.spec.name,
+                )
+            )
+            if plan and plain
+            else ""
+        )
         kv = gr.Dropdown(value=plan.cache_type) if plan else gr.skip()
         return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv]
 
@@ -106,7 +120,9 @@ class GenerateTab:
             plan = self.engine.price(0, self._read(*values)) or resident
         except Exception:  # the answer itself will say what is wrong with its options
             return gr.skip()
-        return render.budget(plan, say("next_answer", tokens=f"{plan.context:,}"))
+        return render.budget(
+            plan, msg("For an answer of up to {tokens} tokens", tokens=Message("{context:,}", context=plan.context))
+        )
 
 
-TAB = Tab("generate", say("generate"), GenerateTab)
+TAB = Tab("generate", msg("Generate"), GenerateTab)

@@ -9,16 +9,18 @@ from typing import Any
 
 import gradio as gr
 
+from lowmem.datasets import texts
 from lowmem.datasets.long_text import MAX_CHARACTERS
-from lowmem.datasets.texts import NAMES
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
+from lowmem.messages import Message, msg
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import ENGLISH, name, say
+from lowmem.ui.language import Html, escape
+from lowmem.ui.names import NAMES, name
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.fields import widgets
@@ -46,8 +48,8 @@ class LongContextTab:
                 self.modes = self._build_modes(context)
             with gr.Column(scale=1, min_width=250, elem_id="longctx-side"):
                 self._build_options()
-        with gr.Accordion(say("long_explain"), open=False, elem_id="longctx-explain"):
-            gr.HTML(parts.explanations(ENGLISH["long_how"]))
+        with gr.Accordion(msg("What stays cached and what is evicted"), open=False, elem_id="longctx-explain"):
+            gr.HTML(parts.explanations(NAMES["long_how"]))
         for mode in self.modes:
             mode.wire(self)
         Learn(context.engine, "longctx")
@@ -55,8 +57,8 @@ class LongContextTab:
 
     def _build_source(self) -> None:
         self.text = gr.Textbox(
-            label=say("long_text"),
-            placeholder=say("long_text_hint"),
+            label=msg("A long text"),
+            placeholder=msg("Paste a text of any length, or choose one below."),
             lines=6,
             max_lines=10,
             max_length=MAX_CHARACTERS + 1,  # a browser cuts off in silence; this is refused with the bound
@@ -64,44 +66,46 @@ class LongContextTab:
         )
         with gr.Row(elem_id="long-source"):
             self.address = gr.Dropdown(
-                [(say("long_own"), ""), *((name("texts", key), key) for key in NAMES)],
+                [(msg("The text above"), ""), *((name("texts", key), key) for key in texts.NAMES)],
                 value="",
                 allow_custom_value=True,
-                label=say("long_address"),
-                info=say("long_address_help"),
+                label=msg("Or another text"),
+                info=msg("Choose an included text or enter an address (https://...)."),
                 elem_id="long-address",
                 min_width=260,
             )
-            self.file = gr.File(label=say("long_file"), file_types=["text"], height=132, elem_id="long-file")
+            self.file = gr.File(
+                label=msg("Or a text file, up to 2 MB"), file_types=["text"], height=132, elem_id="long-file"
+            )
 
     def _build_modes(self, context: Context) -> list[Any]:
         kinds = (ContinueMode, ChatMode, PerplexityMode, HiddenMode, RecallMode, StrategiesMode)
         with gr.Tabs(elem_id="longctx-modes", elem_classes="lm-modes", **WRAPPED):
             made = []
             for kind in kinds:
-                with gr.Tab(say(f"long_{kind.key}"), id=kind.key):
+                with gr.Tab(name("long", kind.key), id=kind.key):
                     made.append(kind(context))
         return made
 
     def _build_options(self) -> None:
-        gr.HTML(f"<h2>{say('options')}</h2>")
+        gr.HTML(Html(lambda: f"<h2>{escape(msg('Options'))}</h2>"))
         self.memory = gr.HTML(elem_id="long-memory")
         labels: dict[str, Any] = {"buttons": []}
         self.window = gr.Slider(
-            0, LARGEST_SLIDER, value=DEFAULT_WINDOW, step=64, label=say("long_window"), info=say("long_window_help"),
+            0, LARGEST_SLIDER, value=DEFAULT_WINDOW, step=64, label=msg("Window"), info=msg("Latest tokens that stay cached. 0 = all, up to the model's context."),
             elem_id="long-window", **labels,
         )  # fmt: skip
         controls = widgets(GenerateOptions, OPTIONS, "long")
         self.kv = gr.Dropdown(
             [(name("choices", key), key) for key in CACHE_TYPES],
             value="same",
-            label=say("kv"),
-            info=say("long_kv_help"),
+            label=msg("KV cache type"),
+            info=msg("Fewer bits take less memory per cached token."),
             filterable=False,
             elem_id="long-kv",
         )
         self.stride = gr.Slider(
-            1, LARGEST_SLIDER, value=DEFAULT_STRIDE, step=1, label=say("long_stride"), info=say("long_stride_help"),
+            1, LARGEST_SLIDER, value=DEFAULT_STRIDE, step=1, label=msg("Stride"), info=msg("For perplexity in windows and hidden states: tokens by which the window advances."),
             elem_id="long-stride", **labels,
         )  # fmt: skip
         self.names = ("window", *OPTIONS, "cache_type")
@@ -157,8 +161,11 @@ class LongContextTab:
             plan = self.engine.price(0, self.read(*values))
         except Exception:
             plan = None
-        tokens = f"{plan.cached_tokens:,}" if plan else ""
-        return [card, render.budget(plan, say("next_answer", tokens=tokens)) if plan else gr.skip()]
+        tokens = Message("{cached_tokens:,}", cached_tokens=plan.cached_tokens) if plan else ""
+        return [
+            card,
+            render.budget(plan, msg("For an answer of up to {tokens} tokens", tokens=tokens)) if plan else gr.skip(),
+        ]
 
 
-TAB = Tab("longctx", say("longctx"), LongContextTab)
+TAB = Tab("longctx", msg("Long Context"), LongContextTab)

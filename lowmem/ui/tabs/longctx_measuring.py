@@ -14,12 +14,11 @@ from lowmem.longctx.curve import Span
 from lowmem.longctx.options import StrategyOptions
 from lowmem.longctx.strategies import Point
 from lowmem.measure.rows import write_atomically
+from lowmem.messages import msg
 from lowmem.plots.figure import to_png, to_svg
 from lowmem.plots.longctx import perplexity_sheet, picture, to_csv
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import parts
-from lowmem.ui.i18n.edge import shown_sheet
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import widgets
 from lowmem.ui.parts.runner import ButtonRunner, View
@@ -38,12 +37,15 @@ class PerplexityMode:
     def __init__(self, context: Context) -> None:
         self.service = context.services.longctx
         self.reading = gr.Radio(
-            [(say("long_by_cache"), "cache"), (say("long_by_windows"), "windows")],
+            [
+                (msg("Streaming through the cache (uses window, sinks and cache type)"), "cache"),
+                (msg("Sliding windows (uses window and stride)"), msg("windows")),
+            ],
             value="cache",
-            label=say("long_reading"),
+            label=msg("Evaluation"),
             elem_id="long-reading",
         )
-        self.runner = ButtonRunner(context, "long-perplexity", say("long_perplexity_start"))
+        self.runner = ButtonRunner(context, "long-perplexity", msg("Measure perplexity"))
         self.result = gr.HTML(elem_id="long-perplexity-result")
         self.plot = gr.HTML(elem_id="long-perplexity-plot")
 
@@ -81,12 +83,15 @@ class HiddenMode:
         self.service = context.services.longctx
         with gr.Row():
             self.layers = gr.Textbox(
-                "-1", label=say("long_layers"), info=say("long_layers_help"), elem_id="long-layers"
+                "-1",
+                label=msg("Layers"),
+                info=msg("0 for the embeddings, i for the output of block i, -1 for the last; separated by commas."),
+                elem_id="long-layers",
             )
             self.format = gr.Dropdown(
-                ["npy", "safetensors"], value="npy", label=say("long_format"), filterable=False, elem_id="long-format"
+                ["npy", "safetensors"], value="npy", label=msg("File"), filterable=False, elem_id="long-format"
             )
-        self.runner = ButtonRunner(context, "long-hidden", say("long_hidden_start"))
+        self.runner = ButtonRunner(context, "long-hidden", msg("Compute hidden states"))
         self.result = gr.HTML(elem_id="long-hidden-result")
 
     def wire(self, tab: Inputs) -> None:
@@ -116,8 +121,14 @@ class RecallMode:
 
     def __init__(self, context: Context) -> None:
         self.service = context.services.longctx
-        gr.HTML(parts.quiet(say("long_recall_help")))
-        self.runner = ButtonRunner(context, "long-recall", say("long_recall_start"))
+        gr.HTML(
+            parts.quiet(
+                msg(
+                    "Places a secret word in the context, continues with other text, and asks for the word half a window and two windows later (2,048 tokens later without a window)."
+                )
+            )
+        )
+        self.runner = ButtonRunner(context, "long-recall", msg("Test recall"))
         self.result = gr.HTML(elem_id="long-recall-result")
 
     def wire(self, tab: Inputs) -> None:
@@ -135,10 +146,16 @@ class StrategiesMode:
 
     def __init__(self, context: Context) -> None:
         self.engine, self.service, self.sidebar = context.engine, context.services.longctx, context.sidebar
-        gr.HTML(parts.quiet(say("long_strategies_help")))
+        gr.HTML(
+            parts.quiet(
+                msg(
+                    "Streams the text above (or Python's manual) with a full cache, a window without sinks, a window with sinks, a window recomputed for every token, and a quantized cache, each in its own process. Uses the resident model, or the demo. Takes a few minutes."
+                )
+            )
+        )
         with gr.Row():
             self.controls = widgets(StrategyOptions, ("tokens", "window", "sinks", "kv_bits", "points"), "strategies")
-        self.runner = ButtonRunner(context, "long-strategies", say("long_strategies_start"))
+        self.runner = ButtonRunner(context, "long-strategies", msg("Compare cache strategies"))
         self.table = gr.HTML(elem_id="long-strategies-table")
         self.plots = gr.HTML(elem_id="long-strategies-plots")
         self.files = gr.HTML(elem_id="long-strategies-files")
@@ -186,8 +203,8 @@ def _receipt_view(render: Any) -> View:
 def _written(points: Sequence[Point], ref: str) -> str:
     folder = new_folder("strategies")
     table = write_atomically(folder / "strategies.csv", to_csv(points))
-    drawn = write_atomically(folder / "strategies.png", to_png(shown_sheet(picture(points, ref))))
-    return parts.link(table, say("csv")) + parts.link(drawn, say("png"))
+    drawn = write_atomically(folder / "strategies.png", to_png(picture(points, ref)))
+    return parts.link(table, msg("Download CSV")) + parts.link(drawn, msg("Download PNG"))
 
 
 def layer_list(text: str) -> list[int]:
@@ -198,4 +215,4 @@ def layer_list(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise BadInput(f"{text[:40]!r} is not a list of layers.", "Write it like 0,6,-1.") from None
+        raise BadInput(msg("{text!r} is not a list of layers.", text=text[:40]), msg("Write it like 0,6,-1.")) from None

@@ -10,9 +10,9 @@ import gradio as gr
 
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk
+from lowmem.messages import msg
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.service.longctx import TextSource
@@ -34,10 +34,10 @@ class ContinueMode:
 
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
-        self.runner = ButtonRunner(context, "long-continue", say("long_continue_start"))
+        self.runner = ButtonRunner(context, "long-continue", msg("Generate until stopped"))
         self.live = gr.HTML(elem_id="long-live")
         self.output = gr.Textbox(
-            label=say("continuation"),
+            label=msg("Continuation"),
             lines=10,
             max_lines=16,
             interactive=False,
@@ -71,7 +71,7 @@ class ContinueMode:
             chunks = [event for event in gathered if isinstance(event, Chunk)]
             last = chunks[-1] if chunks else last
             shown = (shown + "".join(chunk.text for chunk in chunks))[-SHOWN_CHARACTERS:]
-            return [render.live(last), shown, gr.skip() if gathered else parts.link(path, say("long_whole"))]
+            return [render.live(last), shown, gr.skip() if gathered else parts.link(path, msg("Full output"))]
 
         return events(), view
 
@@ -84,17 +84,17 @@ class ChatMode:
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
         self.history = gr.Chatbot(
-            show_label=False, label=say("chat"), height=340, buttons=["copy"], elem_id="long-chat", allow_tags=False
+            show_label=False, label=msg("Chat"), height=340, buttons=["copy"], elem_id="long-chat", allow_tags=False
         )
         self.live = gr.HTML(elem_id="long-chat-live")
         self.message = gr.Textbox(
-            label=say("message"),
-            placeholder=say("long_ask_hint"),
+            label=msg("Message"),
+            placeholder=msg("Ask about the text"),
             show_label=False,
             max_length=10_000,
             elem_id="long-message",
         )
-        self.runner = ButtonRunner(context, "long-chat-run", say("send"))
+        self.runner = ButtonRunner(context, "long-chat-run", msg("Send"))
 
     def wire(self, tab: Inputs) -> None:
         self.tab = tab
@@ -106,7 +106,7 @@ class ChatMode:
         self, token: CancelToken, text: str, file: str, address: str, history: list[Any], message: str, *values: Any
     ) -> tuple[Iterator[Any], View]:
         if not message.strip():
-            raise BadInput(say("empty"), say("empty_hint"))
+            raise BadInput(msg("There is nothing to send."), msg("Write something first."))
         options = replace(self.tab.read(*values), unbounded=False, max_new_tokens=CHAT_TOKENS)
         self.engine.require_model()
         messages = [*history, {"role": "user", "content": message}]
@@ -114,8 +114,11 @@ class ChatMode:
 
         def events() -> Iterator[Any]:
             whole = TextSource(text, file, address).read(token).text
-            first = {"role": "user", "content": say("long_about", text=whole)}
-            read = {"role": "assistant", "content": say("long_read_it")}
+            first = {
+                "role": "user",
+                "content": f"Read this text:\n\n{whole}\n\nI will ask you about it.",
+            }
+            read = {"role": "assistant", "content": "I have read it. What do you want to know?"}
             yield from self.engine.chat([first, read, *conversation(messages)], options, token)
 
         def view(gathered: Sequence[Any]) -> list[Any]:

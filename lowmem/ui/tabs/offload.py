@@ -11,12 +11,13 @@ import gradio as gr
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
+from lowmem.messages import msg
 from lowmem.offload.estimate import SpeedEstimate
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import offload as render_offload
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html
 from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, bounded, notice
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.learn import Learn
@@ -37,19 +38,28 @@ class OffloadTab:
         with gr.Row(elem_id="offload"):
             with gr.Column(scale=3, min_width=300):
                 self._build_controls()
-                self.single = ButtonRunner(context, "offload", say("offload_run"))
+                self.single = ButtonRunner(context, "offload", msg("Load and run"))
                 self.live = gr.HTML(elem_id="offload-live")
                 self.text = gr.Textbox(
-                    label=say("continuation"), lines=3, max_lines=16, interactive=False, elem_id="offload-text"
+                    label=msg("Continuation"), lines=3, max_lines=16, interactive=False, elem_id="offload-text"
                 )
                 self.measured = gr.HTML(elem_id="offload-measured")
             with gr.Column(scale=2, min_width=300, elem_id="offload-side"):
                 self.problem = gr.HTML(elem_id="offload-problem")
                 self.picture = gr.HTML(elem_id="offload-picture")
-                self.again = gr.Button(say("offload_again"), size="sm", elem_id="offload-again")
+                self.again = gr.Button(msg("Measure speed"), size="sm", elem_id="offload-again")
         with gr.Column(elem_id="offload-methods"):
-            gr.HTML(render_offload.section(say("offload_compare_title"), say("offload_compare_help")))
-            self.comparison = ButtonRunner(context, "offload-compare", say("offload_compare"))
+            gr.HTML(
+                Html(
+                    lambda: render_offload.section(
+                        msg("Offloading methods side by side"),
+                        msg(
+                            "Runs the text above with each method in its own process: no offloading, blocks in RAM, blocks on disk, disk without the page cache, half in RAM and half on disk, and disk offload by accelerate."
+                        ),
+                    )
+                )
+            )
+            self.comparison = ButtonRunner(context, "offload-compare", msg("Compare all methods"))
             self.table = gr.HTML(elem_id="offload-table")
             self.plot = gr.HTML(elem_id="offload-plot")
         Learn(context.engine, "offload", self.model)
@@ -61,25 +71,25 @@ class OffloadTab:
             self.service.engine.catalog(),
             value="demo",
             allow_custom_value=True,
-            label=say("model"),
-            info=say("offload_model"),
+            label=msg("Model"),
+            info=msg("Weights are streamed in their stored precision."),
             elem_id="offload-model",
         )
         with gr.Row():
-            self.vram = _budget(limits.vram, say("offload_vram"), "offload-vram")
-            self.ram = _budget(limits.ram, say("offload_ram"), "offload-ram")
+            self.vram = _budget(limits.vram, msg("GPU memory budget, GB"), "offload-vram")
+            self.ram = _budget(limits.ram, msg("RAM budget, GB"), "offload-ram")
         self.where = gr.Radio(
-            [(say("offload_auto"), AUTO), (say("offload_disk"), DISK), (say("offload_choose"), CHOOSE)],
+            [(msg("As the budget allows"), AUTO), (msg("All on disk"), DISK), (msg("Selected blocks"), CHOOSE)],
             value=AUTO,
-            label=say("offload_where"),
+            label=msg("Blocks"),
             elem_id="offload-where",
         )
         with gr.Row(visible=False) as self.lists:
-            self.disk_list = _list(say("offload_disk_list"), "offload-disk-list")
-            self.ram_list = _list(say("offload_ram_list"), "offload-ram-list", visible=limits.vram is not None)
+            self.disk_list = _list(msg("Blocks on disk"), "offload-disk-list")
+            self.ram_list = _list(msg("Blocks in RAM"), "offload-ram-list", visible=limits.vram is not None)
         self.prompt = gr.Textbox(
-            say("offload_prompt"),
-            label=say("prompt"),
+            "The history of the steam engine begins",
+            label=msg("Text to continue"),
             lines=2,
             max_lines=8,
             max_length=TEXT_LIMIT,
@@ -91,8 +101,8 @@ class OffloadTab:
                 MOST_TOKENS,
                 value=16,
                 step=1,
-                label=say("offload_tokens"),
-                info=say("offload_tokens_help"),
+                label=msg("New tokens"),
+                info=msg("Each token reads all weights once."),
                 elem_id="offload-tokens",
                 min_width=220,
                 buttons=[],
@@ -102,8 +112,8 @@ class OffloadTab:
                 MOST_ANSWERS,
                 value=1,
                 step=1,
-                label=say("offload_answers"),
-                info=say("offload_answers_help"),
+                label=msg("Sequences in parallel"),
+                info=msg("One pass over the weights serves all sequences. 0 = automatic."),
                 elem_id="offload-answers",
                 min_width=220,
                 buttons=[],
@@ -119,9 +129,9 @@ class OffloadTab:
                 control.change(self._estimate, self.controls, self.estimated, trigger_mode="always_last", **QUICK)
             )
         self.where.change(lambda where: gr.Row(visible=where == CHOOSE), self.where, self.lists, **QUICK)
-        self.again.click(
-            lambda: gr.Button(say("offload_measuring"), interactive=False), None, self.again, **QUICK
-        ).then(self._measure_again, self.controls, [*self.estimated, self.again], **QUICK)
+        self.again.click(lambda: gr.Button(msg("Measuring ..."), interactive=False), None, self.again, **QUICK).then(
+            self._measure_again, self.controls, [*self.estimated, self.again], **QUICK
+        )
         inputs = [self.prompt, self.tokens, *self.controls]
         ran = self.single.wire(inputs, [self.live, self.text, self.measured], self._run)
         self._measure_after(ran.then(self._estimate, self.controls, self.estimated, **QUICK))
@@ -169,7 +179,7 @@ class OffloadTab:
         return gr.skip()
 
     def _measure_again(self, *values: Any) -> list[Any]:
-        ready = gr.Button(say("offload_again"), interactive=True)
+        ready = gr.Button(msg("Measure speed"), interactive=True)
         try:
             self.service.measure(self.service.plan(self._request(values)), again=True)
         except Exception as error:
@@ -210,7 +220,7 @@ def _counted(events: Iterator[Any], tokens: int) -> Iterator[Any]:
     """Tokens as progress, too: each may take seconds."""
     for event in events:
         if isinstance(event, Chunk):
-            yield Step(event.new_tokens, tokens, say("offload_writing"), "tokens")
+            yield Step(event.new_tokens, tokens, msg("Generating"), "tokens")
         yield event
 
 
@@ -223,7 +233,9 @@ def _budget(most: int | None, label: str, elem_id: str) -> gr.Slider:
 
 
 def _list(label: str, elem_id: str, *, visible: bool = True) -> gr.Textbox:
-    return gr.Textbox("", label=label, info=say("offload_list_help"), visible=visible, elem_id=elem_id)
+    return gr.Textbox(
+        "", label=label, info=msg("Numbers and ranges such as 0-5,9; or all."), visible=visible, elem_id=elem_id
+    )
 
 
 def _limit(gigabytes: float, top: float) -> int | None:
@@ -231,4 +243,4 @@ def _limit(gigabytes: float, top: float) -> int | None:
     return None if gigabytes >= top else round(gigabytes * GB)
 
 
-TAB = Tab("offload", say("offload"), OffloadTab)
+TAB = Tab("offload", msg("Offload"), OffloadTab)

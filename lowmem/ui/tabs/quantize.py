@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import CancelToken, Receipt
+from lowmem.messages import msg
 from lowmem.ui.html import quantize as render_quantize
-from lowmem.ui.i18n.strings import say
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.learn import Learn
@@ -27,11 +27,11 @@ class QuantizeTab:
         self.engine, self.service = context.engine, context.services.quantize
         self.receipt = gr.State(None)
         with gr.Tabs(elem_id="quantize-modes", elem_classes="lm-modes"):
-            with gr.Tab(say("quantize"), id="make"):
+            with gr.Tab(msg("Quantize"), id="make"):
                 self._build(context)
-            with gr.Tab(say("compare"), id="compare"):
+            with gr.Tab(msg("Compare"), id="compare"):
                 CompareView(context)
-            with gr.Tab(say("explain"), id="explain"):
+            with gr.Tab(msg("How it works"), id="explain"):
                 ExplainView(context, self.form.model, self.receipt)
         Learn(context.engine, "quantize", self.form.model)
         self._wire(context)
@@ -42,13 +42,13 @@ class QuantizeTab:
                 self.form = QuantizeForm(context)
             with gr.Column(scale=2, min_width=300, elem_id="quantize-side"):
                 self.card = gr.HTML(elem_id="quantize-card")
-                self.runner = ButtonRunner(context, "quantize", say("start_quantize"))
+                self.runner = ButtonRunner(context, "quantize", msg("Quantize"))
                 self.problem = gr.HTML(elem_id="quantize-problem")  # of the choice
         with gr.Column(visible=False, elem_id="quantize-result") as self.result:
             self.table = gr.HTML(elem_id="quantize-receipt")
             with gr.Row(elem_classes="lm-actions"):
                 self.load = gr.Button(
-                    say("load_result"), variant="primary", scale=0, min_width=220, elem_id="quantize-load"
+                    msg("Load into Generate"), variant="primary", scale=0, min_width=220, elem_id="quantize-load"
                 )
             PushBox(context, self.receipt)
 
@@ -82,4 +82,4 @@ class QuantizeTab:
         return self.service.quantize(self.form.request(values), token), view
 
 
-TAB = Tab("quantize", say("quantize"), QuantizeTab)
+TAB = Tab("quantize", msg("Quantize"), QuantizeTab)

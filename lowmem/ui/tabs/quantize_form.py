@@ -11,6 +11,7 @@ from lowmem import quant
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
 from lowmem.fields import build, describe
+from lowmem.messages import msg
 from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
@@ -18,7 +19,8 @@ from lowmem.quant.request import QuantizeRequest
 from lowmem.settings import settings
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
-from lowmem.ui.i18n.strings import name, say
+from lowmem.ui.language import Html
+from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import widgets
@@ -46,35 +48,41 @@ class QuantizeForm:
                 originals(context.engine),
                 value="demo",
                 allow_custom_value=True,
-                label=say("model"),
-                info=say("model_help"),
+                label=msg("Model"),
+                info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
                 elem_id="quant-model",
             )
         self.method = gr.Radio(
             [(get(method).label, method) for method in usable],
             value=first,
-            label=say("method"),
+            label=msg("Method"),
             info=get(first).description,
             elem_id="quant-method",
         )
-        gr.HTML(render.refusals([(get(m).label, why) for m, why in refused.items() if why], say("not_here")))
+        gr.HTML(
+            Html(
+                lambda: render.refusals(
+                    [(get(m).label, why) for m, why in refused.items() if why], msg("Not on this machine")
+                )
+            )
+        )
         with gr.Row():
             self.bits = gr.Radio(
-                _bits(first), value=_preset(first, "bits"), label=say("bits"), elem_id="quant-bits", min_width=230
+                _bits(first), value=_preset(first, "bits"), label=msg("Bits"), elem_id="quant-bits", min_width=230
             )
             self.group = gr.Dropdown(
                 _groups(first),
                 value=_preset(first, "group_size"),
-                label=say("group"),
-                info=say("group_help"),
+                label=msg("Group size"),
+                info=msg("Weights that share a scale. Smaller groups are more precise and take more space."),
                 filterable=False,
                 elem_id="quant-group",
                 min_width=200,
             )
         self.symmetric = gr.Checkbox(
             _preset(first, "symmetric"),
-            label=say("symmetric"),
-            info=say("symmetric_help"),
+            label=msg("Symmetric"),
+            info=msg("Without zero points: slightly less precise, supported by more programs."),
             elem_id="quant-symmetric",
         )
         self._build_calibration(visible=get(first).calibrated)
@@ -100,29 +108,33 @@ class QuantizeForm:
                 self.text = gr.Dropdown(
                     [(name("texts", key), key) for key in (*texts.NAMES, OWN_FILE)],
                     value=texts.MANUAL,
-                    label=say("calibration"),
-                    info=say("calibration_help"),
+                    label=msg("Calibration text"),
+                    info=msg("Text that the method runs through the model to choose the rounding."),
                     filterable=False,
                     elem_id="quant-text",
                     min_width=240,
                 )
                 self.samples = gr.Slider(
-                    4, 512, value=usual.samples, step=4, label=say("samples"), buttons=[], min_width=180,
+                    4, 512, value=usual.samples, step=4, label=msg("Samples"), buttons=[], min_width=180,
                     elem_id="quant-samples",
                 )  # fmt: skip
                 self.length = gr.Slider(
-                    64, 4096, value=usual.length, step=64, label=say("sample_length"), buttons=[],
+                    64, 4096, value=usual.length, step=64, label=msg("Tokens per sample"), buttons=[],
                     min_width=180, elem_id="quant-length",
                 )  # fmt: skip
             self.file = gr.File(
-                label=say("text_file"), file_types=["text"], height=110, visible=False, elem_id="quant-file"
+                label=msg("Text file (UTF-8, up to 2 MB)"),
+                file_types=["text"],
+                height=110,
+                visible=False,
+                elem_id="quant-file",
             )
             self.overlap = gr.HTML(elem_id="quant-overlap")
 
     def _build_advanced(self, first: str) -> None:
         self.advanced: dict[tuple[str, str], Any] = {}
         self.folds: dict[str, Any] = {}
-        with gr.Accordion(say("advanced"), open=False, elem_id="quant-advanced", visible=bool(_extra(first))) as fold:
+        with gr.Accordion(msg("Advanced"), open=False, elem_id="quant-advanced", visible=bool(_extra(first))) as fold:
             for method in quant.METHODS:
                 with gr.Column(visible=method == first) as column:
                     made = widgets(get(method).Options, _extra(method), f"quant-{method}")
@@ -173,7 +185,7 @@ class QuantizeForm:
         advanced, limits = rest[: len(self.advanced)], rest[len(self.advanced) :]
         own = {key: value for (owner, key), value in zip(self.advanced, advanced, strict=True) if owner == method}
         if text == OWN_FILE and not file and get(method).calibrated:
-            raise BadInput(say("text_missing"), say("text_missing_hint"))
+            raise BadInput(msg("No calibration file was uploaded."), msg("Upload a text file, or choose another text."))
         source = file if text == OWN_FILE and file else texts.MANUAL if text == OWN_FILE else text
         return self.service.request(
             model=(model or "").strip(),
@@ -207,9 +219,11 @@ def _possible(method: str, **options: Any) -> bool:
 
 
 def _bits(method: str) -> list[tuple[str, int]]:
-    return [(say("bits_two") if bits == 2 else str(bits), bits) for bits in BITS if _possible(method, bits=bits)]
+    return [
+        (msg("2 (experimental)") if bits == 2 else str(bits), bits) for bits in BITS if _possible(method, bits=bits)
+    ]
 
 
 def _groups(method: str) -> list[tuple[str, int]]:
     fitting = [size for size in GROUPS if _possible(method, group_size=size)]
-    return [(say("whole_row") if size == -1 else str(size), size) for size in fitting]
+    return [(msg("A whole row") if size == -1 else str(size), size) for size in fitting]

@@ -16,6 +16,7 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, make_variant, parse_variant
+from lowmem.messages import msg
 from lowmem.plots.figure import to_svg
 from lowmem.plots.variants import picture
 from lowmem.quant import get
@@ -24,7 +25,7 @@ from lowmem.sweep.grid import Grid
 from lowmem.sweep.table import ordered
 from lowmem.ui.html import parts
 from lowmem.ui.html import quantize as render_quantize
-from lowmem.ui.i18n.strings import say
+from lowmem.ui.language import Html
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import read
@@ -46,11 +47,19 @@ class SweepView:
     def __init__(self, context: Context, text: gr.Dropdown, options: dict[str, Any]) -> None:
         self.context, self.service, self.sidebar = context, context.services.compare, context.sidebar
         self._fields = tuple(options)
-        with gr.Accordion(say("sweep"), open=False, elem_id="sweep"):
-            gr.HTML(parts.quiet(say("sweep_help")))
+        with gr.Accordion(msg("Sweep: methods and settings"), open=False, elem_id="sweep"):
+            gr.HTML(
+                parts.quiet(
+                    msg(
+                        "Measures every combination of model, method and setting on the text above, as many in parallel as fit the budget. The table is saved, and a stopped sweep resumes where it left off."
+                    )
+                )
+            )
             self._build_form()
-            self.count = gr.HTML(self._counted(*(control.value for control in self.chosen)), elem_id="sweep-count")
-            self.runner = ButtonRunner(context, "sweep", say("start_sweep"))
+            self.count = gr.HTML(
+                Html(lambda: self._counted(*(control.value for control in self.chosen))), elem_id="sweep-count"
+            )
+            self.runner = ButtonRunner(context, "sweep", msg("Start sweep"))
             self.table = gr.HTML(elem_id="sweep-table")
             self.plots = gr.HTML(elem_id="sweep-plots")
             self.notes = gr.HTML(elem_id="sweep-notes")
@@ -69,40 +78,40 @@ class SweepView:
             value=["demo"],
             multiselect=True,
             allow_custom_value=True,
-            label=say("sweep_models"),
+            label=msg("Models"),
             elem_id="sweep-models",
         )
         self.precisions = gr.CheckboxGroup(
             precisions,
             value=[name for name in ("int8", "bf16") if name in precisions],
-            label=say("sweep_precisions"),
+            label=msg("Unquantized, precision"),
             elem_id="sweep-precisions",
         )
-        self.methods = gr.CheckboxGroup(usable, value=quick, label=say("sweep_methods"), elem_id="sweep-methods")
+        self.methods = gr.CheckboxGroup(usable, value=quick, label=msg("Methods"), elem_id="sweep-methods")
         with gr.Row():
             self.bits = gr.CheckboxGroup(
                 [(str(bits), bits) for bits in BITS],
                 value=[3, 4],
-                label=say("bits"),
+                label=msg("Bits"),
                 elem_id="sweep-bits",
                 min_width=200,
             )
             self.groups = gr.CheckboxGroup(
-                [(say("whole_row") if size < 0 else str(size), size) for size in GROUPS],
+                [(msg("A whole row") if size < 0 else str(size), size) for size in GROUPS],
                 value=[64],
-                label=say("group"),
+                label=msg("Group size"),
                 elem_id="sweep-groups",
                 min_width=240,
             )
             self.zeros = gr.CheckboxGroup(
-                [(say("sweep_with"), False), (say("sweep_without"), True)],
+                [(msg("With"), False), (msg("Without (symmetric)"), True)],
                 value=[False],
-                label=say("sweep_symmetric"),
+                label=msg("Zero points"),
                 elem_id="sweep-zeros",
                 min_width=240,
             )
         self.samples = gr.Slider(
-            1, 256, value=SAMPLES, step=1, label=say("samples"), info=say("sweep_samples_help"), buttons=[],
+            1, 256, value=SAMPLES, step=1, label=msg("Samples"), info=msg("For GPTQ and AWQ; fewer samples are faster."), buttons=[],
             elem_id="sweep-samples",
         )  # fmt: skip
         self.chosen: list[Any] = [
@@ -114,9 +123,11 @@ class SweepView:
         variants = _variants(*settings)
         reference = self.service.reference()
         if not models or not variants:
-            return parts.quiet(say("sweep_nothing"))
+            return parts.quiet(msg("Choose a model, and a precision or a method with a supported setting."))
         count = len(models) * len({reference, *(variant.name for variant in variants)})
-        return parts.quiet(say("sweep_count", count=count, reference=reference))
+        return parts.quiet(
+            msg("{count} runs, including each model in {reference} as the reference.", count=count, reference=reference)
+        )
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         models, *settings = values[: len(self.chosen)]
@@ -124,7 +135,10 @@ class SweepView:
         measure, limits = rest[: len(self._fields)], rest[len(self._fields) :]
         variants = _variants(*settings)
         if not models or not variants:
-            raise BadInput("There is nothing to sweep.", say("sweep_nothing"))
+            raise BadInput(
+                msg("There is nothing to sweep."),
+                msg("Choose a model, and a precision or a method with a supported setting."),
+            )
         grid = Grid(
             models=tuple(dict.fromkeys(model.strip() for model in models)),
             variants=tuple(variants),
