@@ -16,6 +16,7 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
 import lowmem
+import lowmem.errors
 
 PACKAGE = Path(lowmem.__file__).parent
 
@@ -31,6 +32,39 @@ def texts() -> Iterator[tuple[str, str]]:
             match node:
                 case ast.Call(func=ast.Name(id="msg"), args=[ast.Constant(value=str(text))]):
                     yield text, str(path.relative_to(PACKAGE.parent))
+
+
+SHOWN_ARGUMENTS = {
+    **{name: (0, 1) for name, kind in vars(lowmem.errors).items() if isinstance(kind, type)},
+    **{"Step": (2,), "Line": (2,), "option": (1, 2)},
+}
+"""Calls whose arguments at these places are shown to people."""
+
+
+def unmarked() -> Iterator[str]:
+    """Places where a bare string is shown, so that it stays English in every language."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "cli":  # the command line speaks English
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                for place in SHOWN_ARGUMENTS.get(node.func.id, ()):
+                    for argument in node.args[place : place + 1]:
+                        text = bare_text(argument)
+                        if any(map(str.isalpha, text)) and not text.startswith("pip install "):
+                            yield f"{path.relative_to(PACKAGE.parent)}:{argument.lineno}"
+
+
+def bare_text(node: ast.expr) -> str:
+    """The letters of a string that is no message."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(bare_text(part) for part in parts)
+        case ast.IfExp(body=first, orelse=second) | ast.BinOp(left=first, right=second):
+            return bare_text(first) + bare_text(second)
+    return ""
 
 
 def read(path: Path) -> Catalog:

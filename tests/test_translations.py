@@ -8,7 +8,7 @@ from string import Formatter
 import gradio as gr
 import httpx
 import pytest
-from catalogues import catalogues, compiled, read, texts
+from catalogues import catalogues, compiled, read, texts, unmarked
 from ui_stub import StubEngine
 
 from lowmem.messages import LANGUAGE, msg, translate
@@ -48,6 +48,10 @@ class TestCatalogue:
 
     def test_it_is_compiled(self, path: Path) -> None:
         assert path.with_suffix(".mo").read_bytes() == compiled(read(path)), "run tests/catalogues.py"
+
+
+def test_what_is_shown_is_a_message() -> None:
+    assert list(unmarked()) == []
 
 
 def placeholders(template: str) -> set[tuple[str | None, ...]]:

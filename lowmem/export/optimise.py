@@ -63,7 +63,7 @@ def optimise(folder: Path, source: Path) -> Iterator[Step]:
             file.unlink()
     part.rmdir()
     (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
-    yield Step(1, 1, "Optimised" if report["kept"] else msg("The optimiser gained nothing"))
+    yield Step(1, 1, msg("Optimised") if report["kept"] else msg("The optimiser gained nothing"))
 
 
 def _optimised(path: Path, target: Path, source: Path) -> dict[str, int]:

@@ -106,7 +106,7 @@ def check_decoder(
     yield Step(2, 3, msg("Verifying: decoding with the graph"))
     decode = _agreement(wanted[:, -STEPS:], torch.cat([_decoded(graph, window) for window in windows]))
     gate, passed = _judge(graph.manifest.precision, stored is not None, prefill, decode)
-    yield Step(3, 3, "Verified" if passed else "Failed")
+    yield Step(3, 3, msg("Verified") if passed else msg("Failed"))
     return ParityCheck(prefill, decode, gate, passed, text)
 
 
