@@ -182,7 +182,7 @@ def first_visit(browser: Any, url: str, size: str, scheme: str, label: str, *, l
 
     page.click("#unload-bar")
     page.wait_for_selector("#load:visible:not([disabled])")
-    assert "None" in page.text_content("#resident")
+    assert "No model is loaded" in page.text_content("#resident")
     visit.shot("unloaded")
     visit.close()
 

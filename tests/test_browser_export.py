@@ -31,7 +31,7 @@ def test_export_by_clicking_then_chat(browser: Any, url: str, size: str, scheme:
     page.wait_for_selector("#export-load", timeout=90_000)
     shown = page.inner_text("#export-receipt")
     assert "Top-1 match" in shown
-    assert "Proven" in shown
+    assert "Verified" in shown
     page.click("#export-receipt summary >> nth=0")
     assert "import onnxruntime" in page.inner_text("#export-receipt pre")
     visit.shot("proven")

@@ -110,7 +110,7 @@ def test_a_text_from_an_address_and_why_one_cannot_be_had(
     for path, sentence in (
         ("/missing", "answers with status 404."),
         ("/huge", "The text is larger than the 4.00 MB allowed."),
-        ("/pdf", "The address gives application/pdf, not text."),
+        ("/pdf", "The URL returns application/pdf, not text."),
         ("/inside", "169.254.169.254 is not on the public network."),
     ):
         read(path)

@@ -121,9 +121,9 @@ def test_a_sweep_by_clicking_grows_stops_and_goes_on(browser: Any, url: str) -> 
         field.blur()
     page.click("#sweep > button")
     page.click("#sweep-groups label:has-text('64')")
-    page.wait_for_selector("#sweep-count:has-text('3 cells')")
+    page.wait_for_selector("#sweep-count:has-text('3 runs')")
     page.click("#sweep-groups label:has-text('32')")
-    page.wait_for_selector("#sweep-count:has-text('7 cells')")  # fp32, int8, bf16 and two methods with two widths
+    page.wait_for_selector("#sweep-count:has-text('7 runs')")  # fp32, int8, bf16 and two methods with two widths
     visit.shot("chosen")
     page.click("#sweep-start")
     page.wait_for_selector("#sweep-table tbody tr >> nth=1", timeout=120_000)

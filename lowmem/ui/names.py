@@ -25,7 +25,7 @@ NAMES: dict[str, Any] = {
         "ram": msg("In RAM (GPU only)"),
         "none": msg("none"),
     },
-    "kinds": {"downloaded": msg("downloaded"), "result": msg("result"), "graph": msg("graph")},
+    "kinds": {"fetched": msg("downloaded"), "made here": msg("result"), "graph": msg("graph")},
     "texts": {
         "manual": msg("Python's manual (packaged)"),
         "wikitext2": msg("WikiText-2 (from the hub)"),
