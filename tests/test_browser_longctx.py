@@ -108,9 +108,9 @@ def test_a_text_from_an_address_and_why_one_cannot_be_had(
     visit.shot("refused")
     monkeypatch.setattr(sources, "_is_public", lambda ip: ip == "127.0.0.1")
     for path, sentence in (
-        ("/missing", "answers with status 404."),
+        ("/missing", "returned status 404."),
         ("/huge", "The text is larger than the 4.00 MB allowed."),
-        ("/pdf", "The URL returns application/pdf, not text."),
+        ("/pdf", "The URL returned application/pdf, not text."),
         ("/inside", "169.254.169.254 is not on the public network."),
     ):
         read(path)

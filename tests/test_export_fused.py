@@ -196,7 +196,7 @@ def test_the_command_line_exports(tmp_path: Path, capsys: pytest.CaptureFixture[
         receipt = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert receipt["details"]["kind"] == ("fused" if out == "a" else "decoder")
     assert main(["export", str(source), str(tmp_path / "a")]) == 3
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_graph_that_fails_the_parity_check_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_who_wants_a_graph_that_another_is_writing_waits_for_it(folder: Path) ->
     writing = onnx_loader.graph_folder(best, folder, cancel)
     next(writing)
     loading = session.load(best)
-    assert any(isinstance(step, Step) and "Waiting for another writing" in step.note for step in islice(loading, 8))
+    assert any(isinstance(step, Step) and "Waiting for another process" in step.note for step in islice(loading, 8))
     list(writing)
     assert not any(isinstance(step, Step) and "graph, once" in step.note for step in list(loading))
     assert session.plan is not None

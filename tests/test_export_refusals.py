@@ -175,7 +175,7 @@ def test_weights_that_a_graph_itself_lacks_are_one_sentence(made: Path, tmp_path
     missing = save_graph(tmp_path / "g.onnx", add, location="lost.data")
     said(CorruptModel, "weights of g.onnx are missing", lambda: open_session(missing))
     (tmp_path / "lost.data").write_bytes(b"short")
-    said(CorruptModel, "weights of g.onnx are missing, cut short", lambda: open_session(missing))
+    said(CorruptModel, "weights of g.onnx are missing, truncated", lambda: open_session(missing))
     (made / PREFILL).write_bytes(b"\0" * (made / PREFILL).stat().st_size)
     said(CorruptModel, f"{PREFILL} cannot be loaded", lambda: OnnxModel(made))
 
@@ -290,7 +290,7 @@ def test_how_far_the_weights_came_is_said() -> None:
 
 def test_what_the_disk_cannot_hold_is_known_before(source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("lowmem.export.request.disk_free_bytes", lambda folder: 1000)
-    said(DiskFull, r"1\.00 KB are free", lambda: export(source, tmp_path / "out"))
+    said(DiskFull, r"1\.00 KB is free", lambda: export(source, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,9 +317,9 @@ def test_folders_that_cannot_be_written_are_refused(source: Path, whole: Path, t
 
 
 def test_an_export_of_an_export_is_refused(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(BadInput, "exported graph already", lambda: export(whole, tmp_path / "out"))
+    said(BadInput, "already an exported graph", lambda: export(whole, tmp_path / "out"))
     assert main(["export", str(whole), str(tmp_path / "out")]) == 3
-    assert "exported graph already" in capsys.readouterr().err
+    assert "already an exported graph" in capsys.readouterr().err
 
 
 def test_a_stranger_exports_no_path(source: Path, tmp_path: Path) -> None:

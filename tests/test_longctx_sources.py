@@ -89,13 +89,13 @@ def test_texts_and_pages_are_read_as_people_see_them(path: str, text: str, publi
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/pdf", "The URL returns application/pdf, not text."),
+        ("/pdf", "The URL returned application/pdf, not text."),
         ("/binary", "The text contains binary data."),
         ("/empty", "The text is empty."),
         ("/declared", "The text is larger than the 4.00 MB allowed."),
         ("/huge", "The text is larger than the 4.00 MB allowed."),
-        ("/packed", "127.0.0.1 sends compressed data, not plain text."),
-        ("/missing", "/missing answers with status 404."),
+        ("/packed", "127.0.0.1 sent compressed data, not plain text."),
+        ("/missing", "/missing returned status 404."),
         ("/again", "127.0.0.1 redirects more than 4 times."),
         ("/inside", "169.254.169.254 is not on the public network."),
         ("/elsewhere", "'file:///etc/passwd' is not the URL of a text."),
@@ -111,7 +111,7 @@ def test_what_is_not_a_text_is_refused_in_one_sentence(path: str, message: str, 
 def test_an_answer_that_drips_is_given_up(public: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_SECONDS", 0.5)
     started = time.monotonic()
-    with pytest.raises(Offline, match=r"127\.0\.0\.1 has not sent the whole text within 0 s"):
+    with pytest.raises(Offline, match=r"127\.0\.0\.1 did not send the whole text within 0 s"):
         fetch_text(f"{public}/drip", CancelToken())
     assert time.monotonic() - started < 3
 

@@ -209,7 +209,7 @@ def test_another_vocabulary_is_not_compared(reference):
 def test_no_room_for_the_original(tmp_path, monkeypatch):
     monkeypatch.setattr(divergence_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
     read = Passage(tuple(toys.prompt(20)), 16, 8)
-    with pytest.raises(DiskFull, match=r"take 9\.96 KB, but only 100 B of the disk are free"):
+    with pytest.raises(DiskFull, match=r"take 9\.96 KB, but only 100 B of disk space is free"):
         list(write_reference(toys.toy("llama"), read, tmp_path / "reference.bin", cancel=NO_CANCEL))
     assert not list(tmp_path.iterdir())
 

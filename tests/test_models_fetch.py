@@ -148,7 +148,7 @@ def test_a_dead_connection_keeps_what_came_and_the_next_fetch_goes_on(hub: FakeH
     part = settings().models / f"acme--toy@{COMMIT}.part"
     part.mkdir(parents=True)
     (part / "model.safetensors.part").write_bytes(toy_files["model.safetensors"][:1_050_000])
-    with pytest.raises(Offline, match=r"1\.05 MB of .* of model\.safetensors are kept"):
+    with pytest.raises(Offline, match=r"1\.05 MB of .* of model\.safetensors are saved"):
         run(REPO)
     assert not is_local(REPO)
     hub.cuts = 0
@@ -225,7 +225,7 @@ def test_disk_too_small_is_said_before_the_first_byte(
     hub.add(REPO, toy_files)
     usage = shutil.disk_usage("/")._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DiskFull, match=r"acme/toy needs 1\.\d+ MB of disk, 5\.00 KB are free"):
+    with pytest.raises(DiskFull, match=r"acme/toy needs 1\.\d+ MB of disk space, but only 5\.00 KB is free"):
         run(REPO)
     assert "" not in hub.ranges("model.safetensors")
 

@@ -98,7 +98,7 @@ def test_a_folder_is_uploaded_with_the_token_that_was_typed(
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_may_not_write_is_said_without_showing_it(hub: Hub, folder: Path, status: int) -> None:
     hub.status = status
-    with pytest.raises(GatedModel, match="does not let this token write to ada/made") as caught:
+    with pytest.raises(GatedModel, match="This token has no write access to ada/made") as caught:
         push(folder, "ada/made", TOKEN)
     assert TOKEN not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -175,7 +175,7 @@ def test_a_replaced_shard_is_named(running: tuple[PreTrainedModel, Path]) -> Non
 def test_a_disk_that_is_gone_is_named(running: tuple[PreTrainedModel, Path]) -> None:
     model, file = running
     away = file.rename(file.with_name("elsewhere"))
-    with pytest.raises(ModelNotFound, match="is not there any more"):
+    with pytest.raises(ModelNotFound, match="no longer exists"):
         passes(model)
     away.rename(file)
     logits(model)

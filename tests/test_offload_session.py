@@ -187,7 +187,7 @@ def test_a_budget_below_the_smallest_names_the_number_that_would_do(seven_billio
         place_by_budget(big(seven_billion, 700_000_000))
     least = smallest(seven_billion).main.peak
     assert place_by_budget(big(seven_billion, int(least * 1.01))).verdict != "over"
-    assert "Allow at least" in refused.value.hint
+    assert "Raise the budget to at least" in refused.value.hint
 
 
 def test_the_rung_offloads_only_what_does_not_fit(seven_billion: Plan) -> None:

@@ -160,7 +160,7 @@ def test_a_space_of_two_cores_starts_from_its_folder_alone(tmp_path: Path, home:
         client.predict(toy, "fp32", 256, api_name="/load")
         answer = client.predict("Hello", {"max_new_tokens": 4, "unbounded": True}, api_name="/generate")
         assert answer["new_tokens"] == 4
-        with pytest.raises(Exception, match="left to the owner"):
+        with pytest.raises(Exception, match="reserved for the owner"):
             client.predict(toy, "fp32", 256, "auto", "same", "", "", True, api_name="/load")
 
 

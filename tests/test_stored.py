@@ -44,7 +44,7 @@ def test_what_is_deleted_is_gone_and_its_bytes_are_told(home: Path) -> None:
 @pytest.mark.parametrize("key", ["", "keep", "models/../keep", "models/.work", "/etc", "models", "outputs/half.part"])
 def test_nothing_else_is_ever_deleted(key: str, home: Path) -> None:
     before = sorted(home.rglob("*"))
-    with pytest.raises(BadInput, match="Nothing is kept here under"):
+    with pytest.raises(BadInput, match="Nothing is stored here as"):
         StubEngine().delete(key)
     assert sorted(home.rglob("*")) == before
 
@@ -56,7 +56,7 @@ def test_a_link_is_not_followed(home: Path) -> None:
 
 
 def test_visitors_delete_nothing(home: Path) -> None:
-    with pytest.raises(NotAllowed, match="Deleting from this machine is left to the owner"):
+    with pytest.raises(NotAllowed, match="Deleting from this machine is reserved for the owner"):
         StubEngine(access=Access(public=True)).delete("models/demo")
     assert (home / "models/demo").is_dir()
 

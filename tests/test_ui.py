@@ -157,7 +157,7 @@ def test_absurd_options_get_a_sentence_and_the_app_goes_on(
     [
         (("/generate", ""), "There is nothing to send."),
         (("/generate", "x" * 200_001), "The text has 200,001 characters"),
-        (("/chat", "hi", [{"role": "wizard", "content": "x"}]), "A message of the history is malformed."),
+        (("/chat", "hi", [{"role": "wizard", "content": "x"}]), "A message in the history is malformed."),
         (("/batch", []), "There are no prompts."),
         (("/plan", "a b"), "'a b' is not the name of a model."),
         (("/plan", "demo", "int3"), "Precision: there is no 'int3'."),

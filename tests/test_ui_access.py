@@ -68,8 +68,8 @@ def test_a_visitor_chats(visitor: Client) -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        ((*TIGHT, True, "/load"), "Going over the budget is left to the owner"),
-        (("stranger/model", "/load"), "This page runs only the models it lists, and not 'stranger/model'."),
+        ((*TIGHT, True, "/load"), "Going over the budget is reserved for the owner"),
+        (("stranger/model", "/load"), "This page runs only the models it lists; 'stranger/model' is not one of them."),
         (("stranger/model", "/plan"), "This page runs only the models it lists"),
         (("stranger/model", "rtn", "/quantize"), "This page runs only the models it lists"),
         (("stranger/model", ["fp32"], "/compare"), "This page runs only the models it lists"),
@@ -81,9 +81,9 @@ def test_a_visitor_chats(visitor: Client) -> None:
         (("stranger/model", "/estimate_export"), "This page runs only the models it lists"),
         (("stranger/model", "/export"), "This page runs only the models it lists"),
         ((["stranger/model"], ["fp32"], "/sweep"), "This page runs only the models it lists"),
-        (("models/demo", "/delete"), "Deleting from this machine is left to the owner"),
-        (("/stored",), "Listing the disk is left to the owner"),
-        (("/etc", "me/it", "/push"), "Pushing to the hub is left to the owner"),
+        (("models/demo", "/delete"), "Deleting from this machine is reserved for the owner"),
+        (("/stored",), "Listing the disk is reserved for the owner"),
+        (("/etc", "me/it", "/push"), "Pushing to the hub is reserved for the owner"),
         (("demo", {"tokens": 5000}, "/compare_strategies"), "5,000 tokens of text are more than the 4,096"),
         (("Hi", {"max_new_tokens": 5000}, "/generate"), "5,000 new tokens are more than the 4,096"),
         ((["Hi"] * 101, "/batch"), "101 prompts are more than the 100"),
@@ -136,7 +136,7 @@ def test_tries_of_a_password_come_to_an_end(url: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(limits, "RULES", (replace(RULES[0], what="tries"),))
     tries = [httpx.post(f"{url}login", data={"username": "ada", "password": str(guess)}) for guess in range(11)]
     assert [answer.status_code for answer in tries] == [400] * 10 + [429]
-    assert tries[-1].json()["detail"].startswith("Too many tries from here: 10 in 300 s.")
+    assert tries[-1].json()["detail"].startswith("Too many tries from your address: 10 in 300 s.")
     assert int(tries[-1].headers["retry-after"]) > 250
 
 
@@ -205,7 +205,7 @@ def test_a_sign_in_of_ones_own(launched: dict[str, Any], capsys: pytest.CaptureF
     serve()
     assert launched["auth"] is None
     for wrong in ("ada", ":x", "ada:"):
-        with pytest.raises(BadInput, match="no user or no password"):
+        with pytest.raises(BadInput, match="lacks a user name or a password"):
             serve(auth=wrong)
     with pytest.raises(BadInput, match="page's owner"):
         serve(share=True, auth="owner:x")

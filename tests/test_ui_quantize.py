@@ -205,7 +205,7 @@ def test_strangers_push_nothing_and_owners_only_results(
     made = settings().outputs / "made"
     made.mkdir(parents=True)
     (made / "config.json").write_text("{}")
-    with pytest.raises(NotAllowed, match="left to the owner"):
+    with pytest.raises(NotAllowed, match="reserved for the owner"):
         next(push_result(public.engine.access, str(made), "ada/made", "typed", True, CancelToken()))
     with pytest.raises(BadInput, match="Only results"):
         next(push_result(service.engine.access, str(tmp_path), "ada/made", "typed", True, CancelToken()))

@@ -71,7 +71,7 @@ def _fetch(source: _Source, split: str, cancel: CancelToken) -> str:
     except LowMemError as error:
         if isinstance(error, ModelNotFound | GatedModel):
             raise Offline(
-                msg("The hub refuses {label}.", label=source.label), msg("Use the text 'manual' or a file.")
+                msg("The hub refused {label}.", label=source.label), msg("Use the text 'manual' or a file.")
             ) from error
         raise
 

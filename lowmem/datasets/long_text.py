@@ -82,7 +82,7 @@ def fetch_text(address: str, cancel: CancelToken) -> Text:
         except TimeoutError:
             raise Offline(
                 msg(
-                    "{address} has not sent the whole text within {max_seconds:.0f} s.",
+                    "{address} did not send the whole text within {max_seconds:.0f} s.",
                     address=_host(address),
                     max_seconds=MAX_SECONDS,
                 ),
@@ -159,13 +159,13 @@ def _is_public(ip: str) -> bool:
 def _check_answer(address: str, answer: httpx.Response) -> None:
     if answer.status_code != 200:
         raise BadInput(
-            msg("{address} answers with status {status_code}.", address=address[:100], status_code=answer.status_code),
+            msg("{address} returned status {status_code}.", address=address[:100], status_code=answer.status_code),
             msg("Check the URL."),
         )
     if answer.headers.get("content-encoding", "identity").lower() != "identity":
         # A megabyte may decompress to a gigabyte.
         raise BadInput(
-            msg("{address} sends compressed data, not plain text.", address=_host(address)),
+            msg("{address} sent compressed data, not plain text.", address=_host(address)),
             msg("Paste the text instead."),
         )
     if int(answer.headers.get("content-length", 0)) > MAX_BYTES:
@@ -192,7 +192,7 @@ def _readable(data: bytes, headers: httpx.Headers) -> str:
     kind = headers.get("content-type", "text/plain").lower()
     if not kind.startswith("text/"):
         raise BadInput(
-            msg("The URL returns {kind}, not text.", kind=kind.split(";")[0]), msg("Use the URL of a text or a page.")
+            msg("The URL returned {kind}, not text.", kind=kind.split(";")[0]), msg("Use the URL of a text or a page.")
         )
     charset = re.search(r"charset=([\w-]+)", kind)
     try:

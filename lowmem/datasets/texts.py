@@ -97,7 +97,7 @@ def _file(path: Path) -> Text:
             largest = format_bytes(MAX_FILE_BYTES)
             raise BadInput(
                 msg(
-                    "{path} has {size}, more than the {largest} allowed.",
+                    "{path} is {size}, more than the {largest} allowed.",
                     path=path.name,
                     size=format_bytes(size),
                     largest=largest,

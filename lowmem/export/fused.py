@@ -39,11 +39,11 @@ def refusal(config: Any) -> str | None:
         return msg("The fused graph does not support the activation {config!r}.", config=_activation(config))
     kinds = {kind for kind in _rope_types(config.rope_parameters or {}) if kind not in _STATIC_ROPE}
     if kinds:
-        return msg("Its rotary positions ({kinds}) depend on the length of the text.", kinds=", ".join(sorted(kinds)))
-    if head_dim(config) % 8:
         return msg(
-            "The fused attention needs heads of a multiple of 8 channels, not {config}.", config=head_dim(config)
+            "Its rotary position embeddings ({kinds}) depend on the length of the text.", kinds=", ".join(sorted(kinds))
         )
+    if head_dim(config) % 8:
+        return msg("Fused attention needs a head size that is a multiple of 8, not {config}.", config=head_dim(config))
     return None
 
 

@@ -190,10 +190,10 @@ def _untraceable(error: BaseException) -> Unsupported:
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip()
-    hint = msg("Choose a model of another family.")
+    hint = msg("Choose a model from another family.")
     if found := _NO_OPERATOR.search(text):
         return Unsupported(
             msg("The model computes with {found}, for which ONNX has no operator.", found=found[1]), hint
         )
     reason = (text.splitlines() or [type(error).__name__])[0][:200]
-    return Unsupported(msg("PyTorch cannot turn this model into a graph: {reason}", reason=reason), hint)
+    return Unsupported(msg("PyTorch cannot convert this model to a graph: {reason}", reason=reason), hint)

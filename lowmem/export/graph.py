@@ -81,7 +81,7 @@ class WeightFile:
             if error.errno != errno.ENOSPC:
                 raise
             raise DiskFull(
-                msg("The disk is full after {tell:,} bytes of weights.", tell=self._file.tell()),
+                msg("The disk is full after {written:,} bytes of weights.", written=self._file.tell()),
                 msg("Free some space, or choose fewer bits."),
             ) from error
 

@@ -38,7 +38,7 @@ _TYPES = {"gpt2": "gpt2", "phi": "phi", "t5": "t5", "vit": "vit", "clip": "clip"
 
 def optimise(folder: Path, source: Path) -> Iterator[Step]:
     """Optimise the graph in `folder`, exported from the model in `source`, in place; writes `REPORT`."""
-    yield Step(0, 1, msg("Optimising the graph"))
+    yield Step(0, 1, msg("Optimizing the graph"))
     path = folder / GRAPH
     before = figures(path)
     part = folder / "optimised"
@@ -63,7 +63,7 @@ def optimise(folder: Path, source: Path) -> Iterator[Step]:
             file.unlink()
     part.rmdir()
     (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
-    yield Step(1, 1, msg("Optimised") if report["kept"] else msg("The optimiser gained nothing"))
+    yield Step(1, 1, msg("Optimized") if report["kept"] else msg("The optimizer made no difference"))
 
 
 def _optimised(path: Path, target: Path, source: Path) -> dict[str, int]:

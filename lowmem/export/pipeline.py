@@ -214,7 +214,7 @@ class _Export:
                 model=self.spec.name,
                 sentence=self.sentence,
             ),
-            msg("Choose another precision. The graph is in {kept}.", kept=kept),
+            msg("Choose another precision. The graph is in {folder}.", folder=kept),
         )
 
 

@@ -42,9 +42,7 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         if self.out.exists():
-            raise BadInput(
-                msg("{out} is there already.", out=self.out), msg("Choose another name, or delete it first.")
-            )
+            raise BadInput(msg("{out} already exists.", out=self.out), msg("Choose another name, or delete it first."))
 
     def as_arguments(self) -> dict[str, Any]:
         """For JSON: `ExportRequest.from_arguments(**request.as_arguments()) == request`."""
@@ -119,7 +117,7 @@ def estimate(
     """
     if spec.exported:
         raise BadInput(
-            msg("{model} is an exported graph already.", model=spec.name), msg("Choose the model it was exported from.")
+            msg("{model} is already an exported graph.", model=spec.name), msg("Choose the model it was exported from.")
         )
     generic = _why_generic(spec, options, refusal)
     seconds = exported.writing_seconds(spec, options.precision)
@@ -184,7 +182,7 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
     if needed > free:
         raise DiskFull(
             msg(
-                "Exporting {model} needs {needed} of disk, but {free} are free.",
+                "Exporting {model} needs {needed} of disk space, but only {free} is free.",
                 model=spec.name,
                 needed=format_bytes(needed),
                 free=format_bytes(free),

@@ -45,7 +45,7 @@ def segments(block_bytes: Sequence[int], ends_bytes: int, limit: int) -> list[Se
     if (largest := max(block_bytes, default=0)) > limit:
         raise OutOfMemory(
             msg(
-                "One block takes {largest:,.0f} MB, the GPU has room for {limit:,.0f} MB of an engine.",
+                "One block takes {largest:,.0f} MB, but the GPU only has room for an engine of {limit:,.0f} MB.",
                 largest=largest / MB,
                 limit=limit / MB,
             ),

@@ -70,7 +70,8 @@ class Source:
         values = self._checkpoint.read(found, torch.float32)
         if not all_finite(values):
             raise CorruptModel(
-                msg("{name} holds NaN or infinite values.", name=name), msg("Fetch the model again, or choose another.")
+                msg("{name} contains NaN or infinite values.", name=name),
+                msg("Fetch the model again, or choose another."),
             )
         return values
 
@@ -98,7 +99,7 @@ class Source:
         names = {part[1:]: found + part for part in PACKED_PARTS if found + part in tensors}
         shapes = {part: tensors[name].shape for part, name in names.items()}
         if len(shapes.get("qweight", ())) != 2:
-            raise CorruptModel(msg("{layer}.qweight is no matrix.", layer=layer), msg("Fetch the model again."))
+            raise CorruptModel(msg("{layer}.qweight is not a matrix.", layer=layer), msg("Fetch the model again."))
         rows, columns = shapes["qweight"]
         check_shapes(self._stored, layer, *self._stored.linear_shape((rows, columns)), shapes)
         weight = read(self._stored, layer, {part: self._checkpoint.read(name) for part, name in names.items()})

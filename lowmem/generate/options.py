@@ -18,7 +18,7 @@ class GenerateOptions:
     max_new_tokens: int = option(
         256,
         msg("Max new tokens"),
-        msg("Upper limit for the answer. Every token takes KV cache."),
+        msg("Upper limit for the answer. Every token takes space in the KV cache."),
         low=1,
         high=1_000_000,
         step=1,

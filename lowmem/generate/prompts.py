@@ -77,14 +77,14 @@ def _message(message: Message) -> dict[str, str]:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
         raise BadInput(
-            msg("A message of the conversation has no valid role."), msg("Use one of the roles {roles}.", roles=roles)
+            msg("A message in the conversation has no valid role."), msg("Use one of the roles {roles}.", roles=roles)
         )
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         texts: list[Any] = [block.get("text") if isinstance(block, Mapping) else None for block in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
-        raise BadInput(msg("A message of the conversation contains something other than text."), msg("Send text only."))
+        raise BadInput(msg("A message in the conversation contains something other than text."), msg("Send text only."))
     return {"role": message["role"], "content": content}
 
 

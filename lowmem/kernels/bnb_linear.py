@@ -95,7 +95,7 @@ def stored4(
     if not fits:
         raise CorruptModel(
             msg(
-                "{name} is not {outputs:,} x {inputs:,} weights of bitsandbytes.",
+                "{name} does not contain {outputs:,} x {inputs:,} bitsandbytes weights.",
                 name=name,
                 outputs=outputs,
                 inputs=inputs,

@@ -72,7 +72,7 @@ def _int8_linear(name: str, parts: Parts, device: torch.device, dtype: torch.dty
     codes, scales, bias = parts["weight"], parts["weight_scale"].float(), parts.get("bias")
     if not torch.isfinite(scales).all():
         raise CorruptModel(
-            msg("{name}.weight_scale holds numbers that are not finite.", name=name), msg("Fetch the model again.")
+            msg("{name}.weight_scale contains NaN or infinite values.", name=name), msg("Fetch the model again.")
         )
     weight = Quantized(
         codes=(codes.to(torch.int16) + INT8_ZERO).to(torch.uint8),
@@ -134,7 +134,7 @@ def read(stored: Quantization, name: str, parts: Parts) -> Quantized:
     """
     if not torch.isfinite(parts["scales"]).all():
         raise CorruptModel(
-            msg("{name}.scales holds numbers that are not finite.", name=name), msg("Fetch the model again.")
+            msg("{name}.scales contains NaN or infinite values.", name=name), msg("Fetch the model again.")
         )
     if stored.method == "awq":
         return from_awq(parts)
@@ -145,7 +145,7 @@ def read(stored: Quantization, name: str, parts: Parts) -> Quantized:
     if not torch.equal(g_idx.sort().values, in_sequence):
         raise CorruptModel(
             msg(
-                "{name}.g_idx does not share {g_idx:,} inputs out among groups of {group_size}.",
+                "{name}.g_idx does not assign its {g_idx:,} inputs to groups of {group_size}.",
                 name=name,
                 g_idx=len(g_idx),
                 group_size=stored.group_size,

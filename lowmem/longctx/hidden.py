@@ -247,7 +247,7 @@ def _writer(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: t
     if size > free:
         raise DiskFull(
             msg(
-                "The hidden states take {size}, but only {free} of the disk are free.",
+                "The hidden states take {size}, but only {free} of disk space is free.",
                 size=format_bytes(size),
                 free=format_bytes(free),
             ),

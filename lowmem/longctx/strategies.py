@@ -143,7 +143,7 @@ def _isolated(arguments: dict[str, Any], cancel: CancelToken, budget: MemoryBudg
         yield str(error)
     except RuntimeError as error:
         log.exception("a cache strategy failed")
-        yield msg("Unexpected error: {splitlines}", splitlines=(str(error).strip().splitlines() or [""])[-1][:300])
+        yield msg("Unexpected error: {error}", error=(str(error).strip().splitlines() or [""])[-1][:300])
 
 
 def _snippet(ref: str, options: StrategyOptions) -> str:

@@ -46,7 +46,7 @@ class Shard:
         except OSError as error:
             raise ModelNotFound(
                 msg("{path} cannot be opened: {strerror}.", path=path.name, strerror=error.strerror),
-                msg("Attach its disk, or fetch the model again."),
+                msg("Reconnect its disk, or fetch the model again."),
             ) from error
         self._identity = _identity(os.fstat(self._file))
 
@@ -121,8 +121,8 @@ class Shard:
 
     def _gone(self, error: OSError) -> ModelNotFound:
         return ModelNotFound(
-            msg("{path} is not there any more: {strerror}.", path=self.path.name, strerror=error.strerror),
-            msg("Attach its disk, or fetch the model again."),
+            msg("{path} no longer exists: {strerror}.", path=self.path.name, strerror=error.strerror),
+            msg("Reconnect its disk, or fetch the model again."),
         )
 
 

@@ -53,7 +53,7 @@ def apple(ram: Ram) -> tuple[Device, ...]:
     """The GPU of an Apple chip, which shares the RAM; empty on other machines."""
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return ()
-    note = msg("Shares its memory with everything else that runs.")
+    note = msg("Shares its memory with everything else on this machine.")
     return (Device("mps", processor.name(), ram.total_bytes, ram.free_bytes, ("fp16", "fp32"), note),)
 
 

@@ -206,7 +206,7 @@ def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
         )
     how = msg("signal {status}", status=-status) if status < 0 else msg("status {status}", status=status)
     return OutOfMemory(
-        msg("The job ended without a result ({how}){held}; most likely its memory ran out.", how=how, held=held),
+        msg("The job ended without a result ({how}){held}; most likely it ran out of memory.", how=how, held=held),
         _LESS_MEMORY,
     )
 

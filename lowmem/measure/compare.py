@@ -123,7 +123,7 @@ class Comparison:
         reason = str(error)
         if not isinstance(error, LowMemError):
             log.error("measuring %s failed", variant.name, exc_info=error)
-            reason = msg("Unexpected error: {splitlines}", splitlines=(reason.strip().splitlines() or [""])[-1][:300])
+            reason = msg("Unexpected error: {error}", error=(reason.strip().splitlines() or [""])[-1][:300])
         return Row(variant.name, error=reason, seconds=seconds, model=self.spec.ref)
 
     def row(self, variant: Variant, is_reference: bool) -> Generator[Step, None, Row]:

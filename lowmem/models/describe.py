@@ -155,11 +155,11 @@ def weight_files(files: Files) -> tuple[str, ...]:
         if missing := [shard for shard in shards if shard not in files.names]:
             raise CorruptModel(
                 msg(
-                    "{missing} of {shards} weight files of {owner} are missing, first {missing2!r}.",
+                    "{missing} of {shards} weight files of {owner} are missing, starting with {first!r}.",
                     missing=len(missing),
                     shards=len(shards),
                     owner=files.owner,
-                    missing2=missing[0][:80],
+                    first=missing[0][:80],
                 ),
                 msg("Fetch the model again."),
             )

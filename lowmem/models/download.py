@@ -61,7 +61,7 @@ def ensure_room(folder: Path, needed: int, what: str) -> None:
     if needed > free:
         raise _disk_full(
             msg(
-                "{what} needs {needed} of disk, {free} are free in {parent}.",
+                "{what} needs {needed} of disk space, but only {free} is free in {parent}.",
                 what=what,
                 needed=format_bytes(needed),
                 free=format_bytes(free),
@@ -125,7 +125,7 @@ def _receive(repository: Repository, file: RemoteFile, partial: _PartialFile, ca
                 received, size = format_bytes(partial.position), format_bytes(file.size)
                 raise Offline(
                     msg(
-                        "{message} {received} of {size} of {file} are kept.",
+                        "{message} {received} of {size} of {file} are saved.",
                         message=error.message,
                         received=received,
                         size=size,
@@ -136,7 +136,7 @@ def _receive(repository: Repository, file: RemoteFile, partial: _PartialFile, ca
             cancel.wait(RETRY_SECONDS)
             continue
         if partial.position <= before:
-            raise CorruptModel(msg("The hub sends no content for {file}.", file=file.name), msg("Try again later."))
+            raise CorruptModel(msg("The hub sent no content for {file}.", file=file.name), msg("Try again later."))
 
 
 class _PartialFile:
@@ -169,7 +169,7 @@ class _PartialFile:
         if self.position + len(chunk) > self._file.size:
             raise CorruptModel(
                 msg(
-                    "The hub sends more than the {size:,} bytes that it lists for {file}.",
+                    "The hub sent more than the {size:,} bytes that it lists for {file}.",
                     size=self._file.size,
                     file=self._file.name,
                 ),

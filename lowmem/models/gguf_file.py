@@ -153,7 +153,7 @@ class _Cursor:
             for _ in range(length):
                 self.skip(self.number("Q"))
         elif inner == _ARRAY:
-            raise Unsupported(msg("{file} holds nested arrays.", file=self.file.name), msg("Choose another file."))
+            raise Unsupported(msg("{file} contains nested arrays.", file=self.file.name), msg("Choose another file."))
         else:
             self.skip(length * struct.calcsize("<" + self._scalar(inner)))
         return length

@@ -219,7 +219,7 @@ def _refusal(repo: str, response: httpx.Response) -> LowMemError:
             if settings().hub_token
             else msg("Accept it at {page} and set HF_TOKEN to your token.", page=page)
         )
-        return GatedModel(msg("{repo} is gated: its authors require you to accept the licence.", repo=repo), hint)
+        return GatedModel(msg("{repo} is gated: its authors require you to accept the license.", repo=repo), hint)
     if code == "RevisionNotFound":
         return ModelNotFound(
             msg("{repo} has no such revision.", repo=repo), msg("See {page} for its branches and commits.", page=page)
@@ -231,7 +231,7 @@ def _refusal(repo: str, response: httpx.Response) -> LowMemError:
             msg("There is no model {repo!r} on the hub.", repo=repo),
             msg("Check the spelling; a private one needs HF_TOKEN."),
         )
-    return Offline(msg("The hub answers with status {status}.", status=status), msg("Try again in a minute."))
+    return Offline(msg("The hub returned status {status}.", status=status), msg("Try again in a minute."))
 
 
 def _body(response: httpx.Response, name: str) -> bytes:

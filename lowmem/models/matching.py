@@ -38,7 +38,7 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
     if folded := next((name for name in checkpoint.tensors if name.endswith(FOLDED_SCALES)), None):
         raise Unsupported(
             msg(
-                "{folded} scales activations, for which {model_type} has no place here.",
+                "{folded} scales activations, which lowmem does not support for {model_type} models.",
                 folded=folded,
                 model_type=model.config.model_type,
             ),
@@ -64,7 +64,7 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
         if tuple(shape) != tuple(tensor.shape):
             raise CorruptModel(
                 msg(
-                    "{name} is {shape} in the file but config.json asks for {expected}.",
+                    "{name} is {shape} in the file, but config.json implies {expected}.",
                     name=name,
                     shape=tuple(shape),
                     expected=tuple(tensor.shape),
@@ -75,11 +75,11 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
     if missing:
         raise CorruptModel(
             msg(
-                "{missing} weights that the model needs are not in its files, {first} first.",
+                "{missing} weights that the model needs are missing from its files, starting with {first}.",
                 missing=len(missing),
                 first=missing[0],
             ),
-            msg("Fetch the model again; if it stays, this family is not supported yet."),
+            msg("Fetch the model again; if the error persists, this family is not supported yet."),
         )
     return matched
 

@@ -73,12 +73,12 @@ def _refusal(error: Any, repo: str) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status in (401, 403):
         return GatedModel(
-            msg("The hub does not let this token write to {repo}.", repo=repo),
-            msg("Create a token with the role write and enter it again."),
+            msg("This token has no write access to {repo}.", repo=repo),
+            msg("Create a token with write access and enter it."),
         )
     if status == 404:
         return ModelNotFound(
             msg("The hub does not know {repo}.", repo=repo),
-            msg("Put your user name or an organisation before the slash."),
+            msg("Put your user name or an organization before the slash."),
         )
     return Offline(msg("The hub refused the upload with status {status}.", status=status), msg("Try again later."))

@@ -51,11 +51,13 @@ class Quantization:
     @property
     def label(self) -> str:
         if self.method == INT8:
-            return msg("int8, one scale a row")
+            return msg("int8, one scale per row")
         if self.method == BNB:
             return f"bitsandbytes, {'LLM.int8' if self.bits == 8 else self.layout.upper()}"
         groups = (
-            msg("one group a row") if self.group_size < 0 else msg("groups of {group_size}", group_size=self.group_size)
+            msg("one group per row")
+            if self.group_size < 0
+            else msg("groups of {group_size}", group_size=self.group_size)
         )
         return msg("{method}, {bits} bits, {groups}", method=self.method.upper(), bits=self.bits, groups=groups)
 
@@ -66,7 +68,7 @@ class Quantization:
     def refusal(self) -> str:
         """Why such a checkpoint cannot run, or ""."""
         if self.method not in LAYOUTS:
-            return msg("It is quantized with {method}, of which lowmem knows no layout.", method=self.method)
+            return msg("It is quantized with {method}, which lowmem cannot read.", method=self.method)
         if self.layout not in LAYOUTS[self.method]:
             return msg(
                 "It is quantized with {method} in the layout {layout!r}, which lowmem cannot read.",
@@ -83,7 +85,7 @@ class Quantization:
             )
         if self.group_size == 0 or self.group_size < -1:
             return msg(
-                "It is quantized with {method} in groups of {group_size}, which makes no sense.",
+                "It is quantized with {method} in groups of {group_size}, which is not a valid size.",
                 method=self.method,
                 group_size=self.group_size,
             )

@@ -64,7 +64,10 @@ def parse_ref(ref: str, allow_paths: bool = True) -> Reference:
     text = ref.strip() if isinstance(ref, str) else ""
     if not text or len(text) > MAX_LENGTH or not text.isprintable():
         raise BadInput(
-            msg("The model is empty.") if not text else msg("{text!r} cannot name a model.", text=text[:40]), _HINT
+            msg("The name of the model is empty.")
+            if not text
+            else msg("{text!r} is not a valid model name.", text=text[:40]),
+            _HINT,
         )
     if text == DEMO:
         return Reference("demo", text)

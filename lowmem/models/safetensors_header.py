@@ -45,7 +45,7 @@ def read_header(file: Ranged) -> Header:
     """
     if file.size < 8:
         raise CorruptModel(
-            msg("{file} has {size} bytes: too short for safetensors.", file=file.name, size=file.size),
+            msg("{file} has {size} bytes: too short for a safetensors file.", file=file.name, size=file.size),
             msg("Fetch the model again."),
         )
     length = int.from_bytes(file.read(0, 8), "little")

@@ -16,7 +16,7 @@ from lowmem.models.source import record
 from lowmem.models.spec import ModelSource
 from lowmem.settings import settings
 
-KINDS = {"models": "fetched", "outputs": msg("made here"), "graphs": "graph"}
+KINDS = {"models": "fetched", "outputs": "made here", "graphs": "graph"}
 """Folder of LOWMEM_HOME -> label of what it contains."""
 
 
@@ -53,7 +53,7 @@ def find(key: str) -> Stored:
     """
     known = {one.key: one for one in stored()}
     if key not in known:
-        raise BadInput(msg("Nothing is kept here under {key!r}.", key=key[:80]), msg("Choose one of the list."))
+        raise BadInput(msg("Nothing is stored here as {key!r}.", key=key[:80]), msg("Choose one from the list."))
     return known[key]
 
 

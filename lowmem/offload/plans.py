@@ -50,7 +50,7 @@ def place_by_budget(plan: Plan) -> Plan:
             memory=memory,
             limit=format_bytes(over.limit),
         ),
-        msg("Allow at least {peak}, or shorten the context.", peak=format_bytes(over.peak * 1.01)),
+        msg("Raise the budget to at least {peak}, or shorten the context.", peak=format_bytes(over.peak * 1.01)),
     )
 
 
@@ -64,7 +64,7 @@ def place_blocks(plan: Plan, placement: Placement, may_map: bool = True) -> Plan
     if may_map and _may_map(chosen) and placement.indices("disk"):
         mapped = reestimate(chosen, placement=replace(placement, mapped=True))
         if mapped.verdict != "over":
-            why = msg("The RAM budget holds the blocks on disk, so they are memory-mapped and count as RAM.")
+            why = msg("The blocks on disk fit in the RAM budget, so they are memory-mapped and count as RAM.")
             return replace(mapped, reason=f"{mapped.reason} {why}")
     return reestimate(chosen, placement=placement)
 

@@ -139,7 +139,7 @@ def _spill(plan: Plan, dtype: torch.dtype) -> Iterator[Path]:
     if free < needed:
         raise DiskFull(
             msg(
-                "accelerate may write {needed} to disk, but only {free} are free.",
+                "accelerate may write {needed} to disk, but only {free} is free.",
                 needed=format_bytes(needed),
                 free=format_bytes(free),
             ),

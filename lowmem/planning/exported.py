@@ -43,9 +43,7 @@ def refusal(spec: ModelSpec) -> str | None:
     if spec.model_type not in FAMILIES:
         return msg("There is no fused ONNX graph for models of type {model_type!r}.", model_type=spec.model_type)
     if spec.head_dim % 8:
-        return msg(
-            "The fused attention needs heads of a multiple of 8 channels, not {head_dim}.", head_dim=spec.head_dim
-        )
+        return msg("Fused attention needs a head size that is a multiple of 8, not {head_dim}.", head_dim=spec.head_dim)
     return None
 
 

@@ -49,8 +49,8 @@ class ExportOptions:
     )
     optimise: bool = option(
         False,
-        msg("Optimise"),
-        msg("Generic graphs: fuse attention, norms and activations with ONNX Runtime's optimiser."),
+        msg("Optimize"),
+        msg("Generic graphs: fuse attention, norms and activations with ONNX Runtime's optimizer."),
     )
 
     @property

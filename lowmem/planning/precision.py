@@ -48,7 +48,7 @@ def storage_refusal(spec: ModelSpec) -> str:
         return ""
     if spec.stored is None:
         return msg(
-            "{model} is quantized with {quantization}, of which nothing more is known.",
+            "{model} is quantized with {quantization}, but its format is unknown.",
             model=spec.name,
             quantization=spec.quantization,
         )
@@ -56,7 +56,7 @@ def storage_refusal(spec: ModelSpec) -> str:
         return msg("{model} cannot be run. {refusal}", model=spec.name, refusal=refusal)
     if not spec.packed_layers:
         return msg(
-            "{model} is quantized with {quantization}, says its config.json, but none of its layers is.",
+            "config.json says that {model} is quantized with {quantization}, but none of its layers is.",
             model=spec.name,
             quantization=spec.quantization,
         )

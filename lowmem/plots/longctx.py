@@ -30,7 +30,7 @@ Curve = tuple[str, Sequence[tuple[float, float]]]
 def picture(points: Sequence[Point], title: str = "", columns: int = 3) -> Figure:
     """Compare cache strategies: perplexity, time per token and cache size along the text, `columns` panels abreast."""
     panels: list[tuple[str, str, Callable[[Point], float | None], Callable[[float], str]]] = [
-        (msg("Perplexity"), msg("of the segment before; smaller is better"), lambda p: p.perplexity, _number),
+        (msg("Perplexity"), msg("of the previous segment; lower is better"), lambda p: p.perplexity, _number),
         (msg("Time"), msg("per token, ms"), lambda p: 1000 * (p.token_seconds or 0) or None, _number),
         (msg("Memory"), msg("of the KV cache"), lambda p: p.kv_bytes or None, format_bytes),
     ]
@@ -57,7 +57,7 @@ def perplexity_sheet(places: Sequence[tuple[float, float]]) -> Figure:
         figure.subplots(),
         [("", places)],
         msg("Perplexity"),
-        msg("of each segment of the text; smaller is better"),
+        msg("of each segment of the text; lower is better"),
         _number,
     )
     return figure

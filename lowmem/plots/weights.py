@@ -51,8 +51,8 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
     ]
     if spec.quantization or not fitting:
         raise BadInput(
-            msg("{model} has no layer that groups of {group} divide.", model=spec.name, group=group),
-            msg("Choose its original, or other groups."),
+            msg("No layer of {model} can be divided into groups of {group}.", model=spec.name, group=group),
+            msg("Choose the original model, or another group size."),
         )
     chosen = _one_a_block(fitting)
     options, losses, shown = method.Options(bits=bits, group_size=group), [], {}

@@ -63,7 +63,7 @@ class Options:
         if self.bits not in BITS:
             raise BadInput(
                 msg("Weights cannot be stored in {bits} bits.", bits=self.bits),
-                msg("Use {str}.", str=", ".join(map(str, BITS))),
+                msg("Use {bits}.", bits=", ".join(map(str, BITS))),
             )
         if self.group_size != -1 and self.group_size < SMALLEST_GROUP:
             raise BadInput(

@@ -107,5 +107,6 @@ def overlap_warning(calibration: str, evaluation: str) -> str:
     if share < NOTEWORTHY_OVERLAP:
         return ""
     return msg(
-        "{share:.0%} of the evaluation text is also in the calibration text: the figures are too good.", share=share
+        "{share:.0%} of the evaluation text is also in the calibration text: the results are too optimistic.",
+        share=share,
     )

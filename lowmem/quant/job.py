@@ -70,7 +70,7 @@ class Job:
         if needed > free:
             raise DiskFull(
                 msg(
-                    "Quantizing {model} needs {needed} of disk, {free} are free.",
+                    "Quantizing {model} needs {needed} of disk space, but only {free} is free.",
                     model=self.spec.name,
                     needed=format_bytes(needed),
                     free=format_bytes(free),
@@ -80,7 +80,7 @@ class Job:
         if needed_ram > limit:
             raise DoesNotFit(
                 msg(
-                    "Quantizing {model} with {label} is predicted to take {needed_ram} of RAM, the budget is {limit}.",
+                    "Quantizing {model} with {label} is estimated to take {needed_ram} of RAM, but the budget is {limit}.",
                     model=self.spec.name,
                     label=self.request.method.label,
                     needed_ram=format_bytes(needed_ram),

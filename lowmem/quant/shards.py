@@ -43,7 +43,7 @@ class Shards:
         if described and size < _DATA_START + position:
             raise CorruptModel(
                 msg(
-                    "{path} in {folder} has {size:,} bytes, its journal says {data_start:,}.",
+                    "{path} in {folder} has {size:,} bytes, but its journal says {data_start:,}.",
                     path=path.name,
                     folder=self._folder.name,
                     size=size,

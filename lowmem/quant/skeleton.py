@@ -49,7 +49,8 @@ class Weights:
         values = self._checkpoint.read(self._stored[name])
         if not all_finite(values):
             raise CorruptModel(
-                msg("{name} holds NaN or infinite values.", name=name), msg("Fetch the model again, or choose another.")
+                msg("{name} contains NaN or infinite values.", name=name),
+                msg("Fetch the model again, or choose another."),
             )
         return values
 

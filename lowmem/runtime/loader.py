@@ -100,7 +100,7 @@ def _stream(
         return None
     if plan.placement.mapped and not can_map(checkpoint, offloaded, dtype):
         raise Unsupported(
-            msg("Weights that are stored in another dtype cannot be used in place."), msg("Let them stream instead.")
+            msg("Weights that are stored in another dtype cannot be used in place."), msg("Stream them instead.")
         )
     return stream(model, checkpoint, offloaded, plan.placement, device, dtype, plan.spec.stored)
 
@@ -186,7 +186,11 @@ class _Placer:
         layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]
         if self.stored is None or not isinstance(module, (nn.Linear, Conv1D)):
             raise Unsupported(
-                msg("{layer} is quantized, but is a {kind}.", layer=layer, kind=type(module).__name__),
+                msg(
+                    "{layer} is quantized, which is not supported for a {kind}.",
+                    layer=layer,
+                    kind=type(module).__name__,
+                ),
                 msg("Choose the original model."),
             )
         shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
@@ -242,7 +246,7 @@ def _settle(model: PreTrainedModel, device: torch.device, precision: Precision) 
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise CorruptModel(
-            msg("{empty} weights are missing from the files, {first} first.", empty=len(empty), first=empty[0]),
+            msg("{empty} weights are missing from the files, starting with {first}.", empty=len(empty), first=empty[0]),
             msg("Fetch the model again."),
         )
 
@@ -277,7 +281,7 @@ def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> Non
     if len(tokenizer) > (size := model.config.get_text_config().vocab_size):
         raise BadInput(
             msg(
-                "The tokenizer knows {tokenizer:,} tokens but {model} only {size:,}: it belongs to another model.",
+                "The tokenizer has {tokenizer:,} tokens but {model} has only {size:,}: it belongs to another model.",
                 tokenizer=len(tokenizer),
                 model=plan.spec.name,
                 size=size,

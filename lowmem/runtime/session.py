@@ -336,7 +336,7 @@ class Session:
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
                 # The planner chose the graph, so its failure is no reason to refuse the model.
-                why = str(error) if isinstance(error, LowMemError) else msg("The graph could not be made.")
+                why = str(error) if isinstance(error, LowMemError) else msg("The graph could not be written.")
                 lower = (
                     None
                     if isinstance(error, Cancelled)

@@ -155,7 +155,7 @@ class LentSession(Session):
         if self._lends:
             raise Unsupported(
                 msg("This needs a model that stays in memory, but here a GPU is attached for one answer at a time."),
-                msg("Load the model with CPU under Runs on."),
+                msg('Load the model with CPU under "Runs on".'),
             )
         return super()._resident()
 

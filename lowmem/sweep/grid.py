@@ -90,7 +90,7 @@ def read_grid(path: Path) -> Grid:
 
     try:
         if (size := path.stat().st_size) > LARGEST_FILE_BYTES:
-            raise BadInput(msg("{path} has {size}, too much for a grid.", path=path, size=format_bytes(size)), _EXAMPLE)
+            raise BadInput(msg("{path} is {size}, too large for a grid.", path=path, size=format_bytes(size)), _EXAMPLE)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(

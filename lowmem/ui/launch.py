@@ -134,5 +134,5 @@ def _sign_ins(auth: str | None, share: bool, public: bool) -> list[tuple[str, st
 def _credentials(auth: str) -> tuple[str, str]:
     user, colon, password = auth.partition(":")
     if not (user and colon and password):
-        raise BadInput(msg("The sign-in has no user or no password."), msg("Write it like --auth ada:secret."))
+        raise BadInput(msg("The sign-in lacks a user name or a password."), msg("Write it like --auth ada:secret."))
     return user, password

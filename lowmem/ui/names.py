@@ -55,7 +55,7 @@ NAMES: dict[str, Any] = {
         (
             msg("What quantization does"),
             msg(
-                "A weight is a number of 16 or 32 bits. Quantization maps each group of neighbouring weights (64, for example) to a grid of few values, 16 with 4 bits, and stores the grid's scale and zero point with one index per weight."
+                "A weight is a number of 16 or 32 bits. Quantization maps each group of neighboring weights (64, for example) to a grid of few values, 16 with 4 bits, and stores the grid's scale and zero point with one index per weight."
             ),
         ),
         (

@@ -67,7 +67,7 @@ def graph_folder(
         return folder
     options = _options(plan)
     kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.source)}{_key(options)}"
-    with locked(kept, cancel, msg("Waiting for another writing of the same graph")) as waiting:
+    with locked(kept, cancel, msg("Waiting for another process that writes the same graph")) as waiting:
         yield from waiting
         if not _is_whole(kept):
             yield from _write(folder, kept, options, plan.spec.ref, cancel, budget.for_child_process())

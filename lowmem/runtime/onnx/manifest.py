@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ModelNotFound(
-            msg("{folder} holds no exported model ({manifest} is missing).", folder=folder, manifest=MANIFEST),
+            msg("{folder} contains no exported model ({manifest} is missing).", folder=folder, manifest=MANIFEST),
             msg("Export one first."),
         )
     try:

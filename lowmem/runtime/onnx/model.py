@@ -78,7 +78,7 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
         if found := pattern.search(text):
             return Unsupported(
                 msg(
-                    "{path} is written in {kind} {found}, ONNX Runtime {runtime_version} reads up to {supported}.",
+                    "{path} uses {kind} {found}, but ONNX Runtime {runtime_version} supports at most {supported}.",
                     path=path.name,
                     kind=kind,
                     found=found[1],
@@ -103,7 +103,7 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
         )
     if "external data" in text.lower() or "external initializer" in text.lower():
         return CorruptModel(
-            msg("The weights of {path} are missing, cut short or outside its folder.", path=path.name), _AGAIN
+            msg("The weights of {path} are missing, truncated or outside its folder.", path=path.name), _AGAIN
         )
     return CorruptModel(
         msg("{path} cannot be loaded: {text}", path=path.name, text=_WRAPPING.sub("", text)[:200]), _AGAIN
@@ -136,7 +136,7 @@ class OnnxModel:
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
         if not self.past:
             raise Unsupported(
-                msg("The graph in {folder} has no KV cache, so it cannot write text.", folder=folder.name),
+                msg("The graph in {folder} has no KV cache, so it cannot generate text.", folder=folder.name),
                 msg("Export a text generation model."),
             )
         shape = self.session.get_inputs()[inputs.index(self.past[0])].shape

@@ -52,7 +52,7 @@ def offloaded_names(
     if len(blocks) != len(placement.blocks):
         raise Unsupported(
             msg(
-                "{model_type} keeps its {blocks} blocks where they cannot be found.",
+                "The {blocks} blocks of this {model_type} model cannot be located.",
                 model_type=model.config.model_type,
                 blocks=len(placement.blocks),
             ),
@@ -141,7 +141,7 @@ def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Q
     layer = members["qweight"].removesuffix(".qweight")
     if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
         raise Unsupported(
-            msg("{layer} is quantized, but is a {kind}.", layer=layer, kind=type(module).__name__),
+            msg("{layer} is quantized, which is not supported for a {kind}.", layer=layer, kind=type(module).__name__),
             msg("Choose the original model."),
         )
     outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
@@ -157,7 +157,7 @@ def _codes(
     layer = members["weight"].removesuffix(".weight")
     if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
         raise Unsupported(
-            msg("{layer} is quantized, but is a {kind}.", layer=layer, kind=type(module).__name__),
+            msg("{layer} is quantized, which is not supported for a {kind}.", layer=layer, kind=type(module).__name__),
             msg("Choose the original model."),
         )
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
@@ -218,14 +218,14 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         names = match_names(model, checkpoint)
         blocks = offloaded_names(model, names, placement, device)
         if not blocks:
-            raise BadInput(msg("Every block stays where it is."), msg("Name blocks to be moved."))
+            raise BadInput(msg("No blocks are offloaded."), msg("Choose blocks to offload."))
         moved = {name: stored for block in blocks.values() for name, stored in block.items()}
         _check_dense(checkpoint, blocks)
         _check_same(model, checkpoint, moved)
         if placement.mapped and not can_map(checkpoint, blocks, dtype):
             raise Unsupported(
                 msg("Weights that are stored in another dtype cannot be used in place."),
-                msg("Let them stream instead."),
+                msg("Stream them instead."),
             )
         members = {name: model.get_parameter(name) for name in moved}
         kept = {name: _outline(parameter) for name, parameter in members.items()}
@@ -265,6 +265,6 @@ def _check_same(model: PreTrainedModel, checkpoint: Checkpoint, names: Names) ->
         parameter = model.get_parameter(name)
         if parameter.dim() == 1 and not torch.equal(checkpoint.read(stored, parameter.dtype), parameter.cpu()):
             raise CorruptModel(
-                msg("{name} in memory is not what the folder holds.", name=name),
+                msg("{name} in memory differs from the model's folder.", name=name),
                 msg("Save the model, then offload that."),
             )

@@ -124,7 +124,7 @@ def _message(value: Any) -> dict[str, str]:
         case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
             return {"role": role, "content": content}
     raise BadInput(
-        msg("A message of the history is malformed."),
+        msg("A message in the history is malformed."),
         msg('Write each as {"role": "user" or "assistant", "content": "..."}.'),
     )
 

@@ -57,7 +57,7 @@ def _own(key: str, plan: Plan, last: Receipt | None) -> str:
 
 def _typical(table: Typical) -> str:
     source = msg(
-        'Typical figures of the course, module "{module}", section "{section}"; not of this model.',
+        'Typical figures from the course, module "{module}", section "{section}"; not from this model.',
         module=MODULE,
         section=table.section,
     )

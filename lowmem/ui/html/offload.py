@@ -114,8 +114,8 @@ def measured(one: Receipt) -> str:
     read = format_bytes(details.get("bytes_read", 0))
     lines = [
         msg(
-            "{get} · {new_tokens} tokens · {read} read",
-            get=details.get("placement", ""),
+            "{placement} · {new_tokens} tokens · {read} read",
+            placement=details.get("placement", ""),
             new_tokens=one.new_tokens,
             read=read,
         )

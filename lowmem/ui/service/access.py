@@ -51,8 +51,8 @@ class Access:
         """
         if not self.owned:
             raise NotAllowed(
-                msg("{what} is left to the owner of this page.", what=what),
-                msg("Run lowmem on your own machine to do it."),
+                msg("{what} is reserved for the owner of this page.", what=what),
+                msg("Run lowmem on your own machine to do this."),
             )
 
     def check_model(self, ref: str) -> None:
@@ -63,7 +63,7 @@ class Access:
         """
         if not (self.any_model or _is_listed(ref) or self.owned):
             raise NotAllowed(
-                msg("This page runs only the models it lists, and not {ref!r}.", ref=ref[:80]),
+                msg("This page runs only the models it lists; {ref!r} is not one of them.", ref=ref[:80]),
                 msg("Choose one from the list."),
             )
 
@@ -92,11 +92,11 @@ class Access:
         if options.max_new_tokens > MOST_TOKENS:
             raise NotAllowed(
                 msg(
-                    "{max_new_tokens:,} new tokens are more than the {most_tokens:,} that visitors may ask for.",
+                    "{max_new_tokens:,} new tokens are more than the {most_tokens:,} that visitors may request.",
                     max_new_tokens=options.max_new_tokens,
                     most_tokens=MOST_TOKENS,
                 ),
-                msg("Ask for fewer."),
+                msg("Request fewer."),
             )
 
     def check_reading(self, tokens: int) -> None:

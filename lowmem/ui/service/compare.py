@@ -48,7 +48,9 @@ class CompareService:
         if len(chosen) > MOST_VARIANTS:
             raise BadInput(
                 msg(
-                    "{chosen} variants are more than {most_variants}.", chosen=len(chosen), most_variants=MOST_VARIANTS
+                    "{chosen} variants are more than the {most_variants} allowed.",
+                    chosen=len(chosen),
+                    most_variants=MOST_VARIANTS,
                 ),
                 msg("Select fewer."),
             )
@@ -77,7 +79,7 @@ class CompareService:
             )
         if cells > MAX_CELLS:
             raise BadInput(
-                msg("{cells:,} cells are more than {max_cells}.", cells=cells, max_cells=MAX_CELLS),
+                msg("{cells:,} cells are more than the {max_cells} allowed.", cells=cells, max_cells=MAX_CELLS),
                 msg("Choose fewer."),
             )
         self._check(grid.text, grid.options)
@@ -90,11 +92,11 @@ class CompareService:
         if self.engine.public and options.tokens > LARGEST_TEXT_TOKENS:
             raise BadInput(
                 msg(
-                    "{tokens:,} tokens are more than {largest_text_tokens:,}.",
+                    "{tokens:,} tokens are more than the {largest_text_tokens:,} allowed.",
                     tokens=options.tokens,
                     largest_text_tokens=LARGEST_TEXT_TOKENS,
                 ),
-                msg("Measure on fewer."),
+                msg("Use fewer tokens."),
             )
         if text not in texts.NAMES:
             raise BadInput(

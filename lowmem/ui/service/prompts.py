@@ -41,8 +41,8 @@ def checked(prompts: Sequence[str]) -> list[str]:
     if len(kept) > PROMPT_LIMIT:
         raise BadInput(
             msg(
-                "{kept:,} prompts are more than the {prompt_limit:,} of one batch.",
-                kept=len(kept),
+                "{count:,} prompts are more than the {prompt_limit:,} allowed in one batch.",
+                count=len(kept),
                 prompt_limit=PROMPT_LIMIT,
             ),
             msg("Split them."),
@@ -56,7 +56,7 @@ def read_file(path: Path) -> list[str]:
     if size > FILE_LIMIT:
         raise BadInput(
             msg(
-                "{path} has {size}, more than {file_limit}.",
+                "{path} is {size}, more than the {file_limit} allowed.",
                 path=path.name,
                 size=format_bytes(size),
                 file_limit=format_bytes(FILE_LIMIT),

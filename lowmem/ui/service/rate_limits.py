@@ -40,10 +40,10 @@ class Rule:
 
 
 RULES = (
-    Rule("sign-ins", ("/login",), 10, 300),
-    Rule("uploads", ("/upload",), 20, 60),
-    Rule("actions", ("/queue/join", "/call/", "/mcp"), 40, 60),
-    Rule("changes", ("/run/", "/api/"), 600, 60),
+    Rule(msg("sign-ins"), ("/login",), 10, 300),
+    Rule(msg("uploads"), ("/upload",), 20, 60),
+    Rule(msg("actions"), ("/queue/join", "/call/", "/mcp"), 40, 60),
+    Rule(msg("changes"), ("/run/", "/api/"), 600, 60),
 )
 
 
@@ -88,7 +88,7 @@ class VisitorLimits:
         wait = self._counter.wait(rule, address_of(scope)) if rule else 0.0
         if rule and wait:
             told = msg(
-                "Too many {what} from here: {count} in {seconds:.0f} s. Try again in {wait:.0f} s.",
+                "Too many {what} from your address: {count} in {seconds:.0f} s. Try again in {wait:.0f} s.",
                 what=rule.what,
                 count=rule.count,
                 seconds=rule.seconds,
@@ -101,7 +101,7 @@ class VisitorLimits:
             await _refuse(
                 send,
                 413,
-                msg("A request may have at most {most_body_bytes}.", most_body_bytes=format_bytes(MOST_BODY_BYTES)),
+                msg("A request may be at most {most_body_bytes}.", most_body_bytes=format_bytes(MOST_BODY_BYTES)),
             )
             return
         await self._app(scope, _bounded(receive), send)
