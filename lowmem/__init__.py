@@ -1,4 +1,4 @@
-"""lowmem: language models on machines with little memory, inside a budget that is kept.
+"""lowmem: language models on machines with little memory, within an enforced memory budget.
 
     import lowmem
     session = lowmem.Session()

@@ -1,7 +1,7 @@
 """The jobs that run in a process of their own, by name: `python -m lowmem.jobs` is the child.
 
 Whoever starts a job names it and knows nothing of the module that does it, as with any other program. So this table
-stands above all layers, and a layer may ask for work that is written in one above it: the runtime has a graph exported.
+stands above all layers, and a layer may start work that is implemented in one above it: the runtime has a graph exported.
 """
 
 from __future__ import annotations

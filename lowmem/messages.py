@@ -1,7 +1,7 @@
 """Sentences for people: English where they are made, the reader's language where they are shown.
 
 The engine, the command line and the endpoints speak English and take a `Message` for the text that it is. The page
-knows its visitor's language and translates. Catalogues are gettext's; CONTRIBUTING.md tells how they are updated.
+knows its visitor's language and translates. Catalogues are gettext's; CONTRIBUTING.md describes how to update them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 ENGLISH = "en"
 LANGUAGE: ContextVar[str] = ContextVar("language", default=ENGLISH)
-"""The language of whoever is being answered."""
+"""The language of the current request."""
 
 DOMAIN = "lowmem"
 LOCALES = Path(__file__).parent / "locale"
@@ -71,7 +71,7 @@ def join(separator: str, parts: Iterable[str]) -> Message:
 
 
 def translate(text: str, language: str | None = None) -> str:
-    """A message in `language`, by default that of whoever is being answered; any other text as it is."""
+    """A message in `language`, by default that of the current request; any other text as it is."""
     language = language or LANGUAGE.get()
     return _Writer.of(language).write(text) if isinstance(text, Message) and language != ENGLISH else text
 

@@ -94,7 +94,7 @@ def test_every_action_has_a_named_endpoint_and_the_plumbing_is_private(client: C
             assert parameter["python_type"]["type"] != "Any", (name, parameter)
 
 
-def test_plan_is_priced_by_the_budget_given(client: Client) -> None:
+def test_plan_is_estimated_for_the_given_budget(client: Client) -> None:
     free = client.predict("demo", api_name="/plan")
     assert free["verdict"] == "fits"
     assert free["budgets"]["ram"]["peak"] == sum(line["count"] for line in free["budgets"]["ram"]["lines"])

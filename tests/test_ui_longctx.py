@@ -114,7 +114,7 @@ def test_chat_puts_the_text_first_and_keeps_the_question(tab: LongContextTab) ->
         mode(tab, "chat")._start(CancelToken(), "A river.", None, "", [], " ", *OPTIONS)
 
 
-def test_the_price_moves_with_window_and_bits(tab: LongContextTab) -> None:
+def test_the_estimate_follows_window_and_bits(tab: LongContextTab) -> None:
     cards = {
         tab._card(TEXT, None, *values)
         for values in (OPTIONS, (128, 4, 0.7, 1.0, "same"), (128, 4, 0.7, 1.0, "int4"), (0, 4, 0.7, 1.0, "same"))

@@ -153,8 +153,8 @@ class FusedDecoder:
         # Logits of a whole prompt, of which only the last row is needed, would take more memory and time than a block.
         keep = graph.optional_input(KEEP, np.array([EVERYTHING]))
         end = graph.constant([EVERYTHING])
-        kept = graph.add("Slice", (hidden, graph.add("Neg", (keep,)), end, graph.constant([1])))
-        logits = self._layers.head(graph, kept, matrix)
+        rows = graph.add("Slice", (hidden, graph.add("Neg", (keep,)), end, graph.constant([1])))
+        logits = self._layers.head(graph, rows, matrix)
         capped = getattr(self.config, "final_logit_softcapping", None)
         if capped:
             cap = graph.constant(capped, self._layers.dtype)

@@ -204,17 +204,17 @@ class _Export:
             part.rename(self.request.out)
             return
         out = self.request.out
-        kept = out.parent / FAILED / out.name
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.parent.mkdir(exist_ok=True)
-        part.rename(kept)
+        failed = out.parent / FAILED / out.name
+        shutil.rmtree(failed, ignore_errors=True)
+        failed.parent.mkdir(exist_ok=True)
+        part.rename(failed)
         raise Unsupported(
             msg(
                 "The graph of {model} failed the parity check and cannot be used. {sentence}",
                 model=self.spec.name,
                 sentence=self.sentence,
             ),
-            msg("Choose another precision. The graph is in {folder}.", folder=kept),
+            msg("Choose another precision. The graph is in {folder}.", folder=failed),
         )
 
 

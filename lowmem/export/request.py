@@ -1,4 +1,4 @@
-"""A request to export a model, validated where it enters, and the estimate of what it will cost. Imports no torch."""
+"""A request to export a model, validated where it enters, and the estimate of its cost. Imports no torch."""
 
 from __future__ import annotations
 

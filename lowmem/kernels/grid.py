@@ -19,7 +19,7 @@ SEARCH_STEPS = 16
 SMALLEST_RANGE = 0.3
 
 CLOSE_STEPS, CLOSE_RANGE = 10, 0.65
-"""The ranges that `fit_closely` tries: so many, down to so much of the full one."""
+"""Number of ranges that `fit_closely` tries, and the smallest as a share of the full range."""
 
 REFITS = 2
 """Least-squares fits of the scale after the search; more hardly change it."""

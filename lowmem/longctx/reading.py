@@ -72,7 +72,7 @@ class Reader:
 
     @torch.inference_mode()
     def seconds_per_token(self, tokens: int) -> float:
-        """Read on one token at a time, as in generation; the median time of a pass."""
+        """Process one token at a time, as in generation; the median time of a pass."""
         times = []
         for _ in range(min(tokens, self.ids.shape[1] - self.at)):
             started = time.perf_counter()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lowmem.machine import figures as kept_figures
+from lowmem.machine import figures as saved_figures
 from lowmem.machine import processor
 from lowmem.settings import settings
 from lowmem.units import MB
@@ -38,7 +38,7 @@ INPUTS = 4096
 
 
 class Unmeasured(LookupError):
-    """The figure was never measured on this machine, and the caller asked not to measure."""
+    """The figure was never measured on this machine, and the caller did not allow measuring it."""
 
 
 Again = bool | None
@@ -92,7 +92,7 @@ def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
         log.warning("%s could not be measured: %s", key, error)
         return 0.0
     if measured:
-        kept_figures.keep(FIGURES, {**_figures(), key: measured})
+        saved_figures.save(FIGURES, {**_figures(), key: measured})
     return measured
 
 
@@ -179,4 +179,4 @@ def _threads() -> str:
 
 
 def _figures() -> dict[str, float]:
-    return kept_figures.figures(FIGURES)
+    return saved_figures.figures(FIGURES)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowmem.machine import figures as kept
+from lowmem.machine import figures as saved_figures
 
 log = logging.getLogger("lowmem.machine")
 
@@ -56,12 +56,12 @@ def measure_runtime_bytes() -> int:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("the runtime's RAM could not be measured: %s", error)
         return DEFAULT_RUNTIME_BYTES
-    kept.keep(FIGURES, {**_measured(), _versions(): measured})
+    saved_figures.save(FIGURES, {**_measured(), _versions(): measured})
     return measured
 
 
 def _measured() -> dict[str, int]:
-    return {versions: int(count) for versions, count in kept.figures(FIGURES).items()}
+    return {versions: int(count) for versions, count in saved_figures.figures(FIGURES).items()}
 
 
 @functools.cache

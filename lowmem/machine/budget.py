@@ -15,7 +15,7 @@ SMALLEST_BYTES = 100 * MB
 """Below this not even Python with numpy runs; such a number is a typing error."""
 
 RESERVE_SHARE, RESERVE_BYTES = 0.05, 256 * MB
-"""Left free for the desktop, the driver and other programs: this share, and at least so many bytes."""
+"""Left free for the desktop, the driver and other programs: this share, and at least this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ def figures(name: str) -> dict[str, float]:
         return {}
 
 
-def keep(name: str, measured: Mapping[str, float]) -> None:
+def save(name: str, measured: Mapping[str, float]) -> None:
     """Save the figures by atomic rename: two processes may measure at once."""
     path = settings().home / name
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
@@ -29,4 +29,4 @@ def keep(name: str, measured: Mapping[str, float]) -> None:
         unfinished.write_text(json.dumps(measured, indent=1))
         unfinished.replace(path)
     except OSError as error:
-        log.warning("%s could not be kept: %s", name, error)
+        log.warning("%s could not be saved: %s", name, error)

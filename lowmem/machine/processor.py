@@ -31,7 +31,7 @@ def cores() -> int:
 @functools.cache
 def name() -> str:
     """The product name of the processor: "AMD EPYC 7B13", "Intel Core i7-1165G7", "Apple M2"."""
-    return clean_name(_cpuinfo().get("model name") or _name_elsewhere()) or "CPU"
+    return clean_name(_cpuinfo().get("model name") or _name_without_cpuinfo()) or "CPU"
 
 
 def clean_name(raw: str) -> str:
@@ -76,7 +76,7 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _name_elsewhere() -> str:
+def _name_without_cpuinfo() -> str:
     """On systems without the name in /proc/cpuinfo: macOS, Windows, ARM Linux."""
     try:
         if sys.platform == "darwin":

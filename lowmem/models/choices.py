@@ -20,7 +20,7 @@ def choices() -> list[ModelSpec]:
 
 
 def _spec(entry: Entry, online: bool) -> ModelSpec:
-    """From the model's own files where they are here; the hub is not asked about each model of the catalog."""
+    """From local files if there are any; the hub is not queried for each model of the catalog."""
     if not online or is_local(entry.ref):
         with contextlib.suppress(LowMemError):  # damaged files are reported when the model is loaded
             return read_spec(entry.ref)

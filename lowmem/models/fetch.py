@@ -66,7 +66,7 @@ def fetch(
         BadInput, ModelNotFound, GatedModel, UnsafeModel, Unsupported: before anything is fetched; BadInput also
             when the files have changed so that the plan no longer holds.
         Offline: the hub cannot be reached; the hint names the models on this machine.
-        DiskFull, CorruptModel, OutOfMemory, Cancelled. What has arrived is kept, and a later fetch resumes it.
+        DiskFull, CorruptModel, OutOfMemory, Cancelled. Partial downloads are kept, and a later fetch resumes them.
     """
     planned = model.source if isinstance(model, ModelSpec) else ModelSource(model, model)
     reference = parse_ref(planned.ref, allow_paths)

@@ -80,8 +80,8 @@ class LocalFile:
     def identity(self) -> str:
         """Size, time of the last change, and a hash of samples of the content.
 
-        Hashing gigabytes of weights would take longer than loading them. The samples tell apart fine-tunes of one
-        model whose files carry the same time, as files unpacked from some archives do; the time tells apart files
+        Hashing gigabytes of weights would take longer than loading them. The samples distinguish fine-tunes of one
+        model whose files carry the same time, as files unpacked from some archives do; the time distinguishes files
         that differ only between the samples.
         """
         samples = hashlib.sha256()

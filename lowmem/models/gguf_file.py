@@ -47,7 +47,7 @@ _CONFIG_KEYS = {
     "attention.sliding_window": "sliding_window",
     "vocab_size": "vocab_size",
 }
-# Planning tells embeddings and linear layers apart by the names that transformers gives them.
+# Planning distinguishes embeddings and linear layers by the names that transformers gives them.
 _NAMES = {
     "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",

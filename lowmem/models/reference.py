@@ -1,6 +1,6 @@
 """Parsing model references, before anything is read from disk or network.
 
-On a public page these strings come from strangers.
+On a public page these strings are untrusted.
 """
 
 from __future__ import annotations

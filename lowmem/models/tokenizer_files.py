@@ -40,7 +40,7 @@ def check_tokenizer(folder: Path, spec: ModelSpec) -> None:
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """One more than the largest id in the base vocabulary; None when no file tells.
+    """One more than the largest id in the base vocabulary; None if no file says.
 
     Raises:
         CorruptModel: a tokenizer file cannot be parsed.

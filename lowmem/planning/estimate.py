@@ -44,7 +44,7 @@ def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
 
 
 def reestimate(plan: Plan, **changes: Any) -> Plan:
-    """`plan` with `changes` to its fields and new estimates; it moves to torch if a graph cannot do what it now asks."""
+    """`plan` with `changes` to its fields and new estimates; it moves to torch if a graph does not support the changes."""
     changed = replace(plan, **changes)
     if changed.backend == "onnx" and needs_torch(changed):
         changed = replace(changed, backend="torch", or_torch=False)

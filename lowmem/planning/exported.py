@@ -105,14 +105,14 @@ def disk_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefi
 
 
 def session_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
-    """What both sessions hold of the weights once loaded."""
+    """Bytes of weights in both sessions once loaded."""
     if spec.exported:
         return spec.size_on_disk
     return disk_bytes(spec, precision, group_size, fast_prefill)
 
 
 def kv_bytes(spec: ModelSpec, context: int, batch: int) -> int:
-    """Keys and values in fp32; the graph keeps all of them, also those that a sliding layer has forgotten."""
+    """Keys and values in fp32; the graph caches all of them, also those outside a layer's sliding window."""
     return 2 * 4 * spec.layers * spec.kv_heads * spec.head_dim * context * batch
 
 

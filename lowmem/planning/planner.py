@@ -294,11 +294,11 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryB
     smallest = fall_back(replace(least, reason=""))
     # "Nothing fits" no longer holds after a fallback.
     reasons = (smallest.reason,) if smallest.verdict != least.verdict == "over" else (least.reason, smallest.reason)
-    kept = tuple(d for d in declined if d.choice != _title(smallest))
+    alternatives = tuple(d for d in declined if d.choice != _title(smallest))
     return replace(
         smallest,
         reason=msg("The smallest model available. {reasons}", reasons=" ".join(filter(None, reasons))),
-        declined=kept,
+        declined=alternatives,
     )
 
 

@@ -43,7 +43,7 @@ def device_of(hardware: Hardware, device: str) -> Device:
 
 
 def storage_refusal(spec: ModelSpec) -> str:
-    """Why a quantized checkpoint cannot run in any way, or ""."""
+    """Why a quantized checkpoint cannot run at all; "" if it can."""
     if not spec.quantization:
         return ""
     if spec.stored is None:

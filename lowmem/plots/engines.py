@@ -1,4 +1,4 @@
-"""Bars of an exported graph beside PyTorch, and of the ways to offload a model."""
+"""Bars of an exported graph beside PyTorch, and of the offloading methods."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def offload_methods(
     texts: Sequence[str],
     title: str,
 ) -> Figure:
-    """Time per token and peak memory of each way to offload a model; `texts` are the times as they are written."""
+    """Time per token and peak memory of each offloading method; `texts` are the formatted times."""
     figure = new_figure(1000, 90 + 40 * len(names), title)
     time, memory = figure.subplots(1, 2)
     style(time, msg("Time per token"), msg("shorter is better"))

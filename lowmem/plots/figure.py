@@ -35,7 +35,7 @@ _LOCK = threading.Lock()
 
 
 def new_figure(width: int, height: int, title: str, heading: str = "") -> Figure:
-    """An empty figure of so many pixels; `title` is its accessible name, `heading` a line drawn above it."""
+    """An empty figure of this size in pixels; `title` is its accessible name, `heading` a line drawn above it."""
     from matplotlib.figure import Figure
 
     figure = Figure((width / 72, height / 72), dpi=72, layout="constrained", facecolor="none")
@@ -134,7 +134,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def encode(figure: Figure, path: Path) -> str | bytes:
-    """The figure in the format that the name of `path` asks for: SVG for .svg, otherwise PNG."""
+    """The figure in the format of `path`'s suffix: SVG for .svg, otherwise PNG."""
     return to_svg(figure) if path.suffix.lower() == ".svg" else to_png(figure)
 
 

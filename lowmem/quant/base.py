@@ -86,7 +86,7 @@ class Method(ABC):
     label: str
     """Name for people: "GPTQ"."""
     description: str
-    """One line for the page: what it is good for, what it needs and how long it takes."""
+    """One line for the page: quality, requirements and time."""
     Options: Any
     """Its subclass of `Options`."""
     speed: float

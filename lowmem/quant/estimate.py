@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from lowmem.errors import BadInput, Unsupported
-from lowmem.machine.figures import figures, keep
+from lowmem.machine.figures import figures, save
 from lowmem.messages import msg
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
@@ -165,9 +165,9 @@ def work(spec: ModelSpec, request: QuantizeRequest) -> float:
 
 
 def record_speed(spec: ModelSpec, request: QuantizeRequest, seconds: float) -> None:
-    """Remember how fast a run was, for the estimate of the next."""
+    """Save the speed of a run, for the estimate of the next."""
     if seconds > 0:
-        keep(SPEEDS, figures(SPEEDS) | {request.method.name: work(spec, request) / seconds})
+        save(SPEEDS, figures(SPEEDS) | {request.method.name: work(spec, request) / seconds})
 
 
 def check_model(spec: ModelSpec, group_size: int) -> None:

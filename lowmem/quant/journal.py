@@ -1,4 +1,4 @@
-"""The journal of an unfinished quantization: what it was started for, and how far it is.
+"""The journal of an unfinished quantization: its request and its progress.
 
 It is replaced atomically after every block, once the block's bytes are on disk: the folder may hold more than the journal
 says, never less.

@@ -52,16 +52,16 @@ _worker_session: Session | None = None
 
 def estimated_seconds(
     plan: Plan,
-    asked: str | Sequence[Message] | Sequence[str],
+    prompt: str | Sequence[Message] | Sequence[str],
     options: GenerateOptions,
     raw: bool = False,  # noqa: ARG001  called with the arguments of `lent`
     batch_size: int | None = None,
 ) -> int:
     """GPU seconds to request for loading `plan` and answering, with a safety margin; at most `LONGEST_SECONDS`."""
-    prompts = 1 if isinstance(asked, str) or not asked or isinstance(asked[0], dict) else len(asked)
+    prompts = 1 if isinstance(prompt, str) or not prompt or isinstance(prompt[0], dict) else len(prompt)
     turns = math.ceil(prompts / (batch_size or PROMPTS_AT_ONCE))
     load = START_SECONDS + plan.spec.size_on_disk / READ_BYTES_PER_SECOND
-    read = len(str(asked)) / CHARACTERS_PER_TOKEN / PREFILL_TOKENS_PER_SECOND
+    read = len(str(prompt)) / CHARACTERS_PER_TOKEN / PREFILL_TOKENS_PER_SECOND
     token = plan.spec.layers * SECONDS_PER_LAYER + plan.main.share("weights") / VRAM_BYTES_PER_SECOND
     return min(LONGEST_SECONDS, math.ceil(SAFETY * (load + read + turns * options.max_new_tokens * token)))
 
@@ -69,7 +69,7 @@ def estimated_seconds(
 @spaces.GPU(duration=estimated_seconds)
 def lent(
     plan: Plan,
-    asked: str | Sequence[Message] | Sequence[str],
+    prompt: str | Sequence[Message] | Sequence[str],
     options: GenerateOptions,
     raw: bool = False,
     batch_size: int | None = None,
@@ -81,7 +81,7 @@ def lent(
     global _worker_session
     gpu_is_attached()
     token = CancelToken()
-    timer = threading.Timer(estimated_seconds(plan, asked, options, raw, batch_size) - GRACE_SECONDS, token.set)
+    timer = threading.Timer(estimated_seconds(plan, prompt, options, raw, batch_size) - GRACE_SECONDS, token.set)
     timer.daemon = True
     timer.start()
     started = time.perf_counter()
@@ -94,9 +94,9 @@ def lent(
             gpu = _real_memory()
         loading = time.perf_counter() - started
         work = (
-            session.batch(asked, options, token, raw=raw, batch_size=batch_size)
-            if isinstance(asked, tuple)
-            else session.generate(asked, options, token, raw=raw)  # type: ignore[arg-type]
+            session.batch(prompt, options, token, raw=raw, batch_size=batch_size)
+            if isinstance(prompt, tuple)
+            else session.generate(prompt, options, token, raw=raw)  # type: ignore[arg-type]
         )
         for event in work:
             yield _with_gpu(event, gpu, loading, token.cancelled) if isinstance(event, Receipt) else event
@@ -171,8 +171,8 @@ class LentSession(Session):
         if not self._lends:
             yield from super().generate(prompt, options, cancel, raw=raw, force=force)
             return
-        asked = prompt if isinstance(prompt, str) else list(prompt)
-        yield from self._lent("Generating", asked, options, raw, None, cancel or CancelToken())  # type: ignore[misc]
+        work = prompt if isinstance(prompt, str) else list(prompt)
+        yield from self._lent("Generating", work, options, raw, None, cancel or CancelToken())  # type: ignore[misc]
 
     def batch(
         self,
@@ -191,7 +191,7 @@ class LentSession(Session):
         yield from self._lent(what, tuple(prompts), options, raw, batch_size, cancel or CancelToken())  # type: ignore[misc]
 
     def _lent(
-        self, what: str, asked: Any, options: GenerateOptions, raw: bool, batch_size: int | None, cancel: CancelToken
+        self, what: str, prompt: Any, options: GenerateOptions, raw: bool, batch_size: int | None, cancel: CancelToken
     ) -> Iterator[Event]:
         """Forward what the worker yields; Stop takes effect at its next event."""
         yield from self._turn(what, cancel)
@@ -199,7 +199,7 @@ class LentSession(Session):
             plan, started = self._planned(), time.perf_counter()
             yield Step(0, 0, msg("Waiting for a GPU"))
             last: dict[int, Chunk] = {}
-            events = lent(plan, asked, options, raw, batch_size)
+            events = lent(plan, prompt, options, raw, batch_size)
             try:
                 for event in _sentences(events):
                     if isinstance(event, Chunk):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_TRIES = 5
-"""Times that a cell is started before it is given up because its workers died."""
+"""Attempts at a cell whose workers die before it is given up."""
 
 _INSTALL = msg('Install it: pip install "ray>=2.40".')
 
@@ -196,7 +196,7 @@ class RayPool:
 
 
 def _cause(error: Any) -> Exception:
-    """The exception that kept a task from returning a row: another version, a missing folder, lowmem not installed."""
+    """The reason why a task returned no row: another version, a missing folder, lowmem not installed."""
     cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
     if isinstance(cause, ModuleNotFoundError):
         return Unsupported(

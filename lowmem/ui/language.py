@@ -47,7 +47,7 @@ class Html(str):
 
 
 class Languages:
-    """ASGI middleware: what the visitor's browser asks for, for the page that is about to be sent."""
+    """ASGI middleware: takes the language of the page from the browser's request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -31,7 +31,7 @@ MEASURE_AFTER_SECONDS = 6.0
 
 
 def launch_options(*, public: bool = False) -> dict[str, Any]:
-    """What every launch of the page passes to gradio; `public` bounds how often and how much strangers may ask."""
+    """What every launch of the page passes to gradio; `public` limits the rate and size of visitors' requests."""
     outputs = settings().outputs
     return {
         "theme": theme(),
@@ -73,7 +73,7 @@ def serve(
         budget: memory that may be used on the computing device, such as "4G".
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
-        lang: the language of the page, whatever a browser asks for.
+        lang: the language of the page, whatever language the browser requests.
         mcp: serve the page's endpoints as MCP tools, too, below /gradio_api/mcp/.
         demo: a page that is built already.
         launching: more for gradio's `launch`.

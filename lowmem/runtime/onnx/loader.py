@@ -66,34 +66,34 @@ def graph_folder(
     if is_exported(folder):
         return folder
     options = _options(plan)
-    kept = settings().home / "graphs" / f"{graph_prefix(plan.spec.source)}{_key(options)}"
-    with locked(kept, cancel, msg("Waiting for another process that writes the same graph")) as waiting:
+    graph = settings().home / "graphs" / f"{graph_prefix(plan.spec.source)}{_key(options)}"
+    with locked(graph, cancel, msg("Waiting for another process that writes the same graph")) as waiting:
         yield from waiting
-        if not _is_whole(kept):
-            yield from _write(folder, kept, options, plan.spec.ref, cancel, budget.for_child_process())
-    return kept
+        if not _is_whole(graph):
+            yield from _write(folder, graph, options, plan.spec.ref, cancel, budget.for_child_process())
+    return graph
 
 
-def _is_whole(kept: Path) -> bool:
+def _is_whole(graph: Path) -> bool:
     """Is the graph there? A damaged one is deleted."""
-    if not kept.exists():
+    if not graph.exists():
         return False
     try:
-        read_manifest(kept)
+        read_manifest(graph)
     except LowMemError as error:
-        log.warning("%s is written anew: %s", kept.name, error)
-        shutil.rmtree(kept)
+        log.warning("%s is written anew: %s", graph.name, error)
+        shutil.rmtree(graph)
         return False
     return True
 
 
 def _write(
-    folder: Path, kept: Path, options: ExportOptions, ref: str, cancel: CancelToken, budget: MemoryBudget
+    folder: Path, graph: Path, options: ExportOptions, ref: str, cancel: CancelToken, budget: MemoryBudget
 ) -> Generator[Step, None, None]:
     arguments = {
         "model": str(folder),
         "source": ref,
-        "out": str(kept),
+        "out": str(graph),
         "options": asdict(options),
         "budget": budget.as_dict(),
     }
@@ -103,7 +103,7 @@ def _write(
             if not isinstance(event, Finished):
                 yield event
     finally:
-        discard(kept)  # Stop kills the child, which cannot clean up
+        discard(graph)  # Stop kills the child, which cannot clean up
 
 
 def _options(plan: Plan) -> ExportOptions:

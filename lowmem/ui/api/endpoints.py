@@ -422,4 +422,4 @@ RENAMED = {
     "exercise": "compare_strategies",
     "race": "benchmark",
 }
-"""Earlier name -> today's. The earlier one answers for one release, with a line that says so."""
+"""Deprecated name -> current one. The deprecated one works for one release and logs a warning."""

@@ -41,7 +41,7 @@ def receipt(one: Receipt) -> str:
 
 
 def program(folder: Path) -> str:
-    """The code that runs the folder elsewhere."""
+    """Code that runs the folder without lowmem."""
     path = folder / RUN
     if not path.is_file():
         return ""

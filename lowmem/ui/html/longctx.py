@@ -43,7 +43,7 @@ def memory(plan: Plan | None, without: Plan | None, tokens: int) -> str:
             context=Message("{context:,}", context=plan.spec.context),
         )
     )
-    return f'<section class="lm-remembered">{parts.stats(rows)}{parts.small(evicted)}</section>'
+    return f'<section class="lm-cached">{parts.stats(rows)}{parts.small(evicted)}</section>'
 
 
 def perplexity(receipt: Receipt) -> str:

@@ -137,7 +137,7 @@ def estimate(expected: Any, items: Pairs, note: str) -> str:
     """The card of an estimate with a `verdict`, a `sentence()` and `seconds`; `note` is HTML below."""
     timed = [*items, (msg("Time"), msg("about {time}", time=rounded(expected.seconds)))]
     return (
-        f'<section class="lm-forecast" data-verdict="{expected.verdict}">'
+        f'<section class="lm-estimate" data-verdict="{expected.verdict}">'
         f'<div class="lm-head"><h2>{escape(msg("Predicted"))}</h2>{pill(expected.verdict)}</div>{pairs(timed)}'
         f'<p class="lm-sentence" role="status">{escape(expected.sentence())}</p>{note}</section>'
     )

@@ -105,7 +105,7 @@ def pump(events: Iterable[E], token: CancelToken) -> Iterator[list[E]]:
     """
     token.check()
     inbox: SimpleQueue[Any] = SimpleQueue()
-    # Who asks is known from the context: access and a lent GPU's accounts depend on it.
+    # The context identifies the visitor: access and the quota of a lent GPU depend on it.
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(_drain, events, inbox), daemon=True, name="lowmem-job").start()
     try:

@@ -14,7 +14,7 @@ from lowmem.ui.parts.bind import HEAVY, QUICK, notice, pump, stops
 from lowmem.ui.parts.context import Context
 
 Updates = dict[Any, Any]
-"""Component -> what it becomes."""
+"""Component -> its update."""
 
 View = Callable[[Sequence[Any]], list[Any]]
 """Takes the latest events, none at the end, and returns what the outputs become."""
@@ -24,7 +24,7 @@ Start = Callable[..., tuple[Iterator[Any], View] | None]
 
 
 class Runner:
-    """Runs one kind of work on components that are there already.
+    """Runs one kind of work on existing components.
 
     Args:
         kind: names the work to `Jobs`.

@@ -149,11 +149,11 @@ class Setup:
         refused = self.engine.precisions(device)
         return [(precision_label(key), key) for key in (AUTO, *refused) if refused.get(key) is None]
 
-    # --- pricing
+    # --- estimates
 
     def wire(self, page_shown: Any) -> None:
         """Connect the controls. `page_shown` is called to redraw after the resident model changed."""
-        self.price_outputs = outputs = [
+        self.estimate_outputs = outputs = [
             self.card,
             self.load,
             self.anyway,
@@ -163,7 +163,7 @@ class Setup:
             self.problem,
         ]
         for control in self.controls:
-            control.change(self.price, self.controls, outputs, trigger_mode="always_last", **QUICK)
+            control.change(self.estimate, self.controls, outputs, trigger_mode="always_last", **QUICK)
         self.model.change(self.fit_context, [self.model, self.context_size], self.context_size, **QUICK)
         self.device.change(
             self._fit_precision, [self.device, self.precision], [self.precision, self.unavailable], **QUICK
@@ -183,8 +183,10 @@ class Setup:
         def start(token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
             return self._start(token, *values, force=force)
 
-        shown = self._page_shown(self.runner.on(trigger, start=start).then(lambda: False, None, self.choosing, **QUICK))
-        shown.then(None, js=FOCUS, **QUICK)
+        redrawn = self._page_shown(
+            self.runner.on(trigger, start=start).then(lambda: False, None, self.choosing, **QUICK)
+        )
+        redrawn.then(None, js=FOCUS, **QUICK)
 
     def load_result(self, trigger: Any, receipt: gr.State) -> None:
         """Load the result whose receipt is in `receipt` whenever `trigger` fires, and show it."""
@@ -201,8 +203,8 @@ class Setup:
         models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
         if folder not in [ref for _, ref in models]:
             models.append((Path(folder).name, folder))
-        shown = gr.Dropdown(models, value=folder)
-        return [gr.Tabs(selected="generate"), shown, AUTO, AUTO, self.fit_context(folder, context)]
+        dropdown = gr.Dropdown(models, value=folder)
+        return [gr.Tabs(selected="generate"), dropdown, AUTO, AUTO, self.fit_context(folder, context)]
 
     def choice(self, values: tuple[Any, ...]) -> Choice:
         model, precision, context, device, kv, *limits = values
@@ -215,11 +217,14 @@ class Setup:
         }
         return replace(build(Choice, values_by_name), budget=self.sidebar.budget_of(limits))
 
-    def price(self, *values: Any) -> list[Any]:
+    def estimate(self, *values: Any) -> list[Any]:
         """Card, buttons and budget bar for the controls as they stand."""
         try:
             choice = self.choice(values)
-            return [*self._priced(self.engine.plan(choice), recommended=choice.model == AUTO == choice.precision), ""]
+            return [
+                *self._estimated(self.engine.plan(choice), recommended=choice.model == AUTO == choice.precision),
+                "",
+            ]
         except Exception as error:
             blocked = [
                 gr.Button(msg("No model to load"), interactive=False),
@@ -228,7 +233,7 @@ class Setup:
             ]
             return [render.unknown_card(str(values[0])), *blocked, "", "", notice(error, toast=False)]
 
-    def _priced(self, plan: Plan, *, recommended: bool) -> list[Any]:
+    def _estimated(self, plan: Plan, *, recommended: bool) -> list[Any]:
         hardware = self.engine.hardware()
         over = plan.verdict == "over"
         label = (
@@ -264,15 +269,15 @@ class Setup:
         """The context slider as far as `model` goes."""
         try:
             longest = 8192 if model in ("", AUTO) else self.engine.spec(model).context
-        except Exception:  # `price` says what is wrong with the model
+        except Exception:  # `estimate` says what is wrong with the model
             return gr.skip()
         top = max(256, longest // 256 * 256)
         return gr.Slider(maximum=top, value=min(context, top))
 
     def _fit_precision(self, device: str, precision: str) -> list[Any]:
         choices = self._precisions(device)
-        kept = precision if precision in [key for _, key in choices] else AUTO
-        return [gr.Dropdown(choices, value=kept), self.refusals(device)]
+        value = precision if precision in [key for _, key in choices] else AUTO
+        return [gr.Dropdown(choices, value=value), self.refusals(device)]
 
     def refusals(self, device: str = AUTO) -> str:
         """The precisions that do not run here, each with its reason."""
@@ -292,7 +297,7 @@ class Setup:
         return [self.bar, self.slim, self.panel, self.back]
 
     def view(self, choosing: bool) -> list[Any]:
-        """Card or slim bar, for the resident model of this moment."""
+        """Card or slim bar, for the resident model at this moment."""
         plan = self.engine.resident
         open_card = plan is None or choosing
         slim = render.slim(plan, self.engine.load_receipt) if plan else ""

@@ -1,4 +1,4 @@
-"""The machine beside every tab: budget sliders, the priced budget, meters, resident model, receipt."""
+"""The machine beside every tab: budget sliders, the estimate, meters, resident model, receipt."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Sidebar:
     """Built first, where it stands in the layout.
 
     Args:
-        engine: what is shown.
+        engine: the state to show.
         cap_bytes: a budget that the command line set for the computing device, or None.
 
     Attributes:
         limits: the budget sliders, RAM first, in GB.
-        budget: the budget bar; whoever prices a plan writes it.
+        budget: the budget bar; written with every new estimate.
         seen: (resident, receipt) as last shown; changes when another page loads a model.
     """
 

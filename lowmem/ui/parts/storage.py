@@ -16,7 +16,7 @@ from lowmem.units import format_bytes
 
 
 class Storage:
-    """A list with sizes; the first click asks, the second deletes."""
+    """A list with sizes; the first click asks for confirmation, the second deletes."""
 
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
@@ -40,7 +40,7 @@ class Storage:
     def wire(self, model: Any) -> None:
         """
         Args:
-            model: the dropdown of models, which forgets what is deleted.
+            model: the dropdown of models, from which deleted entries are removed.
         """
         own = [self.which, self.button, self.pending]
         self.box.expand(self._listed, None, [*own, self.notice], **QUICK)

@@ -1,7 +1,7 @@
 """Who may do what on a page: its owner everything, a visitor what costs the owner neither accounts nor memory.
 
-Knows people by the name they signed in with. Who asks is told by gradio's own context of the running event,
-which `bind.pump` carries into the engine's thread; where there is none, nobody owns anything.
+People are identified by the name they signed in with, from gradio's context of the running event,
+which `bind.pump` carries into the engine's thread; without a context nobody is the owner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowmem.messages import msg
 
 MOST_TOKENS = 4096
 UNBOUNDED = 1_000_000
-"""New tokens of an unbounded generation: nobody waits for the last of them."""
+"""New tokens of an unbounded generation: more than anybody waits for."""
 
 MOST_PROMPTS = 100
 
@@ -37,7 +37,7 @@ class Access:
 
     @property
     def owned(self) -> bool:
-        """Does whoever asks now own the page?"""
+        """Whether the current request comes from the page's owner."""
         if not self.public:
             return True
         request = LocalContext.request.get(None)
@@ -47,7 +47,7 @@ class Access:
         """Let only the owner do `what` ("Pushing to the hub").
 
         Raises:
-            NotAllowed: a visitor asks.
+            NotAllowed: the request is a visitor's.
         """
         if not self.owned:
             raise NotAllowed(
@@ -69,14 +69,14 @@ class Access:
 
     @property
     def longest(self) -> int:
-        """New tokens that whoever asks now gets where the text goes on until it is stopped."""
+        """Maximum new tokens of an unbounded generation for the current request."""
         return UNBOUNDED if self.owned else MOST_TOKENS
 
     def check_work(self, options: GenerateOptions, prompts: int = 1) -> None:
         """Refuse a visitor's work that would keep everybody else waiting for hours.
 
         Raises:
-            NotAllowed: too many prompts or new tokens, or text without end.
+            NotAllowed: too many prompts or new tokens.
         """
         if self.owned:
             return
@@ -100,7 +100,7 @@ class Access:
             )
 
     def check_reading(self, tokens: int) -> None:
-        """The same of reading a text several times, some of them slowly.
+        """Refuse a visitor's measurements on a long text, which read it several times.
 
         Raises:
             NotAllowed: too many tokens.

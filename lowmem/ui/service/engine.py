@@ -1,4 +1,4 @@
-"""What the page may ask of the engine. Thin, and without torch until a model is loaded."""
+"""The engine as the page uses it: a thin layer that imports no torch until a model is loaded."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Engine:
         return snapshot()
 
     def stored(self) -> list[Stored]:
-        """What is kept on this machine's disk, the largest first."""
+        """Models, results and graphs on this machine's disk, the largest first."""
         from lowmem.models.stored import stored
 
         return stored()
@@ -95,8 +95,8 @@ class Engine:
         """Delete what `stored` lists under `key`; returns the bytes that come free.
 
         Raises:
-            NotAllowed: a visitor asks.
-            BadInput: nothing is kept under `key`, or it is in use.
+            NotAllowed: the request is a visitor's.
+            BadInput: nothing is stored under `key`, or it is in use.
         """
         from lowmem.models.stored import delete, find
 
@@ -182,7 +182,7 @@ class Engine:
         return plan(spec, self.hardware(), budget, goal, None if spec else choices())
 
     def download_bytes(self, spec: ModelSpec) -> int:
-        """Bytes that loading would fetch, 0 when the model is here. Asks no network: controls move fast."""
+        """Bytes that loading would fetch, 0 when the model is here. Makes no request: controls move fast."""
         from lowmem.models.source import is_local
 
         return 0 if is_local(spec.ref) else spec.size_on_disk
@@ -230,11 +230,11 @@ class Engine:
     def unload(self) -> Receipt | None:
         return self._session.unload() if self._session else None
 
-    def price(self, prompt_tokens: int, options: GenerateOptions) -> Plan | None:
+    def estimate(self, prompt_tokens: int, options: GenerateOptions) -> Plan | None:
         """The resident plan for one more answer, None when nothing is resident."""
         return self.session.estimate(prompt_tokens, options) if self.resident else None
 
-    def price_whole(self, tokens: int) -> Plan | None:
+    def estimate_whole(self, tokens: int) -> Plan | None:
         """The resident plan with a cache of all of `tokens`, whatever the model's context."""
         from lowmem.planning.estimate import reestimate
 

@@ -1,4 +1,4 @@
-"""Prompts from text and files, and results to files. Bounded on the way in, atomic on the way out."""
+"""Prompts from text and files, within limits; results to files, written atomically."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def gather(lines: str, file: str | None) -> list[str]:
 
 def checked(prompts: Sequence[str]) -> list[str]:
     """The prompts that are not blank, 1 to `PROMPT_LIMIT` of them."""
-    kept = [prompt for prompt in prompts if prompt.strip()]
-    if not kept:
+    filled = [prompt for prompt in prompts if prompt.strip()]
+    if not filled:
         raise BadInput(msg("There are no prompts."), msg("Write one per line, or upload a .txt, .csv or .jsonl file."))
-    if len(kept) > PROMPT_LIMIT:
+    if len(filled) > PROMPT_LIMIT:
         raise BadInput(
             msg(
                 "{count:,} prompts are more than the {prompt_limit:,} allowed in one batch.",
-                count=len(kept),
+                count=len(filled),
                 prompt_limit=PROMPT_LIMIT,
             ),
             msg("Split them."),
         )
-    return kept
+    return filled
 
 
 def read_file(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""How often and how much strangers may ask, before anything of the page sees the request.
+"""Rate and size limits for visitors' requests, checked before anything of the page sees them.
 
-Gradio bounds its queue and its uploads, but neither the rate of requests nor the size of a body, and tries of a
-password go on for ever. Counts are kept in memory, by address.
+Gradio bounds its queue and its uploads, but neither the rate of requests nor the size of a body, nor the
+attempts at a password. Counts are held in memory, by address.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MOST_BODY_BYTES = 4 * MB
 ALL_ADDRESSES = 10
-"""All visitors together may ask so many times what one may: whoever lies about their address gains little."""
+"""All visitors together may send this many times the requests of one, so forging addresses gains little."""
 
 MOST_ADDRESSES = 10_000
 
@@ -48,7 +48,7 @@ RULES = (
 
 
 class Counter:
-    """Requests of the last moments, by rule and address."""
+    """Recent requests, by rule and address."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -87,14 +87,14 @@ class VisitorLimits:
         rule = next((rule for rule in RULES if any(part in scope["path"] for part in rule.paths)), None)
         wait = self._counter.wait(rule, address_of(scope)) if rule else 0.0
         if rule and wait:
-            told = msg(
+            sentence = msg(
                 "Too many {what} from your address: {count} in {seconds:.0f} s. Try again in {wait:.0f} s.",
                 what=rule.what,
                 count=rule.count,
                 seconds=rule.seconds,
                 wait=wait,
             )
-            await _refuse(send, 429, told, [(b"retry-after", b"%d" % (wait + 1))])
+            await _refuse(send, 429, sentence, [(b"retry-after", b"%d" % (wait + 1))])
             return
         declared = _headers(scope).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MOST_BODY_BYTES:
@@ -108,7 +108,7 @@ class VisitorLimits:
 
 
 def address_of(scope: Scope) -> str:
-    """Who asks. uvicorn has put the address behind a tunnel of this machine in its place; a Space's proxy is elsewhere."""
+    """The client's address. uvicorn resolves this machine's own tunnel; behind a Space's proxy the header names it."""
     if settings().host in ("space", "zerogpu"):
         forwarded = _headers(scope).get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded:

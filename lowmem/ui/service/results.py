@@ -1,4 +1,4 @@
-"""Folders of what the page makes: new ones, finished ones, and their way to the hub."""
+"""Result folders of the page: creating, finding and pushing them to the hub."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def result_folder(folder: str) -> Path:
     """The path of a result made by this page.
 
     Raises:
-        BadInput: there is no such folder, or it lies elsewhere.
+        BadInput: there is no such folder, or it is not below `settings().outputs`.
     """
     path = Path(folder).resolve()
     if not folder or not path.is_dir() or not path.is_relative_to(settings().outputs.resolve()):

@@ -153,11 +153,11 @@ class ExportTab:
         def view(gathered: Sequence[Any]) -> list[Any]:
             for made in (event for event in gathered if isinstance(event, Receipt)):
                 generates = made.details["kind"] != "encoder"
-                kept = made.as_dict() | {"ref": request[0]}
+                receipt = made.as_dict() | {"ref": request[0]}
                 result[:] = [
                     gr.Column(visible=True),
                     export_render.receipt(made),
-                    kept,
+                    receipt,
                     "",
                     gr.Button(visible=generates),
                 ]

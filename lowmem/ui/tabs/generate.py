@@ -23,7 +23,7 @@ from lowmem.ui.tabs.completion import Completion
 
 MAIN = ("max_new_tokens", "temperature", "top_p")
 REST = tuple(option.name for option in describe(GenerateOptions) if option.name not in MAIN)
-PRICED = ("max_new_tokens", "num_return_sequences", "cache_type", "window", "sinks", "use_cache", "prefill_chunk")
+ESTIMATED = ("max_new_tokens", "num_return_sequences", "cache_type", "window", "sinks", "use_cache", "prefill_chunk")
 
 
 class GenerateTab:
@@ -78,9 +78,9 @@ class GenerateTab:
         self.shown(self.sidebar.seen.change(lambda: None, None, None, **QUICK))
         if opened := self.context.opened:
             self.shown(opened).then(self.setup.refusals, None, self.setup.unavailable, **QUICK)
-        for name in PRICED:
+        for name in ESTIMATED:
             self.controls[name].change(
-                self._price,
+                self._estimate,
                 [self.setup.choosing, *self.options],
                 self.sidebar.budget,
                 trigger_mode="always_last",
@@ -88,12 +88,12 @@ class GenerateTab:
             )
 
     def shown(self, event: Any) -> Any:
-        """After `event`, redraw for the resident model of that moment."""
+        """After `event`, redraw for the resident model at that moment."""
         setup = self.setup
         outputs = [*setup.view_outputs, self.workbench, self.template_note, self.controls["cache_type"]]
         event = event.then(self._view, setup.choosing, outputs, **QUICK)
-        event = event.then(setup.price, setup.controls, setup.price_outputs, **QUICK)
-        return event.then(self._price, [setup.choosing, *self.options], self.sidebar.budget, **QUICK)
+        event = event.then(setup.estimate, setup.controls, setup.estimate_outputs, **QUICK)
+        return event.then(self._estimate, [setup.choosing, *self.options], self.sidebar.budget, **QUICK)
 
     def _view(self, choosing: bool) -> list[Any]:
         plan = self.engine.resident
@@ -111,13 +111,13 @@ class GenerateTab:
         kv = gr.Dropdown(value=plan.cache_type) if plan else gr.skip()
         return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv]
 
-    def _price(self, choosing: bool, *values: Any) -> Any:
-        """The budget bar for the next answer of the resident model; while choosing, the card's price stands."""
+    def _estimate(self, choosing: bool, *values: Any) -> Any:
+        """The budget bar for the next answer of the resident model; while choosing, the card's estimate stays."""
         resident = self.engine.resident
         if choosing or resident is None:
             return gr.skip()
         try:
-            plan = self.engine.price(0, self._read(*values)) or resident
+            plan = self.engine.estimate(0, self._read(*values)) or resident
         except Exception:  # the answer itself will say what is wrong with its options
             return gr.skip()
         return render.budget(

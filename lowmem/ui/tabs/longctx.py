@@ -149,16 +149,16 @@ class LongContextTab:
         try:
             options = self.read(*values)
             check_window(options, plan.spec.context)
-            priced = self.engine.price(tokens, options)
-            whole = self.engine.price_whole(tokens)
+            estimate = self.engine.estimate(tokens, options)
+            whole = self.engine.estimate_whole(tokens)
         except Exception as error:
             return f'<p class="lm-notice" data-kind="quiet">{error}</p>'
-        return render_longctx.memory(priced, whole, tokens)
+        return render_longctx.memory(estimate, whole, tokens)
 
     def _estimate(self, text: str, file: str | None, *values: Any) -> list[Any]:
         card = self._card(text, file, *values)
         try:
-            plan = self.engine.price(0, self.read(*values))
+            plan = self.engine.estimate(0, self.read(*values))
         except Exception:
             plan = None
         tokens = Message("{cached_tokens:,}", cached_tokens=plan.cached_tokens) if plan else ""

@@ -115,7 +115,7 @@ class HiddenMode:
 
 
 class RecallMode:
-    """A word is stated, text follows, the word is asked for."""
+    """Needle test: state a word, continue with text, ask for the word."""
 
     key = "recall"
 

@@ -137,7 +137,7 @@ class OffloadTab:
         self._measure_after(ran.then(self._estimate, self.controls, self.estimated, **QUICK))
         self.comparison.wire(inputs, [self.table, self.plot], self._compare)
         context.when_opened(self._estimate, self.controls, self.estimated, **QUICK)
-        if context.tab:  # whoever comes to the tab has this machine measured, unless it was
+        if context.tab:  # opening the tab measures this machine, unless it was measured before
             self._measure_after(context.tab.select(self._estimate, self.controls, self.estimated, **QUICK))
 
     def _measure_after(self, event: Any) -> None:
