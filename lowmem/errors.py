@@ -36,7 +36,7 @@ class ModelNotFound(LowMemError):
 
 
 class GatedModel(LowMemError):
-    """The hub requires a token, or that its licence is accepted."""
+    """The hub requires a token, or that its license is accepted."""
 
 
 class UnsafeModel(LowMemError):
@@ -52,7 +52,7 @@ class Offline(LowMemError):
 
 
 class DiskFull(LowMemError):
-    """Not enough disk for what is about to be written."""
+    """Not enough disk space for the files to be written."""
 
 
 class DoesNotFit(LowMemError):

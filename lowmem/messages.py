@@ -1,4 +1,4 @@
-"""Sentences for people: English where they are made, the reader's language where they are shown.
+"""User-facing messages: created in English, translated to the reader's language for display.
 
 The engine, the command line and the endpoints speak English and take a `Message` for the text that it is. The page
 knows its visitor's language and translates. Catalogues are gettext's; CONTRIBUTING.md describes how to update them.

@@ -115,7 +115,7 @@ class Table:
     def add(self, row: Row) -> None:
         row = replace(row, variant=f"{row.model} {row.variant}") if self.grid else row
         self.rows.append(row)
-        if self.csv:  # after every row, so that a comparison that is stopped leaves what it has
+        if self.csv:  # after every row, so that a stopped comparison leaves its finished rows
             write_atomically(self.csv, to_csv(self.rows))
         if self.quiet:
             return

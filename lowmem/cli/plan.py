@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
 
 
 def add_goal(parser: argparse.ArgumentParser) -> None:
-    """Add what a plan is made for: budget, context, batch, precision and device."""
+    """Add the arguments of a plan: budget, context, batch, precision and device."""
     add_budget(parser)
     parser.add_argument(
         "--context", type=int, default=DEFAULT_GOAL.context, metavar="N", help="tokens of prompt and answer together"

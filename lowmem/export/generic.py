@@ -41,7 +41,7 @@ _SAMPLE = (2, 5, 3)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the logs of exporters and optimisers, and undo their changes to the logging configuration."""
+    """Silence the logs of exporters and optimizers, and undo their changes to the logging configuration."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
     logging.disable(logging.WARNING)

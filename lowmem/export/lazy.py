@@ -25,7 +25,7 @@ LARGE = 65_536
 """Weights with at least this many elements are replaced while the model is traced."""
 
 PLACEHOLDER = 0.123
-"""A number without a rule in the optimiser, unlike 0 and 1."""
+"""A number without a rule in the optimizer, unlike 0 and 1."""
 
 
 class LazyModel:
@@ -77,7 +77,7 @@ def _plain_linears(model: nn.Module) -> set[str]:
 
 
 def fold_except(names: set[str]) -> Callable[[ir.Node], bool | None]:
-    """For the exporter's optimiser: whether to fold a node; never one with an input among `names`."""
+    """For the exporter's optimizer: whether to fold a node; never one with an input among `names`."""
 
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in names for value in node.inputs) else None

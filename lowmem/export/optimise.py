@@ -1,4 +1,4 @@
-"""Optimise a generic graph with ONNX Runtime's transformer optimiser, and report nodes, fusions, bytes and latency.
+"""Optimize a generic graph with ONNX Runtime's transformer optimizer, and report nodes, fusions, bytes and latency.
 
 An optimised graph that is slower, or does not load, is discarded.
 """
@@ -33,11 +33,11 @@ TOKENS, RUNS = 64, 5
 """Latency is the median of `RUNS` runs over `TOKENS` tokens."""
 
 _TYPES = {"gpt2": "gpt2", "phi": "phi", "t5": "t5", "vit": "vit", "clip": "clip"}
-"""The optimiser's name of a model type; "bert" for all encoders."""
+"""The optimizer's name of a model type; "bert" for all encoders."""
 
 
 def optimise(folder: Path, source: Path) -> Iterator[Step]:
-    """Optimise the graph in `folder`, exported from the model in `source`, in place; writes `REPORT`."""
+    """Optimize the graph in `folder`, exported from the model in `source`, in place; writes `REPORT`."""
     yield Step(0, 1, msg("Optimizing the graph"))
     path = folder / GRAPH
     before = figures(path)
@@ -50,8 +50,8 @@ def optimise(folder: Path, source: Path) -> Iterator[Step]:
         report["after"] = after = figures(part / GRAPH)
         report["kept"] = after["seconds"] <= 1.05 * before["seconds"]
     except (LowMemError, ProtobufError, RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        # The optimiser matches patterns and fails on unknown graphs and on those above 2 GB.
-        log.info("the optimiser failed", exc_info=True)
+        # The optimizer matches patterns and fails on unknown graphs and on those above 2 GB.
+        log.info("the optimizer failed", exc_info=True)
         report["failed"] = str(error)[:200] or type(error).__name__
     if report["kept"]:
         for file in folder.glob(f"{GRAPH}*"):

@@ -96,7 +96,7 @@ def _begun(out: Path) -> Path:
 
 
 class _Export:
-    """One export: what is known before it, and what has come of it."""
+    """One export: its inputs and its results."""
 
     def __init__(self, folder: Path, request: ExportRequest) -> None:
         self.folder, self.request, self.options = folder, request, request.options

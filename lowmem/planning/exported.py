@@ -165,14 +165,14 @@ def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimis
     session = ONNX_RUNTIME_BYTES + generic_bytes(spec, precision, group_size) * (3 if precision == "fp16" else 1)
     whole = generic_bytes(spec, "fp32") if encoder else 0
     if optimised:
-        whole = max(whole, ONNX_RUNTIME_BYTES + OPTIMISER_COPIES * generic_bytes(spec, precision, group_size))
+        whole = max(whole, ONNX_RUNTIME_BYTES + OPTIMIZER_COPIES * generic_bytes(spec, precision, group_size))
     return TRACER_BYTES + max(
         7 * spec.vocab * spec.hidden, whole, session + 4 * logits + 5 * 4 * PARITY_ROWS * spec.vocab
     )
 
 
-OPTIMISER_COPIES = 5
-"""Copies of the graph in ONNX Runtime's optimiser, which infers shapes on serialized copies (1.32, measured)."""
+OPTIMIZER_COPIES = 5
+"""Copies of the graph in ONNX Runtime's optimizer, which infers shapes on serialized copies (1.32, measured)."""
 
 TRACER_BYTES = 180 * MB
 """PyTorch's exporter and its representation of a graph (2.13, measured)."""

@@ -47,7 +47,7 @@ def smallest(plan: Plan) -> Plan:
 
 
 def offload_precision(plan: Plan) -> str:
-    """The precision of an offloaded plan: its compute dtype, since blocks stream as they are stored."""
+    """The precision of an offloaded plan: its compute dtype, since blocks stream in their stored format."""
     if plan.spec.quantization:
         return "stored"
     stored = {tensor.dtype for tensor in counted(plan.spec) if len(tensor.shape) > 1}

@@ -25,7 +25,7 @@ from lowmem.planning.plan import Line, Plan
 
 
 def device_lines(plan: Plan, placement: Placement, dtype: str) -> tuple[Line, ...]:
-    """What lies in the memory of the device that computes in `dtype`, without the process itself."""
+    """Memory parts of the device that computes in `dtype`, without the process itself."""
     kind = plan.place.kind
     weights = sum(_resident_bytes(plan, tensor, dtype) for tensor in _resident_tensors(plan, placement))
     weights += _quantization_state_bytes(plan, placement)
@@ -64,7 +64,7 @@ def device_lines(plan: Plan, placement: Placement, dtype: str) -> tuple[Line, ..
 
 
 def ram_lines(plan: Plan, placement: Placement) -> tuple[Line, ...]:
-    """What lies in RAM while a GPU computes, without the process itself."""
+    """RAM parts while a GPU computes, without the process itself."""
     sizes, in_ram = stored_block_bytes(plan.spec), placement.indices("ram")
     return (
         Line(
@@ -105,7 +105,7 @@ def _resident_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
     packed = plan.precision == "stored" and tensor.packed_layer
     if packed or plan.place.kind != "cpu":
         return model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
-    # Beside streamed blocks a CPU keeps matrices as they are stored.
+    # Beside streamed blocks, matrices on a CPU stay in their stored format.
     return tensor.nbytes if len(tensor.shape) > 1 else tensor.elements * DTYPE_BYTES[dtype]
 
 

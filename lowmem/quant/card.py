@@ -20,7 +20,7 @@ VLLM_GROUPS = (-1, 32, 64, 128)
 
 
 def vllm(group_size: int, refused: str = "", instead: str = "") -> str:
-    """The paragraph on vLLM: the command that serves the folder, or what its kernels refuse and what to do instead."""
+    """The paragraph on vLLM: the command that serves the folder, or the reason why its kernels cannot and an alternative."""
     if group_size not in VLLM_GROUPS:
         refused, instead = f"groups of {group_size}", "in groups of 32, 64 or 128"
     if refused:

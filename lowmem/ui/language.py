@@ -59,7 +59,7 @@ class Languages:
 
 
 class Page(gr.Blocks):
-    """Blocks that speak their visitor's language, or `language` to everybody once it is set."""
+    """Blocks in the visitor's language, or in `language` for all once it is set."""
 
     language: str | None = None
 

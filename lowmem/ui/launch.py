@@ -114,7 +114,7 @@ def serve(
 
 
 def _sign_ins(auth: str | None, share: bool, public: bool) -> list[tuple[str, str]]:
-    """Who may sign in: nobody has to, or everybody as one user and, on a public page, the owner as another."""
+    """Accounts for signing in: none, or one for everybody and, on a public page, one for the owner."""
     if not (auth or share):
         return []
     everybody = _credentials(auth) if auth else (VISITOR, secrets.token_urlsafe(9))

@@ -1,4 +1,4 @@
-"""Colours, type and spacing of the page. Fonts come with gradio; nothing is fetched."""
+"""Colors, type and spacing of the page. Fonts come with gradio; nothing is fetched."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class LayerPrefetcher:
         return torch.cuda.stream(self._stream)
 
     def invalidate(self) -> None:
-        """Discard what the device buffers hold, because the rows have changed."""
+        """Discard the contents of the device buffers, because the rows have changed."""
         self._holds = [None] * BUFFERS
 
     def _load(self, layer: OffloadedLayer, states: Tensor, keep: OffloadedLayer | None = None) -> None:

@@ -16,7 +16,7 @@ from lowmem.planning.cache import LARGEST_CHUNK, MOST_SINK_COPIES
 
 
 class Stream:
-    """How far each row of a batch has got in its text, and what the current pass does to the ring buffers.
+    """The position of each row of a batch, and the updates of the ring buffers in the current pass.
 
     The tokens of a row are numbered from 0; the left padding of shorter prompts has negative numbers. The position id
     of a token is its number minus the row's `base`.

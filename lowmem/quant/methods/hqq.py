@@ -2,7 +2,7 @@
 
 The published method minimizes |W - scale (q - zero)|_p with p = 0.7 over a real zero point, alternating between codes,
 outliers (the part of the error that the norm discounts) and zero point. GPTQ's format stores integer zero points, so
-both neighbours of the solution are tried, each with the scale that fits it best, and the codes are rounded again.
+both neighbors of the solution are tried, each with the scale that fits it best, and the codes are rounded again.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Manifest:
         int8_range: largest code of dynamic int8 weights, 0 if there are none.
         model_tensors: of the original: [name, dtype, shape, bytes] each.
         parity: the figures of `export.parity.ParityCheck`.
-        optimised: nodes, fusions, bytes and seconds before and after, where the optimiser ran.
+        optimised: nodes, fusions, bytes and seconds before and after, where the optimizer ran.
     """
 
     model: str

@@ -64,7 +64,7 @@ def models(services: Services) -> Json:
 
 
 def machine(services: Services) -> Json:
-    """The machine: hardware, what is in use now, the resident model."""
+    """The machine: hardware, memory in use, the resident model."""
     engine, resident = services.engine, services.engine.resident
     return {
         "line": engine.hardware().line(),

@@ -34,7 +34,7 @@ def card(expected: ExportEstimate, original_bytes: int) -> str:
 
 
 def receipt(one: Receipt) -> str:
-    """The parity check, what the optimizer did, predicted and measured sizes, and the files."""
+    """The parity check, the effect of the optimizer, predicted and measured sizes, and the files."""
     details = one.details
     body = parity(details["parity"], details["kind"]) + optimized(details.get("optimised") or {})
     return parts.made(one, body, program(Path(details["folder"])))

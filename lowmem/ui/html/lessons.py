@@ -1,4 +1,4 @@
-"""What each tab's technique does, what it costs and when to leave it, in words; and the course's typical figures.
+"""Each tab's technique in words: effect, cost and when not to use it; and the course's typical figures.
 
 The figures are those of the course that the exercises come from, its module "Otimização de Inferência".
 """
@@ -14,7 +14,7 @@ MODULE = "Otimização de Inferência"
 
 @dataclass(frozen=True, slots=True)
 class Typical:
-    """A table of the course: the section it stands in, its header and its rows."""
+    """A table of the course: its section, header and rows."""
 
     section: str
     header: tuple[str, ...]
@@ -23,7 +23,7 @@ class Typical:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One technique; `typical` is what the course says of other models."""
+    """One technique; `typical` are the course's figures for other models."""
 
     title: str
     does: str

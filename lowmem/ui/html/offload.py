@@ -126,7 +126,7 @@ def measured(one: Receipt) -> str:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of a comparison, as far as it is measured."""
+    """The table of a comparison, with the rows measured so far."""
     return parts.table(NAMES["offload_table"], map(_cells, rows)) if rows else ""
 
 

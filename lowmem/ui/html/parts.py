@@ -60,7 +60,7 @@ def explanations(items: Pairs) -> str:
 
 
 def quiet(text: str) -> str:
-    """A notice in a muted colour."""
+    """A notice in a muted color."""
     return f'<p class="lm-notice" data-kind="quiet">{escape(text)}</p>'
 
 
@@ -170,7 +170,7 @@ def made(receipt: Receipt, body: str, more: str = "") -> str:
 
 
 def link(path: Path, label: str) -> str:
-    """A link to a file where it lies, with its size; nothing is copied. "" if there is none."""
+    """A link to a file in place, with its size; nothing is copied. "" if there is none."""
     return f'<p class="lm-link">{_link(path, label)}</p>' if path.is_file() else ""
 
 

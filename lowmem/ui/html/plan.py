@@ -101,7 +101,7 @@ def _legend_row(key: str, count: int, why: str) -> str:
 
 
 def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) -> str:
-    """The set-up that would be loaded, with its reason and what has to be fetched."""
+    """The setup that would be loaded, with its reason and the files to download."""
     eyebrow = msg("Recommended for this machine") if recommended else msg("Your choice")
     on_onnx = plan.backend == "onnx"
     facts = [
@@ -207,7 +207,7 @@ def machine(line: str) -> str:
 
 
 def meters(now: Snapshot) -> str:
-    """RAM, GPU memory and disk as they are now."""
+    """Current RAM, GPU memory and disk."""
     rows = [_meter(name("memory", "ram"), now.ram_used, now.ram_total, now.process_bytes)]
     rows += [_meter(label, used, total) for label, used, total in now.vram]
     free = msg("{size} free on disk", size=format_bytes(now.disk_free))
@@ -234,7 +234,7 @@ def _meter(label: str, used: int, total: int, own: int = 0) -> str:
 
 
 def resident(plan: Plan | None, busy: str) -> str:
-    """The resident model, and what is going on."""
+    """The resident model and the current activity."""
     if plan is None:
         body = f'<p class="lm-muted lm-small">{escape(msg("No model is loaded."))}</p>'
     else:

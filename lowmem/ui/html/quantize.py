@@ -43,7 +43,7 @@ def receipt(one: Receipt) -> str:
 
 
 def comparison(rows: Sequence[Row]) -> str:
-    """The table of a comparison, as far as it is measured."""
+    """The table of a comparison, with the rows measured so far."""
     return parts.table(NAMES["compare_table"], map(_cells, rows))
 
 

@@ -76,7 +76,7 @@ class Jobs:
 
 
 def stops(trigger: Callable[..., Any], jobs: Jobs, kind: str, shown_in: Any) -> None:
-    """Let an event say that work of `kind` is being stopped, then stop it: what the work says at its end comes later."""
+    """Let an event say that work of `kind` is being stopped, then stop it: its final events come later."""
 
     def stop(request: gr.Request) -> None:
         jobs.stop(request, kind)

@@ -1,4 +1,4 @@
-"""What the tabs of a page share, and what a tab is."""
+"""State shared by the tabs of a page, and the description of a tab."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Context:
 
 
 class Tab(NamedTuple):
-    """A tab of the page: its id, its title, and what builds it where it stands in the layout."""
+    """A tab of the page: its id, its title, and the function that builds it."""
 
     key: str
     title: str

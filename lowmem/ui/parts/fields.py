@@ -37,7 +37,7 @@ def widget(option: Option, prefix: str = "option") -> gr.components.Component:
 
 
 def widgets(kind: type, names: Iterable[str], prefix: str = "option") -> dict[str, Any]:
-    """Controls for the named fields, in that order, made where the call stands in the layout."""
+    """Controls for the named fields, in that order, created in the current layout."""
     known = {option.name: option for option in describe(kind)}
     return {key: widget(known[key], prefix) for key in names}
 

@@ -18,7 +18,7 @@ log = logging.getLogger("lowmem.ui")
 
 
 class Learn:
-    """Built where it stands in the layout.
+    """Creates its components in the current layout.
 
     Args:
         key: the tab, of `LESSONS`.
@@ -38,7 +38,7 @@ class Learn:
     def _lesson(self, model: str | None = None) -> str:
         try:
             return render_learn.lesson(self.key, self._plan((model or "").strip()), self.engine.last_receipt)
-        except Exception as error:  # the tab itself says what is wrong with its model
+        except Exception as error:  # the tab itself reports the error
             log.debug("no figures for a lesson: %s", error)
             return render_learn.lesson(self.key, None, None)
 

@@ -18,7 +18,7 @@ from lowmem.ui.service.results import push_result
 
 
 class PushBox:
-    """Built where it stands in the layout.
+    """Creates its components in the current layout.
 
     Args:
         receipt: State with the receipt of the result, as a dict.

@@ -17,7 +17,7 @@ Updates = dict[Any, Any]
 """Component -> its update."""
 
 View = Callable[[Sequence[Any]], list[Any]]
-"""Takes the latest events, none at the end, and returns what the outputs become."""
+"""Takes the latest events, none at the end, and returns the updates of the outputs."""
 
 Start = Callable[..., tuple[Iterator[Any], View] | None]
 """(token, *values of the inputs) -> the events, begun lazily, and a view of them; None if there is nothing to do."""
@@ -119,7 +119,7 @@ class Runner:
 
 
 class ButtonRunner(Runner):
-    """A Runner with its own button, Stop, progress and notice, built where it stands in the layout."""
+    """A Runner with its own button, Stop, progress and notice, created in the current layout."""
 
     def __init__(
         self, context: Context, kind: str, label: str, *, starting: str = msg("Starting the engine"), queue: dict[str, Any] = HEAVY,

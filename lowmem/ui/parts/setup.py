@@ -1,4 +1,4 @@
-"""The set-up: what is recommended, what else can be chosen, loading it."""
+"""The setup: the recommendation, other choices, and loading."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ class Setup:
         """The context slider as far as `model` goes."""
         try:
             longest = 8192 if model in ("", AUTO) else self.engine.spec(model).context
-        except Exception:  # `estimate` says what is wrong with the model
+        except Exception:  # `estimate` shows the error
             return gr.skip()
         top = max(256, longest // 256 * 256)
         return gr.Slider(maximum=top, value=min(context, top))
@@ -290,7 +290,7 @@ class Setup:
 
         return events(), lambda _: []
 
-    # --- what is visible
+    # --- visibility
 
     @property
     def view_outputs(self) -> list[Any]:

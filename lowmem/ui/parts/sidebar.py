@@ -24,7 +24,7 @@ Seen = tuple[str, str]
 
 
 class Sidebar:
-    """Built first, where it stands in the layout.
+    """Created first, in the current layout.
 
     Args:
         engine: the state to show.
@@ -93,7 +93,7 @@ class Sidebar:
         self.limits = list(sliders.values())
         top = self._top[main]
         pretend.input(lambda size: size or top, pretend, sliders[main], **QUICK)
-        # The preset that the slider stands on, none in between, so that each can be clicked again.
+        # The preset at the value of the slider, none in between, so that each can be clicked again.
         preset_of = {float(size): size for size in presets} | {float(top): 0}
         sliders[main].input(preset_of.get, sliders[main], pretend, **QUICK)
 

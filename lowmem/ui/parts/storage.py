@@ -20,7 +20,7 @@ class Storage:
 
     def __init__(self, context: Context) -> None:
         self.engine = context.engine
-        self.pending = gr.State("")  # what the next click deletes
+        self.pending = gr.State("")  # key of the entry that the next click deletes
         with gr.Accordion(msg("Stored on this machine"), open=False, elem_id="stored") as self.box:
             gr.HTML(
                 parts.quiet(

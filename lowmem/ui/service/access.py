@@ -56,7 +56,7 @@ class Access:
             )
 
     def check_model(self, ref: str) -> None:
-        """Let visitors name what the page lists, and more only where that is allowed.
+        """Let visitors use the models that the page lists, and others only if the page allows it.
 
         Raises:
             NotAllowed: a model that is not listed.
@@ -73,7 +73,7 @@ class Access:
         return UNBOUNDED if self.owned else MOST_TOKENS
 
     def check_work(self, options: GenerateOptions, prompts: int = 1) -> None:
-        """Refuse a visitor's work that would keep everybody else waiting for hours.
+        """Refuse a visitor's work that would block others for hours.
 
         Raises:
             NotAllowed: too many prompts or new tokens.

@@ -242,7 +242,7 @@ class Engine:
         return reestimate(plan, context=tokens, batch=1, cache_type="same") if plan else None
 
     def child_budget(self, budget: MemoryBudget) -> MemoryBudget:
-        """What a child process may use while this one keeps what it holds, a resident model included."""
+        """The budget of a child process beside this one and its resident model."""
         return budget.bounded(self.hardware()).for_child_process()
 
     def isolated(self, job: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Any]:
@@ -268,7 +268,7 @@ class Engine:
     def batch(
         self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken, *, raw: bool, batch_size: int = 0
     ) -> Iterator[Step | Completion | Receipt]:
-        """Answer many prompts; batch size 0 takes what the budget allows."""
+        """Answer many prompts; batch size 0 is the largest that the budget allows."""
         self.require_model()
         self.access.check_work(options, len(prompts))
         return self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None)

@@ -11,7 +11,7 @@ from lowmem.ui.service.quantize import QuantizeService
 
 
 class Services:
-    """The services over one engine; what is passed in takes the place of the usual one.
+    """The services over one engine; arguments replace the default ones.
 
     Attributes:
         engine, quantize, compare, offload, longctx, export: one service each.

@@ -18,7 +18,7 @@ from lowmem.ui.service import prompts
 
 
 class Batch:
-    """Built where it stands in the layout, wired once the options exist."""
+    """Creates its components in the current layout; wired once the options exist."""
 
     def __init__(self, context: Context) -> None:
         self.engine = context.engine

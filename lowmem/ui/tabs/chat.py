@@ -21,7 +21,7 @@ Message = dict[str, Any]
 
 
 class Chat:
-    """Built where it stands in the layout, wired once the options exist."""
+    """Creates its components in the current layout; wired once the options exist."""
 
     def __init__(self, context: Context) -> None:
         self.engine = context.engine

@@ -32,7 +32,7 @@ EXAMPLE_ON_GPU = ("fp16", "bnb8", "nf4")
 
 
 class CompareView:
-    """Built where it stands in the layout."""
+    """Creates its components in the current layout."""
 
     def __init__(self, context: Context) -> None:
         self.service, self.sidebar = context.services.compare, context.sidebar

@@ -19,7 +19,7 @@ from lowmem.ui.service.prompts import joined
 
 
 class Completion:
-    """Built where it stands in the layout, wired once the options exist."""
+    """Creates its components in the current layout; wired once the options exist."""
 
     def __init__(self, context: Context) -> None:
         self.engine = context.engine

@@ -21,7 +21,7 @@ GROUP = 64
 
 
 class ExplainView:
-    """Built where it stands in the layout.
+    """Creates its components in the current layout.
 
     Args:
         model: the dropdown with the chosen model.

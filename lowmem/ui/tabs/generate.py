@@ -118,7 +118,7 @@ class GenerateTab:
             return gr.skip()
         try:
             plan = self.engine.estimate(0, self._read(*values)) or resident
-        except Exception:  # the answer itself will say what is wrong with its options
+        except Exception:  # generation itself reports invalid options
             return gr.skip()
         return render.budget(
             plan, msg("For an answer of up to {tokens} tokens", tokens=Message("{context:,}", context=plan.context))

@@ -30,7 +30,7 @@ from lowmem.ui.tabs.longctx_writing import ChatMode, ContinueMode
 
 OPTIONS = ("sinks", "temperature", "repetition_penalty")
 CHARACTERS_PER_TOKEN = 4  # of English; only for the estimate that follows the sliders
-# Where gradio is older, as on Colab, what is too wide folds into a menu.
+# In older gradio, as on Colab, tabs that are too wide fold into a menu.
 WRAPPED: dict[str, Any] = (
     {"overflow_behavior": "wrap"} if "overflow_behavior" in inspect.signature(gr.Tabs).parameters else {}
 )

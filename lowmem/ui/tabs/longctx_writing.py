@@ -1,4 +1,4 @@
-"""Continuing a long text and chatting about it: one class a mode, built where it stands and wired later."""
+"""Continuing a long text and chatting about it: one class per mode, created in the layout and wired later."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ContinueMode:
 
 
 class ChatMode:
-    """A conversation about the text, which stands in front of it."""
+    """A conversation with the text as its first message."""
 
     key = "chat"
 

@@ -1,4 +1,4 @@
-"""The Offload tab: run what does not fit, see where its blocks live and what a token costs."""
+"""The Offload tab: run models that do not fit, with the place of every block and the time per token."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class OffloadTab:
             if self.service.speed(plan) is None and (speed := self.service.measure(plan)):
                 return self._picture(plan, speed)
         except Exception:
-            pass  # `_estimate` has said what is wrong
+            pass  # `_estimate` shows the error
         return gr.skip()
 
     def _measure_again(self, *values: Any) -> list[Any]:
@@ -225,7 +225,7 @@ def _counted(events: Iterator[Any], tokens: int) -> Iterator[Any]:
 
 
 def _budget(most: int | None, label: str, elem_id: str) -> gr.Slider:
-    """A slider of gigabytes up to all there is; hidden without such a memory."""
+    """A slider in gigabytes up to the total; hidden if the machine has no such memory."""
     top = max(SMALLEST_GB + 0.1, int((most or 0) / GB * 20) / 20)
     return gr.Slider(
         SMALLEST_GB, top, value=top, step=0.05, label=label, visible=most is not None, elem_id=elem_id, buttons=[]

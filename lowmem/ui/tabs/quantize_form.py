@@ -32,7 +32,7 @@ _MAIN = ("bits", "group_size", "symmetric")
 
 
 class QuantizeForm:
-    """Built where it stands in the layout.
+    """Creates its components in the current layout.
 
     Attributes:
         controls: all of them, in the order in which `request` takes their values.

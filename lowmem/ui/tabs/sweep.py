@@ -37,7 +37,7 @@ SAMPLES = 16
 
 
 class SweepView:
-    """Built where it stands in the layout.
+    """Creates its components in the current layout.
 
     Args:
         text: the dropdown with the evaluation text.
