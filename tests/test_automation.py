@@ -148,7 +148,7 @@ def test_no_argument_is_described_that_there_is_not(client: Client) -> None:
     ("endpoint", "values", "words"),
     [
         ("/sweep", [["demo"], ["fp31"]], "fp31"),
-        ("/sweep", [["demo"]], "no precision and no method"),
+        ("/sweep", [["demo"]], "neither precisions nor methods"),
         ("/sweep", [[], ["fp32"]], "no model"),
         ("/sweep", [["demo"], [], {"rnt": {}}], "'rnt'"),
         ("/sweep", [["demo"], ["fp32"], {}, "/etc/passwd"], "no text"),

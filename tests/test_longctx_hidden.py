@@ -125,6 +125,6 @@ def test_stop_and_full_disks_leave_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Cancelled):
         list(steps)
     monkeypatch.setattr(hidden, "disk_free_bytes", lambda _folder: 1000)
-    with pytest.raises(DiskFull, match=r"take 25\.6 KB, and 1\.00 KB"):
+    with pytest.raises(DiskFull, match=r"take 25\.6 KB, but only 1\.00 KB"):
         run(toy("llama"), [prompt(100)], 16, 8, tmp_path / "states.npy")
     assert list(tmp_path.iterdir()) == []
