@@ -1,4 +1,4 @@
-"""What long actions yield: steps, text and, last, a receipt.
+"""Events of long actions: steps, text and, last, a receipt.
 
 Every long action of the engine is a generator of these. It checks its `CancelToken` at least
 once a second and raises `Cancelled` when the token is set.

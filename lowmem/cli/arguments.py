@@ -93,7 +93,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def given(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+def explicit_options(args: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
     """The `options` that are on the command line, by name or earlier name, for `fields.build`."""
     names = [name for option in options for name in (option.name, *option.aliases)]
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
@@ -105,7 +105,7 @@ def options(args: argparse.Namespace, kind: type[Options]) -> Options:
     Raises:
         BadInput: a value is out of range.
     """
-    return build(kind, given(args, describe(kind)))
+    return build(kind, explicit_options(args, describe(kind)))
 
 
 def check_parent(path: Path | None) -> None:

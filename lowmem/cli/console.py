@@ -1,4 +1,4 @@
-"""What a command prints: results on standard output, progress and the receipt on standard error."""
+"""Output of commands: results on standard output, progress and the receipt on standard error."""
 
 from __future__ import annotations
 

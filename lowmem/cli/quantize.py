@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lowmem import quant
-from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_option, add_options, budget, check_parent, given
+from lowmem.cli.arguments import (
+    MODEL_HELP,
+    add_budget,
+    add_json,
+    add_option,
+    add_options,
+    budget,
+    check_parent,
+    explicit_options,
+)
 from lowmem.cli.console import finish, follow
 from lowmem.fields import Option, describe
 from lowmem.machine.baseline import measure_runtime_bytes
@@ -59,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     request = QuantizeRequest.validated(
         args.model,
         args.method,
-        given(args, [option for option, _ in _method_options().values()]),
-        given(args, describe(Calibration)),
+        explicit_options(args, [option for option, _ in _method_options().values()]),
+        explicit_options(args, describe(Calibration)),
         hardware=hardware,
         out=args.out,
         budget=budget(args).bounded(hardware) if args.ram else UNLIMITED,

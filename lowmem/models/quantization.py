@@ -78,7 +78,7 @@ class Quantization:
         if self.bits not in WIDTHS[self.method]:
             widths = ", ".join(map(str, WIDTHS[self.method]))
             return msg(
-                "It is quantized with {method} to {bits} bits; lowmem runs {widths}.",
+                "It is quantized with {method} to {bits} bits; lowmem supports {widths}.",
                 method=self.method,
                 bits=self.bits,
                 widths=widths,

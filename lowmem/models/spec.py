@@ -1,4 +1,4 @@
-"""What is known about a model before its weights are read: source, shapes, dtypes, sizes.
+"""Facts about a model before its weights are read: source, shapes, dtypes, sizes.
 
 Pure data and arithmetic, without torch or network; `source.py` reads config.json and the file headers.
 """

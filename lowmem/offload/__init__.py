@@ -1,1 +1,1 @@
-"""Running what does not fit: blocks that stream from RAM or disk through the device that computes."""
+"""Running models that do not fit: blocks stream from RAM or disk through the device that computes."""

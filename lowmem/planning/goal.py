@@ -1,4 +1,4 @@
-"""What to run: the part of a plan that a person chooses."""
+"""The part of a plan that a user chooses."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ExportOptions:
     )
     fast_prefill: str = option(
         "auto",
-        msg("Fast prompts"),
+        msg("Fast prefill"),
         msg(
             "A second graph in dynamic int8 processes prompts about twice as fast, for one more byte per weight. Automatic: with int8 only."
         ),

@@ -1,4 +1,4 @@
-"""Where every decoder block lives, and its size in bytes. Plain data: no torch, no files.
+"""The place of every decoder block, and its size in bytes. Plain data: no torch, no files.
 
 A resident block is in the memory of the device that computes: "gpu", or "ram" on a CPU. An offloaded block streams through
 two buffers there. Everything outside the blocks (embeddings, the last norm, the output head) is always resident.

@@ -55,7 +55,7 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
             msg("Choose the original model, or another group size."),
         )
     chosen = _one_a_block(fitting)
-    options, losses, shown = method.Options(bits=bits, group_size=group), [], {}
+    options, losses, histogram = method.Options(bits=bits, group_size=group), [], {}
     with Checkpoint(folder) as checkpoint:
         for number, tensor in enumerate(chosen):
             yield Step(number, len(chosen), msg("Rounding block {number}", number=number + 1))
@@ -68,13 +68,13 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
                 part = weight.reshape(1, -1)[:, :SHOWN]
                 edge = float(part.std() * 4) or 1.0
                 read = method.quantize([part], None, method.Options(bits=bits, group_size=-1), CancelToken())[0]
-                shown = {
+                histogram = {
                     "layer": tensor.name.removesuffix(".weight"),
                     "edges": [-edge, edge],
                     "before": _shares(torch.histc(part, BINS, -edge, edge)),
                     "after": _shares(torch.histc(read.dequantize(), BINS, -edge, edge)),
                 }
-    return {**shown, "losses": losses, "bits": bits, "group": group, "model": spec.name}
+    return {**histogram, "losses": losses, "bits": bits, "group": group, "model": spec.name}
 
 
 def _one_a_block(tensors: Sequence[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a precision is: a label, where it runs, how many bytes its layers take, and how they are made."""
+"""The interface of a precision: label, devices, bytes per layer, and how its layers are built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What quantizing will cost, computed from the tensors' shapes before any weight is read. No torch.
+"""The estimated cost of quantizing, computed from the tensors' shapes before any weight is read. No torch.
 
 Bytes are counted. Time is work divided by speed: work is counted from the shapes (floating-point operations of a
 calibrated method, weights of the others); speed is that of the method's last run on this machine, or before the first

@@ -57,7 +57,7 @@ def quantize_receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int
 
 def _notes(options: Options, resumed: int) -> Iterator[str]:
     if options.bits == 2:
-        yield msg("2 bits are experimental: most models of this size stop making sense.")
+        yield msg("2 bits are experimental: most models of this size produce nonsense.")
     if resumed:
         yield msg("The first {resumed} blocks are from an earlier run.", resumed=resumed)
 

@@ -143,18 +143,18 @@ def make_grid(content: Any) -> Grid:
 
 
 def _texts(content: Mapping[str, Any], key: str) -> list[str]:
-    given = content.get(key) or []
-    words = [given] if isinstance(given, str) else given
+    value = content.get(key) or []
+    words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
         raise BadInput(msg("{key} in the grid is not a list of names.", key=key), _EXAMPLE)
     return [word.strip() for word in words]
 
 
-def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
+def _methods(value: Any) -> dict[str, Mapping[str, Any]]:
     """Method -> settings; methods in a plain list have none."""
-    if isinstance(given, (str, list)):
-        given = dict.fromkeys(_texts({"methods": given}, "methods"))
-    methods = _mapping(given, "methods")
+    if isinstance(value, (str, list)):
+        value = dict.fromkeys(_texts({"methods": value}, "methods"))
+    methods = _mapping(value, "methods")
     if unknown := [method for method in methods if method not in quant.METHODS]:
         raise BadInput(
             msg("There is no quantization method {unknown!r}.", unknown=unknown[0][:40]),
@@ -163,10 +163,10 @@ def _methods(given: Any) -> dict[str, Mapping[str, Any]]:
     return {method: _mapping(settings or {}, method) for method, settings in methods.items()}
 
 
-def _mapping(given: Any, key: str) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise BadInput(msg("{key} in the grid is not a mapping of names to values.", key=key), _EXAMPLE)
-    return given
+    return value
 
 
 def _precision(word: str) -> Variant:

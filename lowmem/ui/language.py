@@ -1,8 +1,7 @@
 """The page in its visitor's language.
 
-Messages are translated where they enter HTML (`escape`) or leave through a component (`Page`); everything else, what
-models and visitors wrote among it, is no message and stays as it is. Named endpoints are for programs and answer in
-English.
+Messages are translated where they enter HTML (`escape`) or leave through a component (`Page`); other text, such
+as that of models and visitors, stays unchanged. Named endpoints are for programs and answer in English.
 """
 
 from __future__ import annotations

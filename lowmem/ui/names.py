@@ -1,4 +1,4 @@
-"""What the page calls things, by key."""
+"""Labels of the page, by key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each argument of a named endpoint means, said once: for `gradio_client`'s users, and for the schemas of MCP tools."""
+"""The description of each argument of the named endpoints, for `gradio_client`'s users and for the schemas of MCP tools."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _arguments(name: str, hint: Any, default: Any) -> Arguments:
     return [one for field in fields for one in _arguments(field.name, types[field.name], field.default)]
 
 
-def _value(name: str, hint: Any, given: dict[str, Any], token: CancelToken) -> Any:
+def _value(name: str, hint: Any, arguments: dict[str, Any], token: CancelToken) -> Any:
     """What an endpoint's function gets for a parameter.
 
     Raises:
@@ -93,13 +93,13 @@ def _value(name: str, hint: Any, given: dict[str, Any], token: CancelToken) -> A
     if hint is CancelToken:
         return token
     if hint is MemoryBudget:
-        return MemoryBudget.parse(given["ram"], given["vram"])
+        return MemoryBudget.parse(arguments["ram"], arguments["vram"])
     if not dataclasses.is_dataclass(hint):
-        return given[name]
+        return arguments[name]
     kind: Any = hint
     if name == "options":
-        return build(kind, given[name] or {})
+        return build(kind, arguments[name] or {})
     types = get_type_hints(kind)
-    values = {key: _value(key, types[key], given, token) for key in types}
+    values = {key: _value(key, types[key], arguments, token) for key in types}
     budgets = {key: value for key, value in values.items() if isinstance(value, MemoryBudget)}
     return dataclasses.replace(build(kind, {key: values[key] for key in values.keys() - budgets.keys()}), **budgets)

@@ -1,4 +1,4 @@
-"""What the other renderers are built from: tables, lists, pills, cards, links. Escapes all text."""
+"""Building blocks of the other renderers: tables, lists, pills, cards, links. Escapes all text."""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ def read(kind: type[T], names: Sequence[str], values: Sequence[Any]) -> T:
         BadInput: a value outside its range, named.
     """
     known = {option.name: option for option in describe(kind)}
-    given = {}
+    read_values = {}
     for key, value in zip(names, values, strict=True):
         if isinstance(known[key].default, tuple) and isinstance(value, str):
             value = tuple(line for line in value.split("\n") if line)
-        given[key] = value
-    return build(kind, given)
+        read_values[key] = value
+    return build(kind, read_values)

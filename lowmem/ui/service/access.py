@@ -1,4 +1,4 @@
-"""Who may do what on a page: its owner everything, a visitor what costs the owner neither accounts nor memory.
+"""Permissions on a page: the owner may do everything, visitors nothing that costs the owner accounts or memory.
 
 People are identified by the name they signed in with, from gradio's context of the running event,
 which `bind.pump` carries into the engine's thread; without a context nobody is the owner.

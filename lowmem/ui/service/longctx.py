@@ -1,4 +1,4 @@
-"""What the page does with a long text and the resident model. Imports no torch."""
+"""Actions of the page on a long text with the resident model. Imports no torch."""
 
 from __future__ import annotations
 

@@ -118,10 +118,10 @@ def write_results(rows: Sequence[Completion]) -> tuple[Path, Path]:
     return csv_path, write_atomically(folder / "results.jsonl", lines)
 
 
-def joined(answers: dict[int, str]) -> str:
+def joined(texts: dict[int, str]) -> str:
     """One sequence as it is; several under numbered headings in the visitor's language."""
-    if len(answers) <= 1:
-        return "".join(answers.values())
+    if len(texts) <= 1:
+        return "".join(texts.values())
     return "\n\n".join(
-        f"— {translate(msg('Answer {number}', number=index + 1))} —\n{answers[index]}" for index in sorted(answers)
+        f"— {translate(msg('Answer {number}', number=index + 1))} —\n{texts[index]}" for index in sorted(texts)
     )

@@ -1,4 +1,4 @@
-"""Every service of one page."""
+"""All services of a page."""
 
 from __future__ import annotations
 

@@ -46,15 +46,15 @@ class Completion:
 
         def start(token: CancelToken, prompt: str, *values: Any) -> tuple[Iterator[Any], View]:
             bounded(prompt)
-            answers: dict[int, str] = defaultdict(str)
+            texts: dict[int, str] = defaultdict(str)
             live = ""
 
             def view(gathered: Sequence[Any]) -> list[Any]:
                 nonlocal live
                 for chunk in (event for event in gathered if isinstance(event, Chunk)):
-                    answers[chunk.index] += chunk.text
+                    texts[chunk.index] += chunk.text
                 live = render.status(gathered, live)
-                return [live, joined(answers)]
+                return [live, joined(texts)]
 
             return self.engine.generate(prompt, read(*values), token, raw=True), view
 

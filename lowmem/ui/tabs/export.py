@@ -89,7 +89,7 @@ class ExportTab:
             self.fast = gr.Radio(
                 [(msg("Automatic"), "auto"), (msg("On"), "on"), (msg("Off"), "off")],
                 value="auto",
-                label=msg("Fast prompts"),
+                label=msg("Fast prefill"),
                 info=msg(
                     "A second graph in dynamic int8 processes prompts about twice as fast and takes one byte per weight. Automatic: only with int8."
                 ),

@@ -1,4 +1,4 @@
-"""The Generate tab: set-up, then chat, completion and batch with their options."""
+"""The Generate tab: setup, then chat, completion and batch with their options."""
 
 from __future__ import annotations
 

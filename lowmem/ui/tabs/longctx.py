@@ -1,4 +1,4 @@
-"""The Long Context tab: a text longer than the cache should grow, and what can be done with it."""
+"""The Long Context tab: continue, chat about and measure texts longer than the cache may grow."""
 
 from __future__ import annotations
 

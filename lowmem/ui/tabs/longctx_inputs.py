@@ -1,4 +1,4 @@
-"""What every mode of the Long Context tab needs from the tab: its text, its window, its options."""
+"""Inputs shared by the modes of the Long Context tab: text, window and options."""
 
 from __future__ import annotations
 

@@ -188,19 +188,19 @@ class OffloadTab:
 
     def _run(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
         bounded(prompt)
-        answers: dict[int, str] = {}
-        shown: dict[str, Any] = {}
+        texts: dict[int, str] = {}
+        latest: dict[str, Any] = {}
 
         def view(events: Sequence[Any]) -> list[Any]:
             for event in events:
                 if isinstance(event, Chunk):
-                    answers[event.index] = answers.get(event.index, "") + event.text
-                    shown["live"] = render.live(event)
+                    texts[event.index] = texts.get(event.index, "") + event.text
+                    latest["live"] = render.live(event)
                 elif isinstance(event, Completion):
-                    answers[event.index] = event.text
+                    texts[event.index] = event.text
                 elif isinstance(event, Receipt):
-                    shown["receipt"] = render_offload.measured(event)
-            return [shown.get("live", ""), joined(answers), shown.get("receipt", "")]
+                    latest["receipt"] = render_offload.measured(event)
+            return [latest.get("live", ""), joined(texts), latest.get("receipt", "")]
 
         return _counted(self.service.run(self._request(values), prompt, int(tokens), token), int(tokens)), view
 

@@ -1,4 +1,4 @@
-"""The controls of a quantization: model, method and its options, calibration text; and what they say together."""
+"""The controls of a quantization: model, method and its options, calibration text; and the request that they make."""
 
 from __future__ import annotations
 

@@ -182,14 +182,14 @@ def _view(grid: Grid) -> View:
         receipts.extend(event for event in gathered if isinstance(event, Receipt))
         if not rows:
             return ["", "", ""]
-        shown = [
+        table_rows = [
             replace(row, variant=f"{Path(row.model).name} {row.variant}" if several else row.variant)
             for row in ordered(rows, grid.cells())
         ]
         title = ", ".join(Path(model).name for model in grid.models)
-        drawn = parts.drawing(to_svg(picture(shown, title, grid.text)))
+        drawn = parts.drawing(to_svg(picture(table_rows, title, grid.text)))
         notes = "".join(parts.quiet(note) for receipt in receipts for note in receipt.notes)
         files = "".join(parts.files(Path(receipt.details["folder"])) for receipt in receipts)
-        return [render_quantize.comparison(shown), drawn, notes + files]
+        return [render_quantize.comparison(table_rows), drawn, notes + files]
 
     return view
