@@ -300,8 +300,8 @@ def test_prompt_files(tmp_path: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "sentence"),
     [
-        ("p.txt", b"x" * 2_000_001, "p.txt has 2.00 MB, more than 2.00 MB."),
-        ("p.txt", b"x\n" * 1001, "1,001 prompts are more than the 1,000 of one batch."),
+        ("p.txt", b"x" * 2_000_001, "p.txt is 2.00 MB, more than the 2.00 MB allowed."),
+        ("p.txt", b"x\n" * 1001, "1,001 prompts are more than the 1,000 allowed in one batch."),
         ("p.txt", b"\xff\xfe\x00", "p.txt is not UTF-8 text."),
         ("p.pdf", b"x", "p.pdf is not a .txt, .csv or .jsonl file."),
         ("p.jsonl", b'{"prompt": "x"}\n{"prompt": 3}', "Line 2 has no prompt."),

@@ -194,7 +194,7 @@ def test_strangers_name_no_files(public: Services, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="outside the folders"):
         public.engine.spec(str(tmp_path))
     options = SimpleNamespace(tokens=1_000_000)
-    with pytest.raises(BadInput, match="more than 65,536"):
+    with pytest.raises(BadInput, match="more than the 65,536"):
         public.compare.compare("demo", ["fp32"], "manual", options, UNLIMITED, CancelToken())  # type: ignore[arg-type]
 
 
