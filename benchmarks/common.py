@@ -11,10 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem.events import CancelToken
 from lowmem.machine.hardware import probe
+from lowmem.models.fetch import fetch
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+
+SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
+"""The shape of a model of 7B, with a vocabulary that holds the demo model's."""
+
+
+def demo_folder() -> Path:
+    """The demo model's folder, fetched if need be."""
+    steps = fetch("demo", CancelToken())
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def lowmem(*arguments: str | int | Path) -> dict[str, Any]:

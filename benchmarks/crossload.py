@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import ROOT, save, table
+from benchmarks.common import ROOT, demo_folder, save, table
 from benchmarks.dense import dense, original
-from benchmarks.memory import demo_folder
 from lowmem.datasets.texts import evaluation_text
 from lowmem.models.source import read_spec
 

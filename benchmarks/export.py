@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import median, merged, save, table, text_of
-from benchmarks.memory import demo_folder
+from benchmarks.common import demo_folder, median, merged, save, table, text_of
 from lowmem.export.request import ExportRequest
 from lowmem.export.run import export
 from lowmem.planning.graph_options import ExportOptions

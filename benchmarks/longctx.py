@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import save, table
-from benchmarks.memory import demo_folder
+from benchmarks.common import demo_folder, save, table
 from lowmem.datasets.texts import calibration_text, evaluation_text
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions

@@ -16,13 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, median, merged, save, table
-from benchmarks.memory import demo_folder
+from benchmarks.common import ROOT, SEVEN, demo_folder, median, merged, save, table
 from lowmem.models.synthetic import write_random_gptq, write_random_model
 from lowmem.units import GiB, MiB, format_bytes
 from tests import memlimit
 
-SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 49152}
 PROMPT = "The history of the steam engine begins"
 
 ON_DISK = ("--disk-blocks", "all")

@@ -94,7 +94,7 @@ def over(page: Any) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("#load:has-text('fp32')")
     _fill(page, "ram-budget", 1)
-    page.wait_for_selector("#card:has-text('would fit')")
+    page.wait_for_selector("#card:has-text('makes it fit')")
 
 
 def chat(page: Any) -> None:

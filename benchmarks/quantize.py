@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from benchmarks.common import lowmem, merged, save, table
+from benchmarks.common import demo_folder, lowmem, merged, save, table
 from benchmarks.dense import dense, original
-from benchmarks.memory import demo_folder
 from lowmem.datasets.texts import evaluation_text
 from lowmem.units import MB, format_bytes
 

@@ -19,8 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, lowmem_command, merged, save, table
-from benchmarks.memory import demo_folder
+from benchmarks.common import ROOT, demo_folder, lowmem_command, merged, save, table
 from lowmem.models.synthetic import write_random_model
 from lowmem.units import GB, MB
 from tests import memlimit

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import median, save, table, text_of
-from benchmarks.memory import demo_folder
+from benchmarks.common import demo_folder, median, save, table, text_of
 from lowmem.events import Receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget

@@ -53,6 +53,20 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("Limits", "limits_from"):  # the names of an earlier release
+        return _renamed(name)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)
+
+
+def _renamed(name: str) -> Any:
+    from warnings import warn
+
+    from lowmem.machine.budget import MemoryBudget
+
+    if name == "Limits":
+        warn("lowmem.Limits is now lowmem.MemoryBudget.", DeprecationWarning, stacklevel=3)
+        return MemoryBudget
+    warn("lowmem.limits_from(...) is now lowmem.MemoryBudget(...).bounded(hardware).", DeprecationWarning, stacklevel=3)
+    return lambda hardware, ram=None, vram=None: MemoryBudget(ram, vram).bounded(hardware)

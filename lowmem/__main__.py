@@ -17,13 +17,17 @@ from lowmem.errors import LowMemError
 COMMANDS = (plan, generate, quantize, compare, offload, export, longctx, serve)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lowmem", description="Language models within a memory budget.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="lowmem", description="Language models within a memory budget.")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_command(commands)
-    args = parser.parse_args(current_names(sys.argv[1:] if arguments is None else arguments))
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = parser().parse_args(current_names(sys.argv[1:] if arguments is None else arguments))
     try:
         status: int = args.run(args)
         return status

@@ -1,6 +1,6 @@
 """Say once where this repository lives: python -m spaces_config.address NAME/REPOSITORY
 
-The README's badge opens the notebook from there, and the notebook installs lowmem from there.
+The badge in docs/hosting.md opens the notebook from there, and the notebook installs lowmem from there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ADDRESS = r"[\w-]+/[\w.-]+"
 PLACES = {
-    "README.md": rf"(?<=/github/){ADDRESS}(?=/blob/main/spaces_config/colab\.ipynb)",
+    "docs/hosting.md": rf"(?<=/github/){ADDRESS}(?=/blob/main/spaces_config/colab\.ipynb)",
     "spaces_config/colab.ipynb": rf"(?<=https://github\.com/){ADDRESS}(?=\\\")",
 }
 """File -> where the address stands in it."""

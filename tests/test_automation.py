@@ -1,4 +1,4 @@
-"""What scripts and agents use: the README's example against the launched app, its arguments, and the MCP tools."""
+"""What scripts and agents use: the example of docs/usage.md against the launched app, its arguments, and the MCP tools."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from lowmem.ui.launch import launch_options, serve
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.engine import Engine
 
-README = Path(__file__).parents[1] / "README.md"
+USAGE = Path(__file__).parents[1] / "docs" / "usage.md"
 
 
 def example() -> str:
-    text = README.read_text(encoding="utf-8")
+    text = USAGE.read_text(encoding="utf-8")
     found = re.search(r"<!-- example -->\n```python\n(.*?)```\n<!-- /example -->", text, re.DOTALL)
     assert found
     return found[1]
 
 
 def recorded() -> list[str]:
-    found = re.search(r"<!-- output -->\n(.*?)<!-- /output -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(r"<!-- output -->\n(.*?)<!-- /output -->", USAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found
     return [line.removeprefix("    ") for line in found[1].strip("\n").splitlines()]
 
@@ -51,14 +51,14 @@ def launched(demo: gr.Blocks, **more: Any) -> str:
 
 
 def run_example(url: str) -> list[str]:
-    """What the README's example prints, asking the app at `url`."""
+    """What the example prints, asking the app at `url`."""
     code, printed = example().replace("http://127.0.0.1:7860", url), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "usage.md", "exec"), {})
     return printed.getvalue().splitlines()
 
 
-def test_the_readmes_example_runs_on_a_toy() -> None:
+def test_the_documented_example_runs_on_a_toy() -> None:
     folder = settings().models / "demo"
     toys.save_toy("llama", folder)
     (folder / "source.json").write_text(json.dumps({"ref": "demo", "name": "Toy-Llama", "licence": "mit"}))
@@ -84,7 +84,7 @@ def words_and_figures(lines: list[str]) -> tuple[list[str], list[float]]:
 
 
 @pytest.mark.real
-def test_the_readmes_output_is_that_of_the_demo_model(demo_home: Path) -> None:
+def test_the_documented_output_is_that_of_the_demo_model(demo_home: Path) -> None:
     measure_runtime_bytes()
     with own_process.app(demo_home) as url:  # what this process holds would count against the budget
         lines = run_example(url)

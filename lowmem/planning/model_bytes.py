@@ -2,7 +2,7 @@
 
 Weights and KV cache are counted to the byte from the checkpoint's header. Activations are
 the tensors alive together at the widest point of one decoder block. Nothing here is fitted
-to measurements; `benchmarks/memory.py` shows the error of the prediction.
+to measurements; `benchmarks/promise.py` shows the error of the prediction.
 """
 
 from __future__ import annotations
