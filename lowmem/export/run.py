@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.events import CancelToken, Receipt, Step
+from lowmem.events import CancelToken, Receipt, Step, until_receipt
 from lowmem.export.request import ExportRequest
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
@@ -58,18 +58,14 @@ def export_isolated(request: ExportRequest, cancel: CancelToken | None = None) -
 
 
 def _receipt(end: Finished, out: Path) -> Receipt:
-    receipt = Receipt(**end.value | {"notes": tuple(end.value["notes"])})
-    measured = {key: end.peak_bytes[key] for key in receipt.predicted if key in end.peak_bytes}
-    return replace(receipt, measured=measured, details=receipt.details | {"folder": str(out)})
+    receipt = end.receipt()
+    return replace(receipt, details=receipt.details | {"folder": str(out)})
 
 
 def job(**arguments: Any) -> Generator[Step, None, dict[str, Any]]:
     """`export` in the child process; `arguments` are those of `ExportRequest.from_arguments`."""
-    for event in export(ExportRequest.from_arguments(**arguments)):
-        if isinstance(event, Receipt):
-            return event.as_dict()
-        yield event
-    raise RuntimeError("an action ended without a receipt")
+    receipt = yield from until_receipt(export(ExportRequest.from_arguments(**arguments)))
+    return receipt.as_dict()
 
 
 def benchmark(
