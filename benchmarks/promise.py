@@ -88,8 +88,8 @@ def cases(scratch: Path, quick: bool) -> Iterator[tuple[str, str, str, list[str 
     yield "random 1B", "export, int8 graph", "4G", ["export", folder, scratch / "int8", "--precision", "int8"]
     seven = scratch / "7B"
     write_random_gptq(seven, **SEVEN, tokenizer_from=demo)
-    yield "random 7B, 4 bits", "stream from disk", "2G", [
-        "offload", seven, "--prompt", "The sky is", "--max-new-tokens", 4, "--context", 512,
+    yield "random 7B, 4 bits", "stream from disk", "2200M", [
+        "offload", seven, "--prompt", "The sky is", "--max-new-tokens", 4,
     ]  # fmt: skip
 
 
