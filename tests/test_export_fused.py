@@ -12,6 +12,7 @@ import packed_toys
 import pytest
 import torch
 import toys
+from safetensors.torch import load_file, save_file
 
 from lowmem.__main__ import main
 from lowmem.errors import BadInput, LowMemError, Unsupported
@@ -60,6 +61,17 @@ def test_logits_are_the_models(folders: dict[str, Path], family: str) -> None:
         graph(ids[:, start:end], past_key_values=cache).logits for start, end in ((0, 25), (25, 26), (26, 39), (39, 40))
     ]
     assert torch.allclose(torch.cat(parts, 1), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("renamed", [("model.", ""), ("lm_head.", "model.lm_head.")])
+def test_weights_named_with_or_without_the_base_models_prefix_are_found(
+    folders: dict[str, Path], tmp_path: Path, renamed: tuple[str, str]
+) -> None:
+    file = toys.save_toy("llama", tmp_path / "m") / "model.safetensors"
+    save_file({name.replace(*renamed): tensor for name, tensor in load_file(file).items()}, file)
+    export(tmp_path / "m", tmp_path / "out", precision="fp32")
+    ids = torch.tensor([toys.prompt(20)])
+    assert torch.equal(OnnxModel(tmp_path / "out")(ids).logits, OnnxModel(folders["llama"])(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

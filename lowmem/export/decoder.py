@@ -18,6 +18,7 @@ from lowmem.kernels.int8_linear import largest_code
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.describe import CONFIG
+from lowmem.models.matching import match_names
 from lowmem.models.modules import empty_model
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
@@ -31,14 +32,14 @@ def write_decoder(
     """Write the graphs of the model in `folder` into `out`.
 
     Raises:
-        CorruptModel: weights are missing, NaN or infinite.
+        CorruptModel, Unsupported: see `match_names`; or weights are NaN or infinite.
         DiskFull, Cancelled.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     model, layout = empty_model(folder), block_layout(config)
     with Checkpoint(folder) as checkpoint, WeightFile(out / DATA) as weights:
-        source = Source(checkpoint, spec.stored)
+        source = Source(checkpoint, match_names(model, checkpoint), spec.stored)
         written = graphs(options, cancel)
         for position, (name, layers) in enumerate(written.items()):
             graph = Graph(weights)

@@ -94,7 +94,7 @@ class FusedDecoder:
         self._head_dim = head_dim(self.config)
         self._window = getattr(self.config, "sliding_window", None)
         self._decoder = layout.path.rpartition(".")[0]
-        self._tied = bool(self.config.tie_word_embeddings) or not source.has("lm_head.weight")
+        self._tied = bool(self.config.tie_word_embeddings)
 
     def write(self, window_types: tuple[str, ...], cancel: CancelToken) -> Iterator[Step]:
         """All nodes, block by block. `window_types`: per layer "full" or "sliding"."""

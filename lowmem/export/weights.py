@@ -5,7 +5,7 @@ One matrix is in memory at a time. GPTQ and AWQ codes are used as they are, with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,29 +45,26 @@ class Matrix:
 
 
 class Source:
-    """Reads one checkpoint. `stored` describes its quantization, None without one.
+    """Reads the weights of one model by the names of its parameters.
 
-    Checkpoints of the bare decoder lack the first part of the names; both forms are found.
+    Args:
+        names: parameter name -> stored name, see `match_names`.
+        stored: the quantization of the checkpoint, None without one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stored: Quantization | None) -> None:
-        self._checkpoint, self._stored = checkpoint, stored
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], stored: Quantization | None) -> None:
+        self._checkpoint, self._names, self._stored = checkpoint, names, stored
 
     def has(self, name: str) -> bool:
-        return self._find(name) is not None
+        return name in self._names
 
     def tensor(self, name: str) -> Tensor:
         """fp32, checked to be finite.
 
         Raises:
-            CorruptModel: it is missing, or has NaN or infinite values.
+            CorruptModel: it has NaN or infinite values.
         """
-        found = self._find(name)
-        if found is None:
-            raise CorruptModel(
-                msg("{name}, which the model needs, is not in its files.", name=name), msg("Fetch the model again.")
-            )
-        values = self._checkpoint.read(found, torch.float32)
+        values = self._checkpoint.read(self._names[name], torch.float32)
         if not all_finite(values):
             raise CorruptModel(
                 msg("{name} contains NaN or infinite values.", name=name),
@@ -88,26 +85,20 @@ class Source:
         bias = self.tensor(f"{layer}.bias") if self.has(f"{layer}.bias") else None
         if bias is not None and not bias.any():
             bias = None  # AutoGPTQ stores a bias of zeros where the model has none
-        packed = self._find(f"{layer}.qweight")
-        if packed is None or self._stored is None:
+        if self._stored is None or not self.has(f"{layer}.qweight"):
             return Matrix(layer, self.tensor(f"{layer}.weight"), bias)
-        return self._packed(packed.removesuffix(".qweight"), layer, bias)
+        return self._packed(self._stored, layer, bias)
 
-    def _packed(self, found: str, layer: str, bias: Tensor | None) -> Matrix:
-        assert self._stored is not None  # the caller has looked
-        tensors = self._checkpoint.tensors
-        names = {part[1:]: found + part for part in PACKED_PARTS if found + part in tensors}
-        shapes = {part: tensors[name].shape for part, name in names.items()}
-        if len(shapes.get("qweight", ())) != 2:
+    def _packed(self, stored: Quantization, layer: str, bias: Tensor | None) -> Matrix:
+        names = {part[1:]: self._names[layer + part] for part in PACKED_PARTS if self.has(layer + part)}
+        shapes = {part: self._checkpoint.tensors[name].shape for part, name in names.items()}
+        if len(shapes["qweight"]) != 2:
             raise CorruptModel(msg("{layer}.qweight is not a matrix.", layer=layer), msg("Fetch the model again."))
         rows, columns = shapes["qweight"]
-        check_shapes(self._stored, layer, *self._stored.linear_shape((rows, columns)), shapes)
-        weight = read(self._stored, layer, {part: self._checkpoint.read(name) for part, name in names.items()})
+        check_shapes(stored, layer, *stored.linear_shape((rows, columns)), shapes)
+        weight = read(stored, layer, {part: self._checkpoint.read(name) for part, name in names.items()})
         weight, order = weight.in_group_order()
-        return Matrix(layer, weight, bias, self._stored.group_size, order)
-
-    def _find(self, name: str) -> str | None:
-        return next((n for n in (name, name.partition(".")[2]) if n in self._checkpoint.tensors), None)
+        return Matrix(layer, weight, bias, stored.group_size, order)
 
 
 def _kind(matrix: Matrix) -> tuple[type, int, int]:
