@@ -24,6 +24,7 @@ from lowmem.machine.monitor import Snapshot
 from lowmem.models.catalog import find
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.plan import Plan
+from lowmem.runtime.session import Session
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
 from lowmem.units import GB, MB
@@ -58,6 +59,8 @@ class StubSession:
 
     def hardware(self) -> Hardware:
         return self._hardware
+
+    plan_for = Session.plan_for
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
         if plan.verdict == "over" and not force:

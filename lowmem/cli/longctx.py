@@ -22,9 +22,7 @@ from lowmem.longctx.options import StrategyOptions
 from lowmem.longctx.strategies import Point, compare_strategies
 from lowmem.measure.rows import write_atomically
 from lowmem.messages import msg
-from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
-from lowmem.planning.planner import plan as make_plan
 from lowmem.plots.figure import encode
 from lowmem.plots.longctx import picture, to_csv
 from lowmem.precisions import PRECISIONS
@@ -171,10 +169,8 @@ def _source(args: argparse.Namespace) -> Text:
 
 def _load(args: argparse.Namespace) -> Session:
     session = Session()
-    hardware = session.hardware()
     goal = Goal(precision=args.precision, device=args.device, backend="torch")
-    plan = make_plan(read_spec(args.model), hardware, budget(args).bounded(hardware), goal)
-    follow(session.load(plan, force=args.force))
+    follow(session.load(session.plan_for(args.model, goal, budget(args)), force=args.force))
     return session
 
 

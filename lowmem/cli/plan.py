@@ -9,13 +9,10 @@ from typing import Any
 
 from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, budget
 from lowmem.machine.baseline import measure_runtime_bytes
-from lowmem.models.choices import choices
-from lowmem.models.source import read_spec
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import DEFAULT_GOAL
-from lowmem.planning.planner import plan as make_plan
 from lowmem.precisions import PRECISIONS
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
@@ -50,14 +47,10 @@ def plan_from(args: argparse.Namespace, session: Session, **goal: Any) -> Plan:
     """The plan for `args.model`, or for the best model that fits when it is None; `goal` are fields of `Goal`.
 
     Raises:
-        LowMemError: see `planner.plan` and `read_spec`.
+        LowMemError: see `Session.plan_for`.
     """
     measure_runtime_bytes()
-    hardware = session.hardware()
-    limit, wanted = budget(args).bounded(hardware), Goal(**goal)
-    if args.model:
-        return make_plan(read_spec(args.model), hardware, limit, wanted)
-    return make_plan(None, hardware, limit, wanted, choices())
+    return session.plan_for(args.model or None, Goal(**goal), budget(args))
 
 
 def goal_from(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,13 +18,9 @@ from transformers import AutoModel
 from lowmem.datasets.texts import evaluation_text
 from lowmem.events import Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.budget import MemoryBudget
-from lowmem.machine.hardware import probe
 from lowmem.messages import msg
 from lowmem.models.fetch import fetch
-from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
-from lowmem.planning.planner import plan
 from lowmem.runtime.onnx.manifest import GRAPH, read_manifest
 from lowmem.runtime.onnx.model import open_session
 from lowmem.runtime.session import Session
@@ -45,8 +41,7 @@ def job(model: str, folder: str) -> Generator[Step, None, dict[str, Any]]:
     for name, ref, goal in (("torch", model, Goal(precision="fp32", backend="torch")), ("onnx", folder, Goal())):
         yield Step(0, 0, msg("Loading {name}", name=name))
         session = sessions[name] = Session()
-        hardware = probe()
-        yield from _steps(session.load(plan(read_spec(ref), hardware, MemoryBudget.detect(hardware), goal), force=True))
+        yield from _steps(session.load(session.plan_for(ref, goal), force=True))
     context = min(session.plan.spec.context for session in sessions.values() if session.plan)
     lengths = [length for length in PROMPT_TOKENS if length + NEW_TOKENS < context] or [max(1, context // 2)]
     found: dict[str, Any] = {name: {"prefill_tps": [], "token_ms": []} for name in sessions}

@@ -22,7 +22,6 @@ from lowmem.measure.progress import share
 from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
-from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 
 LOADED = 20
@@ -55,9 +54,9 @@ def measure_strategy(
     """
     chosen, cache = build(StrategyOptions, options), build(GenerateOptions, fields)
     session, cancel = Session(), CancelToken()  # never set: Stop kills the process
-    hardware = session.hardware()
-    goal = Goal(context=min(chosen.tokens, read_spec(ref).context), precision=precision, backend="torch")
-    plan = make_plan(read_spec(ref), hardware, MemoryBudget(**budget).bounded(hardware), goal)
+    spec = read_spec(ref)
+    goal = Goal(context=min(chosen.tokens, spec.context), precision=precision, backend="torch")
+    plan = session.plan_for(spec, goal, MemoryBudget(**budget))
     yield from share(load_exactly(session, plan), 0, LOADED)
     loaded, resident = session._resident()
     from lowmem.longctx.reading import Reader

@@ -13,11 +13,9 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.progress import share
 from lowmem.messages import msg
-from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.plan import Plan
-from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
 
@@ -52,7 +50,8 @@ def measure(
     """
     chosen = build(MeasureOptions, options)
     session = Session()
-    plan = _plan(session, ref, precision, chosen, MemoryBudget(**budget))
+    goal = Goal(context=chosen.prompt_tokens + chosen.new_tokens, precision=precision)
+    plan = session.plan_for(ref, goal, MemoryBudget(**budget))
     predicted = predicted_bytes(plan, chosen)
     _refuse_if_over(plan, predicted)
     yield from share(load_exactly(session, plan), 0, LOADED)
@@ -67,12 +66,6 @@ def measure(
         "predicted_ram_bytes": predicted["ram"],
         "predicted_vram_bytes": predicted.get("vram"),
     }
-
-
-def _plan(session: Session, ref: str, precision: str, options: MeasureOptions, budget: MemoryBudget) -> Plan:
-    hardware = session.hardware()
-    context = options.prompt_tokens + options.new_tokens
-    return make_plan(read_spec(ref), hardware, budget.bounded(hardware), Goal(context=context, precision=precision))
 
 
 def _refuse_if_over(plan: Plan, predicted: dict[str, int]) -> None:

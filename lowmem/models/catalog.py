@@ -58,6 +58,11 @@ def find(ref: str) -> Entry | None:
     return next((entry for entry in CATALOG if entry.ref == ref), None)
 
 
+def recommended() -> list[Entry]:
+    """The models that "auto" chooses from, best first: for chat, and not gated."""
+    return sorted((entry for entry in CATALOG if entry.chat and not entry.gated), key=lambda entry: -entry.quality)
+
+
 def synthetic(
     *,
     layers: int,

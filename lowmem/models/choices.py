@@ -6,7 +6,7 @@ import contextlib
 
 from lowmem.errors import LowMemError
 from lowmem.models import hub
-from lowmem.models.catalog import CATALOG, Entry
+from lowmem.models.catalog import Entry, recommended
 from lowmem.models.reference import DEMO
 from lowmem.models.source import is_local, read_spec
 from lowmem.models.spec import ModelSpec
@@ -15,8 +15,7 @@ from lowmem.models.spec import ModelSpec
 def choices() -> list[ModelSpec]:
     """Chat models that are not gated, best first. Without the hub: those on this machine, and the demo."""
     online = hub.reachable()
-    entries = sorted((e for e in CATALOG if e.chat and not e.gated), key=lambda e: -e.quality)
-    return [_spec(entry, online) for entry in entries if online or entry.ref == DEMO or is_local(entry.ref)]
+    return [_spec(entry, online) for entry in recommended() if online or entry.ref == DEMO or is_local(entry.ref)]
 
 
 def _spec(entry: Entry, online: bool) -> ModelSpec:

@@ -26,7 +26,6 @@ from lowmem.planning.goal import Goal
 from lowmem.planning.offloading import offload_precision
 from lowmem.planning.placement import all_resident, chosen
 from lowmem.planning.plan import Plan
-from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime.session import Session
 
 MAX_SEQUENCES = 16
@@ -75,9 +74,7 @@ def plan_for(
         DoesNotFit: the budget does not even hold one block at a time; the hint says which budget does.
         BadInput: a block that the model does not have.
     """
-    hardware = session.hardware()
-    spec = read_spec(model) if isinstance(model, str) else model
-    base = make_plan(spec, hardware, budget.bounded(hardware), replace(goal, backend="torch"))
+    base = session.plan_for(model, replace(goal, backend="torch"), budget)
     if goal.precision == "auto":
         # The planner chose a precision for a resident model, whereas offloaded blocks keep the stored one.
         precision = offload_precision(replace(base, precision=goal.precision))

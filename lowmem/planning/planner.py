@@ -9,6 +9,7 @@ from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
 from lowmem.messages import Message, msg
+from lowmem.models.catalog import recommended
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.cache import CACHE_TYPES
@@ -60,7 +61,9 @@ def plan(
     _check(goal, hardware, spec)
     if spec is not None:
         return _plan_model(spec, hardware, budget, goal)
-    return _recommend(_catalog() if choices is None else choices, hardware, budget, goal)
+    if choices is None:
+        choices = [entry.spec() for entry in recommended()]
+    return _recommend(choices, hardware, budget, goal)
 
 
 def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
@@ -105,13 +108,6 @@ def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:
     if goal.precision != "auto" and (refusal := available(goal.precision, hardware, goal.device, spec)):
         kind = Unsupported if spec is not None and spec.quantization else BadInput
         raise kind(refusal, msg("Choose another precision, or auto."))
-
-
-def _catalog() -> list[ModelSpec]:
-    from lowmem.models.catalog import CATALOG
-
-    entries = sorted((e for e in CATALOG if e.chat and not e.gated), key=lambda e: -e.quality)
-    return [entry.spec() for entry in entries]
 
 
 def _graph_refusal(spec: ModelSpec, hardware: Hardware, goal: Goal) -> str | None:

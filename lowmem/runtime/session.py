@@ -20,13 +20,18 @@ from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMem
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
-from lowmem.machine.budget import UNLIMITED
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.messages import msg
+from lowmem.models.choices import choices
+from lowmem.models.source import read_spec
+from lowmem.models.spec import ModelSpec
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv, without_graph
+from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
+from lowmem.planning.planner import plan as make_plan
 from lowmem.runtime import receipts
 
 if TYPE_CHECKING:
@@ -88,6 +93,20 @@ class Session:
         if "torch" in sys.modules and "transformers" in sys.modules:
             return replace(found, runtime_bytes=max(found.process_bytes, found.runtime_bytes))
         return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes - PYTHON_BYTES)
+
+    def plan_for(self, model: str | ModelSpec | None, goal: Goal, budget: MemoryBudget = UNLIMITED) -> Plan:
+        """The best plan for `goal` with the memory that is free now; it may be over budget, see its `verdict`.
+
+        Args:
+            model: a reference, see `read_spec`, or its spec; None for the best model that fits.
+            budget: lowers the limits further.
+
+        Raises:
+            LowMemError: see `planner.plan` and `read_spec`.
+        """
+        hardware = self.hardware()
+        spec = read_spec(model) if isinstance(model, str) else model
+        return make_plan(spec, hardware, budget.bounded(hardware), goal, choices() if spec is None else None)
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
         """Download the model if it is missing, free the resident one and load; on out-of-memory, follow the fallback chain.
