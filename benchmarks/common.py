@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem.events import CancelToken
+from lowmem.events import drain
 from lowmem.machine.hardware import probe
 from lowmem.models.fetch import fetch
 
@@ -24,12 +24,7 @@ SEVEN: dict[str, Any] = {"layers": 32, "hidden": 4096, "intermediate": 11008, "h
 
 def demo_folder() -> Path:
     """The demo model's folder, fetched if need be."""
-    steps = fetch("demo", CancelToken())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return drain(fetch("demo"))
 
 
 def lowmem(*arguments: str | int | Path) -> dict[str, Any]:

@@ -7,13 +7,14 @@ once a second and raises `Cancelled` when the token is set.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from lowmem.errors import Cancelled
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,16 @@ class Receipt:
     def from_dict(cls, value: dict[str, Any]) -> Receipt:
         """The receipt that `as_dict` took apart."""
         return cls(**value | {"notes": tuple(value["notes"])})
+
+
+def drain(events: Generator[T, None, R], show: Callable[[T], object] = lambda _: None) -> R:
+    """Run a generator to its end and return its return value; `show` is called with each event."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            return end.value
+        show(event)
 
 
 def until_receipt(events: Iterator[T | Receipt]) -> Generator[T, None, Receipt]:

@@ -11,7 +11,7 @@ import toys
 from conftest import machine
 
 from lowmem.errors import BadInput, Cancelled, CorruptModel, LowMemError, Unsupported
-from lowmem.events import CancelToken
+from lowmem.events import CancelToken, Step, drain
 from lowmem.kernels.int8_linear import Int8Embedding, Int8Linear
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
@@ -29,15 +29,10 @@ def planned(folder: Path, precision: str) -> Plan:
 
 
 def loaded(folder: Path, precision: str) -> Loaded:
-    steps = load(planned(folder, precision), folder, CancelToken())
-    last = None
-    while True:
-        try:
-            last = next(steps)
-        except StopIteration as end:
-            assert last is not None
-            assert last.done == last.total > 0
-            return end.value
+    steps: list[Step] = []
+    model = drain(load(planned(folder, precision), folder, CancelToken()), steps.append)
+    assert steps[-1].done == steps[-1].total > 0
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,17 @@ from test_generate_cache_window import other
 from toys import prompt, toy
 
 from lowmem.errors import BadInput, Cancelled, DiskFull
-from lowmem.events import CancelToken, Step
+from lowmem.events import CancelToken, Step, drain
 from lowmem.longctx import hidden
 from lowmem.longctx.hidden import Written, hidden_states
 from lowmem.measure.windows import cut
 
 
 def run(*args: Any, **kwargs: Any) -> Written:
-    steps = hidden_states(*args, **kwargs)
-    while True:
-        try:
-            assert isinstance(next(steps), Step)
-        except StopIteration as end:
-            return end.value
+    steps: list[Any] = []
+    written = drain(hidden_states(*args, **kwargs), steps.append)
+    assert all(isinstance(step, Step) for step in steps)
+    return written
 
 
 def one_pass(name: str, ids: list[int], layer: int = -1) -> torch.Tensor:

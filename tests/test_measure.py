@@ -11,7 +11,7 @@ import torch
 import toys
 
 from lowmem.errors import BadInput, Cancelled, CorruptModel, DiskFull
-from lowmem.events import CancelToken, Receipt
+from lowmem.events import CancelToken, Receipt, Step, drain
 from lowmem.measure import divergence as divergence_module
 from lowmem.measure.divergence import divergence, reference_bytes, write_reference
 from lowmem.measure.perplexity import Perplexity, perplexity
@@ -22,18 +22,8 @@ from lowmem.measure.windows import Passage, Window, passage
 NO_CANCEL = CancelToken()
 
 
-def outcome(steps):
-    """(steps, return value) of a generator."""
-    seen = []
-    while True:
-        try:
-            seen.append(next(steps))
-        except StopIteration as end:
-            return seen, end.value
-
-
 def measured(model, read: Passage) -> Perplexity:
-    return outcome(perplexity(model, read, cancel=NO_CANCEL))[1]
+    return drain(perplexity(model, read, cancel=NO_CANCEL))
 
 
 @torch.no_grad()
@@ -153,14 +143,14 @@ def test_the_tokenizers_own_beginning_is_in_every_window():
 def reference(tmp_path):
     """The toy's predictions on a passage, in a file."""
     read, path = Passage(tuple(toys.prompt(60)), 32, 16), tmp_path / "reference.bin"
-    _, total = outcome(write_reference(toys.toy("llama"), read, path, cancel=NO_CANCEL))
+    total = drain(write_reference(toys.toy("llama"), read, path, cancel=NO_CANCEL))
     assert total.nll == pytest.approx(measured(toys.toy("llama"), read).nll)
     return read, path
 
 
 def test_a_model_does_not_diverge_from_itself(reference):
     read, path = reference
-    _, (total, compared) = outcome(divergence(toys.toy("llama"), read, path, cancel=NO_CANCEL))
+    total, compared = drain(divergence(toys.toy("llama"), read, path, cancel=NO_CANCEL))
     assert abs(compared.kl / compared.tokens) < 1e-6
     assert 0 <= compared.mean < 1e-6
     assert compared.agreement == 1.0
@@ -174,7 +164,7 @@ def test_divergence_equals_the_naive_one(reference, noise):
     generator = torch.Generator().manual_seed(1)
     for parameter in other.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
-    _, (total, compared) = outcome(divergence(other, read, path, cancel=NO_CANCEL))
+    total, compared = drain(divergence(other, read, path, cancel=NO_CANCEL))
     pairs = list(zip(naive_rows(toys.toy("llama"), read), naive_rows(other, read), strict=True))
     exact = sum((p.exp() * (p - q)).sum().item() for (_, p), (_, q) in pairs) / len(pairs)
     agreed = sum(int(p.argmax() == q.argmax()) for (_, p), (_, q) in pairs) / len(pairs)
@@ -231,7 +221,7 @@ def test_numbers_that_are_not_numbers():
 
 
 def test_progress_ends_with_the_text():
-    steps, _ = outcome(perplexity(toys.toy("gpt2"), Passage(tuple(toys.prompt(50)), 16, 8), cancel=NO_CANCEL))
+    steps = list(perplexity(toys.toy("gpt2"), Passage(tuple(toys.prompt(50)), 16, 8), cancel=NO_CANCEL))
     assert [step.done for step in steps] == [0, 16, 24, 32, 40, 48, 50]
     assert all(step.total == 50 and step.unit == "tokens" for step in steps)
 
@@ -252,7 +242,8 @@ class FakeSession:
 
 
 def test_speed_is_the_median_of_the_sessions_receipts():
-    steps, speed = outcome(measure_speed(FakeSession([(10, 1), (400, 3), (30, 2)]), "Hello", runs=3))
+    steps: list[Step] = []
+    speed = drain(measure_speed(FakeSession([(10, 1), (400, 3), (30, 2)]), "Hello", runs=3), steps.append)
     assert (speed.prefill_tps, speed.decode_tps, speed.prompt_tokens, speed.new_tokens) == (30, 2, 5, 3)
     assert [step.done for step in steps] == [0, 1, 2, 3]
 

@@ -26,7 +26,7 @@ from lowmem.errors import (
     Offline,
     UnsafeModel,
 )
-from lowmem.events import CancelToken, Step
+from lowmem.events import CancelToken, Step, drain
 from lowmem.models import catalog, demo, download
 from lowmem.models.fetch import download_size, fetch
 from lowmem.models.source import is_local, local_folder, local_models, read_spec
@@ -61,12 +61,7 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def run(ref: str | ModelSpec, cancel: CancelToken | None = None) -> tuple[Path, list[Step]]:
     steps: list[Step] = []
-    fetching = fetch(ref, cancel)
-    while True:
-        try:
-            steps.append(next(fetching))
-        except StopIteration as end:
-            return end.value, steps
+    return drain(fetch(ref, cancel), steps.append), steps
 
 
 def test_spec_of_a_hub_model_reads_headers_only(hub: FakeHub, toy_files: Files) -> None:

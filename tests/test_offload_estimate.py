@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import packed_toys
 import pytest
@@ -15,7 +14,7 @@ import toys
 from conftest import machine
 
 from lowmem.errors import DiskFull
-from lowmem.events import CancelToken, Chunk, Receipt
+from lowmem.events import CancelToken, Chunk, Receipt, drain
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine import bandwidth
 from lowmem.machine.budget import MemoryBudget
@@ -49,14 +48,6 @@ def session() -> Iterator[Session]:
     session = Session()
     yield session
     session.unload()
-
-
-def result(steps: Generator[Any, None, Any]) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def test_what_is_not_known_is_not_measured_unasked(session: Session, tmp_path: Path) -> None:
@@ -201,7 +192,7 @@ def test_the_reference_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytes
     folder = toys.save_toy("llama", tmp_path / "toy")
     home = tmp_path / "lowmem-home" / "spill"
     (home / "999999999-left").mkdir(parents=True)
-    assert result(job(str(folder), "accelerate", "An old map", 4, {}))["details"]["seconds_per_token"] > 0
+    assert drain(job(str(folder), "accelerate", "An old map", 4, {}))["details"]["seconds_per_token"] > 0
     assert list(home.iterdir()) == []
     monkeypatch.setattr(reference, "disk_free_bytes", lambda _: 1000)
     with pytest.raises(DiskFull, match="may write"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lowmem.errors import CorruptModel, Unsupported
-from lowmem.events import CancelToken, Chunk, Receipt
+from lowmem.events import CancelToken, Chunk, Receipt, drain
 from lowmem.generate.options import GenerateOptions
 from lowmem.kernels import packed_linear
 from lowmem.kernels.int8_fine import FineInt8Linear
@@ -58,12 +58,7 @@ def planned(folder: Path, precision: str = "auto") -> Plan:
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    steps = loader.load(planned(folder), folder, CancelToken())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value.model
+    return drain(loader.load(planned(folder), folder, CancelToken())).model
 
 
 @pytest.fixture
@@ -340,9 +335,4 @@ def test_the_demo_model_keeps_its_distributions(tmp_path: Path, monkeypatch: pyt
 
 
 def _fetched(ref: str) -> Path:
-    steps = fetch(ref)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return drain(fetch(ref))

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lowmem.events import drain
 from lowmem.models.fetch import fetch
 from lowmem.units import MB
 
@@ -22,12 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def demo(demo_home: Path) -> Path:
-    steps = fetch("demo")
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return drain(fetch("demo"))
 
 
 def run(code: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ from quantizing import quantize_events
 from safetensors.torch import load_file, save_file
 
 from lowmem.errors import BadInput, CorruptModel, Unsupported
-from lowmem.events import CancelToken, Receipt
+from lowmem.events import CancelToken, Receipt, drain
 from lowmem.kernels import packed_linear
 from lowmem.kernels.packed_linear import PackedLinear
 from lowmem.machine.budget import MemoryBudget
@@ -59,12 +59,7 @@ def quantize(folder: Path, out: Path, case: tuple[str, dict[str, Any]]) -> Recei
 def loaded(folder: Path, precision: str = "auto") -> Any:
     hardware = machine()
     made = plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), Goal(context=128, precision=precision))
-    steps = load(made, folder, CancelToken())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value.model
+    return drain(load(made, folder, CancelToken())).model
 
 
 @pytest.mark.parametrize(("case", "precision"), CASES, ids=str)

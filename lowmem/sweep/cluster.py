@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput, MissingDependency, Unsupported
-from lowmem.events import CancelToken
+from lowmem.events import CancelToken, drain
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
@@ -69,7 +69,7 @@ def run_cell(task: Mapping[str, Any], reference: np.ndarray | None) -> tuple[dic
         comparison.text.write_text(task["text"], encoding="utf-8")
         if reference is not None:
             reference.tofile(comparison.reference)
-        row = _drained(comparison, variant, is_reference)
+        row = drain(comparison.measure(variant, is_reference))
         found = np.fromfile(comparison.reference, np.uint8) if is_reference and comparison.reference.exists() else None
     return asdict(row), found
 
@@ -80,15 +80,6 @@ def _budget(spec: ModelSpec, variant: Variant, options: MeasureOptions) -> Memor
     free = MemoryBudget.detect(hardware)
     found = peaks(spec, variant, options, hardware, free)
     return free if found is None else allotment(found, free)
-
-
-def _drained(comparison: Comparison, variant: Variant, is_reference: bool) -> Row:
-    steps = comparison.measure(variant, is_reference)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 class RayPool:

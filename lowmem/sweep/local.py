@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from lowmem.errors import Cancelled, LowMemError, OutOfMemory
-from lowmem.events import CancelToken, Step
+from lowmem.events import CancelToken, Step, drain
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.compare import Comparison
 from lowmem.measure.options import MeasureOptions
@@ -111,10 +111,7 @@ class LocalPool:
         comparison = Comparison(task.spec, task.work, task.options, budget, self.cancel, self.threads)
         steps = comparison.row(cell.variant, cell.is_reference)
         try:
-            while True:
-                self._reports.put(Report(task, next(steps)))
-        except StopIteration as end:
-            return Report(task, row=end.value)
+            return Report(task, row=drain(steps, lambda step: self._reports.put(Report(task, step))))
         except Cancelled:
             raise
         except (LowMemError, RuntimeError) as error:
