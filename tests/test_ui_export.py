@@ -107,12 +107,12 @@ def test_only_results_of_the_page_are_loaded(tmp_path: Path) -> None:
 def test_pricing_explains_a_bad_choice() -> None:
     with gr.Blocks():
         tab = _tab()
-    card, button, problem = tab._estimate(
+    card, button, problem = tab.estimate.update(
         "demo", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits)
     )
     assert "Predicted" in card or problem
     assert problem == "" or button.interactive is False
-    *_, problem = tab._estimate(
+    *_, problem = tab.estimate.update(
         "no/such model", "onnx", "int8", 32, "auto", True, False, *[""] * len(tab.sidebar.limits)
     )
     assert problem

@@ -77,19 +77,19 @@ def test_a_gpu_has_a_slider_of_its_own(vram: float, seen: bool) -> None:
 
 
 def test_the_column_is_coloured_by_where_blocks_live(tab: OffloadTab, folder: Path) -> None:
-    picture, button, problem = tab._estimate(*values(tab, folder))
+    picture, button, problem = tab.estimate.update(*values(tab, folder))
     assert picture.count('data-place="ram" title="block') == 2
     assert button.interactive
     assert problem == ""
-    picture = tab._estimate(*values(tab, folder, "choose", "1"))[0]
+    picture = tab.estimate.update(*values(tab, folder, "choose", "1"))[0]
     assert picture.count('data-place="mapped" title="block') == 1
 
 
 def test_what_was_never_measured_is_said_and_then_measured(tab: OffloadTab, folder: Path) -> None:
     wish = values(tab, folder, "disk")
-    assert "Measure the speed of this machine" in tab._estimate(*wish)[0]
+    assert "Measure the speed of this machine" in tab.estimate.update(*wish)[0]
     assert "per token, limited by" in tab._measure(*wish)
-    assert "per token, limited by" in tab._estimate(*wish)[0]
+    assert "per token, limited by" in tab.estimate.update(*wish)[0]
     *_, ready = tab._measure_again(*wish)
     assert ready.interactive
 
@@ -99,7 +99,7 @@ def test_what_was_never_measured_is_said_and_then_measured(tab: OffloadTab, fold
     [("choose", "7", "There are no blocks 7"), ("choose", "x", "is not a block"), ("choose", "1-0", "no blocks 1-0")],
 )
 def test_bad_lists_stay_in_place(where: str, disk: str, message: str, tab: OffloadTab, folder: Path) -> None:
-    picture, button, problem = tab._estimate(*values(tab, folder, where, disk))
+    picture, button, problem = tab.estimate.update(*values(tab, folder, where, disk))
     assert picture == ""
     assert not button.interactive
     assert message in problem

@@ -18,6 +18,7 @@ from lowmem.ui.html import plan as render
 from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.models import model_dropdown, with_automatic
 from lowmem.ui.parts.runner import Runner, View
 from lowmem.ui.parts.storage import Storage
 from lowmem.ui.service.engine import AUTO, Choice, precision_label
@@ -82,21 +83,10 @@ class Setup:
 
     def _build_controls(self, model: str) -> None:
         hardware = self.engine.hardware()
-        models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
-        if model not in [ref for _, ref in models]:
-            models.append((model, model))
         devices = [(msg("Automatic"), AUTO), *((device.name, device.key) for device in (*hardware.gpus, hardware.cpu))]
         with gr.Accordion(msg("Choose another model or setting"), open=model != AUTO, elem_id="choose"):
             with gr.Row():
-                self.model = gr.Dropdown(
-                    models,
-                    value=model,
-                    allow_custom_value=True,
-                    label=msg("Model"),
-                    info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
-                    elem_id="model",
-                    min_width=260,
-                )
+                self.model = model_dropdown(with_automatic(self.engine, model), "model", model, min_width=260)
                 self.precision = gr.Dropdown(
                     self._precisions(AUTO),
                     value=AUTO,
@@ -200,10 +190,7 @@ class Setup:
 
     def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
         folder = str(result_folder(receipt["details"]["folder"]))
-        models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
-        if folder not in [ref for _, ref in models]:
-            models.append((Path(folder).name, folder))
-        dropdown = gr.Dropdown(models, value=folder)
+        dropdown = gr.Dropdown(with_automatic(self.engine, folder, Path(folder).name), value=folder)
         return [gr.Tabs(selected="generate"), dropdown, AUTO, AUTO, self.fit_context(folder, context)]
 
     def choice(self, values: tuple[Any, ...]) -> Choice:

@@ -11,7 +11,7 @@ from lowmem.ui.html import parts
 from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
-from lowmem.ui.service.engine import AUTO
+from lowmem.ui.parts.models import with_automatic
 from lowmem.units import format_bytes
 
 
@@ -74,6 +74,5 @@ class Storage:
             freed = self.engine.delete(key or "")
         except Exception as error:
             return [*self._listed()[:3], notice(error), gr.skip()]
-        models = [(msg("Automatic"), AUTO), *self.engine.catalog()]
         gone = parts.quiet(msg("Freed {size}.", size=format_bytes(freed)))
-        return [*self._listed()[:3], gone, gr.Dropdown(models)]
+        return [*self._listed()[:3], gone, gr.Dropdown(with_automatic(self.engine))]

@@ -22,9 +22,9 @@ from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import read, widgets
+from lowmem.ui.parts.models import model_dropdown, originals
 from lowmem.ui.parts.runner import Runner, View
 from lowmem.ui.service.results import new_folder
-from lowmem.ui.tabs.quantize_form import originals
 from lowmem.ui.tabs.sweep import SweepView
 
 EXAMPLE = ("fp32", "int8", "hqq:4:64")
@@ -41,15 +41,7 @@ class CompareView:
         self.example_variants = [variant for variant in example if variant in possible]
         with gr.Column(elem_id="compare"):
             with gr.Row():
-                self.model = gr.Dropdown(
-                    originals(context.engine),
-                    value="demo",
-                    allow_custom_value=True,
-                    label=msg("Model"),
-                    info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
-                    elem_id="compare-model",
-                    min_width=260,
-                )
+                self.model = model_dropdown(originals(context.engine), "compare-model", min_width=260)
                 self.text = gr.Dropdown(
                     [(name("texts", key), key) for key in texts.NAMES],
                     value=texts.MANUAL,

@@ -20,12 +20,13 @@ from lowmem.ui.html import export as export_render
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
-from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.estimate import EstimateView
 from lowmem.ui.parts.learn import Learn
+from lowmem.ui.parts.models import model_dropdown, originals
 from lowmem.ui.parts.push import PushBox
 from lowmem.ui.parts.runner import ButtonRunner, View
-from lowmem.ui.tabs.quantize_form import originals
 
 GROUPS = (16, 32, 64)
 OPTIONS = ("format", "precision", "group_size", "fast_prefill", "fused", "optimise")
@@ -57,14 +58,7 @@ class ExportTab:
         self._wire(context)
 
     def _build_form(self) -> None:
-        self.model = gr.Dropdown(
-            originals(self.engine),
-            value="demo",
-            allow_custom_value=True,
-            label=msg("Model"),
-            info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
-            elem_id="export-model",
-        )
+        self.model = model_dropdown(originals(self.engine), "export-model")
         missing = tensorrt.available(self.engine.hardware())
         formats = [("ONNX", "onnx"), *([] if missing else [("TensorRT", "tensorrt")])]
         self.format = gr.Radio(formats, value="onnx", label=msg("Format"), elem_id="export-format")
@@ -117,14 +111,11 @@ class ExportTab:
         self.controls: list[Any] = [*own, *self.sidebar.limits]
 
     def _wire(self, context: Context) -> None:
-        estimated = [self.card, self.runner.button, self.problem]
-        for control in self.controls:
-            control.change(self._estimate, self.controls, estimated, trigger_mode="always_last", **QUICK)
+        outputs = (self.card, self.runner.button, self.problem)
+        self.estimate = EstimateView(context, self.controls, outputs, self._estimate)
         self.precision.change(lambda key: gr.Dropdown(visible=key == "int4"), self.precision, self.group, **QUICK)
-        outputs = [self.result, self.table, self.receipt, self.plot, self.load]
-        self.runner.wire(self.controls, outputs, self._start)
+        self.runner.wire(self.controls, [self.result, self.table, self.receipt, self.plot, self.load], self._start)
         self.benchmark.wire([self.receipt, *self.sidebar.limits], [self.plot], self._start_benchmark)
-        context.when_opened(self._estimate, self.controls, estimated, **QUICK)
         context.load_result(self.load.click, self.receipt)
 
     def _request(self, values: Sequence[Any]) -> tuple[str, ExportOptions, MemoryBudget]:
@@ -137,14 +128,11 @@ class ExportTab:
         options = build(ExportOptions, dict(zip(OPTIONS, rest, strict=False)))
         return (model or "").strip(), options, self.sidebar.budget_of(rest[len(OPTIONS) :])
 
-    def _estimate(self, *values: Any) -> list[Any]:
-        try:
-            request = self._request(values)
-            expected = self.service.estimate(*request)
-            card = export_render.card(expected, self.engine.spec(request[0], encoders=True).size_on_disk)
-        except Exception as error:
-            return ["", gr.Button(interactive=False), notice(error, toast=False)]
-        return [card, gr.Button(interactive=expected.verdict != "over"), ""]
+    def _estimate(self, *values: Any) -> tuple[str, bool, str]:
+        request = self._request(values)
+        expected = self.service.estimate(*request)
+        card = export_render.card(expected, self.engine.spec(request[0], encoders=True).size_on_disk)
+        return card, expected.verdict == "over", ""
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         request = self._request(values)

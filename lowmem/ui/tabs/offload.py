@@ -18,9 +18,11 @@ from lowmem.ui.html import offload as render_offload
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
-from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, bounded, notice
+from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, bounded
 from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.estimate import EstimateView, updates
 from lowmem.ui.parts.learn import Learn
+from lowmem.ui.parts.models import model_dropdown
 from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.service.offload import MOST_ANSWERS, MOST_TOKENS, OffloadRequest
 from lowmem.ui.service.prompts import joined
@@ -67,13 +69,8 @@ class OffloadTab:
 
     def _build_controls(self) -> None:
         limits = MemoryBudget.detect(self.service.engine.hardware())
-        self.model = gr.Dropdown(
-            self.service.engine.catalog(),
-            value="demo",
-            allow_custom_value=True,
-            label=msg("Model"),
-            info=msg("Weights are streamed in their stored precision."),
-            elem_id="offload-model",
+        self.model = model_dropdown(
+            self.service.engine.catalog(), "offload-model", info=msg("Weights are streamed in their stored precision.")
         )
         with gr.Row():
             self.vram = _budget(limits.vram, msg("GPU memory budget, GB"), "offload-vram")
@@ -123,22 +120,20 @@ class OffloadTab:
         self.controls: list[Any] = [
             self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list, self.answers,
         ]  # fmt: skip
-        self.estimated = [self.picture, self.single.button, self.problem]
-        for control in self.controls:
-            self._measure_after(
-                control.change(self._estimate, self.controls, self.estimated, trigger_mode="always_last", **QUICK)
-            )
+        outputs = (self.picture, self.single.button, self.problem)
+        self.estimate = EstimateView(context, self.controls, outputs, self._estimate)
+        for change in self.estimate.changes:
+            self._measure_after(change)
         self.where.change(lambda where: gr.Row(visible=where == CHOOSE), self.where, self.lists, **QUICK)
         self.again.click(lambda: gr.Button(msg("Measuring ..."), interactive=False), None, self.again, **QUICK).then(
-            self._measure_again, self.controls, [*self.estimated, self.again], **QUICK
+            self._measure_again, self.controls, [*outputs, self.again], **QUICK
         )
         inputs = [self.prompt, self.tokens, *self.controls]
         ran = self.single.wire(inputs, [self.live, self.text, self.measured], self._run)
-        self._measure_after(ran.then(self._estimate, self.controls, self.estimated, **QUICK))
+        self._measure_after(self.estimate.after(ran))
         self.comparison.wire(inputs, [self.table, self.plot], self._compare)
-        context.when_opened(self._estimate, self.controls, self.estimated, **QUICK)
         if context.tab:  # opening the tab measures this machine, unless it was measured before
-            self._measure_after(context.tab.select(self._estimate, self.controls, self.estimated, **QUICK))
+            self._measure_after(context.tab.select(self.estimate.update, self.controls, list(outputs), **QUICK))
 
     def _measure_after(self, event: Any) -> None:
         event.then(self._measure, self.controls, self.picture, **QUICK)
@@ -155,15 +150,10 @@ class OffloadTab:
         budget = MemoryBudget(_limit(ram, self.ram.maximum), _limit(vram, self.vram.maximum))
         return replace(build(OffloadRequest, values_by_name), budget=budget)
 
-    def _estimate(self, *values: Any) -> list[Any]:
-        try:
-            plan = self.service.plan(self._request(values))
-            speed = self.service.speed(plan)
-        except Exception as error:
-            return ["", gr.Button(interactive=False), notice(error, toast=False)]
+    def _estimate(self, *values: Any) -> tuple[str, bool, str]:
+        plan = self.service.plan(self._request(values))
         over = plan.verdict == "over"
-        problem = parts.quiet(plan.sentence()) if over else ""
-        return [self._picture(plan, speed), gr.Button(interactive=not over), problem]
+        return self._picture(plan, self.service.speed(plan)), over, parts.quiet(plan.sentence()) if over else ""
 
     def _picture(self, plan: Plan, speed: SpeedEstimate | None) -> str:
         return render_offload.picture(plan, speed, here=self.service.here(plan))
@@ -179,12 +169,11 @@ class OffloadTab:
         return gr.skip()
 
     def _measure_again(self, *values: Any) -> list[Any]:
-        ready = gr.Button(msg("Measure speed"), interactive=True)
-        try:
+        def estimate(*values: Any) -> tuple[str, bool, str]:
             self.service.measure(self.service.plan(self._request(values)), again=True)
-        except Exception as error:
-            return ["", gr.Button(interactive=False), notice(error, toast=False), ready]
-        return [*self._estimate(*values), ready]
+            return self._estimate(*values)
+
+        return [*updates(estimate, values), gr.Button(msg("Measure speed"), interactive=True)]
 
     def _run(self, token: CancelToken, prompt: str, tokens: float, *values: Any) -> tuple[Iterator[Any], View]:
         bounded(prompt)

@@ -10,14 +10,16 @@ import gradio as gr
 from lowmem.events import CancelToken, Receipt
 from lowmem.messages import msg
 from lowmem.ui.html import quantize as render_quantize
-from lowmem.ui.parts.bind import QUICK, notice
+from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.estimate import EstimateView
 from lowmem.ui.parts.learn import Learn
+from lowmem.ui.parts.models import originals
 from lowmem.ui.parts.push import PushBox
 from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.tabs.compare import CompareView
 from lowmem.ui.tabs.explain import ExplainView
-from lowmem.ui.tabs.quantize_form import QuantizeForm, originals
+from lowmem.ui.tabs.quantize_form import QuantizeForm
 
 
 class QuantizeTab:
@@ -55,21 +57,16 @@ class QuantizeTab:
     def _wire(self, context: Context) -> None:
         form = self.form
         form.wire()
-        estimated = [self.card, self.runner.button, self.problem]
-        for control in form.controls:
-            control.change(self._estimate, form.controls, estimated, trigger_mode="always_last", **QUICK)
+        outputs = (self.card, self.runner.button, self.problem)
+        self.estimate = EstimateView(context, form.controls, outputs, self._estimate)
         ran = self.runner.wire(form.controls, [self.result, self.table, self.receipt], self._start)
         ran.then(lambda: gr.Dropdown(originals(self.engine)), None, form.model, **QUICK)
-        ran.then(self._estimate, form.controls, estimated, **QUICK)
-        context.when_opened(self._estimate, form.controls, estimated, **QUICK)
+        self.estimate.after(ran)
         context.load_result(self.load.click, self.receipt)
 
-    def _estimate(self, *values: Any) -> list[Any]:
-        try:
-            expected = self.service.estimate(self.form.request(values))
-        except Exception as error:
-            return ["", gr.Button(interactive=False), notice(error, toast=False)]
-        return [render_quantize.card(expected), gr.Button(interactive=expected.verdict != "over"), ""]
+    def _estimate(self, *values: Any) -> tuple[str, bool, str]:
+        expected = self.service.estimate(self.form.request(values))
+        return render_quantize.card(expected), expected.verdict == "over", ""
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         result = [gr.Column(visible=False), "", None]

@@ -16,7 +16,6 @@ from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.request import QuantizeRequest
-from lowmem.settings import settings
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
@@ -24,7 +23,7 @@ from lowmem.ui.names import name
 from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import widgets
-from lowmem.ui.service.engine import Engine
+from lowmem.ui.parts.models import model_dropdown, originals
 
 GROUPS = (32, 64, 128, -1)
 OWN_FILE = "file"
@@ -44,14 +43,7 @@ class QuantizeForm:
         usable = [method for method in quant.METHODS if refused[method] is None]
         first = quant.DEFAULT if quant.DEFAULT in usable else usable[0]
         with gr.Row():
-            self.model = gr.Dropdown(
-                originals(context.engine),
-                value="demo",
-                allow_custom_value=True,
-                label=msg("Model"),
-                info=msg("Choose one, or enter a hub id, a folder or a .gguf file."),
-                elem_id="quant-model",
-            )
+            self.model = model_dropdown(originals(context.engine), "quant-model")
         self.method = gr.Radio(
             [(get(method).label, method) for method in usable],
             value=first,
@@ -194,12 +186,6 @@ class QuantizeForm:
             calibration={"text": source, "samples": samples, "length": length},
             budget=self.sidebar.budget_of(limits),
         )
-
-
-def originals(engine: Engine) -> list[tuple[str, str]]:
-    """Models that can be quantized or exported, for a dropdown: no results of this page."""
-    outputs = str(settings().outputs)
-    return [(label, ref) for label, ref in engine.catalog() if not ref.startswith(outputs)]
 
 
 def _extra(method: str) -> list[str]:

@@ -29,8 +29,9 @@ from lowmem.ui.language import Html
 from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import read
+from lowmem.ui.parts.models import originals
 from lowmem.ui.parts.runner import ButtonRunner, View
-from lowmem.ui.tabs.quantize_form import GROUPS, originals
+from lowmem.ui.tabs.quantize_form import GROUPS
 
 SAMPLES = 16
 """Calibration samples that a sweep starts with: a quarter of the usual, for a first overview."""
