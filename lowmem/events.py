@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lowmem.errors import Cancelled
 
@@ -107,14 +107,24 @@ class Receipt:
         return cls(**value | {"notes": tuple(value["notes"])})
 
 
+class WithResult(Generic[T, R]):
+    """Iterates over a generator; afterwards `result` is its return value."""
+
+    result: R
+
+    def __init__(self, events: Generator[T, None, R]) -> None:
+        self._events = events
+
+    def __iter__(self) -> Iterator[T]:
+        self.result = yield from self._events
+
+
 def drain(events: Generator[T, None, R], show: Callable[[T], object] = lambda _: None) -> R:
     """Run a generator to its end and return its return value; `show` is called with each event."""
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            return end.value
+    running = WithResult(events)
+    for event in running:
         show(event)
+    return running.result
 
 
 def until_receipt(events: Iterator[T | Receipt]) -> Generator[T, None, Receipt]:

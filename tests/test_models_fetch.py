@@ -28,7 +28,7 @@ from lowmem.errors import (
 )
 from lowmem.events import CancelToken, Step, drain
 from lowmem.models import catalog, demo, download
-from lowmem.models.fetch import download_size, fetch
+from lowmem.models.fetch import fetch
 from lowmem.models.source import is_local, local_folder, local_models, read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.models.synthetic import write_random_model
@@ -92,7 +92,6 @@ def test_fetch_brings_what_is_needed_and_nothing_else(hub: FakeHub, toy_files: F
     }
     hub.add(REPO, toy_files | extra)
     total = sum(map(len, toy_files.values()))
-    assert download_size(REPO) == (total, len(toy_files))
     folder, steps = run(REPO)
     assert folder == settings().models / f"acme--toy@{COMMIT}"
     assert {file.name for file in folder.iterdir()} == {*toy_files, "source.json"}
@@ -100,7 +99,6 @@ def test_fetch_brings_what_is_needed_and_nothing_else(hub: FakeHub, toy_files: F
     assert (steps[-1].done, steps[-1].total, steps[-1].unit) == (total, total, "B")
     assert [step.done for step in steps] == sorted(step.done for step in steps)
     assert read_spec(REPO).licence == "apache-2.0"
-    assert download_size(REPO) == (0, 0)
     asked = len(hub.requests)
     assert run(REPO) == (folder, [])
     assert len(hub.requests) == asked
@@ -273,7 +271,7 @@ def test_offline_says_so_and_names_what_is_here(
     if not switch:
         request.getfixturevalue("online")
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    for action in (read_spec, run, download_size):
+    for action in (read_spec, run):
         with pytest.raises(Offline, match="HF_HUB_OFFLINE" if switch else r"127\.0\.0\.1:9") as caught:
             action(REPO)
         assert "No model is on this machine" in caught.value.hint
@@ -295,7 +293,6 @@ def test_catalog_models_are_described_offline() -> None:
 def test_demo_is_described_before_it_is_here() -> None:
     spec = read_spec("demo")
     assert (spec.name, spec.parameters, spec.ref) == ("SmolLM2-135M-Instruct", 134_515_008, "demo")
-    assert download_size("demo").size == demo.WHEEL_BYTES
     assert not is_local("demo")
 
 

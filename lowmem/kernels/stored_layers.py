@@ -39,11 +39,11 @@ def free_scratch() -> None:
     _local.__dict__.pop("held", None)
 
 
-def _tile(inputs: int, outputs: int, device: torch.device, multiple: int = 32) -> int:
+def _tile(inputs: int, outputs: int, device: torch.device) -> int:
     """Outputs per tile."""
     if device.type != "cpu":
         return outputs
-    return min(outputs, max(multiple, TILE_BYTES // (4 * inputs) // multiple * multiple))
+    return min(outputs, max(32, TILE_BYTES // (4 * inputs) // 32 * 32))
 
 
 class StoredLinear(nn.Module):

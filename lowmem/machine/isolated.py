@@ -27,7 +27,7 @@ from typing import IO, Any
 import lowmem.errors as errors
 from lowmem.background import interruptible
 from lowmem.errors import LowMemError, OutOfMemory
-from lowmem.events import CancelToken, Receipt, Step
+from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.monitor import PeakMeter
 from lowmem.machine.oom import is_out_of_memory
@@ -239,14 +239,12 @@ def _run(
     if threads := arguments.pop("threads", 0):
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch, not imported yet, reads this when it is
     try:
-        running: Job = find(request["job"])(**arguments)
-        while True:
-            meter.check()
-            try:
-                step = next(running)
-            except StopIteration as end:
-                return {"result": end.value}
+        running = WithResult(find(request["job"])(**arguments))
+        meter.check()
+        for step in running:
             say({"step": [step.done, step.total, step.note, step.unit]})
+            meter.check()
+        return {"result": running.result}
     except LowMemError as error:
         return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
     except Exception as error:

@@ -21,7 +21,7 @@ from typing import Any
 
 from lowmem.datasets.texts import MANUAL, Text, calibration_text, evaluation_text
 from lowmem.errors import Cancelled, LowMemError
-from lowmem.events import CancelToken, Receipt, Step
+from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.measure.options import MeasureOptions
@@ -192,17 +192,15 @@ class Comparison:
 
 def _within(steps: Generator[Step, None, Row], name: str, index: int, count: int) -> Generator[Step, None, Row]:
     """Turn the steps of one variant into steps of the comparison."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            return end.value
+    running = WithResult(steps)
+    for step in running:
         yield Step(
             100 * index + step.done,
             100 * count,
             msg("{name} ({index} of {count}): {note}", name=name, index=index + 1, count=count, note=step.note),
             "%",
         )
+    return running.result
 
 
 def with_perplexity_change(row: Row, reference: Row) -> Row:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, DiskFull
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import decoder_config, no_check
+from lowmem.generate.decoding import decoder_config
 from lowmem.measure.perplexity import Perplexity
 from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
@@ -138,7 +138,7 @@ class Divergence:
 
 
 def write_reference(
-    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = no_check
+    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken
 ) -> Generator[Step, None, Perplexity]:
     """Write the predictions of `model`, the original, to `path` once they are complete; returns its perplexity.
 
@@ -147,13 +147,13 @@ def write_reference(
     """
     total, unfinished = Perplexity(), path.with_name(path.name + ".part")
     with closing(Reference(unfinished, passage, decoder_config(model).vocab_size)) as reference:
-        yield from score(model, passage, [total, reference], cancel=cancel, check=check)
+        yield from score(model, passage, [total, reference], cancel=cancel)
     unfinished.replace(path)
     return total
 
 
 def divergence(
-    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken, check: Callable[[], None] = no_check
+    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken
 ) -> Generator[Step, None, tuple[Perplexity, Divergence]]:
     """Compare `model` with the predictions in `path`, over the same windows of the same text.
 
@@ -162,7 +162,7 @@ def divergence(
     """
     total = Perplexity()
     with closing(Divergence(path, passage, decoder_config(model).vocab_size)) as compared:
-        yield from score(model, passage, [total, compared], cancel=cancel, check=check)
+        yield from score(model, passage, [total, compared], cancel=cancel)
     return total, compared
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def _refuse_if_over(plan: Plan, predicted: dict[str, int]) -> None:
             )
 
 
-def load_exactly(session: Session, plan: Plan) -> Iterator[Step | Receipt]:
+def load_exactly(session: Session, plan: Plan) -> Generator[Step | Receipt, None, None]:
     """Load `plan`, without the session's fallback to another precision or model.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 
 from lowmem.errors import CorruptModel
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import no_check
 from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
 from lowmem.messages import msg
@@ -47,14 +46,12 @@ class Perplexity:
         return math.exp(mean) if mean < 700 else math.inf
 
 
-def perplexity(
-    model: nn.Module, passage: Passage, *, cancel: CancelToken, check: Callable[[], None] = no_check
-) -> Generator[Step, None, Perplexity]:
+def perplexity(model: nn.Module, passage: Passage, *, cancel: CancelToken) -> Generator[Step, None, Perplexity]:
     """Measure `model` on `passage`; the generator's return value is the `Perplexity`.
 
     Raises:
         CorruptModel, Cancelled.
     """
     total = Perplexity()
-    yield from score(model, passage, [total], cancel=cancel, check=check)
+    yield from score(model, passage, [total], cancel=cancel)
     return total

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeVar
 
-from lowmem.events import Step
+from lowmem.events import Step, WithResult
+
+T = TypeVar("T")
 
 
-def share(events: Iterator[Any], low: int, high: int) -> Generator[Step, None, Any]:
+def share(events: Generator[Any, None, T], low: int, high: int) -> Generator[Step, None, T]:
     """Yield the steps of a part as per cent of the whole, from `low` to `high`, never decreasing; drop other events.
 
     The return value is that of `events`.
     """
     last = Step(low, 100, "", "%")
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            return end.value
+    running = WithResult(events)
+    for event in running:
         if isinstance(event, Step):
             reached = low + (high - low) * event.done // event.total if event.total else low
             step = Step(max(reached, last.done), 100, event.note, "%")
             if step != last:
                 yield step
             last = step
+    return running.result

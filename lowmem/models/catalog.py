@@ -232,8 +232,4 @@ CATALOG: tuple[Entry, ...] = (
 )  # fmt: skip
 """Smallest family first, smallest member first."""
 
-_SHORT_IDS = {
-    "distilgpt2": "distilbert/distilgpt2",
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-}
+_SHORT_IDS = {entry.label: entry.ref for entry in CATALOG if entry.config["model_type"] == "gpt2"}

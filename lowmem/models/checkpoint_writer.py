@@ -38,7 +38,7 @@ def write_safetensors(path: Path, tensors: Named, metadata: Metadata | None = No
     return writer.size
 
 
-def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB, metadata: Metadata | None = None) -> int:
+def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB) -> int:
     """Write a model's weights as `model.safetensors`, or as numbered shards with an index. Returns the total bytes.
 
     A shard ends before the tensor that would take it above `shard_bytes`.
@@ -47,7 +47,7 @@ def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB, metada
     rest = iter(tensors)
     waiting = next(rest, None)
     while waiting or not shards:
-        with _writing(folder / f"shard-{len(shards)}.tmp", metadata) as writer:
+        with _writing(folder / f"shard-{len(shards)}.tmp") as writer:
             while waiting and (not writer.position or writer.position + waiting[1].nbytes <= shard_bytes):
                 writer.add(*waiting)
                 waiting = next(rest, None)
@@ -70,7 +70,7 @@ def _name_shards(folder: Path, shards: list[_Writer]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, metadata: Metadata | None) -> Iterator[_Writer]:
+def _writing(path: Path, metadata: Metadata | None = None) -> Iterator[_Writer]:
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as out:

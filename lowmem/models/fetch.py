@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lowmem.background import locked, stoppable
 from lowmem.errors import BadInput, CorruptModel, GatedModel, ModelNotFound, Offline
@@ -44,13 +44,6 @@ _BUSY = msg("Waiting for another download of the same model")
 
 Fetching = Generator[Step, None, Path]
 Record = dict[str, Any]
-
-
-class DownloadSize(NamedTuple):
-    """What a fetch would download."""
-
-    size: int
-    files: int
 
 
 def fetch(
@@ -126,28 +119,6 @@ def _fetch(reference: Reference, planned: ModelSource, cancel: CancelToken, enco
     if planned.fingerprint not in ("", gguf_fingerprint(reference)):
         raise _changed(planned)
     return (yield from _convert(reference, cancel))
-
-
-def download_size(ref: str, allow_paths: bool = True) -> DownloadSize:
-    """Bytes and files that `fetch` would download; zero when the model is here.
-
-    Raises:
-        The same as `read_spec`.
-    """
-    reference = parse_ref(ref, allow_paths)
-    if find_folder(reference) or reference.kind in ("folder", "gguf"):
-        return DownloadSize(0, 0)
-    try:
-        if reference.kind == "demo":
-            repository = hub.repository(demo.HUB_ID)
-        else:
-            repository = hub.repository(reference.repo, reference.revision)
-    except Offline as error:
-        if reference.kind == "demo":
-            return DownloadSize(demo.WHEEL_BYTES, 1)
-        raise with_local_models(error) from error
-    names = [gguf_in(repository, reference)] if reference.kind == "hub_gguf" else wanted_files(repository)
-    return DownloadSize(sum(repository.files[name].size for name in names), len(names))
 
 
 def wanted_files(repository: Repository) -> list[str]:

@@ -104,11 +104,9 @@ def disk_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefi
     return graph_bytes(spec, precision, group_size) + (prefill_bytes(spec) if fast_prefill else 0)
 
 
-def session_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:
+def session_bytes(spec: ModelSpec, precision: str) -> int:
     """Bytes of weights in both sessions once loaded."""
-    if spec.exported:
-        return spec.size_on_disk
-    return disk_bytes(spec, precision, group_size, fast_prefill)
+    return spec.size_on_disk if spec.exported else disk_bytes(spec, precision)
 
 
 def kv_bytes(spec: ModelSpec, context: int, batch: int) -> int:

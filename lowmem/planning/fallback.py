@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lowmem.messages import join, msg
+from lowmem.models.catalog import recommended
 from lowmem.planning import exported, offloading
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
@@ -76,10 +77,7 @@ def other_memory(plan: Plan) -> Plan | None:
 
 def smaller_model(plan: Plan) -> Plan | None:
     """The next smaller chat model of the catalog."""
-    from lowmem.models.catalog import CATALOG
-
-    smaller = [entry.spec() for entry in CATALOG if not entry.gated and entry.chat]
-    smaller = [spec for spec in smaller if spec.parameters < 0.8 * plan.spec.parameters]
+    smaller = [spec for entry in recommended() if (spec := entry.spec()).parameters < 0.8 * plan.spec.parameters]
     if not smaller:
         return None
     spec = max(smaller, key=lambda s: s.parameters)
@@ -127,7 +125,7 @@ def fall_back(plan: Plan, chain: tuple[Fallback, ...] = SAME_MODEL) -> Plan:
     return replace(plan, reason=join(" ", filter(None, (first, *steps.values()))))
 
 
-def remedies(plan: Plan, chain: tuple[Fallback, ...] = FALLBACKS) -> tuple[Plan, ...]:
+def remedies(plan: Plan) -> tuple[Plan, ...]:
     """For a plan over its budget: the plans that fit after one kind of change."""
-    changed = [fall_back(replace(plan, reason=""), (fallback,)) for fallback in chain]
+    changed = [fall_back(replace(plan, reason=""), (fallback,)) for fallback in FALLBACKS]
     return tuple(plan for plan in changed if plan.verdict != "over")

@@ -38,7 +38,7 @@ class ExportOptions:
         "auto",
         msg("Fast prefill"),
         msg(
-            "A second graph in dynamic int8 processes prompts about twice as fast, for one more byte per weight. Automatic: with int8 only."
+            "A second graph in dynamic int8 processes prompts about twice as fast and takes one byte per weight. Automatic: only with int8."
         ),
         choices=("auto", "on", "off"),
     )

@@ -41,7 +41,7 @@ class Options:
         step=1,
     )
     symmetric: bool = option(
-        False, msg("Symmetric"), msg("No zero points: slightly less accurate, supported by more inference engines.")
+        False, msg("Symmetric"), msg("Without zero points: slightly less precise, supported by more programs.")
     )
 
     @property

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel, DiskFull
-from lowmem.events import CancelToken, Receipt, Step
+from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
@@ -188,16 +188,14 @@ class Pipeline:
     def _steps(
         self, index: int, made: Generator[Progress, None, QuantizedBlock]
     ) -> Generator[Step, None, QuantizedBlock]:
-        while True:
-            try:
-                share, note = next(made)
-            except StopIteration as end:
-                return end.value
+        steps = WithResult(made)
+        for share, note in steps:
             yield self._step(
                 index,
                 share,
                 msg("Block {index} of {count}, {note}", index=index + 1, count=self._job.layout.count, note=note),
             )
+        return steps.result
 
     def _step(self, index: int, share: float, note: str) -> Step:
         """Progress of `share` (0 to 1) within block `index`, with the time left once there is enough to extrapolate."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowmem.events import Chunk, Completion, Receipt
 from lowmem.fields import changed
@@ -18,14 +19,11 @@ from lowmem.units import format_bytes
 def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[str], folder: Path) -> Receipt:
     # Loading holds no cache yet, only weights and the tensor being read.
     predicted = reestimate(plan, context=1, batch=1, prefill_chunk=1).predicted
-    return Receipt(
-        action="load",
-        model=plan.spec.name,
-        precision=plan.precision,
-        device=plan.device,
-        seconds=seconds,
-        predicted=predicted,
-        measured=_same_keys(peak, predicted),
+    return _receipt(
+        "load",
+        plan,
+        seconds,
+        **_peaks(predicted, peak),
         disk_bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         notes=tuple(notes),
         snippet=_load_snippet(plan),
@@ -34,12 +32,10 @@ def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[s
 
 def unload_receipt(plan: Plan, seconds: float, taken: int, returned: int) -> Receipt:
     share = returned / taken if taken > 0 else 1.0
-    return Receipt(
-        action="unload",
-        model=plan.spec.name,
-        precision=plan.precision,
-        device=plan.device,
-        seconds=seconds,
+    return _receipt(
+        "unload",
+        plan,
+        seconds,
         notes=(
             msg(
                 "Freed {returned}, {share:.0%} of what loading took.",
@@ -56,14 +52,11 @@ def generate_receipt(
 ) -> Receipt:
     """`last` is the final chunk of each sequence; speeds add up over sequences decoded together."""
     first = last[0] if last else Chunk("")
-    return Receipt(
-        action="generate",
-        model=plan.spec.name,
-        precision=plan.precision,
-        device=plan.device,
-        seconds=seconds,
-        predicted=plan.predicted,
-        measured=_same_keys(peak, plan.predicted),
+    return _receipt(
+        "generate",
+        plan,
+        seconds,
+        **_peaks(plan.predicted, peak),
         prompt_tokens=first.prompt_tokens,
         new_tokens=sum(chunk.new_tokens for chunk in last),
         seconds_to_first=first.seconds_to_first,
@@ -76,14 +69,11 @@ def generate_receipt(
 
 def batch_receipt(plan: Plan, seconds: float, done: Sequence[Completion], peak: dict[str, int]) -> Receipt:
     tokens = sum(completion.new_tokens for completion in done)
-    return Receipt(
-        action="batch",
-        model=plan.spec.name,
-        precision=plan.precision,
-        device=plan.device,
-        seconds=seconds,
-        predicted=plan.predicted,
-        measured=_same_keys(peak, plan.predicted),
+    return _receipt(
+        "batch",
+        plan,
+        seconds,
+        **_peaks(plan.predicted, peak),
         new_tokens=tokens,
         decode_tps=tokens / seconds if seconds else 0.0,
         prompt_tokens=sum(completion.prompt_tokens for completion in done),
@@ -125,5 +115,10 @@ def _short(prompt: object) -> str:
     return text if len(text) <= 600 else repr("...")
 
 
-def _same_keys(peak: dict[str, int], predicted: dict[str, int]) -> dict[str, int]:
-    return {memory: peak[memory] for memory in predicted if memory in peak}
+def _receipt(action: str, plan: Plan, seconds: float, **figures: Any) -> Receipt:
+    return Receipt(action, plan.spec.name, plan.precision, plan.device, seconds, **figures)
+
+
+def _peaks(predicted: dict[str, int], peak: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Predicted and measured peaks of the same memories."""
+    return {"predicted": predicted, "measured": {memory: peak[memory] for memory in predicted if memory in peak}}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lowmem.background import stoppable
 from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
-from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step, WithResult
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
@@ -472,13 +472,12 @@ def _refuse_if_over(plan: Plan, hint: str) -> None:
 
 def _guarded(events: Generator[Step, None, T], check: Callable[[], None]) -> Generator[Step, None, T]:
     """Forward events and the return value, with a check between events."""
-    while True:
-        check()
-        try:
-            event = next(events)
-        except StopIteration as end:
-            return end.value
+    check()
+    running = WithResult(events)
+    for event in running:
         yield event
+        check()
+    return running.result
 
 
 def _resident_bytes() -> int:

@@ -164,36 +164,36 @@ class LentSession(Session):
         prompt: str | Sequence[Message],
         options: GenerateOptions,
         cancel: CancelToken | None = None,
-        *,
-        raw: bool = False,
-        force: bool = False,
+        **settings: Any,
     ) -> Iterator[Step | Chunk | Receipt]:
         if not self._lends:
-            yield from super().generate(prompt, options, cancel, raw=raw, force=force)
+            yield from super().generate(prompt, options, cancel, **settings)
             return
         work = prompt if isinstance(prompt, str) else list(prompt)
-        yield from self._lent("Generating", work, options, raw, None, cancel or CancelToken())  # type: ignore[misc]
+        yield from self._lent("Generating", work, options, cancel, **settings)  # type: ignore[misc]
 
     def batch(
+        self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken | None = None, **settings: Any
+    ) -> Iterator[Step | Completion | Receipt]:
+        if not self._lends:
+            yield from super().batch(prompts, options, cancel, **settings)
+            return
+        what = msg("Answering {prompts:,} prompts", prompts=len(prompts))
+        yield from self._lent(what, tuple(prompts), options, cancel, **settings)  # type: ignore[misc]
+
+    def _lent(
         self,
-        prompts: Sequence[str],
+        what: str,
+        prompt: Any,
         options: GenerateOptions,
-        cancel: CancelToken | None = None,
+        cancel: CancelToken | None,
         *,
         raw: bool = False,
         batch_size: int | None = None,
-        force: bool = False,
-    ) -> Iterator[Step | Completion | Receipt]:
-        if not self._lends:
-            yield from super().batch(prompts, options, cancel, raw=raw, batch_size=batch_size, force=force)
-            return
-        what = msg("Answering {prompts:,} prompts", prompts=len(prompts))
-        yield from self._lent(what, tuple(prompts), options, raw, batch_size, cancel or CancelToken())  # type: ignore[misc]
-
-    def _lent(
-        self, what: str, prompt: Any, options: GenerateOptions, raw: bool, batch_size: int | None, cancel: CancelToken
+        force: bool = False,  # noqa: ARG002  the worker keeps to the plan
     ) -> Iterator[Event]:
         """Forward what the worker yields; Stop takes effect at its next event."""
+        cancel = cancel or CancelToken()
         yield from self._turn(what, cancel)
         try:
             plan, started = self._planned(), time.perf_counter()

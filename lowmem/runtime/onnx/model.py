@@ -121,7 +121,7 @@ class OnnxModel:
     dtype = torch.float32
     own_threads = True
 
-    def __init__(self, folder: Path, *, threads: int = 0, providers: Sequence[Any] = ()) -> None:
+    def __init__(self, folder: Path, *, threads: int = 0) -> None:
         from transformers import AutoConfig, GenerationConfig
 
         self.manifest: Manifest = read_manifest(folder)
@@ -130,7 +130,7 @@ class OnnxModel:
         if (folder / "generation_config.json").is_file():
             self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         saturates = self.manifest.int8_range == _VNNI_RANGE and not has_vnni()
-        arguments: dict[str, Any] = {"threads": threads, "providers": providers, "saturates": saturates}
+        arguments: dict[str, Any] = {"threads": threads, "saturates": saturates}
         self.session = open_session(folder / GRAPH, **arguments)
         inputs = [value.name for value in self.session.get_inputs()]
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
