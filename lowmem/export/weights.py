@@ -18,7 +18,7 @@ from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
 from lowmem.models.spec import PACKED_PARTS
-from lowmem.quant.skeleton import all_finite
+from lowmem.quant.skeleton import checked_finite
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,7 @@ class Source:
         Raises:
             CorruptModel: it has NaN or infinite values.
         """
-        values = self._checkpoint.read(self._names[name], torch.float32)
-        if not all_finite(values):
-            raise CorruptModel(
-                msg("{name} contains NaN or infinite values.", name=name),
-                msg("Fetch the model again, or choose another."),
-            )
-        return values
+        return checked_finite(name, self._checkpoint.read(self._names[name], torch.float32))
 
     def matrices(self, layers: Sequence[str]) -> list[Matrix]:
         """Layers that share an input, stacked into one matrix unless their codes are sorted differently."""

@@ -46,13 +46,7 @@ class Weights:
         Raises:
             CorruptModel: it holds NaN or infinite values.
         """
-        values = self._checkpoint.read(self._stored[name])
-        if not all_finite(values):
-            raise CorruptModel(
-                msg("{name} contains NaN or infinite values.", name=name),
-                msg("Fetch the model again, or choose another."),
-            )
-        return values
+        return checked_finite(name, self._checkpoint.read(self._stored[name]))
 
     def read_unquantized(self, name: str) -> Tensor:
         """The tensor as a quantized checkpoint stores it unquantized: fp32 becomes fp16 where its range allows.
@@ -70,6 +64,19 @@ class Weights:
 def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; computed from the extremes, without a temporary tensor."""
     return not values.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
+
+
+def checked_finite(name: str, values: Tensor) -> Tensor:
+    """`values`, the tensor `name` of a checkpoint.
+
+    Raises:
+        CorruptModel: it holds NaN or infinite values.
+    """
+    if not all_finite(values):
+        raise CorruptModel(
+            msg("{name} contains NaN or infinite values.", name=name), msg("Fetch the model again, or choose another.")
+        )
+    return values
 
 
 def below(names: Weights, owner: str) -> list[str]:

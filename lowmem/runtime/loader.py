@@ -32,7 +32,7 @@ from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
 from lowmem.precisions import PRECISIONS, Precision
-from lowmem.runtime.streaming.attach import as_stored, can_map, offloaded_names, stream
+from lowmem.runtime.streaming.attach import as_stored, can_map, checked_layer, offloaded_names, stream
 from lowmem.runtime.streaming.streamer import Streamer
 from lowmem.units import MB
 
@@ -184,19 +184,9 @@ class _Placer:
 
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]
-        if self.stored is None or not isinstance(module, (nn.Linear, Conv1D)):
-            raise Unsupported(
-                msg(
-                    "{layer} is quantized, which is not supported for a {kind}.",
-                    layer=layer,
-                    kind=type(module).__name__,
-                ),
-                msg("Choose the original model."),
-            )
-        shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
-        packed_linear.check_shapes(self.stored, layer, *_shape(module), shapes)
+        stored, outputs, inputs = checked_layer(module, checkpoint, members, self.stored, layer)
         parts = {part: checkpoint.read(name) for part, name in members.items()}
-        return packed_linear.stored_linear(self.stored, layer, parts, _shape(module), self.device, self.dtype)
+        return packed_linear.stored_linear(stored, layer, parts, (outputs, inputs), self.device, self.dtype)
 
     def _embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         # GPT-style position embeddings of some families shift their ids.

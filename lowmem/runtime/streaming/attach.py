@@ -137,8 +137,19 @@ def as_stored(
     return module
 
 
-def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Quantization | None) -> StoredPacked:
-    layer = members["qweight"].removesuffix(".qweight")
+def checked_layer(
+    module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Quantization | None, layer: str
+) -> tuple[Quantization, int, int]:
+    """Quantization, outputs and inputs of the quantized layer that takes the place of `module`.
+
+    Args:
+        members: member -> stored name of its tensors.
+        layer: its stored name.
+
+    Raises:
+        Unsupported: `module` is not a linear layer.
+        CorruptModel: a tensor is missing or has another shape.
+    """
     if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
         raise Unsupported(
             msg("{layer} is quantized, which is not supported for a {kind}.", layer=layer, kind=type(module).__name__),
@@ -147,6 +158,12 @@ def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Q
     outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
     packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
+    return stored, outputs, inputs
+
+
+def _packed(module: nn.Module, checkpoint: Checkpoint, members: Names, stored: Quantization | None) -> StoredPacked:
+    layer = members["qweight"].removesuffix(".qweight")
+    stored, outputs, inputs = checked_layer(module, checkpoint, members, stored, layer)
     return StoredPacked(stored, layer, inputs, outputs)
 
 
@@ -155,15 +172,8 @@ def _codes(
 ) -> nn.Module:
     """int8 of compressed-tensors or bitsandbytes, or 4 bits of bitsandbytes, whose quantization state stays resident."""
     layer = members["weight"].removesuffix(".weight")
-    if stored is None or not isinstance(module, (nn.Linear, Conv1D)):
-        raise Unsupported(
-            msg("{layer} is quantized, which is not supported for a {kind}.", layer=layer, kind=type(module).__name__),
-            msg("Choose the original model."),
-        )
-    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    outputs, inputs = weight.shape
-    shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
-    packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
+    stored, outputs, inputs = checked_layer(module, checkpoint, members, stored, layer)
+    weight: Any = module.weight.t() if isinstance(module, Conv1D) else module.weight
     if stored.bits == 8:
         return StoredInt8(weight, largest=127 if stored.method == BNB else 1)
     parts = {part: checkpoint.read(name) for part, name in members.items()}
