@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gradio_client import Client
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks.common import ROOT, lowmem, median, save, table
+from benchmarks.common import ROOT, free_port, lowmem, save, table
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -36,6 +36,7 @@ FLAGS = [
 ]
 PROMPT = "Write a long story about a lighthouse keeper."
 NEW_TOKENS = 128
+START_SECONDS = 60
 
 
 def main() -> None:
@@ -43,16 +44,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
     starts = [start_once() for _ in range(runs)]
-    told = stream(runs)
+    rates = stream(runs)
     rows: list[dict[str, Any]] = [
         {"figure": "seconds to the first page", "value": round(median([s[0] for s in starts]), 2)},
         {"figure": "seconds to the Load button in Chromium", "value": round(median([s[1] for s in starts]), 2)},
         {"figure": "torch loaded by then", "value": any(s[2] for s in starts)},
-        {"figure": "decode tok/s, engine alone", "value": round(median(told["engine"]), 1)},
-        {"figure": "decode tok/s, streamed by the app", "value": round(median(told["streamed"]), 1)},
-        {"figure": "streaming costs", "value": cost(told["streamed"], told["engine"])},
-        {"figure": "decode tok/s, with a browser on the same cores", "value": round(median(told["browser"]), 1)},
-        {"figure": "streaming and the browser cost", "value": cost(told["browser"], told["engine"])},
+        {"figure": "decode tok/s, engine alone", "value": round(median(rates["engine"]), 1)},
+        {"figure": "decode tok/s, streamed by the app", "value": round(median(rates["streamed"]), 1)},
+        {"figure": "streaming costs", "value": cost(rates["streamed"], rates["engine"])},
+        {"figure": "decode tok/s, with a browser on the same cores", "value": round(median(rates["browser"]), 1)},
+        {"figure": "streaming and the browser cost", "value": cost(rates["browser"], rates["engine"])},
     ]
     print(table(rows))
     save("app", rows, [f"median of {runs}; {NEW_TOKENS} new tokens, greedy, int8"])
@@ -66,10 +67,7 @@ def cost(slower: list[float], faster: list[float]) -> str:
 @contextlib.contextmanager
 def running_app() -> Iterator[tuple[str, subprocess.Popen[bytes], float]]:
     """`python app.py` on a free port: (address, process, when it was started)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = time.perf_counter()
+    port, started = free_port(), time.perf_counter()
     command = [sys.executable, "app.py", "--model", "demo", "--port", str(port)]
     process = subprocess.Popen(
         command, cwd=ROOT.parent, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -81,8 +79,8 @@ def running_app() -> Iterator[tuple[str, subprocess.Popen[bytes], float]]:
         process.wait(20)
 
 
-def wait_for(address: str, seconds: float = 60) -> None:
-    deadline = time.perf_counter() + seconds
+def wait_for(address: str) -> None:
+    deadline = time.perf_counter() + START_SECONDS
     while time.perf_counter() < deadline:
         try:
             with urllib.request.urlopen(address, timeout=5) as answer:
@@ -90,7 +88,7 @@ def wait_for(address: str, seconds: float = 60) -> None:
                     return
         except OSError:
             time.sleep(0.02)
-    raise SystemExit(f"no page from {address} within {seconds} s")
+    raise SystemExit(f"no page from {address} within {START_SECONDS} s")
 
 
 def start_once() -> tuple[float, float, bool]:
@@ -113,8 +111,8 @@ def load_button(page: Page):  # type: ignore[no-untyped-def]
 
 
 def stream(runs: int) -> dict[str, list[float]]:
-    """Decode tokens per second of the same answer, told in three ways."""
-    told: dict[str, list[float]] = {"engine": [], "streamed": [], "browser": []}
+    """Decode tokens per second of the same answer: by the engine alone, streamed by the app, shown in a browser."""
+    rates: dict[str, list[float]] = {"engine": [], "streamed": [], "browser": []}
     with sync_playwright() as play, running_app() as (address, _, _):
         wait_for(address)
         client = Client(address, verbose=False)
@@ -134,8 +132,8 @@ def stream(runs: int) -> dict[str, list[float]]:
                 raise SystemExit("the answers differ in length")
             for name, receipt in receipts.items():
                 if run:
-                    told[name].append(receipt["decode_tps"])
-    return told
+                    rates[name].append(receipt["decode_tps"])
+    return rates
 
 
 def chat_once(page: Page, address: str, client: Client) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.common import demo_folder, median, merged, save, table, text_of
+from benchmarks.common import demo_folder, interleaved, merged, save, table, text_of
 from lowmem.export.request import ExportRequest
 from lowmem.export.run import export
 from lowmem.planning.graph_options import ExportOptions
@@ -207,12 +208,7 @@ def main() -> None:
     ids = _ids(demo)
     started = {name: _engine(name, args, demo, ids) for name in args.engines}
     engines = {name: engine for name, engine in started.items() if engine.ready()}
-    measured: dict[str, list[list[float]]] = {name: [] for name in engines}
-    for run in range(args.runs + 1):
-        for name, engine in engines.items():
-            figures = engine.run()
-            if run:  # the first round warms up
-                measured[name].append(figures)
+    measured = interleaved({name: engine.run for name, engine in engines.items()}, args.runs)
     for engine in engines.values():
         engine.end()
     rows = merged("export", "engine", [_row(name, measured) for name in measured], ENGINES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common import save, table
+from benchmarks.common import free_port, save, table
 
 ROOT = Path(__file__).parents[1]
 NOTES = [
@@ -43,9 +42,7 @@ def first_token(scratch: Path) -> list[dict[str, Any]]:
     """Seconds of each part, one after the other, and of all of them."""
     copy, venv = scratch / "lowmem", scratch / "venv"
     shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LOWMEM", "VIRTUAL"))}
     env |= {"PATH": f"{venv / 'bin'}:{env['PATH']}", "LOWMEM_HOME": str(scratch / "home"), "PIP_NO_CACHE_DIR": "1"}
     install, start = command()

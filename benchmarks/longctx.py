@@ -1,4 +1,4 @@
-"""Long context in figures: an endless stream, its speed, quantized keys and values against transformers' own, hidden states.
+"""Long context in figures: an unbounded stream, its speed, quantized keys and values against transformers' own, hidden states.
 
     python -m benchmarks.longctx stream [--tokens 64000] [--stepwise 12000]
                                                            perplexity, time and memory along a stream
@@ -24,20 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import demo_folder, save, table
+from benchmarks.common import demo_folder, demo_session, save, table
 from lowmem.datasets.texts import calibration_text, evaluation_text
-from lowmem.events import CancelToken, Receipt, Step
+from lowmem.events import CancelToken, Step, until_receipt
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.hidden import hidden_states
 from lowmem.longctx.reading import Reader
-from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.machine.memory_limits import process_bytes
-from lowmem.models.source import read_spec
 from lowmem.planning.cache import BLOCK as PACKED_BLOCK
 from lowmem.planning.goal import Goal
-from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
 
 WINDOW, SINKS, BLOCK = 1024, 4, 4000
@@ -68,24 +65,23 @@ def loaded(precision: str) -> Any:
 
 
 def resident(precision: str) -> Session:
-    session = Session()
-    hardware = session.hardware()
-    for _ in session.load(
-        plan(read_spec("demo"), hardware, MemoryBudget.detect(hardware), Goal(precision=precision, backend="torch"))
-    ):
-        pass
-    return session
+    return demo_session(Goal(precision=precision, backend="torch"))
+
+
+def token_ids(tokenizer: Any) -> list[int]:
+    """The evaluation text."""
+    return tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"]
 
 
 def repeated(tokenizer: Any, tokens: int) -> list[int]:
     """Text that comes round so that the last block of 4,000 tokens is the one after the first window."""
     period = (tokens - BLOCK - WINDOW) // max(1, round((tokens - BLOCK - WINDOW) / 15_000))
-    ids = tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][:period]
+    ids = token_ids(tokenizer)[:period]
     return [ids[place % len(ids)] for place in range(tokens + TIMED + 1)]
 
 
 def stream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """The text is given, so that its perplexity can be told; one token at a time, as in generation.
+    """The text is given, so that its perplexity is known; one token at a time, as in generation.
 
     With `--stepwise N` only the first N tokens and the last 4,000 go one by one, the others in passes of 128.
     """
@@ -95,20 +91,20 @@ def stream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     ids = repeated(model.tokenizer, tokens)
     reader = Reader(model.model, ids, GenerateOptions(window=WINDOW, sinks=SINKS))
     # Made before the first measurement: lists would grow beside the stream, and split the heap.
-    surprise, times = torch.zeros(2, tokens, dtype=torch.float64)
+    nll, times = torch.zeros(2, tokens, dtype=torch.float64)
     rows = []
     for start in range(0, tokens, BLOCK):
         if start < stepwise or start == tokens - BLOCK:
             for number in range(start, start + BLOCK):
                 started = time.perf_counter()
-                surprise[number] = float(reader._pass(1)[0])
+                nll[number] = float(reader._pass(1)[0])
                 times[number] = time.perf_counter() - started
         else:
             for part in reader.read(start + BLOCK):
-                surprise[reader.at - len(part) : reader.at] = part
-        rows.append(_row(surprise, times, start))
+                nll[reader.at - len(part) : reader.at] = part
+        rows.append(_row(nll, times, start))
         print(rows[-1], flush=True)
-    first, last = surprise[WINDOW : WINDOW + BLOCK], surprise[tokens - BLOCK :]
+    first, last = nll[WINDOW : WINDOW + BLOCK], nll[tokens - BLOCK :]
     notes = [
         f"perplexity {_perplexity(first):.3f} of the {BLOCK:,} tokens after the first {WINDOW:,}, "
         f"{_perplexity(last):.3f} of the last {BLOCK:,}, the same text",
@@ -123,12 +119,12 @@ def stream(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     return [rows[0], *rows[3::4]], notes
 
 
-def _row(surprise: Tensor, times: Tensor, start: int) -> dict[str, Any]:
+def _row(nll: Tensor, times: Tensor, start: int) -> dict[str, Any]:
     milliseconds = 1000 * float(times[start : start + BLOCK].median())
     return {
         "tokens": start + BLOCK,
         "ms a token": round(milliseconds, 2) or "",
-        "perplexity": round(_perplexity(surprise[start : start + BLOCK]), 3),
+        "perplexity": round(_perplexity(nll[start : start + BLOCK]), 3),
         "RSS MB": round(process_bytes() / 1e6, 1),
     }
 
@@ -146,16 +142,16 @@ def _without_sinks(model: Any, ids: Sequence[int]) -> float:
     return _perplexity(torch.cat(list(reader.read(WINDOW + BLOCK)))[WINDOW:])
 
 
-def _perplexity(surprise: Tensor) -> float:
-    return math.exp(float(surprise.double().mean()))
+def _perplexity(nll: Tensor) -> float:
+    return math.exp(float(nll.double().mean()))
 
 
 def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Perplexity of a text through every cache; a pass has as many tokens as a block of the packed ones."""
     model, tokens = loaded(args.precision), args.tokens or 5000
-    ids = model.tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][: tokens + 1]
+    ids = token_ids(model.tokenizer)[: tokens + 1]
     windowed = {"window": WINDOW, "sinks": SINKS}
-    ways: dict[str, dict[str, Any]] = {
+    caches: dict[str, dict[str, Any]] = {
         "full cache": {},
         **{f"full cache in {bits} bits": {"cache_type": f"int{bits}"} for bits in (8, 4, 2)},
         "window 1024 + 4 sinks": windowed,
@@ -163,14 +159,14 @@ def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
         "window 1024 without sinks": {"window": WINDOW, "sinks": 0},
     }
     rows, against = [], 0.0
-    for way, fields in ways.items():
+    for name, fields in caches.items():
         reader = Reader(model.model, ids, GenerateOptions(**fields))
         reader._chunk = PACKED_BLOCK
         found = _perplexity(torch.cat(list(reader.read(len(ids) - 1))))
-        against = found if "bits" not in way else against
-        change = f"{found / against - 1:+.2%}" if "bits" in way else ""
+        against = found if "bits" not in name else against
+        change = f"{found / against - 1:+.2%}" if "bits" in name else ""
         rows.append(
-            {"cache": way, "perplexity": round(found, 3), "for the bits": change, "bytes": reader.cache_bytes()}
+            {"cache": name, "perplexity": round(found, 3), "for the bits": change, "bytes": reader.cache_bytes()}
         )
         print(rows[-1], flush=True)
     return rows, [f"{len(ids) - 1:,} tokens of the manual's tail, weights in {args.precision}"]
@@ -179,8 +175,8 @@ def quality(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Interleaved in one process, after 2,000 tokens of context."""
     model = loaded(args.precision)
-    ids = model.tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][:2600]
-    ways = {
+    ids = token_ids(model.tokenizer)[:2600]
+    caches = {
         "full cache": GenerateOptions(),
         "window 1024 + 4 sinks": GenerateOptions(window=WINDOW, sinks=SINKS),
         "window 1024 recomputed": GenerateOptions(window=WINDOW, sinks=0, use_cache=False),
@@ -188,21 +184,21 @@ def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
         "window 1024 + 4 sinks, 4 bits": GenerateOptions(window=WINDOW, sinks=SINKS, cache_type="int4"),
     }
     readers = {}
-    for way, options in ways.items():
-        readers[way] = Reader(model.model, ids, options)
+    for name, options in caches.items():
+        readers[name] = Reader(model.model, ids, options)
         if options.use_cache:
-            list(readers[way].read(2000))
+            list(readers[name].read(2000))
         else:
-            readers[way].at = 2000
-    times: dict[str, list[float]] = {way: [] for way in ways}
+            readers[name].at = 2000
+    times: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(6):
-        for way, reader in readers.items():
-            times[way].append(reader.seconds_per_token(2 if way.endswith("recomputed") else 8))
-    rows = [{"way": way, "ms a token": round(1000 * median(found), 2)} for way, found in times.items()]
-    by_way = {way: 1000 * median(found) for way, found in times.items()}
+        for name, reader in readers.items():
+            times[name].append(reader.seconds_per_token(2 if name.endswith("recomputed") else 8))
+    rows = [{"cache": name, "ms a token": round(1000 * median(found), 2)} for name, found in times.items()]
+    medians = {name: 1000 * median(found) for name, found in times.items()}
     notes = [
-        f"recomputation takes {by_way['window 1024 recomputed'] / by_way['window 1024 + 4 sinks']:.1f} times as long as the window",
-        f"the window takes {by_way['window 1024 + 4 sinks'] / by_way['full cache']:.2f} of the full cache at 2,000 tokens",
+        f"recomputation takes {medians['window 1024 recomputed'] / medians['window 1024 + 4 sinks']:.1f} times as long as the window",
+        f"the window takes {medians['window 1024 + 4 sinks'] / medians['full cache']:.2f} of the full cache at 2,000 tokens",
     ]
     return rows, notes
 
@@ -214,7 +210,7 @@ def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 
     folder = demo_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(evaluation_text().text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(AutoTokenizer.from_pretrained(folder))
     axes = {"axis_key": 0, "axis_value": 0} if args.backend == "quanto" else {"axis_key": 1, "axis_value": 1}
     quantized = f"transformers QuantizedCache ({args.backend})"
     theirs = {
@@ -232,10 +228,10 @@ def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
                 model(input_ids=text[:, place : place + 1], past_key_values=cache, use_cache=True)
                 times[name].append(time.perf_counter() - started)
         for name, options in ours.items():
-            times[name], held = _read_on(model, ids, options)
+            times[name], held = _timed_after(model, ids, options)
             stored = stored or held
         fast = "lowmem 4 bits, weights in int8"
-        times[fast], _ = _read_on(loaded("int8").model, ids, ours["lowmem 4 bits"])
+        times[fast], _ = _timed_after(loaded("int8").model, ids, ours["lowmem 4 bits"])
     rows = [
         {"cache": name, "ms a token, mean": round(1000 * mean(found), 1), "median": round(1000 * median(found), 1)}
         for name, found in times.items()
@@ -252,7 +248,7 @@ def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, notes
 
 
-def _read_on(model: Any, ids: Sequence[int], options: GenerateOptions) -> tuple[list[float], int]:
+def _timed_after(model: Any, ids: Sequence[int], options: GenerateOptions) -> tuple[list[float], int]:
     """Seconds of each of 130 tokens after 4,000, and the bytes of the cache before them."""
     reader = Reader(model, ids[: CONTEXT + TIMED + 1], options)
     list(reader.read(CONTEXT))
@@ -281,11 +277,7 @@ def hidden(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 
 def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, dict[str, Any]]:
     session, text = resident(precision), 10 * (calibration_text().text + evaluation_text().text)
-    for event in actions.hidden_states(session, text, SEEN, STRIDE, Path(out), tokens=tokens):
-        if isinstance(event, Receipt):
-            receipt = event
-        else:
-            yield event
+    receipt = yield from until_receipt(actions.hidden_states(session, text, SEEN, STRIDE, Path(out), tokens=tokens))
     predicted, measured = receipt.predicted["ram"], receipt.measured["ram"]
     return {
         "predicted MB": round(predicted / 1e6, 1),
@@ -298,7 +290,7 @@ def hidden_job(tokens: int, precision: str, out: str) -> Generator[Step, None, d
 def _throughput(precision: str) -> tuple[float, float, float]:
     """Interleaved: the same tokens by our windows into a file, and the same windows through the model, alone and by fours."""
     model = loaded(precision)
-    ids = model.tokenizer(evaluation_text().text, add_special_tokens=False)["input_ids"][: SEEN + 7 * STRIDE]
+    ids = token_ids(model.tokenizer)[: SEEN + 7 * STRIDE]
     windows = torch.tensor(ids).unfold(0, SEEN, STRIDE)
     times: tuple[list[float], ...] = ([], [], [])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -10,16 +10,14 @@ weights in the shape of a 7B model, deleted at the end unless they are in the fo
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.common import ROOT, SEVEN, demo_folder, median, merged, save, table
+from benchmarks.common import SEVEN, demo_folder, in_cgroup, lowmem_command, merged, save, table
 from lowmem.models.synthetic import write_random_gptq, write_random_model
 from lowmem.units import GiB, MiB, format_bytes
-from tests import memlimit
 
 PROMPT = "The history of the steam engine begins"
 
@@ -28,7 +26,7 @@ DEMO = ("--precision", "fp32", "--context", 128, "--raw")
 BIG = ("--context", 32, "--raw", "--measure")
 PACKED, HALF = "7b-4bit", "7b-fp16"
 
-CASES: dict[str, tuple[str, str, int, int, tuple[object, ...]]] = {
+CASES: dict[str, tuple[str, str, int, int, tuple[str | int, ...]]] = {
     "demo": ("demo fp32, resident", "demo", 1536 * MiB, 64, (*DEMO, "--ram-blocks", "")),
     "demo-disk": ("demo fp32, all on disk, cache allowed", "demo", 1536 * MiB, 64, (*DEMO, *ON_DISK)),
     "demo-accelerate": ("accelerate, same memory", "demo", 1536 * MiB, 64, (*DEMO, "--reference", "accelerate")),
@@ -72,15 +70,10 @@ def written(folder: Path, name: str, demo: Path) -> Path:
     return model
 
 
-def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[str, Any]:
+def row(name: str, model: str, limit: int, tokens: int, *flags: str | int) -> dict[str, Any]:
     """One run in a memory cgroup of its own."""
-    command = [
-        sys.executable, "-m", "lowmem", "offload", model, "--prompt", PROMPT, "--max-new-tokens", tokens, *flags, "--json",
-    ]  # fmt: skip
-    result = memlimit.run(limit, [str(part) for part in command], cwd=ROOT.parent)
-    if result.rc:
-        raise SystemExit(f"{name} ended with {result.rc}, {result.oom_killed} killed:\n{result.stderr[-2000:]}")
-    receipt = json.loads(result.stdout.splitlines()[-1])
+    command = lowmem_command("offload", model, "--prompt", PROMPT, "--max-new-tokens", tokens, *flags)
+    receipt, outcome = in_cgroup(name, limit, command)
     details = receipt["details"]
     seconds = details["seconds_per_token"]
     rate = details.get("disk_bytes_per_second", 0.0)
@@ -94,7 +87,7 @@ def row(name: str, model: str, limit: int, tokens: int, *flags: object) -> dict[
         "disk_bytes_per_second": rate,
         "peak": receipt["measured"]["ram"],
         "predicted_peak": receipt["predicted"].get("ram", 0),
-        "killed": result.oom_killed,
+        "killed": outcome.oom_killed,
     }
 
 

@@ -39,10 +39,9 @@ def main() -> None:
             rows.append(row)
             print(table([shown(row)]).splitlines()[-1], flush=True)
             if not quick:  # a run that is ended early keeps its rows
-                save("promise", rows, [f"largest error {max(abs(error(row)) for row in rows):.1%}"])
+                save("promise", rows, [largest_error(rows)])
     print("\n" + table([shown(row) for row in rows]))
-    worst = max(abs(error(row)) for row in rows)
-    print(f"\nlargest error {worst:.1%}")
+    print("\n" + largest_error(rows))
 
 
 def cases(scratch: Path, quick: bool) -> Iterator[tuple[str, str, str, list[str | int | Path]]]:
@@ -57,30 +56,17 @@ def cases(scratch: Path, quick: bool) -> Iterator[tuple[str, str, str, list[str 
     yield name, "stream from disk, fp32", "600M", ["offload", "demo", "--prompt", "The sky is", "--max-new-tokens", 8]
     yield name, "quantize, round to nearest", "520M", ["quantize", "demo", scratch / "rtn", "--method", "rtn"]
     yield name, "export, int4 graph", "1.2G", ["export", "demo", scratch / "int4", "--precision", "int4"]
-    hidden: list[str | int | Path] = [
-        "longctx",
-        "hidden",
-        "demo",
-        "--text",
-        text,
-        "--window",
-        1024,
-        "--out",
-        scratch / "states.npy",
-    ]
-    yield name, "hidden states of a long text", "900M", hidden
+    yield name, "hidden states of a long text", "900M", [
+        "longctx", "hidden", "demo", "--text", text, "--window", 1024, "--out", scratch / "states.npy",
+    ]  # fmt: skip
     if quick:
         return
     for name, shape in SHAPES.items():
         folder = scratch / name
         write_random_model(folder, **shape, vocab=49152, dtype="fp16", tokenizer_from=demo)
         for precision, budget in zip(("fp32", "bf16", "int8"), BUDGETS[name], strict=True):
-            yield (
-                f"random {name}",
-                f"generate, {precision}, 2,048 tokens",
-                budget,
-                generate(folder, demo, precision, 2048),
-            )
+            command = generate(folder, demo, precision, 2048)
+            yield f"random {name}", f"generate, {precision}, 2,048 tokens", budget, command
     yield "random 1B", "stream from disk, bf16", "1500M", [
         "offload", folder, "--prompt", "The sky is", "--max-new-tokens", 4, "--precision", "bf16",
     ]  # fmt: skip
@@ -108,6 +94,10 @@ def generate(model: str | Path, tokenizer: Path, precision: str, context: int) -
 def error(row: dict[str, Any]) -> float:
     """How far the prediction is above the measured peak, as a share of it."""
     return (row["predicted"] - row["measured"]) / row["measured"]
+
+
+def largest_error(rows: list[dict[str, Any]]) -> str:
+    return f"largest error {max(abs(error(row)) for row in rows):.1%}"
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, demo_folder, lowmem_command, merged, save, table
+from benchmarks.common import demo_folder, in_cgroup, lowmem_command, merged, save, table
 from lowmem.models.synthetic import write_random_model
 from lowmem.units import GB, MB
 from tests import memlimit
@@ -99,20 +99,11 @@ def limited(what: str, files: Sequence[Path], command: list[str]) -> dict[str, A
     """Run `command` in its cgroup from a cold cache; its last line of output is JSON."""
     forget(files)
     started = time.perf_counter()
-    done = memlimit.run(LIMITS[what], command, cwd=ROOT.parent)
+    receipt, _ = in_cgroup(what, LIMITS[what], command)
     taken = time.perf_counter() - started
-    if done.rc:
-        raise SystemExit(f"{what} ended with {done.rc}, {done.oom_killed} killed for memory:\n{done.stderr[-2000:]}")
-    receipt = json.loads(done.stdout.splitlines()[-1])
     # The copy is compared without the start of its interpreter, the quantizer with it.
     seconds = receipt["seconds"] if what == "copy" else taken
-    return {
-        "what": what,
-        "seconds": seconds,
-        "bytes": receipt["disk_bytes"],
-        "receipt": receipt,
-        "peak": done.peak_bytes,
-    }
+    return {"what": what, "seconds": seconds, "bytes": receipt["disk_bytes"], "receipt": receipt}
 
 
 def shown(found: dict[str, Any], original: int, layers: int, plain_seconds: float | None) -> dict[str, Any]:

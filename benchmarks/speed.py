@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import demo_folder, median, save, table, text_of
+from benchmarks.common import demo_folder, demo_session, interleaved, save, table, text_of
 from lowmem.events import Receipt
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.budget import MemoryBudget
-from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
-from lowmem.planning.planner import plan
-from lowmem.runtime.session import Session
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 BASELINE = "transformers fp32"
@@ -38,12 +35,7 @@ def main() -> None:
     engines: dict[str, Callable[[], tuple[float, float]]] = {BASELINE: transformers_run(str(folder), prompt)}
     for precision in ("fp32", "bf16", "int8"):
         engines[f"lowmem {precision}"] = lowmem_run(precision, prompt)
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    for run in range(runs + 1):
-        for name, engine in engines.items():
-            figures = engine()
-            if run:  # the first round warms up
-                measured[name].append(figures)
+    measured = interleaved(engines, runs)
     rows = [row(name, figures, measured[BASELINE]) for name, figures in measured.items()]
     print(table(rows))
     save("speed", rows, [f"{PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, greedy, median of {runs}"])
@@ -83,11 +75,7 @@ def transformers_run(folder: str, prompt: str) -> Callable[[], tuple[float, floa
 
 
 def lowmem_run(precision: str, prompt: str) -> Callable[[], tuple[float, float]]:
-    session = Session()
-    hardware = session.hardware()
-    goal = Goal(context=1024, precision=precision)
-    for _ in session.load(plan(read_spec("demo"), hardware, MemoryBudget.detect(hardware), goal), force=True):
-        pass
+    session = demo_session(Goal(context=1024, precision=precision))
     options = GenerateOptions(max_new_tokens=NEW_TOKENS + 1, greedy=True)
 
     def run() -> tuple[float, float]:
