@@ -179,6 +179,13 @@ def test_an_earlier_name_answers_and_says_the_new_one(client: Client) -> None:
     assert made["output_bytes"] == client.predict("demo", "rtn", api_name="/estimate_quantize")["output_bytes"]
 
 
+def test_an_earlier_argument_works_and_says_the_new_one(client: Client) -> None:
+    made = client.predict("demo", "fp32", kv="int8", api_name="/plan")
+    assert made.pop("renamed") == "kv is now called cache_type; the old name will be removed."
+    assert made == client.predict("demo", "fp32", cache_type="int8", api_name="/plan")
+    assert made["cache_type"] == "int8"
+
+
 def test_mcp_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="mcp") as caught:

@@ -127,11 +127,11 @@ def test_answers_at_once_differ(answers: int, tab: OffloadTab, folder: Path) -> 
 
 
 def test_as_many_answers_as_pay(tab: OffloadTab, folder: Path) -> None:
-    made = tab.service.plan(OffloadRequest(str(folder), answers=0))
+    made = tab.service.plan(OffloadRequest(str(folder), num_return_sequences=0))
     assert made.batch > 1
     assert f"serves {made.batch} sequences" in made.reason
     with pytest.raises(BadInput, match="Sequences is 65"):
-        build(OffloadRequest, {"model": str(folder), "answers": 65})
+        build(OffloadRequest, {"model": str(folder), "num_return_sequences": 65})
 
 
 def test_the_exercise_is_a_table_and_a_plot(tab: OffloadTab, folder: Path) -> None:

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from lowmem.quant import METHODS
 
+RENAMED_ARGUMENTS = {"kv": "cache_type", "answers": "num_return_sequences"}
+"""Deprecated argument -> current one. Deprecated ones work for one release; they come after all others."""
+
 ARGUMENTS = {
+    **{old: f"deprecated name of {new}." for old, new in RENAMED_ARGUMENTS.items()},
     "model": 'the model: "demo", a hub id, a folder or a .gguf file.',
     "models": "names of models, each as for the argument model of other tools.",
     "precision": 'what weights are loaded in: "auto", "fp32", "bf16", "fp16", "int8", "bnb8" or "nf4"; of a graph "fp32", "fp16", "int8" or "int4".',
     "context": "tokens of prompt and answer that memory is planned for.",
     "device": '"auto", "cpu", "cuda:0" or "mps".',
-    "kv": 'how keys and values are stored: "same" as the computation, "int8", "int4", "int2", or "ram" on a GPU.',
+    "cache_type": 'how keys and values are stored: "same" as the computation, "int8", "int4", "int2", or "ram" on a GPU.',
     "ram": 'RAM budget such as "4G"; empty for all free memory.',
     "vram": 'GPU memory budget such as "6G"; empty for all free memory.',
     "force": "load even if the estimate is over the budget.",
@@ -45,7 +49,7 @@ ARGUMENTS = {
     "new_tokens": "tokens to generate.",
     "disk_blocks": 'blocks that stay on disk, a list like "0-5,9" or "all"; empty as the budget allows.',
     "ram_blocks": 'blocks that stay in RAM, a list like "0-5,9" or "all"; empty as the budget allows.',
-    "answers": "sequences generated in parallel; 0 for automatic.",
+    "num_return_sequences": "sequences generated in parallel; 0 for automatic.",
     "again": "measure this machine again instead of using the stored rates.",
     "key": 'the entry to delete, as /stored names it, such as "models/demo".',
     "folder": "the folder of an earlier result, from its receipt's details.",

@@ -3,8 +3,8 @@
     from gradio_client import Client
     Client("http://127.0.0.1:7860").predict("The sky is", api_name="/generate")
 
-A parameter of a dataclass type is built and checked from what callers pass: `options` from a dictionary, any other from
-an argument for each field, a `MemoryBudget` from sizes such as "4G".
+A parameter of a dataclass type is built from what callers pass: `options` from a dictionary, any other from an argument
+for each field, a `MemoryBudget` from sizes such as "4G". Fields declared with `option` are checked.
 `cancel` is no argument; it is set when the caller leaves.
 """
 
@@ -27,6 +27,7 @@ from lowmem.messages import msg
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.plan import Plan
 from lowmem.quant import DEFAULT
+from lowmem.quant.request import QuantizeRequest
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.api.json import as_json, batch_so_far, each_event, text_so_far
 from lowmem.ui.parts.bind import bounded
@@ -148,46 +149,37 @@ def batch(
 # --- quantizing and comparing
 
 
-def quantize(
-    services: Services,
-    model: str,
-    method: str = DEFAULT,
-    bits: int = 4,
-    group_size: int = 64,
-    symmetric: bool = False,
-    calibration: str = MANUAL,
-    samples: int = 64,
-    sequence_length: int = 512,
-    options: dict | None = None,
-    budget: MemoryBudget = UNLIMITED,
-    *,
-    cancel: CancelToken,
-) -> Events:
+@dataclass(frozen=True, slots=True)
+class QuantizeArguments:
+    """The arguments that describe a quantization."""
+
+    model: str
+    method: str = DEFAULT
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    calibration: str = MANUAL
+    samples: int = 64
+    sequence_length: int = 512
+    options: dict | None = None
+    budget: MemoryBudget = UNLIMITED
+
+    def request(self, services: Services) -> QuantizeRequest:
+        options = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        text = {"text": self.calibration, "samples": self.samples, "length": self.sequence_length}
+        return services.quantize.request(
+            self.model.strip(), self.method, options | (self.options or {}), text, self.budget
+        )
+
+
+def quantize(services: Services, arguments: QuantizeArguments, *, cancel: CancelToken) -> Events:
     """Quantize a model; yields progress, last of all {"receipt": ...} whose details name the folder."""
-    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric} | (options or {})
-    text = {"text": calibration, "samples": samples, "length": sequence_length}
-    request = services.quantize.request(model.strip(), method, settings, text, budget)
-    return services.quantize.quantize(request, cancel)
+    return services.quantize.quantize(arguments.request(services), cancel)
 
 
-def estimate_quantize(
-    services: Services,
-    model: str,
-    method: str = DEFAULT,
-    bits: int = 4,
-    group_size: int = 64,
-    symmetric: bool = False,
-    samples: int = 64,
-    sequence_length: int = 512,
-    options: dict | None = None,
-    budget: MemoryBudget = UNLIMITED,
-) -> Json:
+def estimate_quantize(services: Services, arguments: QuantizeArguments) -> Json:
     """Size, memory and time of a quantization, in bytes and seconds; reads no weight."""
-    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric} | (options or {})
-    text = {"samples": samples, "length": sequence_length}
-    found = as_json(
-        services.quantize.estimate(services.quantize.request(model.strip(), method, settings, text, budget))
-    )
+    found = as_json(services.quantize.estimate(arguments.request(services)))
     return found | {"estimate": found}
 
 
@@ -256,13 +248,13 @@ def offload(
     budget: MemoryBudget = UNLIMITED,
     disk_blocks: str = "",
     ram_blocks: str = "",
-    answers: int = 1,
+    num_return_sequences: int = 1,
     *,
     cancel: CancelToken,
 ) -> Events:
     """Load with blocks where the budget, or a list like "0-5,9", says, and continue a text; last {"receipt": ...}."""
     bounded(prompt)
-    request = OffloadRequest(model.strip(), budget, disk_blocks, ram_blocks, answers)
+    request = OffloadRequest(model.strip(), budget, disk_blocks, ram_blocks, num_return_sequences)
     return services.offload.run(request, prompt, new_tokens, cancel)
 
 
@@ -291,13 +283,13 @@ def perplexity(
     window: int = 1024,
     stride: int = 0,
     sinks: int = 4,
-    kv: str = "same",
+    cache_type: str = "same",
     address: str = "",
     *,
     cancel: CancelToken,
 ) -> Events:
     """Perplexity along a text: in windows with a stride, or read once through the cache where stride is 0."""
-    options = build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": kv})
+    options = build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": cache_type})
     return services.longctx.perplexity(TextSource(text, address=address), options, stride, cancel)
 
 
@@ -317,9 +309,12 @@ def hidden_states(
     return services.longctx.hidden_states(TextSource(text, address=address), window, stride, chosen, format, cancel)
 
 
-def recall(services: Services, window: int = 1024, sinks: int = 4, kv: str = "same", *, cancel: CancelToken) -> Events:
+def recall(
+    services: Services, window: int = 1024, sinks: int = 4, cache_type: str = "same", *, cancel: CancelToken
+) -> Events:
     """Is a fact recalled half a window later, and two windows later? With window 0: 2,048 tokens later."""
-    return services.longctx.recall(build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": kv}), cancel)
+    options = build(GenerateOptions, {"window": window, "sinks": sinks, "cache_type": cache_type})
+    return services.longctx.recall(options, cancel)
 
 
 def compare_strategies(
@@ -341,34 +336,30 @@ def compare_strategies(
 # --- exporting
 
 
-def estimate_export(
-    services: Services,
-    model: str,
-    format: str = "onnx",
-    precision: str = "int8",
-    options: dict | None = None,
-    budget: MemoryBudget = UNLIMITED,
-) -> ExportEstimate:
+@dataclass(frozen=True, slots=True)
+class ExportArguments:
+    """The arguments that describe an export."""
+
+    model: str
+    format: str = "onnx"
+    precision: str = "int8"
+    options: dict | None = None
+    budget: MemoryBudget = UNLIMITED
+
+    def described(self) -> tuple[str, ExportOptions, MemoryBudget]:
+        """What the service takes."""
+        options = {"format": self.format, "precision": self.precision} | (self.options or {})
+        return self.model.strip(), build(ExportOptions, options), self.budget
+
+
+def estimate_export(services: Services, arguments: ExportArguments) -> ExportEstimate:
     """Size, memory and time of an export, in bytes and seconds; writes nothing."""
-    return services.export.estimate(model.strip(), _export_options(format, precision, options), budget)
+    return services.export.estimate(*arguments.described())
 
 
-def export(
-    services: Services,
-    model: str,
-    format: str = "onnx",
-    precision: str = "int8",
-    options: dict | None = None,
-    budget: MemoryBudget = UNLIMITED,
-    *,
-    cancel: CancelToken,
-) -> Events:
+def export(services: Services, arguments: ExportArguments, *, cancel: CancelToken) -> Events:
     """Export a model as a graph and verify it; yields progress, last of all {"receipt": ...} whose details name the folder."""
-    return services.export.export(model.strip(), _export_options(format, precision, options), budget, cancel)
-
-
-def _export_options(format: str, precision: str, options: Json | None) -> ExportOptions:
-    return build(ExportOptions, {"format": format, "precision": precision} | (options or {}))
+    return services.export.export(*arguments.described(), cancel)
 
 
 def benchmark(
@@ -422,4 +413,4 @@ RENAMED = {
     "exercise": "compare_strategies",
     "race": "benchmark",
 }
-"""Deprecated name -> current one. The deprecated one works for one release and logs a warning."""
+"""Deprecated endpoint -> current one. The deprecated one works for one release and logs a warning."""

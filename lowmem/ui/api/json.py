@@ -40,7 +40,8 @@ def _plan(plan: Plan) -> Json:
         "precision": plan.precision,
         "device": plan.device,
         "context": plan.context,
-        "kv": plan.cache_type,
+        "cache_type": plan.cache_type,
+        "kv": plan.cache_type,  # its name in the last release
         "verdict": plan.verdict,
         "sentence": plan.sentence(),
         "reason": plan.reason,

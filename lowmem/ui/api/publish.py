@@ -11,10 +11,10 @@ from typing import Any, get_type_hints
 import gradio as gr
 
 from lowmem.events import CancelToken
-from lowmem.fields import build
+from lowmem.fields import build, describe
 from lowmem.machine.budget import MemoryBudget
 from lowmem.messages import join
-from lowmem.ui.api.arguments import described
+from lowmem.ui.api.arguments import RENAMED_ARGUMENTS, described
 from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED, Endpoint
 from lowmem.ui.api.json import Json, as_json
 from lowmem.ui.parts.bind import explain, pump
@@ -23,6 +23,7 @@ from lowmem.ui.service.services import Services
 log = logging.getLogger("lowmem.ui.api")
 
 Arguments = list[inspect.Parameter]
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def publish(services: Services) -> None:
@@ -31,9 +32,13 @@ def publish(services: Services) -> None:
         gr.api(_served(endpoint, services), api_name=endpoint.name, **endpoint.queue)
     by_name = {endpoint.name: endpoint for endpoint in ENDPOINTS}
     for old, new in RENAMED.items():
-        served = _served(by_name[new], services, renamed=f"/{old} is now called /{new}; the old name will be removed.")
+        served = _served(by_name[new], services, renamed=_renaming(f"/{old}", f"/{new}"))
         served.__name__ = old
         gr.api(served, api_name=old, **by_name[new].queue)
+
+
+def _renaming(old: str, new: str) -> str:
+    return f"{old} is now called {new}; the old name will be removed."
 
 
 def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callable[..., Any]:
@@ -42,19 +47,27 @@ def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callab
     parameters = list(inspect.signature(endpoint.run).parameters.values())[1:]  # the first is the services
     streams = "cancel" in hints
     taken = [argument for one in parameters for argument in _arguments(one.name, hints[one.name], one.default)]
+    earlier = {old: one for one in taken for old, new in RENAMED_ARGUMENTS.items() if new == one.name}
+    taken += [
+        inspect.Parameter(old, POSITIONAL, default=None, annotation=one.annotation | None)
+        for old, one in earlier.items()
+    ]
     signature = inspect.Signature(taken, return_annotation=Iterator[dict] if streams else dict)
 
     def answers(*args: Any, **kwargs: Any) -> Iterator[Json]:
-        if renamed:
-            log.warning(renamed)
         try:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            used = {old: one.name for old, one in earlier.items() if bound.arguments[old] is not None}
+            bound.arguments |= {new: bound.arguments[old] for old, new in used.items()}
+            note = " ".join(filter(None, [renamed, *(_renaming(old, new) for old, new in used.items())]))
+            if note:
+                log.warning(note)
             token = CancelToken()
             values = {one.name: _value(one.name, hints[one.name], bound.arguments, token) for one in parameters}
             result = endpoint.run(services, **values)
             found = endpoint.view(pump(result, token)) if streams else iter([as_json(result)])
-            yield from ({**one, "renamed": renamed} if renamed else one for one in found)
+            yield from ({**one, "renamed": note} if note else one for one in found)
         except Exception as error:
             raise gr.Error(join(" ", filter(None, explain(error))), print_exception=False) from None
 
@@ -71,17 +84,18 @@ def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callab
 
 def _arguments(name: str, hint: Any, default: Any) -> Arguments:
     """What callers pass for a parameter of an endpoint's function, or for a field of its dataclass."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if hint is CancelToken:
         return []
     if hint is MemoryBudget:
-        return [inspect.Parameter(memory, kind, default="", annotation=str) for memory in ("ram", "vram")]
+        return [inspect.Parameter(memory, POSITIONAL, default="", annotation=str) for memory in ("ram", "vram")]
     if not dataclasses.is_dataclass(hint):
-        return [inspect.Parameter(name, kind, default=default, annotation=hint)]
+        return [inspect.Parameter(name, POSITIONAL, default=default, annotation=hint)]
     if name == "options":
-        return [inspect.Parameter(name, kind, default=None, annotation=dict | None)]
+        return [inspect.Parameter(name, POSITIONAL, default=None, annotation=dict | None)]
     types, fields = get_type_hints(hint), dataclasses.fields(hint)
-    return [one for field in fields for one in _arguments(field.name, types[field.name], field.default)]
+    required = dataclasses.MISSING
+    defaults = {field.name: inspect.Parameter.empty if field.default is required else field.default for field in fields}
+    return [one for key, default in defaults.items() for one in _arguments(key, types[key], default)]
 
 
 def _value(name: str, hint: Any, arguments: dict[str, Any], token: CancelToken) -> Any:
@@ -101,5 +115,5 @@ def _value(name: str, hint: Any, arguments: dict[str, Any], token: CancelToken) 
         return build(kind, arguments[name] or {})
     types = get_type_hints(kind)
     values = {key: _value(key, types[key], arguments, token) for key in types}
-    budgets = {key: value for key, value in values.items() if isinstance(value, MemoryBudget)}
-    return dataclasses.replace(build(kind, {key: values[key] for key in values.keys() - budgets.keys()}), **budgets)
+    checked = {one.name: values.pop(one.name) for one in describe(kind)}
+    return dataclasses.replace(build(kind, checked), **values) if checked else kind(**values)

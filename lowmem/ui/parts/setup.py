@@ -116,7 +116,7 @@ class Setup:
                     visible=bool(hardware.gpus),
                     min_width=260,
                 )
-                self.kv = gr.Dropdown(
+                self.cache_type = gr.Dropdown(
                     [(name("choices", key), key) for key in CACHE_TYPES],
                     value="same",
                     filterable=False,
@@ -131,7 +131,7 @@ class Setup:
             self.precision,
             self.context_size,
             self.device,
-            self.kv,
+            self.cache_type,
             *self.sidebar.limits,
         ]
 
@@ -194,13 +194,13 @@ class Setup:
         return [gr.Tabs(selected="generate"), dropdown, AUTO, AUTO, self.fit_context(folder, context)]
 
     def choice(self, values: tuple[Any, ...]) -> Choice:
-        model, precision, context, device, kv, *limits = values
+        model, precision, context, device, cache_type, *limits = values
         values_by_name = {
             "model": (model or AUTO).strip(),
             "precision": precision,
             "context": context,
             "device": device,
-            "kv": kv,
+            "cache_type": cache_type,
         }
         return replace(build(Choice, values_by_name), budget=self.sidebar.budget_of(limits))
 

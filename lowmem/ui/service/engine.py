@@ -46,7 +46,7 @@ class Choice:
         2048, msg("Context"), msg("Tokens of prompt and answer together."), low=64, high=1 << 20, step=64
     )
     device: str = option(AUTO, msg("Device"), msg("The device that runs the model."))
-    kv: str = option("same", msg("KV cache type"), msg("Fewer bits take less memory."), choices=CACHE_TYPES)
+    cache_type: str = option("same", msg("KV cache type"), msg("Fewer bits take less memory."), choices=CACHE_TYPES)
     budget: MemoryBudget = UNLIMITED
 
 
@@ -172,7 +172,7 @@ class Engine:
             )
         spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
         context = min(choice.context, spec.context) if spec and spec.context else choice.context
-        goal = Goal(context=context, precision=choice.precision, device=choice.device, cache_type=choice.kv)
+        goal = Goal(context=context, precision=choice.precision, device=choice.device, cache_type=choice.cache_type)
         return self._plan(spec, choice.budget.bounded(hardware), goal)
 
     def _plan(self, spec: ModelSpec | None, budget: MemoryBudget, goal: Goal) -> Plan:

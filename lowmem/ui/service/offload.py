@@ -29,7 +29,7 @@ COMPARED = tuple(method for method in METHODS if method != "auto")
 
 CONTEXT = 512
 MOST_TOKENS = 256
-MOST_ANSWERS = 64
+MOST_SEQUENCES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,9 @@ class OffloadRequest:
     budget: MemoryBudget = UNLIMITED
     disk_blocks: str = option("", msg("Blocks on disk"), msg("Numbers and ranges such as 0-5,9; or all."))
     ram_blocks: str = option("", msg("Blocks in RAM"), msg("Numbers and ranges such as 0-5,9; or all."))
-    answers: int = option(1, msg("Sequences"), msg("Generated in parallel; 0 for automatic."), low=0, high=MOST_ANSWERS)
+    num_return_sequences: int = option(
+        1, msg("Sequences"), msg("Generated in parallel; 0 for automatic."), low=0, high=MOST_SEQUENCES
+    )
 
 
 class OffloadService:
@@ -58,9 +60,14 @@ class OffloadService:
             BadInput, ModelNotFound and others: what is wrong with the request.
         """
         spec = self.engine.spec(request.model)
-        goal = Goal(context=CONTEXT, batch=max(1, request.answers))
+        goal = Goal(context=CONTEXT, batch=max(1, request.num_return_sequences))
         return plan_for(
-            self.engine.session, spec, goal, request.budget, _where(request, spec), maximize_batch=not request.answers
+            self.engine.session,
+            spec,
+            goal,
+            request.budget,
+            _where(request, spec),
+            maximize_batch=not request.num_return_sequences,
         )
 
     def here(self, plan: Plan) -> bool:

@@ -24,7 +24,7 @@ from lowmem.ui.parts.estimate import EstimateView, updates
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.models import model_dropdown
 from lowmem.ui.parts.runner import ButtonRunner, View
-from lowmem.ui.service.offload import MOST_ANSWERS, MOST_TOKENS, OffloadRequest
+from lowmem.ui.service.offload import MOST_SEQUENCES, MOST_TOKENS, OffloadRequest
 from lowmem.ui.service.prompts import joined
 from lowmem.units import GB
 
@@ -104,9 +104,9 @@ class OffloadTab:
                 min_width=220,
                 buttons=[],
             )
-            self.answers = gr.Slider(
+            self.sequences = gr.Slider(
                 0,
-                MOST_ANSWERS,
+                MOST_SEQUENCES,
                 value=1,
                 step=1,
                 label=msg("Sequences in parallel"),
@@ -118,7 +118,7 @@ class OffloadTab:
 
     def _wire(self, context: Context) -> None:
         self.controls: list[Any] = [
-            self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list, self.answers,
+            self.model, self.ram, self.vram, self.where, self.disk_list, self.ram_list, self.sequences,
         ]  # fmt: skip
         outputs = (self.picture, self.single.button, self.problem)
         self.estimate = EstimateView(context, self.controls, outputs, self._estimate)
@@ -139,13 +139,13 @@ class OffloadTab:
         event.then(self._measure, self.controls, self.picture, **QUICK)
 
     def _request(self, values: Sequence[Any]) -> OffloadRequest:
-        model, ram, vram, where, disk, in_ram, answers = values
+        model, ram, vram, where, disk, in_ram, sequences = values
         disk, in_ram = {AUTO: ("", ""), DISK: ("all", "")}.get(where, (disk or "", in_ram or ""))
         values_by_name = {
             "model": (model or "").strip(),
             "disk_blocks": disk,
             "ram_blocks": in_ram,
-            "answers": answers,
+            "num_return_sequences": sequences,
         }
         budget = MemoryBudget(_limit(ram, self.ram.maximum), _limit(vram, self.vram.maximum))
         return replace(build(OffloadRequest, values_by_name), budget=budget)
