@@ -15,6 +15,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.events import CancelToken, Receipt
+from lowmem.longctx.options import parse_layers
 from lowmem.longctx.strategies import Point
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
@@ -31,7 +32,6 @@ from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
 from lowmem.ui.service.services import Services
 from lowmem.ui.tabs.longctx import LongContextTab
-from lowmem.ui.tabs.longctx_measuring import layer_list
 
 TEXT = "The river runs to the sea. " * 40
 OPTIONS = (64, 4, 0.7, 1.0, "same")
@@ -138,7 +138,7 @@ def test_bad_input_gets_one_sentence(kind: str, values: tuple[Any, ...], message
     with pytest.raises(BadInput, match=message):
         finished(mode(tab, kind)._start(CancelToken(), *values))
     with pytest.raises(BadInput, match="is not a list of layers"):
-        layer_list("last")
+        parse_layers("last")
 
 
 def test_the_exercise_is_a_table_with_what_failed() -> None:

@@ -18,7 +18,7 @@ from lowmem.fields import build, describe
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.curve import Span
-from lowmem.longctx.options import StrategyOptions
+from lowmem.longctx.options import StrategyOptions, parse_layers
 from lowmem.longctx.strategies import Point, compare_strategies
 from lowmem.measure.rows import write_atomically
 from lowmem.messages import msg
@@ -106,17 +106,9 @@ def _perplexity(args: argparse.Namespace) -> int:
 def _hidden(args: argparse.Namespace) -> int:
     if args.out is None:
         raise BadInput(msg("No file to write to."), msg("Name one with --out, ending in .npy or .safetensors."))
-    try:
-        layers = [int(layer) for layer in args.layers.split(",")]
-    except ValueError:
-        raise BadInput(
-            msg("{layers!r} is not a list of layers.", layers=args.layers), msg("Write it like 0,6,-1.")
-        ) from None
-    settings = {"tokens": args.tokens, "force": args.force}
-    session = _load(args)
-    return _finish(
-        args, actions.hidden_states(session, _text(args), *_window(args), args.out, layers=layers, **settings)
-    )
+    layers = parse_layers(args.layers)
+    settings = {"layers": layers, "tokens": args.tokens, "force": args.force}
+    return _finish(args, actions.hidden_states(_load(args), _text(args), *_window(args), args.out, **settings))
 
 
 def _recall(args: argparse.Namespace) -> int:

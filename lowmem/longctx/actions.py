@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
@@ -18,7 +18,7 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.tokens import token_ids
 from lowmem.generate.window_limits import check_stride, check_token_window, check_window
-from lowmem.longctx.curve import MIN_SPAN, Span
+from lowmem.longctx.curve import MIN_SPAN, Span, perplexity
 from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, window_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.messages import msg
@@ -26,9 +26,8 @@ from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
 if TYPE_CHECKING:
+    from lowmem.longctx.needle import Recall
     from lowmem.runtime.loader import Loaded
-
-T = TypeVar("T")
 
 CURVE_POINTS = 60
 
@@ -132,13 +131,8 @@ def sliding_perplexity(
         msg("Measuring perplexity"), job, cancel, force=force
     )
     yield from spans
-    details = {
-        "perplexity": value,
-        "tokens": count,
-        "window": window,
-        "stride": stride,
-        "spans": [asdict(s) for s in spans],
-    }
+    details = {"perplexity": value, "tokens": count, "window": window, "stride": stride}
+    details["spans"] = [asdict(span) for span in spans]
     yield _receipt("perplexity", action, started, peak, count, details)
 
 
@@ -182,18 +176,16 @@ def streaming_perplexity(
                 part += float(losses.sum())
                 yield Step(reader.at, len(ids), msg("Reading the text"), "tokens")
             nll += part
-            spans.append(Span(start, reader.at, _perplexity(part, reader.at - start)))
+            spans.append(Span(start, reader.at, perplexity(part, reader.at - start)))
             yield spans[-1]
-        return action, (_perplexity(nll, reader.at), reader.at, spans)
+        return action, (perplexity(nll, reader.at), reader.at, spans)
 
     started = time.perf_counter()
     (action, (value, count, spans)), peak = yield from session.work(msg("Reading the text"), job, cancel, force=force)
     details = {
         "perplexity": value,
         "tokens": count,
-        "window": options.window,
-        "sinks": options.sinks if options.window else 0,
-        "cache_type": options.cache_type,
+        **_cache_details(options),
         "spans": [asdict(span) for span in spans],
     }
     yield _receipt("perplexity", action, started, peak, count, details)
@@ -241,25 +233,17 @@ def recall(
     (action, found), peak = yield from session.work(msg("Testing recall"), job, cancel)
     details = {
         "recalls": [{**asdict(one), "recalled": one.recalled} for one in found],
-        "window": options.window,
-        "sinks": options.sinks if options.window else 0,
-        "cache_type": options.cache_type,
+        **_cache_details(options),
     }
-    notes = tuple(
-        msg(
-            "A fact {distance:,} tokens back is recalled (probability {probability:.1%}).",
-            distance=one.distance,
-            probability=one.probability,
-        )
-        if one.recalled
-        else msg(
-            "A fact {distance:,} tokens back is not recalled (probability {probability:.1%}).",
-            distance=one.distance,
-            probability=one.probability,
-        )
-        for one in found
-    )
+    notes = tuple(map(_recall_note, found))
     yield _receipt("recall", action, started, peak, 0, details, notes)
+
+
+def _recall_note(found: Recall) -> str:
+    figures = {"distance": found.distance, "probability": found.probability}
+    if found.recalled:
+        return msg("A fact {distance:,} tokens back is recalled (probability {probability:.1%}).", **figures)
+    return msg("A fact {distance:,} tokens back is not recalled (probability {probability:.1%}).", **figures)
 
 
 def _recall_distances(options: GenerateOptions, context: int) -> tuple[int, ...]:
@@ -293,9 +277,9 @@ def with_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
     return [*text_prefix(tokenizer), *ids]
 
 
-def _perplexity(nll: float, tokens: int) -> float:
-    mean = nll / max(1, tokens)
-    return math.exp(mean) if mean < 700 else math.inf
+def _cache_details(options: GenerateOptions) -> dict[str, Any]:
+    sinks = options.sinks if options.window else 0
+    return {"window": options.window, "sinks": sinks, "cache_type": options.cache_type}
 
 
 def _receipt(

@@ -23,6 +23,11 @@ class Span:
     perplexity: float
 
 
+def perplexity(nll: float, tokens: int) -> float:
+    """Of `tokens` whose NLL in nats is `nll` in all; finite even where exp would overflow."""
+    return math.exp(min(700.0, nll / max(1, tokens)))
+
+
 class Curve:
     """Sums the NLL of `tokens` scored tokens over about `points` spans."""
 
@@ -45,6 +50,6 @@ class Curve:
         starts = range(0, self._tokens, self._span)
         ends = [min(start + self._span, self._tokens) for start in starts]
         return [
-            Span(start, end, math.exp(min(700.0, nll / (end - start))))
+            Span(start, end, perplexity(nll, end - start))
             for start, end, nll in zip(starts, ends, self._sums, strict=True)
         ]

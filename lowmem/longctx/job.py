@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import DoesNotFit
 from lowmem.events import CancelToken, Step
 from lowmem.fields import build
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx.actions import tokens_of, with_beginning
-from lowmem.longctx.estimates import streaming_plan
+from lowmem.longctx.curve import perplexity
+from lowmem.longctx.estimates import refuse_if_over, streaming_plan
 from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import process_bytes
@@ -65,12 +64,11 @@ def measure_strategy(
     if not cache.window:
         ids = ids[: plan.spec.context]
     action = streaming_plan(resident, cache, len(ids))
-    if action.verdict == "over":
-        raise DoesNotFit(action.sentence(), msg("Use fewer tokens or a shorter window."))
+    refuse_if_over(action, False, msg("Use fewer tokens or a shorter window."))
     reader, points = Reader(loaded.model, ids, cache), list[dict[str, Any]]()
     for number in range(1, chosen.points + 1):
         until = number * (len(ids) - 1 - TIMED_TOKENS) // chosen.points
-        nll = count = 0.0
+        nll, count = 0.0, 0
         for losses in reader.read(until, cancel):
             nll, count = nll + float(losses.sum()), count + len(losses)
             done = LOADED + (100 - LOADED) * reader.at // len(ids)
@@ -82,7 +80,7 @@ def measure_strategy(
         points.append(
             {
                 "tokens": at,
-                "perplexity": math.exp(min(700.0, nll / count)),
+                "perplexity": perplexity(nll, count),
                 "token_seconds": seconds,
                 "kv_bytes": reader.cache_bytes(),
                 "ram_bytes": process_bytes(),

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.errors import BadInput
 from lowmem.fields import option
 from lowmem.messages import msg
-
-
-@dataclass(frozen=True, slots=True)
-class WindowOptions:
-    """Sliding windows over a text."""
-
-    window: int = option(512, msg("Window"), msg("Tokens per forward pass."), low=1, high=1_000_000, step=64)
-    stride: int = option(
-        256,
-        msg("Stride"),
-        msg("Tokens between the starts of two windows: every token has at least window - stride tokens of context."),
-        low=1,
-        high=1_000_000,
-        step=64,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +26,17 @@ class StrategyOptions:
     points: int = option(
         8, msg("Points"), msg("Positions in the text where time and memory are measured."), low=1, high=100
     )
+
+
+def parse_layers(text: str) -> list[int]:
+    """A list of layers such as "0,6,-1".
+
+    Raises:
+        BadInput: anything but numbers separated by commas.
+    """
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise BadInput(
+            msg("{layers!r} is not a list of layers.", layers=text[:40]), msg("Write it like 0,6,-1.")
+        ) from None

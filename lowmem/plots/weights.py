@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Step
 from lowmem.messages import Message, msg
+from lowmem.planning.placement import block_index
 from lowmem.plots.figure import GREY, new_figure, scales, style
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _one_a_block(tensors: Sequence[Any]) -> list[Any]:
     """The smallest layer of each block, in the order of the blocks."""
     blocks: dict[int, Any] = {}
     for tensor in tensors:
-        index = next(int(part) for part in tensor.name.split(".") if part.isdigit())
+        index = block_index(tensor.name) or 0
         if tensor.nbytes <= LARGEST_TENSOR_BYTES and (index not in blocks or tensor.nbytes < blocks[index].nbytes):
             blocks[index] = tensor
     return [blocks[index] for index in sorted(blocks)]
@@ -127,6 +128,5 @@ def by_block(named: Mapping[str, float]) -> list[float]:
     """Mean loss of each block, from a receipt's losses by layer."""
     blocks: dict[int, list[float]] = {}
     for name, loss in named.items():
-        index = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-        blocks.setdefault(index, []).append(loss)
+        blocks.setdefault(block_index(name) or 0, []).append(loss)
     return [sum(blocks[index]) / len(blocks[index]) for index in sorted(blocks)]

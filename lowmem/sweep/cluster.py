@@ -103,9 +103,8 @@ class RayPool:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadInput(
-                msg("No Ray cluster responds at {address}: {reason}", address=address, reason=reason),
+                msg("No Ray cluster responds at {address}: {reason}", address=address, reason=_first_line(error)),
                 msg("Start one with ray start --head, or omit --ray."),
             ) from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -160,14 +159,8 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except self._ray.exceptions.RayError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            row = asdict(
-                Row(
-                    task.cell.variant.name,
-                    error=msg("Its worker died {max_tries} times: {reason}", max_tries=MAX_TRIES, reason=reason),
-                )
-            )
-            reference = None
+            died = msg("Its worker died {max_tries} times: {reason}", max_tries=MAX_TRIES, reason=_first_line(error))
+            row, reference = asdict(Row(task.cell.variant.name, error=died)), None
         if reference is not None:
             unfinished = task.work / "reference.part"
             reference.tofile(unfinished)
@@ -184,6 +177,10 @@ class RayPool:
         for handle in self._running:
             self._ray.cancel(handle, force=True)
         self._ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cause(error: Any) -> Exception:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import CancelToken, Step
-from lowmem.messages import msg
+from lowmem.messages import msg, translate
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import escape
 from lowmem.ui.parts.bind import PRIVATE, QUICK
@@ -63,7 +63,7 @@ class PushBox:
             nonlocal pushed
             for address in (event for event in gathered if isinstance(event, str)):
                 link = f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(address)}</a>'
-                pushed = f'<p class="lm-notice" role="status">{escape(msg("Pushed to {address}", address=link))}</p>'
+                pushed = f'<p class="lm-notice" role="status">{translate(msg("Pushed to {address}", address=link))}</p>'
             return ["", render.progress(Step(0, 0, msg("Uploading"))) if gathered and not pushed else "", pushed]
 
         return events(), view

@@ -23,6 +23,20 @@ Start = Callable[..., tuple[Iterator[Any], View] | None]
 """(token, *values of the inputs) -> the events, begun lazily, and a view of them; None if there is nothing to do."""
 
 
+def latest(kind: type, show: Callable[[Any], list[Any]], before: list[Any]) -> View:
+    """A view of the latest event of `kind`: what `show` makes of it, `before` until there is one."""
+    outputs = before
+
+    def view(gathered: Sequence[Any]) -> list[Any]:
+        nonlocal outputs
+        for event in gathered:
+            if isinstance(event, kind):
+                outputs = show(event)
+        return outputs
+
+    return view
+
+
 class Runner:
     """Runs one kind of work on existing components.
 

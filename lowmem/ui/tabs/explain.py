@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -14,7 +14,7 @@ from lowmem.plots.figure import to_svg
 from lowmem.ui.html import parts
 from lowmem.ui.names import NAMES
 from lowmem.ui.parts.context import Context
-from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.parts.runner import ButtonRunner, View, latest
 
 WIDTHS = (2, 3, 4, 8)
 GROUP = 64
@@ -42,15 +42,8 @@ class ExplainView:
     def _start(
         self, token: CancelToken, model: str | None, bits: int, receipt: dict[str, Any] | None
     ) -> tuple[Iterator[Any], View]:
-        drawn: Any = gr.skip()
-
-        def view(gathered: Sequence[Any]) -> list[Any]:
-            nonlocal drawn
-            for found in (event for event in gathered if isinstance(event, dict)):
-                drawn = _drawn(found, receipt)
-            return [drawn]
-
-        return self.service.inspect_weights((model or "").strip(), int(bits), GROUP, token), view
+        events = self.service.inspect_weights((model or "").strip(), int(bits), GROUP, token)
+        return events, latest(dict, lambda found: [_drawn(found, receipt)], [gr.skip()])
 
 
 def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:

@@ -26,7 +26,7 @@ from lowmem.ui.parts.estimate import EstimateView
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.models import model_dropdown, originals
 from lowmem.ui.parts.push import PushBox
-from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.parts.runner import ButtonRunner, View, latest
 
 GROUPS = (16, 32, 64)
 OPTIONS = ("format", "precision", "group_size", "fast_prefill", "fused", "optimise")
@@ -136,39 +136,26 @@ class ExportTab:
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         request = self._request(values)
-        result = [gr.Column(visible=False), "", None, "", gr.skip()]
 
-        def view(gathered: Sequence[Any]) -> list[Any]:
-            for made in (event for event in gathered if isinstance(event, Receipt)):
-                generates = made.details["kind"] != "encoder"
-                receipt = made.as_dict() | {"ref": request[0]}
-                result[:] = [
-                    gr.Column(visible=True),
-                    export_render.receipt(made),
-                    receipt,
-                    "",
-                    gr.Button(visible=generates),
-                ]
-            return result
+        def show(made: Receipt) -> list[Any]:
+            receipt, generates = made.as_dict() | {"ref": request[0]}, made.details["kind"] != "encoder"
+            return [gr.Column(visible=True), export_render.receipt(made), receipt, "", gr.Button(visible=generates)]
 
-        return self.service.export(*request, token), view
+        nothing = [gr.Column(visible=False), "", None, "", gr.skip()]
+        return self.service.export(*request, token), latest(Receipt, show, nothing)
 
     def _start_benchmark(
         self, token: CancelToken, receipt: dict[str, Any] | None, *limits: float
     ) -> tuple[Iterator[Any], View]:
         if not receipt:
             raise BadInput(msg("There is no exported model to benchmark."), msg("Export one first."))
-        drawn: Any = gr.skip()
 
-        def view(gathered: Sequence[Any]) -> list[Any]:
-            nonlocal drawn
-            for found in (event for event in gathered if isinstance(event, dict)):
-                plots = "".join(parts.drawing(to_svg(sheet)) for sheet in graph_benchmark(found))
-                drawn = f'<div class="lm-side">{plots}</div>{export_render.benchmark_table(found)}'
-            return [drawn]
+        def show(found: dict[str, Any]) -> list[Any]:
+            plots = "".join(parts.drawing(to_svg(figure)) for figure in graph_benchmark(found))
+            return [f'<div class="lm-side">{plots}</div>{export_render.benchmark_table(found)}']
 
         folder, budget = receipt["details"]["folder"], self.sidebar.budget_of(limits)
-        return self.service.benchmark(folder, receipt["ref"], budget, token), view
+        return self.service.benchmark(folder, receipt["ref"], budget, token), latest(dict, show, [gr.skip()])
 
 
 TAB = Tab("export", msg("Export"), ExportTab)

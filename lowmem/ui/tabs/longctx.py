@@ -113,18 +113,12 @@ class LongContextTab:
 
     def _wire(self, context: Context) -> None:
         inputs = [self.text, self.file, *self.options]
-        for control in (self.window, self.kv, self.options[1]):
-            control.change(
-                self._estimate, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK
-            )
-        for source in (self.text, self.file):
-            source.change(
-                self._estimate, inputs, [self.memory, self.sidebar.budget], trigger_mode="always_last", **QUICK
-            )
+        outputs = [self.memory, self.sidebar.budget]
+        for control in (self.window, self.kv, self.options[1], self.text, self.file):
+            control.change(self._estimate, inputs, outputs, trigger_mode="always_last", **QUICK)
         self.file.upload(lambda: "", None, self.address, **QUICK)
-        cost = [self.text, self.file, *self.options]
-        context.when_opened(self._card, cost, self.memory, **QUICK)
-        context.sidebar.seen.change(self._card, cost, self.memory, **QUICK)
+        context.when_opened(self._card, inputs, self.memory, **QUICK)
+        context.sidebar.seen.change(self._card, inputs, self.memory, **QUICK)
 
     @property
     def source(self) -> list[Any]:
@@ -161,11 +155,10 @@ class LongContextTab:
             plan = self.engine.estimate(0, self.read(*values))
         except Exception:
             plan = None
-        tokens = Message("{cached_tokens:,}", cached_tokens=plan.cached_tokens) if plan else ""
-        return [
-            card,
-            render.budget(plan, msg("For an answer of up to {tokens} tokens", tokens=tokens)) if plan else gr.skip(),
-        ]
+        if plan is None:
+            return [card, gr.skip()]
+        tokens = Message("{cached_tokens:,}", cached_tokens=plan.cached_tokens)
+        return [card, render.budget(plan, msg("For an answer of up to {tokens} tokens", tokens=tokens))]
 
 
 TAB = Tab("longctx", msg("Long Context"), LongContextTab)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
-from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
 from lowmem.longctx.curve import Span
-from lowmem.longctx.options import StrategyOptions
+from lowmem.longctx.options import StrategyOptions, parse_layers
 from lowmem.longctx.strategies import Point
 from lowmem.measure.rows import write_atomically
 from lowmem.messages import msg
@@ -21,7 +20,7 @@ from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.html import parts
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.fields import widgets
-from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.parts.runner import ButtonRunner, View, latest
 from lowmem.ui.service.longctx import TextSource
 from lowmem.ui.service.results import new_folder
 from lowmem.ui.tabs.longctx_inputs import Inputs
@@ -39,7 +38,7 @@ class PerplexityMode:
         self.reading = gr.Radio(
             [
                 (msg("Streaming through the cache (uses window, sinks and cache type)"), "cache"),
-                (msg("Sliding windows (uses window and stride)"), msg("windows")),
+                (msg("Sliding windows (uses window and stride)"), "windows"),
             ],
             value="cache",
             label=msg("Evaluation"),
@@ -60,16 +59,12 @@ class PerplexityMode:
         step = int(stride) if reading == "windows" else 0
         events = self.service.perplexity(TextSource(text, file, address), self.tab.read(*values), step, token)
         spans: list[Span] = []
-        result = ""
+        result = _receipt_view(render_longctx.perplexity)
 
         def view(gathered: Sequence[Any]) -> list[Any]:
-            nonlocal result
             spans.extend(event for event in gathered if isinstance(event, Span))
-            result = _last_receipt(gathered, render_longctx.perplexity, result)
-            if not spans:
-                return [result, ""]
             places = [((span.start + span.end) / 2, span.perplexity) for span in spans]
-            return [result, parts.drawing(to_svg(perplexity_sheet(places)))]
+            return [*result(gathered), parts.drawing(to_svg(perplexity_sheet(places))) if places else ""]
 
         return events, view
 
@@ -110,7 +105,7 @@ class HiddenMode:
         window: float,
     ) -> Started:
         source = TextSource(text, file, address)
-        events = self.service.hidden_states(source, int(window), int(stride), layer_list(layers), format, token)
+        events = self.service.hidden_states(source, int(window), int(stride), parse_layers(layers), format, token)
         return events, _receipt_view(render_longctx.hidden)
 
 
@@ -184,20 +179,9 @@ class StrategiesMode:
         return events, view
 
 
-def _last_receipt(gathered: Sequence[Any], render: Any, before: str) -> str:
-    return next((render(event) for event in gathered if isinstance(event, Receipt)), before)
-
-
-def _receipt_view(render: Any) -> View:
+def _receipt_view(render: Callable[[Receipt], str]) -> View:
     """The receipt as HTML, nothing before it."""
-    result = ""
-
-    def view(gathered: Sequence[Any]) -> list[Any]:
-        nonlocal result
-        result = _last_receipt(gathered, render, result)
-        return [result]
-
-    return view
+    return latest(Receipt, lambda receipt: [render(receipt)], [""])
 
 
 def _written(points: Sequence[Point], ref: str) -> str:
@@ -205,14 +189,3 @@ def _written(points: Sequence[Point], ref: str) -> str:
     table = write_atomically(folder / "strategies.csv", to_csv(points))
     drawn = write_atomically(folder / "strategies.png", to_png(picture(points, ref)))
     return parts.link(table, msg("Download CSV")) + parts.link(drawn, msg("Download PNG"))
-
-
-def layer_list(text: str) -> list[int]:
-    """
-    Raises:
-        BadInput: not numbers with commas between.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadInput(msg("{text!r} is not a list of layers.", text=text[:40]), msg("Write it like 0,6,-1.")) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -16,7 +16,7 @@ from lowmem.ui.parts.estimate import EstimateView
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.models import originals
 from lowmem.ui.parts.push import PushBox
-from lowmem.ui.parts.runner import ButtonRunner, View
+from lowmem.ui.parts.runner import ButtonRunner, View, latest
 from lowmem.ui.tabs.compare import CompareView
 from lowmem.ui.tabs.explain import ExplainView
 from lowmem.ui.tabs.quantize_form import QuantizeForm
@@ -69,14 +69,11 @@ class QuantizeTab:
         return render_quantize.card(expected), expected.verdict == "over", ""
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
-        result = [gr.Column(visible=False), "", None]
+        def show(made: Receipt) -> list[Any]:
+            return [gr.Column(visible=True), render_quantize.receipt(made), made.as_dict()]
 
-        def view(gathered: Sequence[Any]) -> list[Any]:
-            for made in (event for event in gathered if isinstance(event, Receipt)):
-                result[:] = [gr.Column(visible=True), render_quantize.receipt(made), made.as_dict()]
-            return result
-
-        return self.service.quantize(self.form.request(values), token), view
+        nothing = [gr.Column(visible=False), "", None]
+        return self.service.quantize(self.form.request(values), token), latest(Receipt, show, nothing)
 
 
 TAB = Tab("quantize", msg("Quantize"), QuantizeTab)
