@@ -61,17 +61,13 @@ def _typical(table: Typical) -> str:
         module=MODULE,
         section=table.section,
     )
-    return f'<p class="lm-muted lm-small">{escape(source)}</p>{parts.table(table.header, table.rows)}'
+    return parts.small(source) + parts.table(table.header, table.rows)
 
 
 def _bars(bars: Bars, title: str) -> str:
     """Sizes as bars below each other, all to one scale."""
     largest = max(count for _, count in bars) or 1
-    rows = "".join(
-        f'<div class="lm-pair"><span>{escape(label)}</span>{parts.track("", ("", parts.percent(count, largest)))}'
-        f'<b class="lm-num">{escape(format_bytes(count))}</b></div>'
-        for label, count in bars
-    )
+    rows = "".join(parts.bar(label, parts.percent(count, largest), format_bytes(count)) for label, count in bars)
     return f'<figure class="lm-sizes"><figcaption>{escape(title)}</figcaption>{rows}</figure>'
 
 

@@ -93,6 +93,14 @@ def bar_title(label: str, right: str) -> str:
     return f'<div class="lm-bar-title"><span>{escape(label)}</span>{right}</div>'
 
 
+def bar(label: str, width: str, number: str, kind: str = "") -> str:
+    """A bar between its label and its number."""
+    return (
+        f'<div class="lm-pair"><span>{escape(label)}</span>{track("", (kind, width))}'
+        f'<b class="lm-num">{escape(number)}</b></div>'
+    )
+
+
 def against(
     label: str, predicted: float, measured: float, form: Callable[[float], str] = format_bytes, tolerance: float = 0.1
 ) -> str:
@@ -108,8 +116,7 @@ def against(
         verdict = msg("{difference} less than predicted", difference=difference)
     title = bar_title(label, f'<span class="lm-pill" data-near="{str(near).lower()}">{escape(verdict)}</span>')
     rows = "".join(
-        f'<div class="lm-pair"><span>{escape(word)}</span>{track("", (kind, percent(count, max(predicted, measured))))}'
-        f'<b class="lm-num">{escape(form(count))}</b></div>'
+        bar(word, percent(count, max(predicted, measured)), form(count), kind)
         for word, kind, count in ((msg("predicted"), "lm-predicted", predicted), (msg("measured"), "", measured))
     )
     spoken = msg(

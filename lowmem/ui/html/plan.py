@@ -113,23 +113,17 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
             msg("{peak} of {limit}", peak=format_bytes(plan.main.peak), limit=format_bytes(plan.main.limit)),
         ),
     ]
-    if download == 0:
-        fetch = msg("Already on this machine")
-    elif download:
-        fetch = Message(
-            "{label}, {label2}",
-            label=msg("Download {size}", size=format_bytes(download)),
-            label2=msg("{size} free on disk", size=format_bytes(disk_free)),
-        )
-    else:
-        fetch = msg("{size} free on disk", size=format_bytes(disk_free))
+    fetch = msg("Already on this machine")
+    if download:
+        free = msg("{size} free on disk", size=format_bytes(disk_free))
+        fetch = join(", ", (msg("Download {size}", size=format_bytes(download)), free))
     licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
     over = _why(plan) if plan.verdict == "over" else ""
     detail = f' <small class="lm-muted">{escape(plan.spec.source.detail)}</small>' if plan.spec.source.detail else ""
     return (
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
         f'<h2 class="lm-model">{escape(plan.spec.name)}{detail}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
-        f'{parts.facts(facts)}{over}<p class="lm-muted lm-small">{escape(fetch + licence)}</p></section>'
+        f"{parts.facts(facts)}{over}{parts.small(fetch + licence)}</section>"
     )
 
 
@@ -211,32 +205,22 @@ def meters(now: Snapshot) -> str:
     rows = [_meter(name("memory", "ram"), now.ram_used, now.ram_total, now.process_bytes)]
     rows += [_meter(label, used, total) for label, used, total in now.vram]
     free = msg("{size} free on disk", size=format_bytes(now.disk_free))
-    rows.append(f'<p class="lm-muted lm-small">{escape(free)}</p>')
+    rows.append(parts.small(free))
     return f'<section class="lm-meters"><h2>{escape(msg("Memory in use"))}</h2>{"".join(rows)}</section>'
 
 
 def _meter(label: str, used: int, total: int, own: int = 0) -> str:
     mine = msg("{own} by lowmem", own=format_bytes(own)) if own else ""
-    spoken = (
-        msg(
-            "{label}: {used} of {total} in use, {mine}",
-            label=label,
-            used=format_bytes(used),
-            total=format_bytes(total),
-            mine=mine,
-        )
-        if mine
-        else msg("{label}: {used} of {total} in use", label=label, used=format_bytes(used), total=format_bytes(total))
-    )
+    use = msg("{label}: {used} of {total} in use", label=label, used=format_bytes(used), total=format_bytes(total))
+    spoken = join(", ", filter(None, (use, mine)))
     bar = parts.track(spoken, ("lm-own", parts.percent(own, total)), ("", parts.percent(max(0, used - own), total)))
-    note = f'<p class="lm-muted lm-small">{escape(mine)}</p>' if mine else ""
-    return f'<div class="lm-meter">{_of(label, used, total)}{bar}{note}</div>'
+    return f'<div class="lm-meter">{_of(label, used, total)}{bar}{parts.small(mine)}</div>'
 
 
 def resident(plan: Plan | None, busy: str) -> str:
     """The resident model and the current activity."""
     if plan is None:
-        body = f'<p class="lm-muted lm-small">{escape(msg("No model is loaded."))}</p>'
+        body = parts.small(msg("No model is loaded."))
     else:
         facts = Message(
             "{precision} · {device} · {context:,} tokens",
@@ -258,7 +242,8 @@ def receipt(one: Receipt | None) -> str:
     """Predicted and measured memory, then the other numbers and the notes."""
     title = f"<h2>{escape(msg('Last run'))}</h2>"
     if one is None:
-        return f'<section class="lm-receipt">{title}<p class="lm-muted lm-small">{escape(msg("Predicted and measured memory appear here after the first run."))}</p></section>'
+        empty = parts.small(msg("Predicted and measured memory appear here after the first run."))
+        return f'<section class="lm-receipt">{title}{empty}</section>'
     bars = parts.peaks(one, lambda memory: msg("{memory} peak", memory=name("memory", memory)))
     what = parts.small(join(" · ", (name("actions", one.action), one.model, one.precision)))
     return (
@@ -325,11 +310,7 @@ def table(rows: Sequence[Completion]) -> str:
         for row in first
     )
     hidden = len(rows) - ROWS_SHOWN
-    more = (
-        f'<p class="lm-muted lm-small">{escape(msg("{count} more in the files below.", count=hidden))}</p>'
-        if hidden > 0
-        else ""
-    )
+    more = parts.small(msg("{count} more in the files below.", count=hidden)) if hidden > 0 else ""
     head = "".join(f"<th>{escape(word)}</th>" for word in ("#", msg("Prompt"), msg("Answer"), msg("Tokens")))
     return (
         f'<div class="lm-table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
