@@ -4,7 +4,7 @@
     python -m benchmarks.export [ENGINE ...] [--runs 5] [--peers PYTHON] [--gguf FILE] [--genai FOLDER]
 
 The demo model, a prompt of 512 tokens, 128 new ones, greedy. Every engine is a process of its own that waits for its turn;
-a round asks each of them once. Engines are the keys of `ENGINES`, all when none is named; those that are asked later join
+a round asks each of them once. Engines are the keys of `ENGINES`, all when none is named; those that run later join
 the rows of earlier runs, and their ratios are to the llama.cpp of their own run. `PYTHON` is the interpreter of an environment with
 llama-cpp-python and onnxruntime-genai (a peer that is absent is left out); FOLDER is what
 `python -m onnxruntime_genai.models.builder -i DEMO -o FOLDER -p int4 -e cpu -c CACHE --extra_options int4_accuracy_level=4` wrote.

@@ -61,9 +61,9 @@ def keep(rows: Sequence[dict[str, Any]]) -> None:
     """Print `rows`; those of a trial with few blocks are not saved."""
     whole = [row for row in rows if row["blocks"] == (1 if row["what"] == WHAT[CALIBRATED] else BLOCKS)]
     found = merged("quantize_7b", "what", whole, list(WHAT.values()))
-    print(table(rows), *told(rows), sep="\n", flush=True)
+    print(table(rows), *notes(rows), sep="\n", flush=True)
     if whole:
-        save("quantize_7b", found, [*told(found)])
+        save("quantize_7b", found, [*notes(found)])
 
 
 def streamed(scratch: Path, methods: Sequence[str], layers: int) -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def shown(found: dict[str, Any], original: int, layers: int, plain_seconds: floa
     }
 
 
-def told(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def notes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "All weights are random. Times are from a cold cache, those of the quantizer with its start; results are left to the system to write out."
     for row in rows:
         if row["what"] in (WHAT["rtn"], WHAT["hqq"]) and row["blocks"] == BLOCKS:

@@ -47,21 +47,14 @@ def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callab
     parameters = list(inspect.signature(endpoint.run).parameters.values())[1:]  # the first is the services
     streams = "cancel" in hints
     taken = [argument for one in parameters for argument in _arguments(one.name, hints[one.name], one.default)]
-    earlier = {old: one for one in taken for old, new in RENAMED_ARGUMENTS.items() if new == one.name}
-    taken += [
-        inspect.Parameter(old, POSITIONAL, default=None, annotation=one.annotation | None)
-        for old, one in earlier.items()
-    ]
+    taken += _deprecated(taken)
     signature = inspect.Signature(taken, return_annotation=Iterator[dict] if streams else dict)
 
     def answers(*args: Any, **kwargs: Any) -> Iterator[Json]:
         try:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            used = {old: one.name for old, one in earlier.items() if bound.arguments[old] is not None}
-            bound.arguments |= {new: bound.arguments[old] for old, new in used.items()}
-            note = " ".join(filter(None, [renamed, *(_renaming(old, new) for old, new in used.items())]))
-            if note:
+            if note := " ".join(filter(None, [renamed, *_rename(bound.arguments)])):
                 log.warning(note)
             token = CancelToken()
             values = {one.name: _value(one.name, hints[one.name], bound.arguments, token) for one in parameters}
@@ -80,6 +73,24 @@ def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callab
     run.__annotations__ = {one.name: one.annotation for one in taken} | {"return": signature.return_annotation}
     run.__doc__ = described(endpoint.name, renamed or inspect.getdoc(endpoint.run) or "", [one.name for one in taken])
     return run
+
+
+def _deprecated(taken: Arguments) -> Arguments:
+    """The earlier names of arguments, after all others."""
+    by_name = {one.name: one for one in taken}
+    return [
+        inspect.Parameter(old, POSITIONAL, default=None, annotation=by_name[new].annotation | None)
+        for old, new in RENAMED_ARGUMENTS.items()
+        if new in by_name
+    ]
+
+
+def _rename(arguments: dict[str, Any]) -> Iterator[str]:
+    """Move what was passed under an earlier name to the current one; yields a sentence for each."""
+    for old, new in RENAMED_ARGUMENTS.items():
+        if arguments.get(old) is not None:
+            arguments[new] = arguments[old]
+            yield _renaming(old, new)
 
 
 def _arguments(name: str, hint: Any, default: Any) -> Arguments:

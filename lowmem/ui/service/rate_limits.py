@@ -77,8 +77,8 @@ class Counter:
 class VisitorLimits:
     """ASGI middleware: 429 for too many requests, 413 for a body that is too large, each with a sentence."""
 
-    def __init__(self, app: Any, counter: Counter | None = None) -> None:
-        self._app, self._counter = app, counter or Counter()
+    def __init__(self, app: Any) -> None:
+        self._app, self._counter = app, Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
