@@ -68,15 +68,7 @@ def hidden_states(
         action = window_plan(plan, window, len(ids))
         refuse_if_over(action, force, msg("Use a shorter window."))
         written = yield from hidden.hidden_states(
-            loaded.model,
-            [ids],
-            window,
-            stride,
-            out,
-            layers=layers,
-            at_once=action.context,
-            cancel=cancel,
-            check=check,
+            loaded.model, [ids], window, stride, out, layers=layers, at_once=action.context, cancel=cancel, check=check
         )
         return action, (written, len(ids))
 
@@ -231,10 +223,7 @@ def recall(
 
     started = time.perf_counter()
     (action, found), peak = yield from session.work(msg("Testing recall"), job, cancel)
-    details = {
-        "recalls": [{**asdict(one), "recalled": one.recalled} for one in found],
-        **_cache_details(options),
-    }
+    details = {"recalls": [{**asdict(one), "recalled": one.recalled} for one in found], **_cache_details(options)}
     notes = tuple(map(_recall_note, found))
     yield _receipt("recall", action, started, peak, 0, details, notes)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowmem.messages import Message, msg
-from lowmem.plots.figure import COLORS, GREY, bars, new_figure, style
+from lowmem.plots.figure import COLORS, GREY, bars, new_figure, new_plot, style
 from lowmem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def graph_benchmark(result: Mapping[str, Any]) -> list[Figure]:
     Args:
         result: the last event of `lowmem.export.benchmark`.
     """
-    panels = [("prefill_tps", msg("Prefill"), msg("prompt tokens/s; longer is better"), "{:,.0f}")]
+    panels = [("prefill_tps", msg("Prefill"), msg("prompt tokens/s; longer is better"), "{value:,.0f}")]
     if any(value is not None for engine in ENGINES for value in result[engine]["token_ms"]):
-        panels.append(("token_ms", msg("Each new token"), msg("milliseconds; shorter is better"), "{:.1f} ms"))
+        panels.append(("token_ms", msg("Each new token"), msg("milliseconds; shorter is better"), "{value:.1f} ms"))
     return [_lengths(result, *panel) for panel in panels]
 
 
@@ -35,16 +35,9 @@ def _lengths(result: Mapping[str, Any], key: str, title: str, unit: str, form: s
         for engine, (name, color) in ENGINES.items()
     ]
     names, values, colors = zip(*rows, strict=True)
-    figure = new_figure(520, 90 + ROW_HEIGHT * len(rows), title)
-    axes = figure.subplots()
-    style(axes, title, unit)
-    bars(
-        axes,
-        names,
-        values,
-        ["" if value is None else Message(form.replace("{:", "{value:"), value=value) for value in values],
-        colors,
-    )
+    figure, axes = new_plot(520, 90 + ROW_HEIGHT * len(rows), title, unit)
+    labels = ["" if value is None else Message(form, value=value) for value in values]
+    bars(axes, names, values, labels, colors)
     return figure
 
 

@@ -59,6 +59,14 @@ def style(axes: Axes, title: str, unit: str) -> None:
         spine.set_visible(side == "bottom")
 
 
+def new_plot(width: int, height: int, title: str, unit: str) -> tuple[Figure, Axes]:
+    """A figure with a single plot, and its axes."""
+    figure = new_figure(width, height, title)
+    axes = figure.subplots()
+    style(axes, title, unit)
+    return figure, axes
+
+
 def scales(
     axes: Axes, across: Callable[[float], str], label: str, up: Callable[[float], str], *, logarithmic: bool = False
 ) -> None:

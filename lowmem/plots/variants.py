@@ -38,13 +38,8 @@ def picture(rows: Sequence[Row], title: str = "", text: str = "") -> Figure:
     style(speed, msg("Speed"), msg("new tokens/s (prefill in brackets); longer is better"))
     prefill = [Message(" ({prefill_tps:,.0f})", prefill_tps=row.prefill_tps) if row.prefill_tps else "" for row in rows]
     tps = [row.decode_tps for row in rows]
-    bars(
-        speed,
-        names,
-        tps,
-        [Message("{one:,.1f}{more}", one=one or 0, more=more) for one, more in zip(tps, prefill, strict=True)],
-        colors,
-    )
+    labels = [Message("{one:,.1f}{more}", one=one or 0, more=more) for one, more in zip(tps, prefill, strict=True)]
+    bars(speed, names, tps, labels, colors)
 
     on_gpu = any(row.predicted_vram_bytes is not None for row in rows)
     style(

@@ -12,7 +12,7 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Step
 from lowmem.messages import Message, msg
 from lowmem.planning.placement import block_index
-from lowmem.plots.figure import GREY, new_figure, scales, style
+from lowmem.plots.figure import GREY, new_plot, scales
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,9 +95,7 @@ def _shares(counts: Any) -> list[float]:
 def histogram(found: Mapping[str, Any]) -> Figure:
     """The weights of one layer before rounding, upwards, and after it, downwards."""
     title = msg("{layer}, {bits} bits", layer=found["layer"], bits=found["bits"])
-    figure = new_figure(WIDTH, HEIGHT, title)
-    axes = figure.subplots()
-    style(axes, title, CAPTION)
+    figure, axes = new_plot(WIDTH, HEIGHT, title, CAPTION)
     low, high = found["edges"]
     step = (high - low) / BINS
     places = [low + step * (number + 0.5) for number in range(BINS)]
@@ -112,9 +110,7 @@ def histogram(found: Mapping[str, Any]) -> Figure:
 
 def losses(values: Sequence[float], title: str, unit: str) -> Figure:
     """The loss of every block as bars."""
-    figure = new_figure(WIDTH, HEIGHT, title)
-    axes = figure.subplots()
-    style(axes, title, unit)
+    figure, axes = new_plot(WIDTH, HEIGHT, title, unit)
     scales(
         axes, lambda block: Message("{block:.0f}", block=block), "block", lambda loss: Message("{loss:.1e}", loss=loss)
     )

@@ -203,9 +203,5 @@ class _Run:
                 "for event in sweep(read_grid(Path('grid.yaml'))):\n"
                 "    print(event)\n"
             ),
-            details={
-                "folder": str(self.table.folder),
-                **self.table.conditions,
-                "rows": [asdict(row) for row in rows],
-            },
+            details={"folder": str(self.table.folder), **self.table.conditions, "rows": [asdict(row) for row in rows]},
         )

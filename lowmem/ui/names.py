@@ -32,13 +32,7 @@ NAMES: dict[str, Any] = {
         "c4": msg("C4 (from the hub)"),
         "file": msg("My own file"),
     },
-    "course_table": (
-        "",
-        msg("Bits"),
-        msg("Original size"),
-        msg("Quantized size"),
-        msg("Relative loss"),
-    ),
+    "course_table": ("", msg("Bits"), msg("Original size"), msg("Quantized size"), msg("Relative loss")),
     "compare_table": (
         msg("Variant"),
         msg("Bits"),
@@ -113,12 +107,7 @@ NAMES: dict[str, Any] = {
         msg("peak VRAM"),
         msg("read"),
     ),
-    "recall_table": (
-        msg("Distance in tokens"),
-        msg("Result"),
-        msg("Confidence"),
-        msg("Control word"),
-    ),
+    "recall_table": (msg("Distance in tokens"), msg("Result"), msg("Confidence"), msg("Control word")),
     "strategies_table": (
         msg("Strategy"),
         msg("Tokens"),

@@ -47,11 +47,7 @@ class Setup:
                 self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
                 with gr.Row(elem_id="load-row"):
                     self.load = gr.Button(
-                        msg("Finding what fits"),
-                        variant="primary",
-                        size="lg",
-                        interactive=False,
-                        elem_id="load",
+                        msg("Finding what fits"), variant="primary", size="lg", interactive=False, elem_id="load"
                     )
                     self.anyway = gr.Button(
                         msg("Try anyway"), size="lg", visible=False, scale=0, min_width=140, elem_id="anyway"
@@ -288,9 +284,4 @@ class Setup:
         plan = self.engine.resident
         open_card = plan is None or choosing
         slim = render.slim(plan, self.engine.load_receipt) if plan else ""
-        return [
-            gr.Row(visible=not open_card),
-            slim,
-            gr.Column(visible=open_card),
-            gr.Button(visible=plan is not None),
-        ]
+        return [gr.Row(visible=not open_card), slim, gr.Column(visible=open_card), gr.Button(visible=plan is not None)]

@@ -5,10 +5,4 @@ from __future__ import annotations
 from lowmem.ui.parts.context import Tab
 from lowmem.ui.tabs import export, generate, longctx, offload, quantize
 
-TABS: tuple[Tab, ...] = (
-    generate.TAB,
-    quantize.TAB,
-    offload.TAB,
-    longctx.TAB,
-    export.TAB,
-)
+TABS: tuple[Tab, ...] = (generate.TAB, quantize.TAB, offload.TAB, longctx.TAB, export.TAB)

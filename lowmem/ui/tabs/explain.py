@@ -47,7 +47,7 @@ class ExplainView:
 
 
 def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:
-    sheets = [pictures.histogram(found)]
+    unit = msg("squared error relative to squared weights; lower is better")
     title = msg(
         "{label}: {model}, round to nearest, {bits} bits, groups of {group}",
         label=msg("Error by block"),
@@ -55,9 +55,7 @@ def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:
         bits=found["bits"],
         group=found["group"],
     )
-    sheets.append(
-        pictures.losses(found["losses"], title, msg("squared error relative to squared weights; lower is better"))
-    )
+    sheets = [pictures.histogram(found), pictures.losses(found["losses"], title, unit)]
     if receipt:
         losses = pictures.by_block(receipt["details"]["losses"])
         title = Message(
@@ -66,5 +64,5 @@ def _drawn(found: dict[str, Any], receipt: dict[str, Any] | None) -> str:
             model=receipt["model"],
             precision=receipt["precision"],
         )
-        sheets.append(pictures.losses(losses, title, msg("squared error relative to squared weights; lower is better")))
+        sheets.append(pictures.losses(losses, title, unit))
     return "".join(parts.drawing(to_svg(sheet)) for sheet in sheets)

@@ -114,10 +114,7 @@ class ChatMode:
 
         def events() -> Iterator[Any]:
             whole = TextSource(text, file, address).read(token).text
-            first = {
-                "role": "user",
-                "content": f"Read this text:\n\n{whole}\n\nI will ask you about it.",
-            }
+            first = {"role": "user", "content": f"Read this text:\n\n{whole}\n\nI will ask you about it."}
             read = {"role": "assistant", "content": "I have read it. What do you want to know?"}
             yield from self.engine.chat([first, read, *conversation(messages)], options, token)
 
