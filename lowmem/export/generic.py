@@ -24,6 +24,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
 from lowmem.export.lazy import LazyModel, fold_except, put_weights
+from lowmem.generate.cache.argument import cache_argument
 from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
@@ -59,19 +60,20 @@ class FlatCache(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._cache_argument = cache_argument(model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = DynamicCache(zip(past[0::2], past[1::2], strict=True))
+        cache: Any = DynamicCache(zip(past[0::2], past[1::2], strict=True))
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
-        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return output.logits, *present
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.generate.cache import factory, policy
+from lowmem.generate.cache.argument import cache_argument
 from lowmem.generate.cache.packed import set_pads
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.options import GenerateOptions
@@ -47,6 +48,7 @@ class Rows:
             self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
         self._recomputes = bool(options.window) and not isinstance(self._cache, WindowCache)
         self._accepted = set(inspect.signature(model.forward).parameters)
+        self._cache_argument = cache_argument(model)
 
     def parts(self, chunk: int) -> Iterator[tuple[int, int]]:
         """The (start, end) columns of the passes that process the prompt."""
@@ -71,7 +73,7 @@ class Rows:
         if "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = 1
         if self._cache is not None:
-            inputs.update(past_key_values=self._cache, use_cache=True)
+            inputs |= {self._cache_argument: self._cache, "use_cache": True}
         if isinstance(self._cache, WindowCache):
             inputs.update(self._cache.inputs(end - start, self.model.device, self.model.dtype))
         elif any(first > self._begin for first in self._first):
@@ -91,7 +93,7 @@ class Rows:
         """Logits [1 + draft, vocab] in float32 after the last token of the only row and after every draft token."""
         start, end = self.length - 1, self.length + len(draft)
         self.text[0, self.length : end] = torch.tensor(draft, dtype=torch.long)
-        inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "past_key_values": self._cache}
+        inputs: dict[str, object] = {"input_ids": self.text[:, start:end], self._cache_argument: self._cache}
         if "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = end - start
         return self.model(**inputs, use_cache=True).logits[0, start - end :].float()

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken
 from lowmem.generate.cache import policy
+from lowmem.generate.cache.argument import cache_argument
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.decoding import cancellable, decoder_config, no_check
 from lowmem.generate.options import GenerateOptions
@@ -41,6 +42,7 @@ class Reader:
                 msg("The text has {ids:,} tokens, too few to measure.", ids=len(ids)), msg("Use a longer text.")
             )
         self.model, self.options = model, options
+        self._cache_argument = cache_argument(model)
         self.ids = torch.tensor([list(ids)], device=model.device)
         self.at = 0
         """Tokens read so far."""
@@ -92,7 +94,7 @@ class Reader:
             tokens = self.cache.stream.most_tokens(tokens)
             inputs = self.cache.inputs(tokens, self.model.device, self.model.dtype)
         if self.cache is not None:
-            inputs.update(past_key_values=self.cache, use_cache=True)
+            inputs |= {self._cache_argument: self.cache, "use_cache": True}
         else:
             start = max(0, self.at + tokens - self.options.window) if self._recomputes else 0
         end = self.at + tokens

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lowmem.generate.cache.argument import cache_argument
 from lowmem.models.config import read_shape
 
 _ALIBI = frozenset({"bloom", "mpt"})
@@ -128,7 +129,7 @@ def _probe(model: Any) -> tuple[Rotation, ...] | None:
     ids = torch.full((len(positions), 1), decoder.vocab_size // 2, device=model.device)
     cache = DynamicCache(config=model.config)
     try:
-        model(input_ids=ids, position_ids=positions[:, None], past_key_values=cache, use_cache=True)
+        model(input_ids=ids, position_ids=positions[:, None], use_cache=True, **{cache_argument(model): cache})
     except (TypeError, IndexError):  # no position ids, or a table of positions that ends earlier
         return None
     shifts = positions.double().cpu()[:, None, None]
