@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from lowmem.machine.isolated import Job, serve
+from lowmem.machine.isolated import JobEvents, serve
 
 JOBS = {
     "export": "lowmem.export.run:job",
@@ -23,10 +23,10 @@ JOBS = {
 }
 
 
-def find(name: str) -> Callable[..., Job]:
+def find(name: str) -> Callable[..., JobEvents]:
     """The generator function of a job: a name of `JOBS`, or "package.module:function"."""
     module, _, function = JOBS.get(name, name).partition(":")
-    found: Callable[..., Job] = getattr(import_module(module), function)
+    found: Callable[..., JobEvents] = getattr(import_module(module), function)
     return found
 
 

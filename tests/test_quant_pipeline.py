@@ -22,7 +22,7 @@ from lowmem.kernels.packing import from_awq, from_gptq
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
-from lowmem.quant import METHODS, get, job, shards
+from lowmem.quant import METHODS, get, prepared, shards
 from lowmem.quant.calibration import Calibration, token_samples
 
 FEW = Calibration(samples=3, length=32)
@@ -308,7 +308,7 @@ def test_a_group_that_does_not_divide_is_refused_with_those_that_do(saved: Path,
 
 
 def test_a_full_disk_is_refused_with_both_numbers(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "disk_free_bytes", lambda _: 12_345)
+    monkeypatch.setattr(prepared, "disk_free_bytes", lambda _: 12_345)
     refused(
         DiskFull,
         "needs .* MB of disk space, but only 12.3 KB is free",

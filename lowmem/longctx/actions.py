@@ -60,7 +60,7 @@ def hidden_states(
     """
     cancel = cancel or CancelToken()
 
-    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
+    def task(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
         from lowmem.longctx import hidden
 
         ids = tokens_of(loaded.tokenizer, text, tokens)
@@ -74,7 +74,9 @@ def hidden_states(
 
     check_stride(window, stride)
     started = time.perf_counter()
-    (action, (written, count)), peak = yield from session.work(msg("Computing hidden states"), job, cancel, force=force)
+    (action, (written, count)), peak = yield from session.work(
+        msg("Computing hidden states"), task, cancel, force=force
+    )
     details = {**asdict(written), "window": window, "stride": stride, "file": str(out)}
     del details["path"]
     note = msg(
@@ -102,7 +104,7 @@ def sliding_perplexity(
     """
     cancel = cancel or CancelToken()
 
-    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
+    def task(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
         from lowmem.longctx.curve import Curve
         from lowmem.measure.perplexity import Perplexity
         from lowmem.measure.scoring import score
@@ -120,7 +122,7 @@ def sliding_perplexity(
 
     started = time.perf_counter()
     (action, (value, count, spans)), peak = yield from session.work(
-        msg("Measuring perplexity"), job, cancel, force=force
+        msg("Measuring perplexity"), task, cancel, force=force
     )
     yield from spans
     details = {"perplexity": value, "tokens": count, "window": window, "stride": stride}
@@ -144,7 +146,7 @@ def streaming_perplexity(
     """
     cancel = cancel or CancelToken()
 
-    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step | Span, None, tuple[Plan, Any]]:
+    def task(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step | Span, None, tuple[Plan, Any]]:
         from lowmem.longctx.reading import Reader
 
         ids = with_beginning(loaded.tokenizer, tokens_of(loaded.tokenizer, text, tokens))
@@ -173,7 +175,7 @@ def streaming_perplexity(
         return action, (perplexity(nll, reader.at), reader.at, spans)
 
     started = time.perf_counter()
-    (action, (value, count, spans)), peak = yield from session.work(msg("Reading the text"), job, cancel, force=force)
+    (action, (value, count, spans)), peak = yield from session.work(msg("Reading the text"), task, cancel, force=force)
     details = {
         "perplexity": value,
         "tokens": count,
@@ -202,7 +204,7 @@ def recall(
     """
     cancel = cancel or CancelToken()
 
-    def job(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
+    def task(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
         from lowmem.longctx import needle
 
         check_window(options, plan.spec.context)
@@ -222,7 +224,7 @@ def recall(
         return action, found
 
     started = time.perf_counter()
-    (action, found), peak = yield from session.work(msg("Testing recall"), job, cancel)
+    (action, found), peak = yield from session.work(msg("Testing recall"), task, cancel)
     details = {"recalls": [{**asdict(one), "recalled": one.recalled} for one in found], **_cache_details(options)}
     notes = tuple(map(_recall_note, found))
     yield _receipt("recall", action, started, peak, 0, details, notes)

@@ -45,7 +45,8 @@ EXIT_SECONDS = 10.0
 
 _LESS_MEMORY = msg("Close other programs, or choose a smaller model, fewer bits or a shorter text.")
 
-Job = Generator[Step, None, Any]
+JobEvents = Generator[Step, None, Any]
+"""What a job yields and returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
     )
 
 
-def serve(find: Callable[[str], Callable[..., Job]]) -> None:
+def serve(find: Callable[[str], Callable[..., JobEvents]]) -> None:
     """In the child: read the request, run the job that `find` returns for its name, and answer."""
     channel = _claim_output()
 
@@ -233,7 +234,7 @@ def serve(find: Callable[[str], Callable[..., Job]]) -> None:
 
 
 def _run(
-    find: Callable[[str], Callable[..., Job]], request: dict[str, Any], meter: PeakMeter, say: Any
+    find: Callable[[str], Callable[..., JobEvents]], request: dict[str, Any], meter: PeakMeter, say: Any
 ) -> dict[str, Any]:
     arguments = request["arguments"]
     if threads := arguments.pop("threads", 0):

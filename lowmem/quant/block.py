@@ -25,7 +25,7 @@ from lowmem.quant.activations import Activations
 from lowmem.quant.block_run import BlockRun
 from lowmem.quant.estimate import PARALLEL_LAYERS
 from lowmem.quant.hessian import Hessian
-from lowmem.quant.job import Job
+from lowmem.quant.prepared import PreparedQuantization
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.scaling import channel_scales
 from lowmem.quant.skeleton import Call, Weights, below, empty, fill, matrix, oriented
@@ -46,7 +46,9 @@ class QuantizedBlock:
         self.tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
 
 
-def plain_block(job: Job, block: nn.Module, owner: str, weights: Weights) -> Generator[Progress, None, QuantizedBlock]:
+def plain_block(
+    prepared: PreparedQuantization, block: nn.Module, owner: str, weights: Weights
+) -> Generator[Progress, None, QuantizedBlock]:
     """Quantize without calibration; `PARALLEL_LAYERS` weights are in memory at a time.
 
     Args:
@@ -56,22 +58,22 @@ def plain_block(job: Job, block: nn.Module, owner: str, weights: Weights) -> Gen
     names = [name.removeprefix(f"{owner}.") for name in below(weights, owner)]
     # Largest first, so that all threads finish at about the same time.
     names.sort(key=lambda name: -weights.elements(f"{owner}.{name}"))
-    result, request = QuantizedBlock(), job.request
+    result, request = QuantizedBlock(), prepared.request
 
     def quantized(name: str) -> QuantizedBlock:
-        job.cancel.check()
+        prepared.cancel.check()
         layer, stored = name.removesuffix(".weight"), f"{owner}.{name}"
-        if layer not in job.layout.linears:
+        if layer not in prepared.layout.linears:
             return QuantizedBlock({name: weights.read_unquantized(stored)})
-        weight = oriented(block.get_submodule(layer), weights.read(stored).to(job.device))
+        weight = oriented(block.get_submodule(layer), weights.read(stored).to(prepared.device))
         part = QuantizedBlock()
-        part.add(layer, request.method.quantize([weight], None, request.options, job.cancel)[0], request)
+        part.add(layer, request.method.quantize([weight], None, request.options, prepared.cancel)[0], request)
         return part
 
     with threads(PARALLEL_LAYERS) as pool:
         for number, part in enumerate(pool.map(quantized, names)):
             yield number / len(names), names[number].removesuffix(".weight")
-            job.cancel.check()  # the threads may have finished before Stop
+            prepared.cancel.check()  # the threads may have finished before Stop
             result.tensors |= part.tensors
             result.losses |= part.losses
     return result
@@ -93,7 +95,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def calibrated_block(
-    job: Job,
+    prepared: PreparedQuantization,
     block: nn.Module,
     owner: str,
     weights: Weights,
@@ -112,11 +114,11 @@ def calibrated_block(
     Raises:
         CorruptModel: the block computes NaN or infinite values.
     """
-    partial = _PartialBlock(job, block, owner, weights)
-    run = BlockRun(block, call, job.layout, inputs, folder, job.cancel)
-    phases = 2 * len(job.layout.stages) + 1
+    partial = _PartialBlock(prepared, block, owner, weights)
+    run = BlockRun(block, call, prepared.layout, inputs, folder, prepared.cancel)
+    phases = 2 * len(prepared.layout.stages) + 1
     try:
-        for number, stage in enumerate(job.layout.stages):
+        for number, stage in enumerate(prepared.layout.stages):
             names = " + ".join(name.rpartition(".")[2] for name in stage.linears)
             hessian = run.hessian(stage)
             for done in run.accumulate(stage, hessian):
@@ -142,11 +144,11 @@ def calibrated_block(
 class _PartialBlock:
     """A block whose layers are replaced, stage by stage, by their dequantized weights."""
 
-    def __init__(self, job: Job, block: nn.Module, owner: str, weights: Weights) -> None:
-        self._job, self._request, self._block = job, job.request, block
+    def __init__(self, prepared: PreparedQuantization, block: nn.Module, owner: str, weights: Weights) -> None:
+        self._prepared, self._request, self._block = prepared, prepared.request, block
         self._linears: dict[str, Quantized] = {}
-        layers = {f"{name}.weight" for name in job.layout.linears}
-        self._dtypes = fill(block, owner, weights, layers, job.device)
+        layers = {f"{name}.weight" for name in prepared.layout.linears}
+        self._dtypes = fill(block, owner, weights, layers, prepared.device)
 
     def scale_channels(self, stage: Stage, hessian: Hessian) -> Tensor | None:
         """Scale the input channels of a stage and fold the inverse into its source, the norm or layer before it.
@@ -157,7 +159,9 @@ class _PartialBlock:
         if not (self._request.options.scale_channels and stage.source):
             return None
         layers = [self._block.get_submodule(name) for name in stage.linears]
-        scales = channel_scales([matrix(layer) for layer in layers], hessian, self._request.options, self._job.cancel)
+        scales = channel_scales(
+            [matrix(layer) for layer in layers], hessian, self._request.options, self._prepared.cancel
+        )
         if stage.source in self._linears:
             self._divide_linear(stage.source, scales)
         else:
@@ -169,7 +173,7 @@ class _PartialBlock:
 
     def _divide_norm(self, name: str, divisors: Tensor) -> None:
         norm: Any = self._block.get_submodule(name)
-        offset = self._job.layout.norm_offset
+        offset = self._prepared.layout.norm_offset
         self._set(f"{name}.weight", (norm.weight.data + offset) / divisors - offset)
         if getattr(norm, "bias", None) is not None:
             self._set(f"{name}.bias", norm.bias.data / divisors)
@@ -192,7 +196,7 @@ class _PartialBlock:
     def quantize(self, stage: Stage, hessian: Hessian) -> float:
         """Quantize all layers of a stage; returns their mean loss."""
         layers = [matrix(self._block.get_submodule(name)) for name in stage.linears]
-        solved = self._request.method.quantize(layers, hessian, self._request.options, self._job.cancel)
+        solved = self._request.method.quantize(layers, hessian, self._request.options, self._prepared.cancel)
         for name, weight in zip(stage.linears, solved, strict=True):
             self._place(name, weight)
         return sum(weight.loss for weight in solved) / len(solved)

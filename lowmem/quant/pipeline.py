@@ -28,8 +28,8 @@ from lowmem.models.modules import empty_model
 from lowmem.quant.activations import Activations
 from lowmem.quant.block import Progress, QuantizedBlock, calibrated_block, plain_block
 from lowmem.quant.calibration import Samples
-from lowmem.quant.job import Job
 from lowmem.quant.journal import Journal, check_output, opened, publish
+from lowmem.quant.prepared import PreparedQuantization
 from lowmem.quant.receipts import quantize_receipt, write_model_card
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.saving import write_companions
@@ -56,15 +56,15 @@ def quantize_folder(
         CorruptModel: a weight is NaN or infinite, or an unfinished folder is damaged.
         OutOfMemory: the process passed its limit. Cancelled: within a second.
     """
-    job = Job.prepare(folder, request, cancel or CancelToken())
+    prepared = PreparedQuantization.prepare(folder, request, cancel or CancelToken())
     out = request.out
     check_output(out)
-    job.check_room()
-    samples = job.samples()
-    with PeakMeter(request.budget) as meter, opened(out, job.settings(samples)) as (part, journal):
+    prepared.check_room()
+    samples = prepared.samples()
+    with PeakMeter(request.budget) as meter, opened(out, prepared.settings(samples)) as (part, journal):
         resumed = journal.blocks
         try:
-            for step in Pipeline(job, part, journal, samples).run():
+            for step in Pipeline(prepared, part, journal, samples).run():
                 meter.check()
                 yield step
         except OSError as error:
@@ -77,31 +77,31 @@ def quantize_folder(
                 msg("Free some space and start again; finished blocks are kept."),
             ) from error
         write_companions(folder, part, request.method, request.options)
-        receipt = quantize_receipt(job, part, journal, meter.peak, resumed)
-        write_model_card(job, part, receipt)
+        receipt = quantize_receipt(prepared, part, journal, meter.peak, resumed)
+        write_model_card(prepared, part, receipt)
         publish(part, out)
     yield receipt
 
 
 class Pipeline:
-    """One run of a job in the folder `part`, continuing where its journal ends."""
+    """A quantization in the folder `part`, continuing where its journal ends."""
 
-    def __init__(self, job: Job, part: Path, journal: Journal, samples: Samples) -> None:
-        self._job, self._part, self._journal, self._samples = job, part, journal, samples
+    def __init__(self, prepared: PreparedQuantization, part: Path, journal: Journal, samples: Samples) -> None:
+        self._prepared, self._part, self._journal, self._samples = prepared, part, journal, samples
         self._started, self._seconds_before = time.monotonic(), journal.seconds
         self._first_block = journal.blocks
 
     def run(self) -> Events:
         """Quantize all unfinished blocks; afterwards `part` holds every weight."""
-        model = empty_model(self._job.folder)
-        with Checkpoint(self._job.folder) as checkpoint:
+        model = empty_model(self._prepared.folder)
+        with Checkpoint(self._prepared.folder) as checkpoint:
             weights = Weights(model, checkpoint)
             shards = Shards(self._part, self._journal.shards)
             try:
                 if not self._journal.shards:
                     yield from self._begin(model, weights, shards)
                 calls = yield from self._enter(model, weights)
-                for index in range(self._journal.blocks, self._job.layout.count):
+                for index in range(self._journal.blocks, self._prepared.layout.count):
                     yield from self._block(model, weights, shards, index, calls)
                 self._journal.seconds = self._seconds()
                 shards.finish()
@@ -111,8 +111,8 @@ class Pipeline:
     def _begin(self, model: Any, weights: Weights, shards: Shards) -> Events:
         """Copy the tensors outside the blocks, and embed the calibration text."""
         for name in weights:
-            self._job.cancel.check()
-            if not name.startswith(f"{self._job.layout.path}."):
+            self._prepared.cancel.check()
+            if not name.startswith(f"{self._prepared.layout.path}."):
                 yield self._step(0, 0.0, msg("Copying {name}", name=name))
                 shards.add([(name, weights.read_unquantized(name))])
         if self._samples:
@@ -120,14 +120,14 @@ class Pipeline:
             self._journal.activations = "block-0.bin"
             with self._entrance(model, weights) as entrance, self._activations() as inputs:
                 for index in range(len(self._samples)):
-                    self._job.cancel.check()
+                    self._prepared.cancel.check()
                     inputs.write(index, entrance.hidden_states(index))
                 self._journal.checksum = inputs.checksum
         self._commit(shards)
 
     def _enter(self, model: Any, weights: Weights) -> Generator[Step, None, list[Call]]:
         """How the model calls each block. Inputs that an earlier run left are checked first."""
-        if not self._samples or self._journal.blocks == self._job.layout.count:
+        if not self._samples or self._journal.blocks == self._prepared.layout.count:
             return []
         if self._journal.blocks:
             yield self._step(self._journal.blocks, 0.0, msg("Continuing an unfinished run"))
@@ -140,23 +140,23 @@ class Pipeline:
         with self._entrance(model, weights) as entrance:
             calls = entrance.calls()
         release_memory()
-        return [_moved(call, self._job.device) for call in calls]
+        return [_moved(call, self._prepared.device) for call in calls]
 
     def _entrance(self, model: Any, weights: Weights) -> Entrance:
-        return Entrance(model, self._job.layout, weights, self._samples)
+        return Entrance(model, self._prepared.layout, weights, self._samples)
 
     def _activations(self, name: str = "") -> Activations:
-        calibration = self._job.request.calibration
+        calibration = self._prepared.request.calibration
         path = self._part / (name or self._journal.activations)
-        return Activations(path, calibration.samples, calibration.length, self._job.spec.hidden)
+        return Activations(path, calibration.samples, calibration.length, self._prepared.spec.hidden)
 
     def _block(self, model: Any, weights: Weights, shards: Shards, index: int, calls: list[Call]) -> Events:
-        owner = f"{self._job.layout.path}.{index}"
+        owner = f"{self._prepared.layout.path}.{index}"
         module = model.get_submodule(owner)
         if self._samples:
             block = yield from self._steps(index, self._calibrated(module, owner, weights, index, calls[index]))
         else:
-            block = yield from self._steps(index, plain_block(self._job, module, owner, weights))
+            block = yield from self._steps(index, plain_block(self._prepared, module, owner, weights))
         shards.add((f"{owner}.{name}", tensor) for name, tensor in block.tensors.items())
         self._journal.losses |= {f"{owner}.{name}": loss for name, loss in block.losses.items()}
         self._journal.blocks = index + 1
@@ -169,11 +169,13 @@ class Pipeline:
         self, module: nn.Module, owner: str, weights: Weights, index: int, call: Call
     ) -> Generator[Progress, None, QuantizedBlock]:
         """Quantize a block whose inputs are in a file; its outputs become the next block's inputs."""
-        following = "" if index + 1 == self._job.layout.count else f"block-{index + 1}.bin"
+        following = "" if index + 1 == self._prepared.layout.count else f"block-{index + 1}.bin"
         with ExitStack() as files:
             inputs = files.enter_context(self._activations())
             outputs = files.enter_context(self._activations(following)) if following else None
-            block = yield from calibrated_block(self._job, module, owner, weights, call, inputs, outputs, self._part)
+            block = yield from calibrated_block(
+                self._prepared, module, owner, weights, call, inputs, outputs, self._part
+            )
             self._journal.activations, self._journal.checksum = following, outputs.checksum if outputs else 0
         return block
 
@@ -193,13 +195,13 @@ class Pipeline:
             yield self._step(
                 index,
                 share,
-                msg("Block {index} of {count}, {note}", index=index + 1, count=self._job.layout.count, note=note),
+                msg("Block {index} of {count}, {note}", index=index + 1, count=self._prepared.layout.count, note=note),
             )
         return steps.result
 
     def _step(self, index: int, share: float, note: str) -> Step:
         """Progress of `share` (0 to 1) within block `index`, with the time left once there is enough to extrapolate."""
-        count, done = self._job.layout.count, index + share
+        count, done = self._prepared.layout.count, index + share
         here = done - self._first_block
         if here >= 0.5:
             left = (time.monotonic() - self._started) / here * (count - done)

@@ -12,19 +12,21 @@ from lowmem.messages import msg
 from lowmem.models.source import record
 from lowmem.quant.base import Options
 from lowmem.quant.card import write_card
-from lowmem.quant.job import Job
 from lowmem.quant.journal import Journal
+from lowmem.quant.prepared import PreparedQuantization
 from lowmem.quant.request import changed
 
 
-def quantize_receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int], resumed: int) -> Receipt:
-    """The receipt of `job`, whose weights are in `part`.
+def quantize_receipt(
+    prepared: PreparedQuantization, part: Path, journal: Journal, peak: dict[str, int], resumed: int
+) -> Receipt:
+    """The receipt of a quantization whose weights are in `part`.
 
     Args:
         peak: measured bytes by memory.
         resumed: blocks that an earlier run had finished.
     """
-    method, options, losses = job.request.method, job.request.options, journal.losses
+    method, options, losses = prepared.request.method, prepared.request.options, journal.losses
     groups = (
         msg("one group per row")
         if options.group_size == -1
@@ -32,22 +34,22 @@ def quantize_receipt(job: Job, part: Path, journal: Journal, peak: dict[str, int
     )
     return Receipt(
         action="quantize",
-        model=job.spec.name,
+        model=prepared.spec.name,
         precision=msg("{label}, {bits} bits, {groups}", label=method.label, bits=options.bits, groups=groups),
-        device=str(job.device),
+        device=str(prepared.device),
         seconds=journal.seconds,
-        predicted={"ram": job.estimate.ram_bytes},
+        predicted={"ram": prepared.estimate.ram_bytes},
         measured={"ram": peak["ram"]},
         disk_bytes=sum(file.stat().st_size for file in part.glob("*.safetensors")),
         notes=tuple(_notes(options, resumed)),
-        snippet=_snippet(job),
+        snippet=_snippet(prepared),
         details={
             "method": method.name,
             "bits": options.bits,
             "group_size": options.group_size,
-            "original_bytes": job.spec.size_on_disk,
-            "predicted_bytes": job.estimate.output_bytes,
-            "bits_per_weight": job.estimate.bits_per_weight,
+            "original_bytes": prepared.spec.size_on_disk,
+            "predicted_bytes": prepared.estimate.output_bytes,
+            "bits_per_weight": prepared.estimate.bits_per_weight,
             "loss": sum(losses.values()) / max(1, len(losses)),
             "losses": losses,
             "resumed_blocks": resumed,
@@ -62,31 +64,31 @@ def _notes(options: Options, resumed: int) -> Iterator[str]:
         yield msg("The first {resumed} blocks are from an earlier run.", resumed=resumed)
 
 
-def _snippet(job: Job) -> str:
+def _snippet(prepared: PreparedQuantization) -> str:
     def named(values: dict[str, Any]) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
-    request = job.request
+    request = prepared.request
     return (
         "from pathlib import Path\n"
         "from lowmem.quant.request import QuantizeRequest\n"
         "from lowmem.quant.run import quantize\n"
-        f"request = QuantizeRequest.validated({str(job.folder)!r}, {request.method.name!r}, "
+        f"request = QuantizeRequest.validated({str(prepared.folder)!r}, {request.method.name!r}, "
         f"dict({named(changed(request.options))}), dict({named(changed(request.calibration))}), out=Path('quantized'))\n"
         "for event in quantize(request):\n"
         "    print(event)"
     )
 
 
-def write_model_card(job: Job, part: Path, receipt: Receipt) -> None:
-    """Write the model card of `job` into `part`."""
-    method, options, text = job.request.method, job.request.options, job.request.calibration
+def write_model_card(prepared: PreparedQuantization, part: Path, receipt: Receipt) -> None:
+    """Write the model card of a quantization into `part`."""
+    method, options, text = prepared.request.method, prepared.request.options, prepared.request.calibration
     write_card(
         part,
         receipt,
         asdict(options),
         format=method.config(options)["quant_method"],
-        licence=str(record(job.folder).get("licence") or ""),
+        licence=str(record(prepared.folder).get("licence") or ""),
         calibration=msg(
             "{samples} x {length} tokens of {text}", samples=text.samples, length=text.length, text=text.text
         )

@@ -177,7 +177,7 @@ class Session:
         from lowmem.generate.prompts import check_length, encode_prompt
 
         cancel = cancel or CancelToken()
-        yield from self._turn("Generating", cancel)
+        yield from self._turn(msg("Generating"), cancel)
         try:
             yield from self._ensure_backend(options, cancel, force)
             loaded, plan = self._resident()
@@ -258,15 +258,15 @@ class Session:
     def work(
         self,
         what: str,
-        job: Callable[[Loaded, Plan, Callable[[], None]], Generator[E, None, T]],
+        task: Callable[[Loaded, Plan, Callable[[], None]], Generator[E, None, T]],
         cancel: CancelToken,
         *,
         force: bool = False,
     ) -> Generator[Step | E, None, tuple[T, dict[str, int]]]:
-        """Run `job` on the resident model; returns its result and the peak bytes by memory.
+        """Run `task` on the resident model; returns its result and the peak bytes by memory.
 
         Args:
-            job: is called with the model, its plan and a budget check to call in every long loop.
+            task: is called with the model, its plan and a budget check to call in every long loop.
 
         Raises:
             BadInput: nothing is loaded.
@@ -277,7 +277,7 @@ class Session:
             yield from self._ensure_backend(None, cancel, force)
             loaded, plan = self._resident()
             with self._meter(plan, force) as meter:
-                result = yield from job(loaded, plan, meter.check)
+                result = yield from task(loaded, plan, meter.check)
             return result, meter.peak
         finally:
             release_memory()

@@ -30,7 +30,7 @@ from lowmem.version import __version__
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedQuantization:
     """A request whose model is in `folder`, with the model's shape and the predicted cost."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Job:
     estimate: Estimate
 
     @classmethod
-    def prepare(cls, folder: Path, request: QuantizeRequest, cancel: CancelToken) -> Job:
+    def prepare(cls, folder: Path, request: QuantizeRequest, cancel: CancelToken) -> PreparedQuantization:
         """Describe the model and check that it can be quantized as requested.
 
         Raises:
@@ -58,7 +58,7 @@ class Job:
         return cls(folder, request, device, cancel, layout, spec, estimate)
 
     def check_room(self) -> None:
-        """Refuse a job that would run out of disk or pass its memory limit.
+        """Check that the quantization fits on the disk and in the memory budget.
 
         Raises:
             DiskFull, DoesNotFit: naming both numbers.
