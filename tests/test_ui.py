@@ -25,8 +25,9 @@ from lowmem.ui.api.endpoints import RENAMED
 from lowmem.ui.html import plan as render
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
-from lowmem.ui.parts.bind import Jobs, explain, pump
+from lowmem.ui.parts.failures import explain
 from lowmem.ui.parts.fields import read
+from lowmem.ui.parts.worker import StopTokens, pump
 from lowmem.ui.service import prompts
 from lowmem.ui.service.engine import Choice
 from lowmem.ui.tabs.chat import conversation
@@ -244,17 +245,17 @@ def test_abandoning_pump_sets_the_token() -> None:
 
 
 def test_stop_reaches_work_that_still_waits_in_the_queue() -> None:
-    jobs, page = Jobs(), SimpleNamespace(session_hash="page")
-    jobs.begin(page, "chat")  # type: ignore[arg-type]
-    jobs.stop(page, "chat")  # type: ignore[arg-type]
-    with jobs.running(page, "chat") as token, pytest.raises(Cancelled):  # type: ignore[arg-type]
+    stop_tokens, page = StopTokens(), SimpleNamespace(session_hash="page")
+    stop_tokens.begin(page, "chat")  # type: ignore[arg-type]
+    stop_tokens.stop(page, "chat")  # type: ignore[arg-type]
+    with stop_tokens.running(page, "chat") as token, pytest.raises(Cancelled):  # type: ignore[arg-type]
         list(pump(iter([1]), token))
 
 
 def test_closing_a_page_stops_its_work_and_nobody_elses() -> None:
-    jobs, one, other = Jobs(), SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="other")
-    mine, theirs = jobs.begin(one, "chat"), jobs.begin(other, "chat")  # type: ignore[arg-type]
-    jobs.leave(one)  # type: ignore[arg-type]
+    stop_tokens, one, other = StopTokens(), SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="other")
+    mine, theirs = stop_tokens.begin(one, "chat"), stop_tokens.begin(other, "chat")  # type: ignore[arg-type]
+    stop_tokens.leave(one)  # type: ignore[arg-type]
     assert mine.cancelled
     assert not theirs.cancelled
 

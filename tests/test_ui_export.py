@@ -22,9 +22,9 @@ from lowmem.plots.figure import to_svg
 from lowmem.settings import settings
 from lowmem.ui.html import export as export_render
 from lowmem.ui.page import build_ui
-from lowmem.ui.parts.bind import Jobs
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.results import result_folder
 from lowmem.ui.service.services import Services
 from lowmem.ui.tabs.export import ExportTab
@@ -121,7 +121,7 @@ def test_pricing_explains_a_bad_choice() -> None:
 def _tab() -> ExportTab:
 
     engine = StubEngine()
-    return ExportTab(Context(Services(engine), Jobs(), Sidebar(engine)))
+    return ExportTab(Context(Services(engine), StopTokens(), Sidebar(engine)))
 
 
 def test_the_jobs_export_and_benchmark_in_processes_of_their_own(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from lowmem.runtime.session import Session
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
-from lowmem.ui.parts.bind import Jobs
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
 from lowmem.ui.service.services import Services
@@ -58,7 +58,7 @@ def loaded(engine: Engine) -> Engine:
 @pytest.fixture(scope="module")
 def tab(loaded: Engine) -> LongContextTab:
     with gr.Blocks():
-        return LongContextTab(Context(Services(loaded), Jobs(), Sidebar(loaded)))
+        return LongContextTab(Context(Services(loaded), StopTokens(), Sidebar(loaded)))
 
 
 def mode(tab: LongContextTab, kind: str) -> Any:
@@ -197,7 +197,7 @@ def test_a_visitor_gets_a_long_text_and_no_endless_one(tab: LongContextTab, monk
 def test_without_a_model_every_mode_says_so() -> None:
     with gr.Blocks():
         empty = StubEngine()
-        tab = LongContextTab(Context(Services(empty), Jobs(), Sidebar(empty)))
+        tab = LongContextTab(Context(Services(empty), StopTokens(), Sidebar(empty)))
     with pytest.raises(BadInput, match="No model is loaded"):
         mode(tab, "recall")._start(CancelToken(), *OPTIONS)
     assert "Load a model" in tab._card("", None, *OPTIONS)

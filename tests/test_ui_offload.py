@@ -20,9 +20,9 @@ from lowmem.machine import bandwidth
 from lowmem.ui.html import offload as render_offload
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
-from lowmem.ui.parts.bind import Jobs
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
 from lowmem.ui.service.offload import OffloadRequest, OffloadService
@@ -53,7 +53,7 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def tab(engine: Engine) -> OffloadTab:
     with gr.Blocks():
-        return OffloadTab(Context(Services(engine), Jobs(), Sidebar(engine)))
+        return OffloadTab(Context(Services(engine), StopTokens(), Sidebar(engine)))
 
 
 def values(tab: OffloadTab, folder: Path, where: str = "auto", disk: str = "", answers: int = 1) -> list[Any]:
@@ -71,7 +71,7 @@ def test_the_page_has_one_of_each_element() -> None:
 def test_a_gpu_has_a_slider_of_its_own(vram: float, seen: bool) -> None:
     engine = StubEngine(vram)
     with gr.Blocks():
-        tab = OffloadTab(Context(Services(engine), Jobs(), Sidebar(engine)))
+        tab = OffloadTab(Context(Services(engine), StopTokens(), Sidebar(engine)))
     assert tab.vram.visible is seen
     assert tab.ram_list.visible is seen
 

@@ -170,7 +170,7 @@ class LentSession(Session):
             yield from super().generate(prompt, options, cancel, **settings)
             return
         work = prompt if isinstance(prompt, str) else list(prompt)
-        yield from self._lent("Generating", work, options, cancel, **settings)  # type: ignore[misc]
+        yield from self._lent(msg("Generating"), work, options, cancel, **settings)  # type: ignore[misc]
 
     def batch(
         self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken | None = None, **settings: Any

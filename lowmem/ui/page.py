@@ -11,9 +11,10 @@ from lowmem.ui.api.publish import publish
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html, Page
-from lowmem.ui.parts.bind import QUICK, Jobs
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.engine import AUTO, Engine
 from lowmem.ui.service.services import Services
 
@@ -42,13 +43,13 @@ def build_ui(
         services: in place of the usual ones over `engine`.
     """
     services = services or Services(engine or Engine())
-    engine, jobs = services.engine, Jobs()
+    engine, stop_tokens = services.engine, StopTokens()
     with Page(title="lowmem", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(Html(lambda: render.header()), elem_id="header")
         hub = gr.HTML(elem_id="hub-notice")
         sidebar = Sidebar(engine, budget_bytes)
         loaded = demo.load(lambda: render.machine(engine.hardware().line()), None, sidebar.machine, **QUICK)
-        context = Context(services, jobs, sidebar, sidebar.after(loaded), model=model)
+        context = Context(services, stop_tokens, sidebar, sidebar.after(loaded), model=model)
         with gr.Tabs(elem_id="tabs") as context.tabs:
             for tab in tabs.TABS:
                 with gr.Tab(tab.title, id=tab.key) as context.tab:
@@ -68,6 +69,6 @@ def build_ui(
             **QUICK,
         )
         demo.load(None, js=SETTLE, **QUICK)
-        demo.unload(jobs.leave)
+        demo.unload(stop_tokens.leave)
     demo.queue(max_size=32)
     return demo

@@ -30,7 +30,8 @@ from lowmem.quant import DEFAULT
 from lowmem.quant.request import QuantizeRequest
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.api.json import as_json, batch_so_far, each_event, text_so_far
-from lowmem.ui.parts.bind import bounded
+from lowmem.ui.parts.event_settings import ENGINE
+from lowmem.ui.parts.failures import bounded
 from lowmem.ui.service.engine import AUTO, Choice
 from lowmem.ui.service.longctx import TextSource
 from lowmem.ui.service.offload import COMPARED, OffloadRequest
@@ -373,7 +374,6 @@ def benchmark(
 
 QUICK: Json = {"concurrency_limit": None}
 ALONE: Json = {"concurrency_limit": 1}
-ENGINE: Json = {"concurrency_limit": 1, "concurrency_id": "engine"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from lowmem.messages import join
 from lowmem.ui.api.arguments import RENAMED_ARGUMENTS, described
 from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED, Endpoint
 from lowmem.ui.api.json import Json, as_json
-from lowmem.ui.parts.bind import explain, pump
+from lowmem.ui.parts.failures import explain
+from lowmem.ui.parts.worker import pump
 from lowmem.ui.service.services import Services
 
 log = logging.getLogger("lowmem.ui.api")

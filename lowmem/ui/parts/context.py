@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from lowmem.ui.parts.bind import Jobs
 from lowmem.ui.parts.sidebar import Sidebar
+from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.engine import AUTO, Engine
 from lowmem.ui.service.services import Services
 
@@ -26,7 +26,7 @@ class Context:
     """
 
     services: Services
-    jobs: Jobs
+    stop_tokens: StopTokens
     sidebar: Sidebar
     opened: Any = None
     tabs: gr.Tabs | None = None

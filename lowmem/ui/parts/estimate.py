@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import notice
 
 Estimated = Callable[..., tuple[str, bool, str]]
 """(*values of the controls) -> the estimate as HTML, whether it is over the budget, and a problem to show below."""

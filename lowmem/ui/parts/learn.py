@@ -11,7 +11,7 @@ from lowmem.planning.plan import Plan
 from lowmem.ui.html import learn as render_learn
 from lowmem.ui.html.lessons import LESSONS
 from lowmem.ui.language import Html
-from lowmem.ui.parts.bind import QUICK
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.service.engine import AUTO, Choice, Engine
 
 log = logging.getLogger("lowmem.ui")

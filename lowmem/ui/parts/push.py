@@ -11,8 +11,8 @@ from lowmem.events import CancelToken, Step
 from lowmem.messages import msg, translate
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import escape
-from lowmem.ui.parts.bind import PRIVATE, QUICK
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import PRIVATE, QUICK
 from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.service.results import push_result
 

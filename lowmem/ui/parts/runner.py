@@ -10,8 +10,10 @@ import gradio as gr
 from lowmem.events import Step
 from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.parts.bind import HEAVY, QUICK, notice, pump, stops
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import HEAVY, QUICK
+from lowmem.ui.parts.failures import notice
+from lowmem.ui.parts.worker import pump, stops
 
 Updates = dict[Any, Any]
 """Component -> its update."""
@@ -41,7 +43,7 @@ class Runner:
     """Runs one kind of work on existing components.
 
     Args:
-        kind: names the work to `Jobs`.
+        kind: names the work to `StopTokens`.
         running, idle: what buttons become while it runs, and afterwards.
         stop: the event that stops it.
         progress, notice: where steps and failures are shown. A view whose outputs include `progress` draws it itself.
@@ -62,10 +64,10 @@ class Runner:
         starting: str = msg("Starting the engine"),
         queue: dict[str, Any] = HEAVY,
     ) -> None:
-        self.engine, self.jobs, self.sidebar = context.engine, context.jobs, context.sidebar
+        self.engine, self.stop_tokens, self.sidebar = context.engine, context.stop_tokens, context.sidebar
         self.kind, self.running, self.idle = kind, running, idle
         self.progress, self.notice, self.starting, self.queue = progress, notice, starting, queue
-        stops(stop, self.jobs, kind, progress)
+        stops(stop, self.stop_tokens, kind, progress)
 
     def wire(self, inputs: list[Any], outputs: list[Any], start: Start) -> None:
         """Say what is run, before the first `on`."""
@@ -102,7 +104,7 @@ class Runner:
     def _prepared(self, request: gr.Request, outputs: list[Any] | None) -> Updates:
         if outputs is None:
             return {self.notice: ""}
-        self.jobs.begin(request, self.kind)
+        self.stop_tokens.begin(request, self.kind)
         busy = self.engine.busy if self.queue is HEAVY else ""
         waiting = Step(0, 0, msg("Waiting: {busy}", busy=busy) if busy else self.starting)
         own = {**self.running, self.progress: render.progress(waiting), self.notice: ""}
@@ -111,7 +113,7 @@ class Runner:
     def _run(self, request: gr.Request, start: Start, values: Sequence[Any]) -> Iterator[Updates]:
         trouble, view = "", None
         try:
-            with self.jobs.running(request, self.kind) as token:
+            with self.stop_tokens.running(request, self.kind) as token:
                 started = start(token, *values)
                 if started is None:
                     return

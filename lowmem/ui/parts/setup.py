@@ -16,8 +16,9 @@ from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import plan as render
 from lowmem.ui.names import name
-from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import notice
 from lowmem.ui.parts.models import model_dropdown, with_automatic
 from lowmem.ui.parts.runner import Runner, View
 from lowmem.ui.parts.storage import Storage

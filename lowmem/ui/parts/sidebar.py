@@ -13,7 +13,8 @@ from lowmem.messages import msg
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
 from lowmem.ui.names import name
-from lowmem.ui.parts.bind import HEAVY, QUICK, Jobs
+from lowmem.ui.parts.event_settings import HEAVY, QUICK
+from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.engine import Engine
 from lowmem.units import GB
 
@@ -118,10 +119,10 @@ class Sidebar:
         """Show what an action cost as soon as it ends."""
         return event.then(self.refresh, self.seen, self.outputs, **QUICK)
 
-    def on_unload(self, buttons: list[gr.Button], jobs: Jobs) -> Any:
+    def on_unload(self, buttons: list[gr.Button], stop_tokens: StopTokens) -> Any:
         """Unload from any of the buttons, ending this page's work first; returns the last event, to chain on."""
         triggers = [button.click for button in (self.unload, *buttons)]
-        ended = gr.on(triggers, jobs.leave, **QUICK)
+        ended = gr.on(triggers, stop_tokens.leave, **QUICK)
         return self.after(ended.then(self._unload, **HEAVY))
 
     def _unload(self) -> None:

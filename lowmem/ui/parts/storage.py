@@ -9,8 +9,9 @@ import gradio as gr
 from lowmem.messages import Message, msg
 from lowmem.ui.html import parts
 from lowmem.ui.names import name
-from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import notice
 from lowmem.ui.parts.models import with_automatic
 from lowmem.units import format_bytes
 

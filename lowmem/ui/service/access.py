@@ -1,7 +1,7 @@
 """Permissions on a page: the owner may do everything, visitors nothing that costs the owner accounts or memory.
 
 People are identified by the name they signed in with, from gradio's context of the running event,
-which `bind.pump` carries into the engine's thread; without a context nobody is the owner.
+which `worker.pump` carries into the engine's thread; without a context nobody is the owner.
 """
 
 from __future__ import annotations

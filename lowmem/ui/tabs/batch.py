@@ -11,8 +11,8 @@ from lowmem.events import CancelToken, Completion, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.parts.bind import TEXT_LIMIT
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.failures import TEXT_LIMIT
 from lowmem.ui.parts.runner import ButtonRunner, View
 from lowmem.ui.service import prompts
 

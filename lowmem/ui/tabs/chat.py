@@ -13,8 +13,9 @@ from lowmem.messages import msg
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html, escape
-from lowmem.ui.parts.bind import QUICK, bounded
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import bounded
 from lowmem.ui.parts.runner import Runner, View
 
 Message = dict[str, Any]

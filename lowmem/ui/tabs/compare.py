@@ -19,8 +19,8 @@ from lowmem.plots.variants import picture
 from lowmem.ui.html import parts
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.names import name
-from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.fields import read, widgets
 from lowmem.ui.parts.models import model_dropdown, originals
 from lowmem.ui.parts.runner import Runner, View

@@ -20,9 +20,9 @@ from lowmem.ui.html import export as export_render
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
-from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.estimate import EstimateView
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.models import model_dropdown, originals
 from lowmem.ui.parts.push import PushBox

@@ -12,8 +12,8 @@ from lowmem.messages import Message, msg
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html, escape
-from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.fields import read, widgets
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.setup import Setup
@@ -71,7 +71,7 @@ class GenerateTab:
         self.completion.wire(self.options, self._read)
         self.batch.wire(self.options, self._read)
         self.shown(
-            self.sidebar.on_unload([self.setup.unload], self.context.jobs).then(
+            self.sidebar.on_unload([self.setup.unload], self.context.stop_tokens).then(
                 lambda: False, None, self.setup.choosing, **QUICK
             )
         )

@@ -21,8 +21,8 @@ from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html, escape
 from lowmem.ui.names import NAMES, name
-from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.fields import widgets
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.tabs.longctx_measuring import HiddenMode, PerplexityMode, RecallMode, StrategiesMode

@@ -18,9 +18,10 @@ from lowmem.ui.html import offload as render_offload
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
-from lowmem.ui.parts.bind import QUICK, TEXT_LIMIT, bounded
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.estimate import EstimateView, updates
+from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import TEXT_LIMIT, bounded
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.models import model_dropdown
 from lowmem.ui.parts.runner import ButtonRunner, View

@@ -10,9 +10,9 @@ import gradio as gr
 from lowmem.events import CancelToken, Receipt
 from lowmem.messages import msg
 from lowmem.ui.html import quantize as render_quantize
-from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.estimate import EstimateView
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.models import originals
 from lowmem.ui.parts.push import PushBox

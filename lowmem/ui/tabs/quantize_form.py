@@ -20,8 +20,9 @@ from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
 from lowmem.ui.names import name
-from lowmem.ui.parts.bind import QUICK, notice
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import notice
 from lowmem.ui.parts.fields import widgets
 from lowmem.ui.parts.models import model_dropdown, originals
 

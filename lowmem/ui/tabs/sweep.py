@@ -26,8 +26,8 @@ from lowmem.sweep.table import ordered
 from lowmem.ui.html import parts
 from lowmem.ui.html import quantize as render_quantize
 from lowmem.ui.language import Html
-from lowmem.ui.parts.bind import QUICK
 from lowmem.ui.parts.context import Context
+from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.fields import read
 from lowmem.ui.parts.models import originals
 from lowmem.ui.parts.runner import ButtonRunner, View

@@ -1,10 +1,8 @@
-"""Between the engine's generators and the page's handlers: worker thread, Stop, failures."""
+"""Runs the engine's generators in a worker thread for the page's handlers, and stops them."""
 
 from __future__ import annotations
 
 import contextvars
-import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,26 +12,17 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from lowmem.errors import BadInput, Cancelled, LowMemError
 from lowmem.events import CancelToken, Step
-from lowmem.messages import msg, translate
+from lowmem.messages import msg
 from lowmem.ui.html import plan as render
-from lowmem.ui.language import escape
+from lowmem.ui.parts.event_settings import QUICK
 
 E = TypeVar("E")
 
-log = logging.getLogger("lowmem.ui")
-
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-QUICK: dict[str, Any] = PRIVATE | {"queue": False}
-ENGINE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "engine"}
-HEAVY: dict[str, Any] = PRIVATE | ENGINE
-
 FRAME_SECONDS = 1 / 4  # every frame costs server and browser some milliseconds, often on the same cores
-TEXT_LIMIT = 200_000
 
 
-class Jobs:
+class StopTokens:
     """The Stop buttons of every open page: one token per page and kind of work."""
 
     def __init__(self) -> None:
@@ -75,11 +64,11 @@ class Jobs:
             token.set()
 
 
-def stops(trigger: Callable[..., Any], jobs: Jobs, kind: str, shown_in: Any) -> None:
+def stops(trigger: Callable[..., Any], stop_tokens: StopTokens, kind: str, shown_in: Any) -> None:
     """Let an event say that work of `kind` is being stopped, then stop it: its final events come later."""
 
     def stop(request: gr.Request) -> None:
-        jobs.stop(request, kind)
+        stop_tokens.stop(request, kind)
 
     said = trigger(lambda: render.progress(Step(0, 0, msg("Stopping"))), None, shown_in, **QUICK)
     said.then(stop, None, None, **QUICK)
@@ -107,7 +96,7 @@ def pump(events: Iterable[E], token: CancelToken) -> Iterator[list[E]]:
     inbox: SimpleQueue[Any] = SimpleQueue()
     # The context identifies the visitor: access and the quota of a lent GPU depend on it.
     context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(_drain, events, inbox), daemon=True, name="lowmem-job").start()
+    threading.Thread(target=context.run, args=(_drain, events, inbox), daemon=True, name="lowmem-worker").start()
     try:
         while True:
             gathered = _gather(inbox)
@@ -143,38 +132,3 @@ def _drain(events: Iterable[Any], inbox: SimpleQueue[Any]) -> None:
         inbox.put(_END)
     except BaseException as error:
         inbox.put(_Failure(error))
-
-
-def explain(error: Exception) -> tuple[str, str]:
-    """(sentence, hint) for a person. A bug keeps its traceback in the log, under a short id."""
-    if isinstance(error, LowMemError):
-        return error.message, error.hint
-    short = secrets.token_hex(3)
-    log.error("bug %s", short, exc_info=error)
-    return msg("Something went wrong inside lowmem."), msg("See the log for details ({id}).", id=short)
-
-
-def notice(error: Exception, *, toast: bool = True) -> str:
-    """The failure as HTML that stays in place, and as a toast (only queued events can show one)."""
-    message, hint = map(escape, explain(error))
-    if isinstance(error, Cancelled):
-        return f'<p class="lm-notice" data-kind="quiet" role="status">{message}</p>'
-    if toast:
-        gr.Warning(f"{message} {hint}".strip(), title=translate(msg("Something went wrong")))
-    return f'<div class="lm-notice" data-kind="error" role="alert"><strong>{message}</strong> {hint}</div>'
-
-
-def bounded(*texts: str) -> None:
-    """Refuse text that is beyond any context.
-
-    Raises:
-        BadInput: empty, or above `TEXT_LIMIT` characters in all.
-    """
-    count = sum(map(len, texts))
-    if not any(text.strip() for text in texts):
-        raise BadInput(msg("There is nothing to send."), msg("Write something first."))
-    if count > TEXT_LIMIT:
-        raise BadInput(
-            msg("The text has {count:,} characters, more than the {limit:,} allowed.", count=count, limit=TEXT_LIMIT),
-            msg("Shorten it."),
-        )
