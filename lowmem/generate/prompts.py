@@ -9,16 +9,14 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lowmem.errors import BadInput
+from lowmem.generate.chat import ROLES, ChatMessage
 from lowmem.generate.tokens import token_ids, with_special
 from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.prompts")
 
-Message = Mapping[str, Any]
-ROLES = ("system", "user", "assistant")
 
-
-def encode_prompt(tokenizer: Any, prompt: str | Sequence[Message], raw: bool = False) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[ChatMessage], raw: bool = False) -> list[int]:
     """Token ids of the prompt that the model is to continue.
 
     A conversation is rendered with the tokenizer's chat template, and so is a plain text (as a single user message)
@@ -73,7 +71,7 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> tuple
     return room, note
 
 
-def _message(message: Message) -> dict[str, str]:
+def _message(message: ChatMessage) -> dict[str, str]:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
         raise BadInput(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lowmem.background import stoppable
 from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step, WithResult
+from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
@@ -41,8 +42,6 @@ T = TypeVar("T")
 E = TypeVar("E")
 
 log = logging.getLogger("lowmem.session")
-
-Message = dict[str, str]
 
 PYTHON_BYTES = 15_000_000
 """RSS of a bare interpreter: counted in `runtime_bytes`, but already held by a running process."""
@@ -160,7 +159,7 @@ class Session:
 
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[ChatMessage],
         options: GenerateOptions,
         cancel: CancelToken | None = None,
         *,

@@ -21,11 +21,12 @@ import spaces
 
 from lowmem.errors import Cancelled, LowMemError, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
-from lowmem.runtime.session import Message, Session
+from lowmem.runtime.session import Session
 from lowmem.settings import gpu_is_attached
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ _worker_session: Session | None = None
 
 def estimated_seconds(
     plan: Plan,
-    prompt: str | Sequence[Message] | Sequence[str],
+    prompt: str | Sequence[ChatMessage] | Sequence[str],
     options: GenerateOptions,
     raw: bool = False,  # noqa: ARG001  called with the arguments of `lent`
     batch_size: int | None = None,
@@ -69,7 +70,7 @@ def estimated_seconds(
 @spaces.GPU(duration=estimated_seconds)
 def lent(
     plan: Plan,
-    prompt: str | Sequence[Message] | Sequence[str],
+    prompt: str | Sequence[ChatMessage] | Sequence[str],
     options: GenerateOptions,
     raw: bool = False,
     batch_size: int | None = None,
@@ -161,7 +162,7 @@ class LentSession(Session):
 
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[ChatMessage],
         options: GenerateOptions,
         cancel: CancelToken | None = None,
         **settings: Any,

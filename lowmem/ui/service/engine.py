@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import option
+from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware
@@ -253,14 +254,14 @@ class Engine:
             yield event.value if isinstance(event, Finished) else event
 
     def generate(
-        self, prompt: str | list[dict[str, str]], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False
+        self, prompt: str | Sequence[ChatMessage], options: GenerateOptions, cancel: CancelToken, *, raw: bool = False
     ) -> Iterator[Step | Chunk | Receipt]:
         self.require_model()
         self.access.check_work(options)
         return self.session.generate(prompt, options, cancel, raw=raw)
 
     def chat(
-        self, messages: list[dict[str, str]], options: GenerateOptions, cancel: CancelToken
+        self, messages: Sequence[ChatMessage], options: GenerateOptions, cancel: CancelToken
     ) -> Iterator[Step | Chunk | Receipt]:
         """One answer to a conversation: several at once belong to a completion."""
         return self.generate(messages, replace(options, num_return_sequences=1), cancel)

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from lowmem.events import CancelToken, Chunk
+from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.ui.html import parts
@@ -17,8 +18,6 @@ from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.failures import bounded
 from lowmem.ui.parts.runner import Runner, View
-
-Message = dict[str, Any]
 
 
 class Chat:
@@ -65,7 +64,7 @@ class Chat:
         """`read` turns the values of `options` into GenerateOptions."""
 
         def start(
-            token: CancelToken, history: list[Message], prompt: str, *values: Any
+            token: CancelToken, history: list[ChatMessage], prompt: str, *values: Any
         ) -> tuple[Iterator[Any], View] | None:
             if not history or history[-1]["role"] != "user":
                 return None
@@ -85,7 +84,7 @@ class Chat:
         self.history.undo(self._undo, self.history, [self.history, self.message], **QUICK)
         self.history.clear(lambda: [render.live(None), ""], None, [self.live, self.notice], **QUICK)
 
-    def _view(self, history: list[Message]) -> View:
+    def _view(self, history: list[ChatMessage]) -> View:
         answer, live = "", ""
 
         def view(gathered: Sequence[Any]) -> list[Any]:
@@ -107,15 +106,15 @@ class Chat:
 
         return view
 
-    def _retry(self, history: list[Message], data: gr.RetryData) -> list[Message]:
+    def _retry(self, history: list[ChatMessage], data: gr.RetryData) -> list[ChatMessage]:
         return history[: int(data.index) + 1]  # type: ignore[arg-type]
 
-    def _undo(self, history: list[Message], data: gr.UndoData) -> list[Any]:
+    def _undo(self, history: list[ChatMessage], data: gr.UndoData) -> list[Any]:
         index = int(data.index)  # type: ignore[arg-type]
         return [history[:index], text_of(history[index])]
 
 
-def _asked(message: str, history: list[Message]) -> list[Any] | None:
+def _asked(message: str, history: list[ChatMessage]) -> list[Any] | None:
     if not message.strip():
         return None
     return [_busy(), [*history, {"role": "user", "content": message}]]
@@ -131,13 +130,13 @@ def _ready(*text: str) -> Any:
     return gr.Textbox(*text, submit_btn=msg("Send"), stop_btn=False)
 
 
-def conversation(history: list[Message], system: str = "") -> list[dict[str, str]]:
+def conversation(history: list[ChatMessage], system: str = "") -> list[ChatMessage]:
     """Plain messages for the engine, the system prompt first."""
-    opening = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    opening: list[ChatMessage] = [{"role": "system", "content": system.strip()}] if system.strip() else []
     return opening + [{"role": str(message["role"]), "content": text_of(message)} for message in history]
 
 
-def text_of(message: Message) -> str:
+def text_of(message: ChatMessage) -> str:
     """The text of a message whose content is a string or gradio's list of blocks."""
     content = message["content"]
     if isinstance(content, str):
