@@ -11,8 +11,8 @@ import toys
 
 from lowmem.events import Step
 from lowmem.machine.budget import MemoryBudget
+from lowmem.models.inventory import stored
 from lowmem.models.source import local_folder, read_spec
-from lowmem.models.stored import stored
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan

@@ -10,7 +10,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, LowMemError, NotAllowed
 from lowmem.events import CancelToken
-from lowmem.models.stored import stored
+from lowmem.models.inventory import stored
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Choice
 

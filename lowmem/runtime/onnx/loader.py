@@ -22,7 +22,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.messages import msg
-from lowmem.models.stored import graph_prefix
+from lowmem.models.inventory import graph_prefix
 from lowmem.planning.exported import runtime_version
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.plan import Plan

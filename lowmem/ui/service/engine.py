@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lowmem.machine.monitor import Snapshot
-    from lowmem.models.stored import Stored
+    from lowmem.models.inventory import Stored
     from lowmem.runtime.session import Session
 
 E = TypeVar("E")
@@ -88,7 +88,7 @@ class Engine:
 
     def stored(self) -> list[Stored]:
         """Models, results and graphs on this machine's disk, the largest first."""
-        from lowmem.models.stored import stored
+        from lowmem.models.inventory import stored
 
         return stored()
 
@@ -99,7 +99,7 @@ class Engine:
             NotAllowed: the request is a visitor's.
             BadInput: nothing is stored under `key`, or it is in use.
         """
-        from lowmem.models.stored import delete, find
+        from lowmem.models.inventory import delete, find
 
         self.access.require_owner(msg("Deleting from this machine"))
         doomed = find(key)
@@ -115,7 +115,7 @@ class Engine:
         return doomed.nbytes
 
     def _is_resident(self, folder: Path) -> bool:
-        from lowmem.models.stored import graph_prefix
+        from lowmem.models.inventory import graph_prefix
 
         plan = self.resident
         if plan is None:
