@@ -22,7 +22,7 @@ class LowMemError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, short enough to be part of a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 

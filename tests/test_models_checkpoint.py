@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from lowmem.errors import CorruptModel, LowMemError  # noqa: E402
 from lowmem.models import checkpoint as checkpoint_module  # noqa: E402
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint  # noqa: E402
-from lowmem.models.checkpoint_writer import write_safetensors, write_shards  # noqa: E402
+from lowmem.models.checkpoint_writer import write_shards  # noqa: E402
 from lowmem.models.source import read_spec  # noqa: E402
 from lowmem.models.spec import DTYPE_BYTES  # noqa: E402
 from lowmem.models.synthetic import write_random_model  # noqa: E402
@@ -100,12 +100,12 @@ def test_close_is_idempotent_and_a_bad_folder_leaves_nothing_open(folder: Path) 
 
 
 def test_written_files_are_what_the_library_reads(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    size = write_safetensors(path, iter(samples().items()), {"made": "here"})
+    path = tmp_path / "model.safetensors"
+    size = write_shards(tmp_path, iter(samples().items()))
     assert path.stat().st_size == size
     loaded = load_file(path)
     assert all(same(loaded[name], tensor) for name, tensor in samples().items())
-    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_a_failing_source_leaves_no_file(tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_a_failing_source_leaves_no_file(tmp_path: Path) -> None:
         raise LowMemError("enough")
 
     with pytest.raises(LowMemError, match="enough"):
-        write_safetensors(tmp_path / "x.safetensors", failing())
+        write_shards(tmp_path, failing())
     with pytest.raises(ValueError, match="two tensors"):
-        write_safetensors(tmp_path / "x.safetensors", [("a", torch.ones(1))] * 2)
+        write_shards(tmp_path, [("a", torch.ones(1))] * 2)
     assert list(tmp_path.iterdir()) == []
 
 

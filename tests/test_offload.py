@@ -58,7 +58,7 @@ def test_streamed_blocks_hold_no_memory(tmp_path: Path) -> None:
     held = {name: parameter.untyped_storage().nbytes() for name, parameter in model.named_parameters()}
     assert all((nbytes == 4) == (".layers.1." in name) for name, nbytes in held.items())
     assert model.num_parameters() == toys.toy("llama").num_parameters()
-    assert offloaded.streamer.bytes_per_pass == sum(
+    assert sum(block.stored_bytes for block in offloaded.streamer.blocks) == sum(
         tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items() if ".layers.1." in name
     )
 

@@ -7,10 +7,8 @@ import torch
 
 from lowmem.kernels.packing import (
     AWQ_ORDER,
-    awq_to_gptq,
     from_awq,
     from_gptq,
-    gptq_to_awq,
     pack,
     to_awq,
     to_gptq,
@@ -105,9 +103,9 @@ def test_awq_layout_round_trip(rows: int, columns: int, group: int) -> None:
 def test_awq_and_gptq_convert_into_each_other(v2: bool) -> None:
     weight = quantized(40, 96, 32, 4, lowest_zero=1)
     gptq, awq = to_gptq(weight, v2), to_awq(weight)
-    converted = awq_to_gptq(awq, v2)
+    converted = to_gptq(from_awq(awq), v2)
     assert all(torch.equal(converted[name], gptq[name]) for name in gptq)
-    back = gptq_to_awq(gptq, v2)
+    back = to_awq(from_gptq(gptq, 4, v2))
     assert all(torch.equal(back[name], awq[name]) for name in awq)
 
 

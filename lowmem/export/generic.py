@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
-from lowmem.errors import MissingDependency, Unsupported
+from lowmem.errors import MissingDependency, Unsupported, first_line
 from lowmem.events import CancelToken, Step
 from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
@@ -191,11 +191,9 @@ def _untraceable(error: BaseException) -> Unsupported:
     """The missing operator, otherwise the root cause: the exceptions above it are advice to developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
     hint = msg("Choose a model from another family.")
-    if found := _NO_OPERATOR.search(text):
+    if found := _NO_OPERATOR.search(str(error)):
         return Unsupported(
             msg("The model computes with {found}, for which ONNX has no operator.", found=found[1]), hint
         )
-    reason = (text.splitlines() or [type(error).__name__])[0][:200]
-    return Unsupported(msg("PyTorch cannot convert this model to a graph: {reason}", reason=reason), hint)
+    return Unsupported(msg("PyTorch cannot convert this model to a graph: {reason}", reason=first_line(error)), hint)

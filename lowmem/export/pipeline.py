@@ -45,14 +45,14 @@ def export_model(folder: Path, request: ExportRequest, cancel: CancelToken | Non
     cancel = cancel or CancelToken()
     started = time.perf_counter()
     out, budget = request.out, request.budget
-    job = _Export(folder, request)
-    check(job.spec, request, job.refusal)
-    predicted, limit = job.estimate.ram_bytes, job.estimate.limit
+    task = _Export(folder, request)
+    check(task.spec, request, task.refusal)
+    predicted, limit = task.estimate.ram_bytes, task.estimate.limit
     if predicted > limit:
         raise DoesNotFit(
             msg(
                 "Exporting {model} is estimated to take {predicted} of RAM, but the budget is {limit}.",
-                model=job.spec.name,
+                model=task.spec.name,
                 predicted=format_bytes(predicted),
                 limit=format_bytes(limit),
             ),
@@ -61,11 +61,11 @@ def export_model(folder: Path, request: ExportRequest, cancel: CancelToken | Non
     try:
         part = _begun(out)
         with PeakMeter(budget) as meter:
-            for step in job.run(part, cancel):
+            for step in task.run(part, cancel):
                 meter.check()
                 yield step
-        receipt = job.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
-        job.publish(part, receipt)
+        receipt = task.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
+        task.publish(part, receipt)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -44,15 +44,19 @@ class ExportRequest:
         if self.out.exists():
             raise BadInput(msg("{out} already exists.", out=self.out), msg("Choose another name, or delete it first."))
 
-    def as_arguments(self) -> dict[str, Any]:
-        """For JSON: `ExportRequest.from_arguments(**request.as_arguments()) == request`."""
+    def as_dict(self) -> dict[str, Any]:
+        """The request for JSON: `ExportRequest.from_dict(request.as_dict()) == request`."""
         return asdict(self) | {"out": str(self.out), "budget": self.budget.as_dict()}
 
     @classmethod
-    def from_arguments(
-        cls, *, out: str, options: Mapping[str, Any], budget: Mapping[str, int], **others: Any
-    ) -> ExportRequest:
-        return cls(out=Path(out), options=ExportOptions(**options), budget=MemoryBudget(**budget), **others)
+    def from_dict(cls, value: Mapping[str, Any]) -> ExportRequest:
+        """The request that `as_dict` wrote."""
+        parts = {
+            "out": Path(value["out"]),
+            "options": ExportOptions(**value["options"]),
+            "budget": MemoryBudget(**value["budget"]),
+        }
+        return cls(**{**value, **parts})
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def export_isolated(request: ExportRequest, cancel: CancelToken | None = None) -
     """
     request.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for event in run_isolated("export", request.as_arguments(), cancel, request.budget):
+        for event in run_isolated("export", request.as_dict(), cancel, request.budget):
             yield _receipt(event, request.out) if isinstance(event, Finished) else event
     finally:
         discard(request.out)  # Stop kills the child, which cannot clean up
@@ -62,9 +62,9 @@ def _receipt(end: Finished, out: Path) -> Receipt:
     return replace(receipt, details=receipt.details | {"folder": str(out)})
 
 
-def job(**arguments: Any) -> Generator[Step, None, dict[str, Any]]:
-    """`export` in the child process; `arguments` are those of `ExportRequest.from_arguments`."""
-    receipt = yield from until_receipt(export(ExportRequest.from_arguments(**arguments)))
+def job(**request: Any) -> Generator[Step, None, dict[str, Any]]:
+    """The child of `export_isolated`: returns the receipt as a dict. Stop kills the process."""
+    receipt = yield from until_receipt(export(ExportRequest.from_dict(request)))
     return receipt.as_dict()
 
 

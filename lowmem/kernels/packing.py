@@ -130,13 +130,3 @@ def _awq_words(codes: Tensor) -> Tensor:
 def awq_codes(words: Tensor) -> Tensor:
     """int32 [n, out / 8] -> uint8 [n, out]."""
     return unpack(words, 4, 8 * words.shape[1]).unflatten(1, (-1, 8))[:, :, list(_AWQ_PLACE)].flatten(1)
-
-
-def awq_to_gptq(tensors: Mapping[str, Tensor], v2: bool = True) -> dict[str, Tensor]:
-    """A layer in AWQ's layout in GPTQ's; v2 unless no zero point is 0."""
-    return to_gptq(from_awq(tensors), v2)
-
-
-def gptq_to_awq(tensors: Mapping[str, Tensor], v2: bool) -> dict[str, Tensor]:
-    """A 4-bit layer in GPTQ's layout in AWQ's; `ValueError` when its groups are out of order."""
-    return to_awq(from_gptq(tensors, 4, v2))

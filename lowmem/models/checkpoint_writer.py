@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,27 +21,16 @@ HEADER_ROOM = 1 << 20
 _NAMES = {TORCH_DTYPES[ours]: theirs for theirs, ours in DTYPES.items()}
 
 Named = Iterable[tuple[str, torch.Tensor]]
-Metadata = Mapping[str, str]
-
-
-def write_safetensors(path: Path, tensors: Named, metadata: Metadata | None = None) -> int:
-    """Write `tensors` in order; the file gets its name once it is complete. Returns its size in bytes.
-
-    The header is padded with spaces to `HEADER_ROOM`, as the format allows.
-
-    Raises:
-        ValueError: duplicate names, or more tensors than the header has room for.
-    """
-    with _writing(path, metadata) as writer:
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-    return writer.size
 
 
 def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB) -> int:
     """Write a model's weights as `model.safetensors`, or as numbered shards with an index. Returns the total bytes.
 
-    A shard ends before the tensor that would take it above `shard_bytes`.
+    A shard ends before the tensor that would take it above `shard_bytes`. Headers are padded with spaces to
+    `HEADER_ROOM`, as the format allows.
+
+    Raises:
+        ValueError: duplicate names in a shard, or more tensors than a header has room for.
     """
     shards: list[_Writer] = []
     rest = iter(tensors)
@@ -70,13 +59,13 @@ def _name_shards(folder: Path, shards: list[_Writer]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, metadata: Metadata | None = None) -> Iterator[_Writer]:
+def _writing(path: Path) -> Iterator[_Writer]:
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as out:
             writer = _Writer(path, out)
             yield writer
-            writer.finish({"format": "pt", **(metadata or {})})
+            writer.finish()
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -106,8 +95,8 @@ class _Writer:
         self.entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self.position = end
 
-    def finish(self, metadata: Metadata) -> None:
-        text = json.dumps({"__metadata__": metadata, **self.entries}, separators=(",", ":")).encode()
+    def finish(self) -> None:
+        text = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")).encode()
         if len(text) > HEADER_ROOM:
             raise ValueError(f"the header of {self.path.name} needs {len(text):,} bytes, above {HEADER_ROOM:,}")
         self._out.seek(0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lowmem.errors import CorruptModel, DiskFull, DoesNotFit
+from lowmem.errors import CorruptModel, DiskFull, DoesNotFit, first_line
 from lowmem.events import CancelToken
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
@@ -100,9 +100,12 @@ class PreparedQuantization:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CorruptModel(
-                msg("The tokenizer in {folder} cannot be read: {reason}", folder=self.folder.name, reason=reason),
+                msg(
+                    "The tokenizer in {folder} cannot be read: {error}",
+                    folder=self.folder.name,
+                    error=first_line(error),
+                ),
                 msg("Add the model's tokenizer.json."),
             ) from error
         samples = token_samples(tokenizer, self.request.calibration, self.spec.context, self.cancel)

@@ -90,7 +90,7 @@ class QuantizeRequest:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> QuantizeRequest:
-        """The request that `as_dict` took apart; it was validated before."""
+        """The request that `as_dict` wrote; it was validated before."""
         method = get(value["method"])
         parts = {
             "method": method,

@@ -17,7 +17,6 @@ from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer
 from lowmem.quant.estimate import SHARD_BYTES
 
 _DATA_START = 8 + HEADER_ROOM
-_METADATA = {"format": "pt"}
 
 
 class Shards:
@@ -81,7 +80,7 @@ class Shards:
             with writer.path.open("r+b") as out:
                 header = _Writer(writer.path, out)
                 header.entries, header.position = writer.entries, writer.position
-                header.finish(_METADATA)
+                header.finish()
         _name_shards(self._folder, self._writers)
         return sum(writer.size for writer in self._writers)
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import BadInput, MissingDependency, Unsupported
+from lowmem.errors import BadInput, MissingDependency, Unsupported, first_line
 from lowmem.events import CancelToken, drain
 from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
@@ -104,7 +104,7 @@ class RayPool:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise BadInput(
-                msg("No Ray cluster responds at {address}: {reason}", address=address, reason=_first_line(error)),
+                msg("No Ray cluster responds at {address}: {reason}", address=address, reason=first_line(error)),
                 msg("Start one with ray start --head, or omit --ray."),
             ) from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -159,7 +159,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except self._ray.exceptions.RayError as error:
-            died = msg("Its worker died {max_tries} times: {reason}", max_tries=MAX_TRIES, reason=_first_line(error))
+            died = msg("Its worker died {max_tries} times: {reason}", max_tries=MAX_TRIES, reason=first_line(error))
             row, reference = asdict(Row(task.cell.variant.name, error=died)), None
         if reference is not None:
             unfinished = task.work / "reference.part"
@@ -177,10 +177,6 @@ class RayPool:
         for handle in self._running:
             self._ray.cancel(handle, force=True)
         self._ray.shutdown()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cause(error: Any) -> Exception:

@@ -75,11 +75,6 @@ class Streamer:
         """Bytes fetched so far, from disk or RAM."""
         return self.source.bytes_read
 
-    @property
-    def bytes_per_pass(self) -> int:
-        """Stored bytes of the offloaded blocks: what one forward pass reads."""
-        return sum(block.stored_bytes for block in self.blocks)
-
     def _hook(self, module: nn.Module, bound: _Bound, index: int) -> None:
         buffered = not isinstance(self.source, Mapped)
 
