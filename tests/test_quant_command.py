@@ -1,4 +1,4 @@
-"""`python -m lowmem quantize`: what it makes and prints, how it ends, and the same as a job in its own process."""
+"""`python -m lowmem quantize`: what it makes and prints, how it ends, and the same as a job in a child process."""
 
 from __future__ import annotations
 

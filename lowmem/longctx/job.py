@@ -1,4 +1,4 @@
-"""The job that measures one cache strategy, in a process of its own."""
+"""The job that measures one cache strategy, in a child process."""
 
 from __future__ import annotations
 

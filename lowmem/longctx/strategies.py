@@ -1,6 +1,6 @@
 """Comparison of five KV cache strategies for texts longer than memory or context; imports no torch.
 
-Each strategy streams the same text in a process of its own, which measures at several points perplexity since the point
+Each strategy streams the same text in a child process, which measures at several points perplexity since the point
 before, time per token, and the memory of the cache and of the process.
 """
 

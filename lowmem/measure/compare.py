@@ -1,4 +1,4 @@
-"""Compares variants of one model: quality, size, speed and memory, each measured in a process of its own.
+"""Compares variants of one model: quality, size, speed and memory, each measured in its own child process.
 
 The reference runs first and writes its predictions to a file that the other variants are compared with. A variant that
 fails yields a row with the reason, and the comparison continues.

@@ -1,4 +1,4 @@
-"""The job that measures one variant of a comparison, in a process of its own: quality, speed and memory."""
+"""The job that measures one variant of a comparison, in a child process: quality, speed and memory."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Row:
         ram_bytes, vram_bytes: measured peak of the process.
         predicted_ram_bytes, predicted_vram_bytes: estimated before loading.
         seconds: duration of the process, including quantization.
-        quantize_seconds, quantize_ram_bytes: duration and peak RAM of quantization, in a process of its own.
+        quantize_seconds, quantize_ram_bytes: duration and peak RAM of quantization, in a child process.
         model: the model's name as requested.
     """
 

@@ -1,4 +1,4 @@
-"""Converting a GGUF file to a folder of safetensors, in a process of its own.
+"""Converting a GGUF file to a folder of safetensors, in a child process.
 
 transformers dequantizes with torch, which takes a multiple of the model's size and does not return it to the
 system; when a child process exits, all of it is free again. Run as

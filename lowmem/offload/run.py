@@ -1,6 +1,6 @@
 """Generation with an offloaded model: plan, load, generate, and compare the measured speed with the estimate.
 
-The command line, the Offload tab and the benchmark call `run`; `job` does the same in a process of its own.
+The command line, the Offload tab and the benchmark call `run`; `job` does the same in a child process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What rounding does to a model's weights: a histogram before and after it, and the loss of every block.
 
-`job` reads and rounds with torch, in its own process; the plots need only its numbers.
+`job` reads and rounds with torch, in a child process; the plots need only its numbers.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ class Precision:
     Args:
         key: name in options, flags and plans.
         label: name on the page.
-        dtype: dtype of activations and KV cache; "" for whatever the device computes best.
+        dtype: a name from `Device.dtypes` (fp32, bf16, fp16), the dtype of activations and KV cache; "" for the one that
+            the device computes best.
         backends: what can compute in it, "torch", "onnx" or both.
         covers_embeddings: embeddings and the output head are quantized too, not only the decoder blocks.
     """

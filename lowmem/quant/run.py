@@ -1,4 +1,4 @@
-"""Running a `QuantizeRequest`, in this process or in one of its own. Imports no torch."""
+"""Running a `QuantizeRequest`, in this process or in a child process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quantize(request: QuantizeRequest, cancel: CancelToken | None = None) -> Ite
 
 
 def quantize_isolated(request: QuantizeRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
-    """The same in a process of its own, whose true peak of memory the receipt has."""
+    """The same in a child process, whose true peak of memory the receipt has."""
     request.out.parent.mkdir(parents=True, exist_ok=True)
     for event in run_isolated("quantize", request.as_dict(), cancel, request.budget):
         yield event.receipt() if isinstance(event, Finished) else event

@@ -269,7 +269,7 @@ def offload_compare(
     *,
     cancel: CancelToken,
 ) -> Events:
-    """One prompt by every method, each in a process of its own; yields steps, and a receipt or "error" for each."""
+    """One prompt by every method, each in its own child process; yields steps, and a receipt or "error" for each."""
     bounded(prompt)
     chosen = COMPARED if methods is None else list(map(str, methods))
     return services.offload.compare(OffloadRequest(model.strip(), budget), prompt, new_tokens, cancel, chosen)
@@ -329,7 +329,7 @@ def compare_strategies(
     *,
     cancel: CancelToken,
 ) -> Events:
-    """Read a text with five cache strategies, each in a process of its own; yields steps and points, last of all the receipt."""
+    """Read a text with five cache strategies, each in its own child process; yields steps and points, last of all the receipt."""
     source = TextSource(text, address=address)
     return services.longctx.compare_strategies(model, source, options, MemoryBudget.parse(ram), cancel, precision)
 

@@ -41,7 +41,7 @@ class CompareService:
         self, model: str, variants: Sequence[str], text: str, options: MeasureOptions, budget: MemoryBudget,
         cancel: CancelToken,
     ) -> Iterator[Step | Row | Receipt]:  # fmt: skip
-        """Measure variants of a model, each in a process of its own."""
+        """Measure variants of a model, each in its own child process."""
         from lowmem.measure.compare import compare
 
         chosen = parse_variants(variants)

@@ -247,7 +247,7 @@ class Engine:
         return budget.bounded(self.hardware()).for_child_process()
 
     def isolated(self, job: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Any]:
-        """Run a registered job in a process of its own; its value is the last event."""
+        """Run a registered job in a child process; its value is the last event."""
         from lowmem.machine.isolated import Finished, run_isolated
 
         for event in run_isolated(job, arguments, cancel):

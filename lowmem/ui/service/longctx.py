@@ -92,7 +92,7 @@ class LongContextService:
         cancel: CancelToken,
         precision: str = AUTO,
     ) -> Iterator[Step | Point | Receipt]:
-        """Read a text with every cache strategy, each in a process of its own; without a text, Python's manual."""
+        """Read a text with every cache strategy, each in its own child process; without a text, Python's manual."""
         self.engine.spec(model)  # refuses models that this visitor may not name
         self.engine.access.check_reading(options.tokens)
         budget = self.engine.child_budget(budget)

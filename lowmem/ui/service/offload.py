@@ -83,7 +83,7 @@ class OffloadService:
             return None
 
     def measure(self, plan: Plan, again: bool = False) -> SpeedEstimate | None:
-        """As `speed`, but measures this machine first, in a process of its own, if it never was; takes some seconds.
+        """As `speed`, but measures this machine first, in a child process, if it never was; takes some seconds.
 
         Not while the model computes: each would slow the other down.
         """
@@ -123,7 +123,7 @@ class OffloadService:
         cancel: CancelToken,
         methods: Sequence[str] = COMPARED,
     ) -> Iterator[Step | dict[str, Any]]:
-        """Run every method in a process of its own; yields a dictionary for each, of its receipt or of its "error"."""
+        """Run every method in its own child process; yields a dictionary for each, of its receipt or of its "error"."""
         if unknown := [method for method in methods if method not in METHODS]:
             raise BadInput(
                 msg("There is no method {unknown!r}.", unknown=unknown[0]),

@@ -1,4 +1,4 @@
-"""Quantizing a model for the page: checks a request, estimates it, runs it in a process of its own. Imports no torch."""
+"""Quantizing a model for the page: checks a request, estimates it, runs it in a child process. Imports no torch."""
 
 from __future__ import annotations
 

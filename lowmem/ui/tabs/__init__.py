@@ -1,4 +1,4 @@
-"""The tabs of the page, in their order. A new one is a file with a `TAB` of its own and a line here."""
+"""The tabs of the page, in their order. To add one, write a module with a `TAB`, import it here and add it to `TABS`."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class RecallMode:
 
 
 class StrategiesMode:
-    """Five cache strategies side by side, each in a process of its own: the course's second exercise."""
+    """Five cache strategies side by side, each in its own child process: the course's second exercise."""
 
     key = "strategies"
 
