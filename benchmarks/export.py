@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.common import demo_folder, interleaved, merged, save, table, text_of
 from lowmem.export.request import ExportRequest
-from lowmem.export.run import export
+from lowmem.export.run import export_model
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import read_manifest
 from lowmem.settings import settings
@@ -237,7 +237,7 @@ def _write(demo: Path) -> None:
     for name, options in VARIANTS.items():
         if not _folder(name).exists():
             _folder(name).parent.mkdir(parents=True, exist_ok=True)
-            list(export(ExportRequest(str(demo), _folder(name), options)))
+            list(export_model(ExportRequest(str(demo), _folder(name), options)))
 
 
 def _ids(demo: Path) -> list[int]:

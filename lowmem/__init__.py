@@ -1,11 +1,14 @@
 """lowmem: language models on machines with little memory, within an enforced memory budget.
 
+    from pathlib import Path
     import lowmem
     session = lowmem.Session()
     hardware = session.hardware()
     plan = lowmem.plan(lowmem.read_spec("demo"), hardware, lowmem.MemoryBudget.detect(hardware))
     for event in session.load(plan): ...
     for event in session.generate("Hello", lowmem.GenerateOptions()): ...
+    for event in lowmem.quantize(lowmem.QuantizeRequest.validated("demo", "gptq", out=Path("demo-gptq"))): ...
+    for event in lowmem.export_model(lowmem.ExportRequest("demo", Path("demo-onnx"))): ...
 
 Names are imported on first use: `import lowmem` brings in neither torch nor transformers.
 """
@@ -21,6 +24,8 @@ _HOME_OF = {
     "CancelToken": "lowmem.events",
     "Chunk": "lowmem.events",
     "Completion": "lowmem.events",
+    "ExportOptions": "lowmem.planning.graph_options",
+    "ExportRequest": "lowmem.export.request",
     "GenerateOptions": "lowmem.generate.options",
     "Goal": "lowmem.planning.goal",
     "Hardware": "lowmem.machine.hardware",
@@ -28,11 +33,14 @@ _HOME_OF = {
     "MemoryBudget": "lowmem.machine.budget",
     "ModelSpec": "lowmem.models.spec",
     "Plan": "lowmem.planning.plan",
+    "QuantizeRequest": "lowmem.quant.request",
     "Receipt": "lowmem.events",
     "Session": "lowmem.runtime.session",
     "Step": "lowmem.events",
+    "export_model": "lowmem.export.run",
     "plan": "lowmem.planning.planner",
     "probe": "lowmem.machine.hardware",
+    "quantize": "lowmem.quant.run",
     "read_spec": "lowmem.models.source",
 }
 
@@ -41,14 +49,19 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:
     from lowmem.errors import LowMemError
     from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+    from lowmem.export.request import ExportRequest
+    from lowmem.export.run import export_model
     from lowmem.generate.options import GenerateOptions
     from lowmem.machine.budget import MemoryBudget
     from lowmem.machine.hardware import Hardware, probe
     from lowmem.models.source import read_spec
     from lowmem.models.spec import ModelSpec
     from lowmem.planning.goal import Goal
+    from lowmem.planning.graph_options import ExportOptions
     from lowmem.planning.plan import Plan
     from lowmem.planning.planner import plan
+    from lowmem.quant.request import QuantizeRequest
+    from lowmem.quant.run import quantize
     from lowmem.runtime.session import Session
 
 

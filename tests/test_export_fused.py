@@ -32,7 +32,7 @@ FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3")
 
 
 def export(source: Path, out: Path, **options: object) -> Receipt:
-    *_, receipt = run.export(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
+    *_, receipt = run.export_model(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
     assert isinstance(receipt, Receipt)
     return receipt
 
@@ -222,7 +222,7 @@ def test_a_graph_that_fails_the_parity_check_is_kept_apart(tmp_path: Path, monke
 
 def test_stop_ends_an_export_and_leaves_nothing(tmp_path: Path) -> None:
     cancel = CancelToken()
-    events = run.export(ExportRequest(str(toys.save_toy("llama", tmp_path / "m")), tmp_path / "out"), cancel)
+    events = run.export_model(ExportRequest(str(toys.save_toy("llama", tmp_path / "m")), tmp_path / "out"), cancel)
     next(events)
     cancel.set()
     with pytest.raises(LowMemError, match="Stopped"):

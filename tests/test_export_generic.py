@@ -32,7 +32,7 @@ from lowmem.units import GB, MB
 
 
 def export(source: Path, out: Path, **options: object) -> Receipt:
-    *_, receipt = run.export(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
+    *_, receipt = run.export_model(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
     assert isinstance(receipt, Receipt)
     return receipt
 

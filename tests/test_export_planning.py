@@ -14,7 +14,7 @@ import toys
 from lowmem.errors import BadInput, Cancelled, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.export.request import ExportRequest
-from lowmem.export.run import export
+from lowmem.export.run import export_model
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.catalog import find
@@ -181,7 +181,7 @@ def test_all_options_work_on_a_graph(folder: Path) -> None:
 
 
 def test_an_exported_folder_is_a_model_by_its_path(folder: Path, tmp_path: Path) -> None:
-    list(export(ExportRequest(str(folder), tmp_path / "out", ExportOptions(precision="int4"))))
+    list(export_model(ExportRequest(str(folder), tmp_path / "out", ExportOptions(precision="int4"))))
     spec = read_spec(str(tmp_path / "out"))
     assert spec.exported == "int4"
     assert spec.size_on_disk == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))

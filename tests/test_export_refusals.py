@@ -53,7 +53,7 @@ def said(kind: type[LowMemError], words: str, act: Act) -> str:
 
 
 def export(source: Path, out: Path, **options: object) -> Receipt:
-    *_, receipt = run.export(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
+    *_, receipt = run.export_model(ExportRequest(str(source), out, ExportOptions(**options)))  # type: ignore[arg-type]
     assert isinstance(receipt, Receipt)
     return receipt
 

@@ -11,7 +11,7 @@ import toys
 
 from lowmem.events import CancelToken
 from lowmem.export.request import ExportRequest
-from lowmem.export.run import export
+from lowmem.export.run import export_model
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompt_lookup import CLOSE, PromptLookup, accepted
@@ -47,7 +47,7 @@ def graph(repeating: Any, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel
     root = tmp_path_factory.mktemp("graph")
     repeating.save_pretrained(root / "m")
     toys.tokenizer().save_pretrained(root / "m")
-    list(export(ExportRequest(str(root / "m"), root / "out", ExportOptions(precision="fp32"))))
+    list(export_model(ExportRequest(str(root / "m"), root / "out", ExportOptions(precision="fp32"))))
     return OnnxModel(root / "out")
 
 
@@ -71,7 +71,7 @@ def test_wrong_guesses_leave_no_trace(family: str) -> None:
 def test_activations_that_are_rounded_rule_it_out(repeating: Any, tmp_path: Path) -> None:
     repeating.save_pretrained(tmp_path / "m")
     toys.tokenizer().save_pretrained(tmp_path / "m")
-    list(export(ExportRequest(str(tmp_path / "m"), tmp_path / "out", ExportOptions(precision="int8"))))
+    list(export_model(ExportRequest(str(tmp_path / "m"), tmp_path / "out", ExportOptions(precision="int8"))))
     graph = OnnxModel(tmp_path / "out")
     assert written(graph, toys.prompt(12), prompt_lookup_num_tokens=8)[1] == written(graph, toys.prompt(12))[1]
 

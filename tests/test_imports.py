@@ -32,7 +32,11 @@ PLANNING = [
 
 def imported(modules: list[str]) -> set[str]:
     """The heavy packages that a fresh process holds after importing `modules`."""
-    code = f"import importlib, sys; [importlib.import_module(name) for name in {modules!r}]\n"
+    return held_after(f"import importlib; [importlib.import_module(name) for name in {modules!r}]")
+
+
+def held_after(code: str) -> set[str]:
+    code += "\nimport sys\n"
     code += f"print(*(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,6 +49,10 @@ def test_planning_imports_nothing_heavy() -> None:
 
 def test_the_interface_imports_no_torch() -> None:
     assert imported(modules_of("lowmem.ui")) <= {"gradio"}
+
+
+def test_public_names_resolve_without_torch() -> None:
+    assert held_after("import lowmem; [getattr(lowmem, name) for name in lowmem.__all__ if name != 'Session']") == set()
 
 
 def import_names(path: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_options, budget, options
 from lowmem.cli.console import finish, follow
 from lowmem.export.request import ExportRequest
-from lowmem.export.run import export
+from lowmem.export.run import export_model
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.units import format_bytes, format_seconds
 
@@ -26,6 +26,6 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    receipt = follow(export(ExportRequest(args.model, args.out, options(args, ExportOptions), budget(args))))
+    receipt = follow(export_model(ExportRequest(args.model, args.out, options(args, ExportOptions), budget(args))))
     size, seconds = format_bytes(receipt.disk_bytes), format_seconds(receipt.seconds)
     return finish(receipt, args.json, f"{receipt.model} in {receipt.precision}: {size} in {seconds}")

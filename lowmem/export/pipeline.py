@@ -31,7 +31,7 @@ from lowmem.units import format_bytes
 FAILED = "failed"
 
 
-def export_model(folder: Path, request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
+def export_folder(folder: Path, request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
     """Export the model in `folder` as `request` says; the last event is the receipt.
 
     `request.out` appears once it is complete and verified. A graph that fails the parity check is moved to `failed/` beside it.
@@ -223,9 +223,9 @@ def _snippet(ref: str, options: ExportOptions) -> str:
     return (
         "from pathlib import Path\n"
         "from lowmem.export.request import ExportRequest\n"
-        "from lowmem.export.run import export\n"
+        "from lowmem.export.run import export_model\n"
         "from lowmem.planning.graph_options import ExportOptions\n\n"
         f"request = ExportRequest({ref!r}, Path('exported'), ExportOptions({arguments}))\n"
-        "for event in export(request):\n"
+        "for event in export_model(request):\n"
         "    print(event)\n"
     )

@@ -26,11 +26,11 @@ def output_folder(name: str, options: ExportOptions) -> Path:
     return next(folder for folder in names if not folder.exists())
 
 
-def export(request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
+def export_model(request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
     """Fetch the model if necessary and export it in this process; the last event is the receipt.
 
     Raises:
-        LowMemError: see `models.fetch.fetch`, `pipeline.export_model` and `tensorrt.export_engine`.
+        LowMemError: see `models.fetch.fetch`, `pipeline.export_folder` and `tensorrt.export_engine`.
     """
     folder = yield from fetch(request.model, cancel, request.allow_paths, encoders=True)
     if request.options.format == "tensorrt":
@@ -38,16 +38,16 @@ def export(request: ExportRequest, cancel: CancelToken | None = None) -> Iterato
 
         yield from export_engine(folder, request, cancel)
     else:
-        from lowmem.export.pipeline import export_model
+        from lowmem.export.pipeline import export_folder
 
-        yield from export_model(folder, request, cancel)
+        yield from export_folder(folder, request, cancel)
 
 
 def export_isolated(request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
-    """`export` in a child process, whose memory is released at its end; the receipt's `details["folder"]` is the result.
+    """`export_model` in a child process, whose memory is released at its end; the receipt's `details["folder"]` is the result.
 
     Raises:
-        LowMemError: see `export`.
+        LowMemError: see `export_model`.
     """
     request.out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,7 +64,7 @@ def _receipt(end: Finished, out: Path) -> Receipt:
 
 def job(**request: Any) -> Generator[Step, None, dict[str, Any]]:
     """The child of `export_isolated`: returns the receipt as a dict. Stop kills the process."""
-    receipt = yield from until_receipt(export(ExportRequest.from_dict(request)))
+    receipt = yield from until_receipt(export_model(ExportRequest.from_dict(request)))
     return receipt.as_dict()
 
 

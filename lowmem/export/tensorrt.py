@@ -234,10 +234,10 @@ def export_engine(folder: Path, request: ExportRequest, cancel: CancelToken | No
     """The verified fp16 graph of the model in `folder`, and its engines in the cache; the last event is the receipt.
 
     Raises:
-        Unsupported: there is no GPU or no TensorRT, naming the missing piece. See also `export_model`.
+        Unsupported: there is no GPU or no TensorRT, naming the missing piece. See also `export_folder`.
         OutOfMemory: not even one block fits the GPU.
     """
-    from lowmem.export.pipeline import export_model
+    from lowmem.export.pipeline import export_folder
 
     hardware = probe()
     if missing := available(hardware):
@@ -246,7 +246,7 @@ def export_engine(folder: Path, request: ExportRequest, cancel: CancelToken | No
     runs = model_segments(read_spec(str(folder)), gpu)
     request, out = replace(request, options=replace(request.options, precision="fp16", fused=False)), request.out
     receipt: Receipt | None = None
-    for event in export_model(folder, request, cancel):
+    for event in export_folder(folder, request, cancel):
         if isinstance(event, Receipt):
             receipt = event
         else:
