@@ -40,7 +40,7 @@ def demo_session(goal: Goal) -> Session:
 
 
 def lowmem(*arguments: str | int | Path) -> dict[str, Any]:
-    """`python -m lowmem ... --json` in a process of its own; the receipt."""
+    """Run `python -m lowmem ... --json` in a child process; returns the receipt."""
     command = lowmem_command(*arguments)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
     if done.returncode:

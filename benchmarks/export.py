@@ -3,7 +3,7 @@
     python -m benchmarks.export --write                       the graphs, once
     python -m benchmarks.export [ENGINE ...] [--runs 5] [--peers PYTHON] [--gguf FILE] [--genai FOLDER]
 
-The demo model, a prompt of 512 tokens, 128 new ones, greedy. Every engine is a process of its own that waits for its turn;
+The demo model, a prompt of 512 tokens, 128 new ones, greedy. Every engine is a child process that waits for its turn;
 a round asks each of them once. Engines are the keys of `ENGINES`, all when none is named; those that run later join
 the rows of earlier runs, and their ratios are to the llama.cpp of their own run. `PYTHON` is the interpreter of an environment with
 llama-cpp-python and onnxruntime-genai (a peer that is absent is left out); FOLDER is what

@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.common import demo_folder, demo_session, save, table
 from lowmem.datasets.texts import calibration_text, evaluation_text
 from lowmem.events import CancelToken, Step, until_receipt
+from lowmem.generate.cache.argument import cache_argument
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.hidden import hidden_states
@@ -221,11 +222,12 @@ def kv(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     text, times, stored = torch.tensor([ids]), dict[str, list[float]](), 0
     with torch.inference_mode():
         for name, cache in theirs.items():
-            model(input_ids=text[:, :CONTEXT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            inputs = {cache_argument(model): cache, "use_cache": True}
+            model(input_ids=text[:, :CONTEXT], logits_to_keep=1, **inputs)
             times[name] = []
             for place in range(CONTEXT, CONTEXT + TIMED):
                 started = time.perf_counter()
-                model(input_ids=text[:, place : place + 1], past_key_values=cache, use_cache=True)
+                model(input_ids=text[:, place : place + 1], **inputs)
                 times[name].append(time.perf_counter() - started)
         for name, options in ours.items():
             times[name], held = _timed_after(model, ids, options)
@@ -257,7 +259,7 @@ def _timed_after(model: Any, ids: Sequence[int], options: GenerateOptions) -> tu
 
 
 def hidden(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """The action as the page and the command line run it, each length in a process of its own."""
+    """The action as the page and the command line run it, each length in a child process."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens in (10_000, args.tokens or 100_000):

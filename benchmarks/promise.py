@@ -2,7 +2,7 @@
 
     python -m benchmarks.promise [--quick]
 
-Every row is one command line in a process of its own: `python -m lowmem ACTION ... --ram BUDGET --json`. Models are the
+Every row is one command line in a child process: `python -m lowmem ACTION ... --ram BUDGET --json`. Models are the
 demo model and random weights in shapes of 0.5B, 1B and 7B (the last in 4 bits); a prompt fills the context but for 32 tokens.
 `--quick` runs the demo model's rows and saves nothing.
 """

@@ -1,4 +1,4 @@
-"""`python app.py` in a process of its own, as a person starts it."""
+"""`python app.py` in a child process, as a person starts it."""
 
 from __future__ import annotations
 

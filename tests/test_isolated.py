@@ -1,4 +1,4 @@
-"""Jobs in their own process: what comes back, what a death looks like, how Stop and limits end them."""
+"""Jobs in child processes: what comes back, what a death looks like, how Stop and limits end them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The promise on the real model: predicted, kept and measured, each time in a process of its own."""
+"""The promise on the real model: predicted, kept and measured, each time in a child process."""
 
 from __future__ import annotations
 

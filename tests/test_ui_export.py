@@ -1,4 +1,4 @@
-"""The Export tab without a browser: what it forecasts, shows and refuses; and its jobs in processes of their own."""
+"""The Export tab without a browser: what it forecasts, shows and refuses; and its jobs in child processes."""
 
 from __future__ import annotations
 
