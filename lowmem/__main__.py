@@ -1,12 +1,13 @@
 """The command line: `python -m lowmem COMMAND`; one module of `lowmem.cli` per command.
 
-With `--json` standard output holds the receipt as one line of JSON and nothing else. Progress goes to standard error,
+With `--json` standard output is the run report as one line of JSON and nothing else. Progress goes to standard error,
 and only when that is a terminal. Exit status: 0, 2 for wrong usage, 3 for a `LowMemError`, 130 when interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(current_names(sys.argv[1:] if arguments is None else arguments))
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
         return status
     except LowMemError as error:
         print(*filter(None, (error.message, error.hint)), sep="\n", file=sys.stderr)
         return 3
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does; Python's flush at exit must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130

@@ -252,6 +252,27 @@ def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -
     visit.close()
 
 
+def test_every_tab_and_page_follows_the_loaded_model(browser: Any, stub_url: str) -> None:
+    visit = Visit(browser, stub_url, "desktop", "light", "follow")
+    other = Visit(browser, stub_url, "desktop", "light", "follow-other")
+    page = visit.page
+    assert other.page.is_visible("#load")
+    page.click("#load")
+    page.wait_for_selector("#message textarea")
+    visit.send("What is a KV cache?")
+    page.wait_for_selector("#chat .bot")
+    page.click("#tabs button[role=tab]:has-text('Long Context') >> nth=0")
+    page.wait_for_function("!document.querySelector('#long-memory').textContent.includes('Load a model')")
+    other.page.wait_for_selector("#message textarea")
+    assert not other.page.is_visible("#load")
+    page.click("#tabs button[role=tab]:has-text('Generate') >> nth=0")
+    page.click("#unload-bar")
+    other.page.wait_for_selector("#load:visible")
+    page.wait_for_function("document.querySelector('#long-memory').textContent.includes('Load a model')")
+    other.close()
+    visit.close()
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
 def test_a_first_visit_on_the_demo_model(browser: Any, demo_home: Path, size: str, scheme: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import toys
 
 from lowmem.__main__ import main
+from lowmem.cli.offload import _Answers
+from lowmem.events import Completion
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,36 @@ def test_an_unreadable_file_of_prompts(folder, tmp_path: Path, capsys):
     for path in (binary, tmp_path / "absent.txt"):
         assert main(["generate", folder, "--prompts", str(path)]) == 3
         assert "cannot be read as text" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error(folder):
+    command = [sys.executable, "-m", "lowmem", "plan", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0
+    assert errors == ""
+
+
+def test_identical_answers_are_printed_once(capsys):
+    answers = _Answers()
+    for index, text in enumerate(("blue.", "blue.", "grey.", "blue.")):
+        answers.show(Completion(index, "The sky is", text))
+    answers.finish()
+    streams = capsys.readouterr()
+    assert streams.out == "blue.\n\ngrey."
+    assert streams.err.strip() == "3 of 4 answers are identical."
+
+
+def test_plan_names_the_shares_as_the_page_does(folder, capsys):
+    assert main(["plan", folder]) == 0
+    printed = capsys.readouterr().out
+    assert "KV cache" in printed
+    assert " kv " not in printed
+
+
+def test_plan_says_when_offloading_would_fit(capsys):
+    assert main(["plan", "demo", "--ram", "720M"]) == 0
+    printed = capsys.readouterr().out
+    assert "over" in printed
+    assert "see lowmem offload --help" in printed

@@ -22,6 +22,7 @@ from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
+from lowmem.settings import settings
 from lowmem.ui.html import longctx as render_longctx
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
@@ -84,6 +85,15 @@ def test_text_goes_on_beyond_the_context_until_stop(tab: LongContextTab) -> None
     assert text
     assert "continuation.txt" in link
     assert shown[1]
+
+
+def test_a_stop_before_the_first_token_leaves_no_file(tab: LongContextTab) -> None:
+    folders = settings().outputs
+    before = set(folders.glob("stream-*"))
+    _, view = mode(tab, "continue")._start(CancelToken(), TEXT, None, "", *OPTIONS)
+    _, _, link = view([])
+    assert link == ""
+    assert set(folders.glob("stream-*")) == before
 
 
 def test_perplexity_both_ways_is_a_figure_and_a_plot(tab: LongContextTab) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from lowmem.cli.arguments import MODEL_HELP, add_budget, add_force, add_json, budget
 from lowmem.cli.console import finish, follow
-from lowmem.cli.plan import add_device
+from lowmem.cli.plan import OFFLOAD_CONTEXT, add_device
 from lowmem.errors import BadInput
 from lowmem.events import Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
@@ -34,7 +35,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--sample", action="store_true", help="sample tokens; default: greedy decoding")
     add_budget(parser)
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of prompt and answer together")
+    parser.add_argument(
+        "--context", type=int, default=OFFLOAD_CONTEXT, metavar="N", help="tokens of prompt and answer together"
+    )
     parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="compute dtype")
     add_device(parser)
     parser.add_argument("--disk-blocks", metavar="LIST", help="blocks on disk: all, or numbers like 0-5,9")
@@ -67,7 +70,9 @@ def run_command(args: argparse.Namespace) -> int:
         plan = plan_for(session, args.model, goal, budget(args), places, largest)
         if not args.json:
             print(f"{plan.reason} {plan.sentence()}", file=sys.stderr)
-        receipt = follow(_events(session, plan, args), None if args.json else _print)
+        answers = _Answers()
+        receipt = follow(_events(session, plan, args), None if args.json else answers.show)
+        answers.finish()
         session.unload()
     return finish(receipt, args.json, *_summary(receipt))
 
@@ -86,8 +91,23 @@ def _events(session: Session, plan: Plan, args: argparse.Namespace) -> Iterator[
     return run(session, plan, prompts, options, raw=args.raw, again=args.measure, force=args.force)
 
 
-def _print(event: Chunk | Completion) -> None:
-    print(event.text, end="" if isinstance(event, Chunk) else "\n\n", flush=True)
+class _Answers:
+    """Prints the first answer as it arrives, then the others, each distinct text once."""
+
+    def __init__(self) -> None:
+        self._texts: defaultdict[int, str] = defaultdict(str)
+
+    def show(self, event: Chunk | Completion) -> None:
+        self._texts[event.index] += event.text
+        if event.index == 0:
+            print(event.text, end="", flush=True)
+
+    def finish(self) -> None:
+        for text, count in Counter(self._texts[index] for index in sorted(self._texts)).items():
+            if text != self._texts[0]:
+                print(f"\n\n{text}", end="", flush=True)
+            if count > 1:
+                print(f"\n\n{count:,} of {len(self._texts):,} answers are identical.", file=sys.stderr)
 
 
 def _reference(args: argparse.Namespace) -> Iterator[Step | Receipt]:

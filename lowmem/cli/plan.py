@@ -8,14 +8,20 @@ import json
 from typing import Any
 
 from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, budget
+from lowmem.errors import LowMemError
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.offload.run import plan_for
 from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import DEFAULT_GOAL
 from lowmem.precisions import PRECISIONS
 from lowmem.runtime.session import Session
+from lowmem.ui.names import name
 from lowmem.units import format_bytes
+
+OFFLOAD_CONTEXT = 512
+"""The default context of an offloaded run."""
 
 
 def add_command(commands: Any) -> None:
@@ -72,12 +78,30 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{estimate.memory.upper()}  {peak} of {limit}  ({estimate.verdict})")
         for line in estimate.lines:
             if line.count:
-                print(f"  {format_bytes(line.count):>9}  {line.key:<12} {line.why}")
+                print(f"  {format_bytes(line.count):>9}  {name('shares', line.key):<12} {line.why}")
     if plan.declined:
         print("\nAlternatives considered:")
         for declined in plan.declined:
             print(f"  {declined.choice}: {declined.reason}")
+    if plan.verdict == "over" and (hint := _offload_hint(args, plan)):
+        print(f"\n{hint}")
     return 0
+
+
+def _offload_hint(args: argparse.Namespace, plan: Plan) -> str:
+    """How to run a model that does not fit whole, "" if not even offloading helps."""
+    context = min(args.context, OFFLOAD_CONTEXT)
+    try:
+        goal = Goal(context=context, batch=args.batch, precision=args.precision, device=args.device)
+        offloaded = plan_for(Session(), plan.spec, goal, budget(args))
+    except LowMemError:
+        return ""
+    if offloaded.verdict == "over":
+        return ""
+    peak = format_bytes(offloaded.main.peak)
+    return (
+        f"With offloading and {context:,} tokens of context it runs in {peak}, but slower: see lowmem offload --help."
+    )
 
 
 def _as_dict(plan: Plan) -> dict[str, Any]:

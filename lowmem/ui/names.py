@@ -16,6 +16,11 @@ NAMES: dict[str, Any] = {
         "free": msg("Free"),
     },
     "memory": {"ram": msg("RAM"), "vram": msg("GPU memory")},
+    "limits": {
+        "the disk": msg("{seconds} per token, limited by the disk"),
+        "the bus": msg("{seconds} per token, limited by the bus"),
+        "the computation": msg("{seconds} per token, limited by computation"),
+    },
     "verdicts": {"fits": msg("Fits"), "tight": msg("Tight"), "over": msg("Doesn't fit")},
     "choices": {
         "same": msg("Same as the model"),

@@ -85,9 +85,7 @@ def _prediction(plan: Plan, speed: SpeedEstimate | None, here: bool) -> str:
             else msg("The time per token is shown once the model is on this machine.")
         )
         return budgets + parts.small(*lines)
-    seconds = msg(
-        "{seconds} per token, limited by {bound}", seconds=_seconds(speed.seconds_per_token), bound=speed.bound_by
-    )
+    seconds = Message(name("limits", speed.bound_by), seconds=_seconds(speed.seconds_per_token))
     if speed.disk_bytes:
         rate = format_bytes(speed.disk_rate)
         lines.append(

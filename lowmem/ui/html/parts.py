@@ -109,7 +109,7 @@ def against(
     near = abs(error) <= tolerance
     difference = form(abs(predicted - measured))
     if near:
-        verdict: str = Message("{error:+.1f} %", error=100 * error)
+        verdict = _deviation(measured / predicted - 1 if measured and predicted else 0.0)
     elif error < 0:
         verdict = msg("{difference} more than predicted", difference=difference)
     else:
@@ -126,6 +126,17 @@ def against(
         measured=form(measured),
     )
     return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'
+
+
+def _deviation(share: float) -> str:
+    figure = Message("{share:.1%}", share=abs(share))
+    if str(figure) == "0.0%":
+        return msg("as predicted")
+    return (
+        msg("{share} above the prediction", share=figure)
+        if share > 0
+        else msg("{share} below the prediction", share=figure)
+    )
 
 
 def peaks(receipt: Receipt, label: Callable[[str], str]) -> str:

@@ -295,7 +295,7 @@ def live(chunk: Chunk | None) -> str:
         msg("Context: {used:,} of {limit:,} tokens", used=used, limit=limit),
         ("", parts.percent(min(used, limit), limit)),
     )
-    context = f'<div class="lm-context">{bar}<span><b>{number(used, ",")}</b> {escape(msg("of {limit:,} context", limit=limit))}</span></div>'
+    context = f'<div class="lm-context">{bar}<span><b>{number(used, ",")}</b> {escape(msg("of {limit:,} tokens", limit=limit))}</span></div>'
     return f'<div class="lm-live lm-num">{figures}{context}</div>'
 
 

@@ -99,7 +99,9 @@ class Setup:
                 value=2048,
                 step=256,
                 label=msg("Context"),
-                info=msg("Tokens of prompt and answer together; the KV cache is sized for them."),
+                info=msg(
+                    "Tokens of prompt and answer together, for the estimate. A longer conversation is estimated again."
+                ),
                 elem_id="context",
             )
             with gr.Row():

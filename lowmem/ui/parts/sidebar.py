@@ -34,7 +34,8 @@ class Sidebar:
     Attributes:
         limits: the budget sliders, RAM first, in GB.
         budget: the budget bar; written with every new estimate.
-        seen: (resident, receipt) as last shown; changes when another page loads a model.
+        loaded: the loaded model's key, in a hidden textbox: its `change` fires on every page when one loads or unloads.
+            (A `gr.State` would stay silent, as gradio reports its changes only for queued events.)
     """
 
     def __init__(self, engine: Engine, cap_bytes: int | None = None) -> None:
@@ -59,7 +60,8 @@ class Sidebar:
                     wrap_lines=True,
                     buttons=["copy"],
                 )
-        self.seen = gr.State(("", ""))
+        self.seen = gr.State(("", ""))  # the resident model and the receipt as last shown
+        self.loaded = gr.Textbox(visible="hidden", elem_id="loaded")
         self.outputs = [
             self.meters,
             self.resident,
@@ -68,6 +70,7 @@ class Sidebar:
             self.snippet_box,
             self.snippet,
             self.seen,
+            self.loaded,
         ]
         gr.Timer(TICK_SECONDS).tick(self.refresh, self.seen, self.outputs, **QUICK)
 
@@ -110,10 +113,11 @@ class Sidebar:
         now = (f"{resident_key(engine)} {busy}", f"{receipt.action} {receipt.seconds}" if receipt else "")
         meters = render.meters(engine.snapshot())
         if now == tuple(seen):
-            return [meters, *[gr.skip()] * 6]
+            return [meters, *[gr.skip()] * 7]
         snippet = receipt.snippet if receipt else ""
         resident = [render.resident(plan, busy), gr.Button(visible=plan is not None)]
-        return [meters, *resident, render.receipt(receipt), gr.Accordion(visible=bool(snippet)), snippet, now]
+        shown = [render.receipt(receipt), gr.Accordion(visible=bool(snippet)), snippet]
+        return [meters, *resident, *shown, now, resident_key(engine)]
 
     def after(self, event: Any) -> Any:
         """Show what an action cost as soon as it ends."""

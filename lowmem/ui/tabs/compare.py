@@ -45,14 +45,18 @@ class CompareView:
                 self.text = gr.Dropdown(
                     [(name("texts", key), key) for key in texts.NAMES],
                     value=texts.MANUAL,
-                    label=msg("Measured on"),
-                    info=msg("Each variant runs in its own process; rows appear as they finish."),
+                    label=msg("Evaluation text"),
+                    info=msg("Perplexity and KL divergence are measured on this text."),
                     filterable=False,
                     elem_id="compare-text",
                     min_width=260,
                 )
             self.variants = gr.CheckboxGroup(
-                possible, value=self.example_variants, label=msg("Variants"), elem_id="compare-variants"
+                possible,
+                value=self.example_variants,
+                label=msg("Variants"),
+                info=msg("A precision, or method:bits:group size. Each variant runs in its own process."),
+                elem_id="compare-variants",
             )
             with gr.Accordion(msg("Measurement settings"), open=False, elem_id="compare-options"):
                 fields = [option.name for option in describe(MeasureOptions)]

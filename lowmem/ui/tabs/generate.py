@@ -35,7 +35,7 @@ class GenerateTab:
         with gr.Row(visible=False, elem_id="workbench") as self.workbench:
             with gr.Column(scale=3, min_width=300, elem_id="work"):
                 self.template_note = gr.HTML(elem_id="template-note")
-                with gr.Tabs(elem_id="modes"):
+                with gr.Tabs(elem_id="modes") as modes:
                     with gr.Tab(msg("Chat"), id="chat"):
                         self.chat = Chat(context)
                     with gr.Tab(msg("Completion"), id="completion"):
@@ -45,6 +45,7 @@ class GenerateTab:
             with gr.Column(scale=1, min_width=250, elem_id="options"):
                 self._build_options()
         Learn(context.engine, "generate")
+        modes.select(self._fit_options, None, self.system, **QUICK)
         self._wire()
 
     def _build_options(self) -> None:
@@ -62,6 +63,10 @@ class GenerateTab:
         self.names, self.controls = tuple(controls), controls
         self.options = list(controls.values())
 
+    def _fit_options(self, selected: gr.SelectData) -> Any:
+        """Only a chat has a system prompt."""
+        return gr.Textbox(visible=selected.index == 0)
+
     def _read(self, *values: Any) -> GenerateOptions:
         return read(GenerateOptions, self.names, values)
 
@@ -75,7 +80,7 @@ class GenerateTab:
                 lambda: False, None, self.setup.choosing, **QUICK
             )
         )
-        self.shown(self.sidebar.seen.change(lambda: None, None, None, **QUICK))
+        self.shown(self.sidebar.loaded.change(lambda: None, None, None, **QUICK))
         if opened := self.context.opened:
             self.shown(opened).then(self.setup.refusals, None, self.setup.unavailable, **QUICK)
         for name in ESTIMATED:

@@ -118,7 +118,7 @@ class LongContextTab:
             control.change(self._estimate, inputs, outputs, trigger_mode="always_last", **QUICK)
         self.file.upload(lambda: "", None, self.address, **QUICK)
         context.when_opened(self._card, inputs, self.memory, **QUICK)
-        context.sidebar.seen.change(self._card, inputs, self.memory, **QUICK)
+        context.sidebar.loaded.change(self._card, inputs, self.memory, **QUICK)
 
     @property
     def source(self) -> list[Any]:

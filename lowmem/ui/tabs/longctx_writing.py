@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,12 +67,18 @@ class ContinueMode:
                         full.write(event.text)
                     yield event
 
+        def full_output() -> str:
+            if shown:
+                return parts.link(path, msg("Full output"))
+            shutil.rmtree(path.parent, ignore_errors=True)  # stopped before the first token
+            return ""
+
         def view(gathered: Sequence[Any]) -> list[Any]:
             nonlocal shown, last
             chunks = [event for event in gathered if isinstance(event, Chunk)]
             last = chunks[-1] if chunks else last
             shown = (shown + "".join(chunk.text for chunk in chunks))[-SHOWN_CHARACTERS:]
-            return [render.live(last), shown, gr.skip() if gathered else parts.link(path, msg("Full output"))]
+            return [render.live(last), shown, gr.skip() if gathered else full_output()]
 
         return events(), view
 
