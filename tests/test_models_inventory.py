@@ -10,7 +10,7 @@ from ui_stub import StubEngine
 
 from lowmem.errors import BadInput, LowMemError, NotAllowed
 from lowmem.events import CancelToken
-from lowmem.models.inventory import stored
+from lowmem.models.inventory import stored_folders
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Choice
 
@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_largest_comes_first_and_work_in_progress_never(home: Path) -> None:
-    assert [(one.key, one.kind, one.nbytes) for one in stored()] == [
+    assert [(one.key, one.kind, one.nbytes) for one in stored_folders()] == [
         ("outputs/made", "made here", 3000),
         ("graphs/demo-0a", "graph", 200),
         ("models/demo", "fetched", 10),
@@ -37,7 +37,7 @@ def test_the_largest_comes_first_and_work_in_progress_never(home: Path) -> None:
 def test_what_is_deleted_is_gone_and_its_bytes_are_told(home: Path) -> None:
     assert StubEngine().delete("outputs/made") == 3000
     assert not (home / "outputs/made").exists()
-    assert [one.key for one in stored()] == ["graphs/demo-0a", "models/demo"]
+    assert [one.key for one in stored_folders()] == ["graphs/demo-0a", "models/demo"]
     assert not [left for left in (home / "outputs").iterdir() if "deleted" in left.name]
 
 

@@ -11,7 +11,7 @@ import toys
 
 from lowmem.events import Step
 from lowmem.machine.budget import MemoryBudget
-from lowmem.models.inventory import stored
+from lowmem.models.inventory import stored_folders
 from lowmem.models.source import local_folder, read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
@@ -58,4 +58,4 @@ def test_a_graph_is_written_once_before_and_after_the_fetch(tmp_path: Path, monk
         shutil.copytree(folder, settings().outputs / "another name")  # keeps the times of the files
         assert not writes_a_graph(planned(str(settings().outputs / "another name")))
         assert len(graphs()) == 1
-        assert [one.name for one in stored() if one.kind == "graph"] == ["toy"]
+        assert [one.name for one in stored_folders() if one.kind == "graph"] == ["toy"]

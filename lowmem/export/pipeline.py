@@ -222,10 +222,8 @@ def _snippet(ref: str, options: ExportOptions) -> str:
     arguments = ", ".join(f"{name}={value!r}" for name, value in changed(options).items())
     return (
         "from pathlib import Path\n"
-        "from lowmem.export.request import ExportRequest\n"
-        "from lowmem.export.run import export_model\n"
-        "from lowmem.planning.graph_options import ExportOptions\n\n"
-        f"request = ExportRequest({ref!r}, Path('exported'), ExportOptions({arguments}))\n"
-        "for event in export_model(request):\n"
+        "import lowmem\n\n"
+        f"request = lowmem.ExportRequest({ref!r}, Path('exported'), lowmem.ExportOptions({arguments}))\n"
+        "for event in lowmem.export_model(request):\n"
         "    print(event)\n"
     )

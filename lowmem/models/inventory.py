@@ -21,7 +21,7 @@ KINDS = {"models": "fetched", "outputs": "made here", "graphs": "graph"}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredFolder:
     """A stored folder.
 
     Args:
@@ -40,24 +40,24 @@ class Stored:
         return settings().home / self.key
 
 
-def stored() -> list[Stored]:
+def stored_folders() -> list[StoredFolder]:
     """All finished folders, largest first."""
-    found = [_stored(root, folder) for root in KINDS for folder in _folders(settings().home / root)]
+    found = [_folder(root, folder) for root in KINDS for folder in _folders(settings().home / root)]
     return sorted(found, key=lambda one: (-one.nbytes, one.key))
 
 
-def find(key: str) -> Stored:
+def find(key: str) -> StoredFolder:
     """
     Raises:
         BadInput: `key` is not that of a stored folder; paths to other folders are never accepted.
     """
-    known = {one.key: one for one in stored()}
+    known = {one.key: one for one in stored_folders()}
     if key not in known:
         raise BadInput(msg("Nothing is stored here as {key!r}.", key=key[:80]), msg("Choose one from the list."))
     return known[key]
 
 
-def delete(doomed: Stored) -> None:
+def delete(doomed: StoredFolder) -> None:
     """Delete a stored folder. It disappears from the list atomically.
 
     Raises:
@@ -87,10 +87,10 @@ def _folders(root: Path) -> Iterator[Path]:
             yield folder
 
 
-def _stored(root: str, folder: Path) -> Stored:
+def _folder(root: str, folder: Path) -> StoredFolder:
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
     name = str(record(folder).get("name") or folder.name) if root == "models" else folder.name
     if root == "graphs" and (folder / MANIFEST).is_file():
         with contextlib.suppress(LowMemError):
             name = str(read_object(LocalFolder(folder), MANIFEST).get("model") or name)
-    return Stored(f"{root}/{folder.name}", name, KINDS[root], size)
+    return StoredFolder(f"{root}/{folder.name}", name, KINDS[root], size)

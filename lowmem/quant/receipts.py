@@ -71,11 +71,10 @@ def _snippet(prepared: PreparedQuantization) -> str:
     request = prepared.request
     return (
         "from pathlib import Path\n"
-        "from lowmem.quant.request import QuantizeRequest\n"
-        "from lowmem.quant.run import quantize\n"
-        f"request = QuantizeRequest.validated({str(prepared.folder)!r}, {request.method.name!r}, "
+        "import lowmem\n\n"
+        f"request = lowmem.QuantizeRequest.validated({str(prepared.folder)!r}, {request.method.name!r}, "
         f"dict({named(changed(request.options))}), dict({named(changed(request.calibration))}), out=Path('quantized'))\n"
-        "for event in quantize(request):\n"
+        "for event in lowmem.quantize(request):\n"
         "    print(event)"
     )
 

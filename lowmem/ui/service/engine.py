@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lowmem.machine.monitor import Snapshot
-    from lowmem.models.inventory import Stored
+    from lowmem.models.inventory import StoredFolder
     from lowmem.runtime.session import Session
 
 E = TypeVar("E")
@@ -86,11 +86,11 @@ class Engine:
 
         return snapshot()
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[StoredFolder]:
         """Models, results and graphs on this machine's disk, the largest first."""
-        from lowmem.models.inventory import stored
+        from lowmem.models.inventory import stored_folders
 
-        return stored()
+        return stored_folders()
 
     def delete(self, key: str) -> int:
         """Delete what `stored` lists under `key`; returns the bytes that come free.
