@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from lowmem.cli import compare, export, generate, longctx, offload, plan, quantize, serve
 from lowmem.cli.arguments import current_names
 from lowmem.errors import LowMemError
+from lowmem.machine.budget import UNLIMITED
+from lowmem.machine.cap import cap_memory
 
 COMMANDS = (plan, generate, quantize, compare, offload, export, longctx, serve)
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    finally:
+        cap_memory(UNLIMITED)  # a command may have capped the process it runs in
 
 
 if __name__ == "__main__":

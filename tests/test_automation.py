@@ -104,7 +104,7 @@ def client() -> Iterator[Client]:
 
 
 ACTIONS = {
-    "load": ("load", "anyway", "quantize-load", "export-load"),
+    "load": ("load", "anyway", "load-less", "quantize-load", "export-load"),
     "unload": ("unload", "unload-bar"),
     "generate": ("completion-start", "long-continue-start"),
     "chat": ("long-chat-run-start",),

@@ -252,19 +252,6 @@ def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -
     visit.close()
 
 
-def test_only_a_chat_has_a_system_prompt(browser: Any, stub_url: str) -> None:
-    visit = Visit(browser, stub_url, "desktop", "light", "system")
-    page = visit.page
-    page.click("#load")
-    page.wait_for_selector("#system textarea")
-    for mode in ("Completion", "Batch"):
-        page.click(f"#modes button[role=tab]:has-text('{mode}') >> nth=0")
-        page.wait_for_selector("#system", state="hidden")
-    page.click("#modes button[role=tab]:has-text('Chat') >> nth=0")
-    page.wait_for_selector("#system textarea")
-    visit.close()
-
-
 def test_every_tab_and_page_follows_the_loaded_model(browser: Any, stub_url: str) -> None:
     visit = Visit(browser, stub_url, "desktop", "light", "follow")
     other = Visit(browser, stub_url, "desktop", "light", "follow-other")

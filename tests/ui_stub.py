@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lowmem.errors import DoesNotFit
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.device import CPU, Device
 from lowmem.machine.hardware import Hardware
 from lowmem.machine.monitor import Snapshot
@@ -71,6 +72,10 @@ class StubSession:
         self.plan = plan
         self.load_receipt = self._receipt("load", 0, ("The embedding stays in fp32.",))
         yield self.load_receipt
+
+    def set_budget(self, budget: MemoryBudget) -> None:
+        assert self.plan is not None
+        self.plan = replace(self.plan, budget=budget)
 
     def unload(self) -> Receipt | None:
         if self.plan is None:

@@ -10,6 +10,7 @@ from lowmem.cli.arguments import MODEL_HELP, add_budget, add_json, add_options, 
 from lowmem.cli.console import finish, follow
 from lowmem.export.request import ExportRequest
 from lowmem.export.run import export_model
+from lowmem.machine.cap import cap_memory
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.units import format_bytes, format_seconds
 
@@ -26,6 +27,8 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    receipt = follow(export_model(ExportRequest(args.model, args.out, options(args, ExportOptions), budget(args))))
+    request = ExportRequest(args.model, args.out, options(args, ExportOptions), budget(args))
+    cap_memory(request.budget)
+    receipt = follow(export_model(request))
     size, seconds = format_bytes(receipt.disk_bytes), format_seconds(receipt.seconds)
     return finish(receipt, args.json, f"{receipt.model} in {receipt.precision}: {size} in {seconds}")

@@ -43,7 +43,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     chosen = options(args, GenerateOptions)
     prompts = _read_prompts(args.prompts) if args.prompts else None
-    session = Session()
+    session = Session(capped=True)
     backend = args.backend
     if backend == "auto" and chosen.window:
         backend = "torch"  # an exported graph has no sliding window, so none is exported

@@ -160,7 +160,7 @@ def _source(args: argparse.Namespace) -> Text:
 
 
 def _load(args: argparse.Namespace) -> Session:
-    session = Session()
+    session = Session(capped=True)
     goal = Goal(precision=args.precision, device=args.device, backend="torch")
     follow(session.load(session.plan_for(args.model, goal, budget(args)), force=args.force))
     return session

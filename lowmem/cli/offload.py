@@ -64,7 +64,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.reference:
         receipt = follow(_reference(args))
     else:
-        session, largest = Session(), args.batch == "max"
+        session, largest = Session(capped=True), args.batch == "max"
         batch = 1 if largest else _batch(args.batch)
         goal = Goal(context=args.context, batch=batch, precision=args.precision, device=args.device)
         plan = plan_for(session, args.model, goal, budget(args), places, largest)
@@ -115,7 +115,7 @@ def _reference(args: argparse.Namespace) -> Iterator[Step | Receipt]:
         "model": args.model, "method": args.reference, "prompt": args.prompt, "new_tokens": args.max_new_tokens,
         "budget": budget(args).as_dict(), "context": args.context,
     }  # fmt: skip
-    for event in run_isolated("offload", arguments):
+    for event in run_isolated("offload", arguments, budget=budget(args)):
         yield Receipt(**event.value) if isinstance(event, Finished) else event
 
 

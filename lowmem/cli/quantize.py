@@ -21,6 +21,7 @@ from lowmem.cli.console import finish, follow
 from lowmem.fields import Option, describe
 from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import UNLIMITED
+from lowmem.machine.cap import cap_memory
 from lowmem.machine.hardware import probe
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         budget=budget(args).bounded(hardware) if args.ram else UNLIMITED,
     )
+    cap_memory(request.budget)
     receipt = follow(quantize(request))
     if not args.json:
         details = receipt.details

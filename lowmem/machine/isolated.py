@@ -9,41 +9,27 @@ prints goes to its standard error. The parent imports no torch.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lowmem.errors as errors
 from lowmem.background import interruptible
-from lowmem.errors import LowMemError, OutOfMemory
+from lowmem.errors import DoesNotFit, LowMemError
 from lowmem.events import CancelToken, Receipt, Step, WithResult
+from lowmem.machine import baseline
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.cap import cap_memory
+from lowmem.machine.child import LESS_MEMORY, Child, claim_output, die_with_parent, offer_to_be_killed_first
 from lowmem.machine.monitor import PeakMeter
 from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import msg, packed, unpacked
-from lowmem.settings import without_lent_gpu
 from lowmem.units import format_bytes
-
-log = logging.getLogger("lowmem.isolated")
-
-TERMINATE_SECONDS = 0.5
-"""Time between SIGTERM and SIGKILL."""
-
-EXIT_SECONDS = 10.0
-"""Time for a child to exit after its result, before it is terminated."""
-
-_LESS_MEMORY = msg("Close other programs, or choose a smaller model, fewer bits or a shorter text.")
 
 JobEvents = Generator[Step, None, Any]
 """What a job yields and returns."""
@@ -89,50 +75,47 @@ def run_isolated(
 
     Raises:
         LowMemError: the job raised it; kind, message and hint are the same.
+        DoesNotFit: the budget does not even hold the libraries that every job loads.
         OutOfMemory: also when the child was killed, or died without a result.
         Cancelled: the child has been killed.
         RuntimeError: the job failed with a bug; the message is its traceback.
     """
     cancel = cancel or CancelToken()
     cancel.check()
+    _refuse_too_small(job, budget)
     request = {"job": job, "arguments": dict(arguments), "budget": budget.as_dict()}
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as printed:
-        child = _start(printed)
-        try:
-            answer = yield from _answers(child, json.dumps(request), cancel)
-            kernel_peak = _reap(child, EXIT_SECONDS if answer else None)
-        finally:
-            _end(child)
+    child = Child("lowmem.jobs")
+    try:
+        answer = yield from _answers(child, json.dumps(request), cancel)
+        child.wait()
         if answer is None:
-            raise _death(child.returncode, kernel_peak, _tail(printed))
-        yield Finished(_value(answer, job), time.perf_counter() - started, answer["peak"], kernel_peak)
+            raise child.death(msg("job"))
+    finally:
+        child.end()
+    yield Finished(_value(answer, job), time.perf_counter() - started, answer["peak"], child.kernel_peak)
 
 
-def _start(printed: IO[bytes]) -> subprocess.Popen[str]:
-    # The child finds every module that this process would, wherever both were started from.
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return subprocess.Popen(
-        [sys.executable, "-m", "lowmem.jobs"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=printed,
-        encoding="utf-8",
-        env={**os.environ, **without_lent_gpu(), "PYTHONPATH": path},
-        start_new_session=True,
-    )
+def _refuse_too_small(job: str, budget: MemoryBudget) -> None:
+    """Every job of `lowmem.jobs` loads torch, whose code no cap holds back: it is mapped from files."""
+    needed = baseline.runtime_bytes()
+    if budget.ram is not None and budget.ram < needed and ":" not in job:
+        raise DoesNotFit(
+            msg(
+                "{budget} of RAM are left for a process that takes {needed} before it begins.",
+                budget=format_bytes(budget.ram),
+                needed=format_bytes(needed),
+            ),
+            msg("Raise the budget, or unload the model first."),
+        )
 
 
-def _answers(
-    child: subprocess.Popen[str], request: str, cancel: CancelToken
-) -> Generator[Step, None, dict[str, Any] | None]:
+def _answers(child: Child, request: str, cancel: CancelToken) -> Generator[Step, None, dict[str, Any] | None]:
     """Forward steps; returns the final answer, None if there is none."""
-    assert child.stdin is not None  # both are pipes
-    assert child.stdout is not None
     with suppress(BrokenPipeError):
-        child.stdin.write(request + "\n")
-        child.stdin.flush()
-    for line in interruptible(child.stdout, cancel):
+        child.input.write(request.encode() + b"\n")
+        child.input.flush()
+    for line in interruptible(child.output, cancel):
         try:
             answer = json.loads(line, object_hook=unpacked)
         except ValueError:
@@ -152,81 +135,23 @@ def _value(answer: dict[str, Any], job: str) -> Any:
     return answer["result"]
 
 
-def _reap(child: subprocess.Popen[str], seconds: float | None) -> int:
-    """Wait at most `seconds` for the child to exit; returns its peak resident set in bytes as the kernel reports it, or 0."""
-    if not hasattr(os, "wait4"):
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(seconds)
-        return 0
-    deadline = time.monotonic() + (EXIT_SECONDS if seconds is None else seconds)
-    while time.monotonic() < deadline:
-        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-        if pid:
-            child.returncode = os.waitstatus_to_exitcode(status)
-            return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        time.sleep(0.01)
-    return 0
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """Terminate the child and its children unless it has exited; close its pipes."""
-    if child.returncode is None:
-        _signal(child, getattr(signal, "SIGTERM", 15))
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(TERMINATE_SECONDS)
-        if child.returncode is None:
-            _signal(child, getattr(signal, "SIGKILL", 9))
-            child.wait()
-    for pipe in (child.stdin, child.stdout):
-        with suppress(OSError):
-            if pipe is not None:
-                pipe.close()
-
-
-def _signal(child: subprocess.Popen[str], number: int) -> None:
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-    else:
-        child.kill()
-
-
-def _tail(printed: IO[bytes]) -> str:
-    printed.seek(0, os.SEEK_END)
-    printed.seek(max(0, printed.tell() - 2000))
-    return printed.read().decode("utf-8", "replace").strip()
-
-
-def _death(status: int, kernel_peak: int, printed: str) -> OutOfMemory:
-    """The error for a child that died without a result: nearly always it was killed for memory."""
-    log.warning("a job ended without a result, status %s: %s", status, printed)
-    held = msg(", when it had used up to {kernel_peak}", kernel_peak=format_bytes(kernel_peak)) if kernel_peak else ""
-    if status == -9:
-        return OutOfMemory(
-            msg("The system killed the job{held}: the machine's memory ran out.", held=held), _LESS_MEMORY
-        )
-    how = msg("signal {status}", status=-status) if status < 0 else msg("status {status}", status=status)
-    return OutOfMemory(
-        msg("The job ended without a result ({how}){held}; most likely it ran out of memory.", how=how, held=held),
-        _LESS_MEMORY,
-    )
-
-
 def serve(find: Callable[[str], Callable[..., JobEvents]]) -> None:
     """In the child: read the request, run the job that `find` returns for its name, and answer."""
-    channel = _claim_output()
+    channel = claim_output()
 
     def say(answer: dict[str, Any]) -> None:
-        channel.write(json.dumps(packed(answer)) + "\n")
+        channel.write(json.dumps(packed(answer)).encode() + b"\n")
         channel.flush()
 
-    with open(0, encoding="utf-8", closefd=False) as requests:
+    with open(0, "rb", closefd=False) as requests:
         request = json.loads(requests.readline())
-    threading.Thread(target=_die_with_parent, daemon=True, name="lowmem-parent").start()
-    _offer_to_be_killed_first()
+    die_with_parent()
+    offer_to_be_killed_first()
+    budget = MemoryBudget(**request["budget"])
+    cap_memory(budget)
     # The outermost meter: it keeps the peaks that inner meters reset.
-    with PeakMeter(MemoryBudget(**request["budget"])) as meter:
-        answer = _run(find, request, meter, say)
+    with PeakMeter(budget) as meter:
+        answer = _run(find, request, meter, budget, say)
     say({**answer, "peak": meter.peak})
     # Python takes over a second to tear torch down; the system does it at once.
     sys.stderr.flush()
@@ -234,7 +159,11 @@ def serve(find: Callable[[str], Callable[..., JobEvents]]) -> None:
 
 
 def _run(
-    find: Callable[[str], Callable[..., JobEvents]], request: dict[str, Any], meter: PeakMeter, say: Any
+    find: Callable[[str], Callable[..., JobEvents]],
+    request: dict[str, Any],
+    meter: PeakMeter,
+    budget: MemoryBudget,
+    say: Any,
 ) -> dict[str, Any]:
     arguments = request["arguments"]
     if threads := arguments.pop("threads", 0):
@@ -251,25 +180,15 @@ def _run(
     except Exception as error:
         if not is_out_of_memory(error):
             return {"bug": traceback.format_exc()}
-        held = format_bytes(meter.peak.get("vram") or meter.peak["ram"])
-        return {"error": "OutOfMemory", "message": msg("Memory ran out at {held}.", held=held), "hint": _LESS_MEMORY}
+        return {"error": "OutOfMemory", "message": _ran_out(meter, budget), "hint": LESS_MEMORY}
 
 
-def _claim_output() -> IO[str]:
-    """Make standard output the channel to the parent, and redirect printing to standard error."""
-    channel = os.dup(1)
-    os.dup2(2, 1)
-    return os.fdopen(channel, "w", encoding="utf-8")
-
-
-def _die_with_parent() -> None:
-    # A raw read: reading `sys.stdin` would hold its lock, which interpreter shutdown needs.
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
-def _offer_to_be_killed_first() -> None:
-    """Make the kernel's OOM killer prefer this process to the app."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+def _ran_out(meter: PeakMeter, budget: MemoryBudget) -> str:
+    held = format_bytes(meter.peak.get("vram") or meter.peak["ram"])
+    if budget.ram is None:
+        return msg("Memory ran out at {held}.", held=held)
+    return msg(
+        "The next allocation would have taken more than the budget of {limit}; {held} were in use.",
+        limit=format_bytes(budget.ram),
+        held=held,
+    )

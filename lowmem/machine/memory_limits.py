@@ -7,7 +7,8 @@ on other systems only the host counts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +61,25 @@ def ram(root: Path = ROOT) -> Ram:
 
 
 def process_bytes() -> int:
-    """Resident set size of this process."""
-    return psutil.Process().memory_info().rss
+    """Resident set size of this process and of its relatives: all that one lowmem holds."""
+    return psutil.Process().memory_info().rss + relatives_bytes()
+
+
+_relatives: list[psutil.Process] = []
+
+
+def set_relatives(pids: Iterable[int]) -> None:
+    """The processes that share this one's budget: for the page its models' workers, for a worker the page."""
+    _relatives[:] = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+
+
+def relatives_bytes() -> int:
+    """Resident set size of the other processes that share this one's budget."""
+    total = 0
+    for process in list(_relatives):
+        with suppress(psutil.Error):  # it has just ended
+            total += process.memory_info().rss
+    return total
 
 
 def memory_groups(root: Path = ROOT) -> Iterator[MemoryGroup]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowmem.errors import Unsupported, first_line
@@ -24,7 +26,7 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         log.info("cannot build the model of %s", folder, exc_info=True)
@@ -33,6 +35,20 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
             msg("Choose a causal language model of a known family."),
         ) from error
     return model.eval().requires_grad_(False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Creates uninitialized tensors, which is what layers make their parameters of, on the meta device at once.
+
+    `init_empty_weights` moves a parameter there once it exists. Until then its memory is mapped, though never touched,
+    and a process that may not map the 500 MB of a large embedding could not build the model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.background import stoppable
 from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
@@ -22,8 +22,9 @@ from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.cap import cap_gpu_memory, cap_memory
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.machine.monitor import PeakMeter, release_memory, weights_outside_heap
 from lowmem.messages import msg
 from lowmem.models.choices import choices
 from lowmem.models.source import read_spec
@@ -48,9 +49,14 @@ PYTHON_BYTES = 15_000_000
 
 
 class Session:
-    """Owns the resident model. One per process; thread-safe."""
+    """Owns the resident model. One per process; thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        capped: cap the whole process at the loaded plan's budget, see `machine.cap`. For a process that does nothing else.
+    """
+
+    def __init__(self, *, capped: bool = False) -> None:
+        self._capped = capped
         self._lock = threading.Lock()
         self._loaded: Loaded | None = None
         self._plan: Plan | None = None
@@ -72,6 +78,11 @@ class Session:
     @property
     def last_receipt(self) -> Receipt | None:
         return self._last_receipt
+
+    @property
+    def overhead_bytes(self) -> int:
+        """RAM of the process without the weights, while a model is loaded."""
+        return self._overhead_bytes
 
     @property
     def streamed_bytes(self) -> int:
@@ -121,7 +132,9 @@ class Session:
         yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
         try:
             if not force:
-                _refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
+                refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
+            if self._capped:
+                cap_memory(UNLIMITED if force else plan.budget)
             receipt = yield from self._load(plan, cancel, force)
             self._load_receipt = self._last_receipt = receipt
             yield receipt
@@ -139,6 +152,20 @@ class Session:
             returned = before - _resident_bytes()
             self._last_receipt = receipts.unload_receipt(plan, time.perf_counter() - started, taken, returned)
             return self._last_receipt
+
+    def set_budget(self, budget: MemoryBudget) -> None:
+        """Hold the resident model's next actions to another budget; nothing happens when nothing is loaded."""
+        plan = self._plan
+        if plan is not None:
+            self._plan = replace(plan, budget=budget)
+            if self._capped:
+                cap_memory(budget)
+
+    def run(
+        self, action: Callable[..., Iterator[E]], *arguments: Any, cancel: CancelToken | None = None, **options: Any
+    ) -> Iterator[E]:
+        """Run an action of another module, whose first argument is the session, wherever the model lives."""
+        return action(self, *arguments, cancel=cancel, **options)
 
     def estimate(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
         """The resident plan re-estimated for one action, with a context of prompt and `max_new_tokens`."""
@@ -186,9 +213,7 @@ class Session:
             options = replace(options, max_new_tokens=room)
             action = self.estimate(len(ids), options)
             if not force:
-                _refuse_if_over(
-                    action, msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits.")
-                )
+                refuse_if_over(action, msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits."))
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
             self._last_receipt = receipts.with_prompt(receipt, plan, prompt, options, raw)
@@ -325,7 +350,7 @@ class Session:
             )
         yield Step(0, 0, msg("{reason} Loading for torch.", reason=reason))
         if not force:
-            _refuse_if_over(on_torch, msg("Choose a smaller model or fewer bits."))
+            refuse_if_over(on_torch, msg("Choose a smaller model or fewer bits."))
         self._load_receipt = yield from self._load(on_torch, cancel, force)
 
     def _meter(self, plan: Plan, force: bool) -> PeakMeter:
@@ -388,11 +413,13 @@ class Session:
         stoppable(_start_torch, cancel)
         from lowmem.runtime import loader
 
+        if plan.place.kind == "cuda":
+            cap_gpu_memory(UNLIMITED if force else plan.budget)
         if plan.backend == "onnx":
             from lowmem.runtime.onnx import loader as onnx_loader
 
             folder = yield from onnx_loader.graph_folder(plan, folder, cancel, UNLIMITED if force else plan.budget)
-        with self._meter(plan, force) as meter:
+        with self._meter(plan, force) as meter, weights_outside_heap():
             on_onnx = plan.backend == "onnx"
             loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)
             yield next(loading)
@@ -464,7 +491,7 @@ def _start_torch() -> None:
     from lowmem.runtime import loader  # noqa: F401
 
 
-def _refuse_if_over(plan: Plan, hint: str) -> None:
+def refuse_if_over(plan: Plan, hint: str) -> None:
     if plan.verdict == "over":
         raise DoesNotFit(plan.sentence(), hint)
 

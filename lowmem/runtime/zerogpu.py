@@ -1,8 +1,9 @@
 """ZeroGPU Spaces, where a GPU is attached for one action at a time.
 
 The app's own process has no GPU. A function decorated with `spaces.GPU` runs in a worker that has one for a requested
-number of seconds; its arguments and what it yields are pickled, and nothing else comes back. So loading a model only
-downloads and plans it; each answer loads it in its worker, which keeps it for the next answer if it lives that long.
+number of seconds; its arguments and what it yields are pickled, and nothing else comes back. So it takes the place of
+`runtime.remote.Worker`: loading a model only downloads and plans it; each call loads it in its worker, which keeps it
+for the next call if it lives that long.
 The seconds are estimated from the plan, since visitors have a small daily quota. Needs the package `spaces`, which must
 be imported before torch.
 """
@@ -12,27 +13,24 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import spaces
 
-from lowmem.errors import Cancelled, LowMemError, NotAllowed, Unsupported
-from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
-from lowmem.generate.chat import ChatMessage
+from lowmem.errors import Cancelled, LowMemError, NotAllowed
+from lowmem.events import CancelToken, Chunk, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
+from lowmem.models.fetch import fetch
+from lowmem.models.source import resolve_folder
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
-from lowmem.runtime.session import Session
+from lowmem.runtime.remote import WorkerSession
+from lowmem.runtime.session import Session, refuse_if_over
+from lowmem.runtime.worker import Call, Ended, Event, answer
 from lowmem.settings import gpu_is_attached
-
-if TYPE_CHECKING:
-    from lowmem.runtime.loader import Loaded
-
-Event = Step | Chunk | Completion | Receipt
 
 # Half an RTX Pro 6000 Blackwell, estimated cautiously: unused seconds are not charged.
 START_SECONDS = 15.0  # torch, CUDA and the first kernels, from a cold disk
@@ -51,16 +49,13 @@ _worker_session: Session | None = None
 """The worker's session; always None in the app's own process."""
 
 
-def estimated_seconds(
-    plan: Plan,
-    prompt: str | Sequence[ChatMessage] | Sequence[str],
-    options: GenerateOptions,
-    raw: bool = False,  # noqa: ARG001  called with the arguments of `lent`
-    batch_size: int | None = None,
-) -> int:
-    """GPU seconds to request for loading `plan` and answering, with a safety margin; at most `LONGEST_SECONDS`."""
-    prompts = 1 if isinstance(prompt, str) or not prompt or isinstance(prompt[0], dict) else len(prompt)
-    turns = math.ceil(prompts / (batch_size or PROMPTS_AT_ONCE))
+def estimated_seconds(plan: Plan, call: Call) -> int:
+    """GPU seconds to request for loading `plan` and a call, with a safety margin; at most `LONGEST_SECONDS`."""
+    if not call.arguments or not isinstance(call.arguments[-1], GenerateOptions):
+        return LONGEST_SECONDS
+    prompt, options = call.arguments[0], call.arguments[-1]
+    prompts = len(prompt) if call.action is Session.batch else 1
+    turns = math.ceil(prompts / (call.options.get("batch_size") or PROMPTS_AT_ONCE))
     load = START_SECONDS + plan.spec.size_on_disk / READ_BYTES_PER_SECOND
     read = len(str(prompt)) / CHARACTERS_PER_TOKEN / PREFILL_TOKENS_PER_SECOND
     token = plan.spec.layers * SECONDS_PER_LAYER + plan.main.share("weights") / VRAM_BYTES_PER_SECOND
@@ -68,53 +63,31 @@ def estimated_seconds(
 
 
 @spaces.GPU(duration=estimated_seconds)
-def lent(
-    plan: Plan,
-    prompt: str | Sequence[ChatMessage] | Sequence[str],
-    options: GenerateOptions,
-    raw: bool = False,
-    batch_size: int | None = None,
-) -> Iterator[Event | LowMemError]:
-    """Runs in the worker: load the plan unless it is loaded, then answer a prompt, a conversation or a tuple of prompts.
-
-    Ends before the GPU is detached. Yields a `LowMemError` instead of raising it, since raised ones lose their message.
-    """
+def lent(plan: Plan, call: Call) -> Iterator[Event | Ended]:
+    """Runs in the worker: load the plan unless it is loaded, then answer the call. Ends before the GPU is detached."""
     global _worker_session
     gpu_is_attached()
     token = CancelToken()
-    timer = threading.Timer(estimated_seconds(plan, prompt, options, raw, batch_size) - GRACE_SECONDS, token.set)
+    timer = threading.Timer(estimated_seconds(plan, call) - GRACE_SECONDS, token.set)
     timer.daemon = True
     timer.start()
     started = time.perf_counter()
     _worker_session = session = _worker_session or Session()
     try:
         if session.plan != plan:
-            gpu = _limit_vram(plan)
-            yield from (event for event in session.load(plan, token) if isinstance(event, Step))
-        else:
-            gpu = _real_memory()
-        loading = time.perf_counter() - started
-        work = (
-            session.batch(prompt, options, token, raw=raw, batch_size=batch_size)
-            if isinstance(prompt, tuple)
-            else session.generate(prompt, options, token, raw=raw)  # type: ignore[arg-type]
-        )
-        for event in work:
-            yield _with_gpu(event, gpu, loading, token.cancelled) if isinstance(event, Receipt) else event
-    except LowMemError as error:
-        yield error
+            for one in answer(session, Call(Session.load, (plan,)), token):
+                if isinstance(one, Ended) and one.error:
+                    yield one
+                    return
+                if isinstance(one, Event) and isinstance(one.event, Step):
+                    yield one
+        gpu, loading = _real_memory(), time.perf_counter() - started
+        for one in answer(session, call, token):
+            if isinstance(one, Event) and isinstance(one.event, Receipt):
+                one = replace(one, event=_with_gpu(one.event, gpu, loading, token.cancelled))
+            yield one
     finally:
         timer.cancel()
-
-
-def _limit_vram(plan: Plan) -> dict[str, Any]:
-    """Limit torch to the VRAM budget, as on a GPU of that size; returns the real GPU."""
-    gpu, limit = _real_memory(), plan.budget.vram
-    if gpu and limit is not None:
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / gpu["gpu_total_bytes"]))
-    return gpu
 
 
 def _real_memory() -> dict[str, Any]:
@@ -135,74 +108,59 @@ def _with_gpu(receipt: Receipt, gpu: dict[str, Any], loading: float, out_of_time
     return replace(receipt, notes=(*receipt.notes, *notes), details=details)
 
 
-class LentSession(Session):
-    """The session of a ZeroGPU Space. On the CPU it is an ordinary session."""
+class LentSession(WorkerSession):
+    """The session of a ZeroGPU Space. A model on the CPU has a worker of its own, as everywhere."""
 
-    def _attempt(
-        self, plan: Plan, folder: Path, cancel: CancelToken, force: bool
-    ) -> Generator[Step, None, dict[str, int]]:
+    def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
         if plan.place.kind == "cpu":
-            return (yield from super()._attempt(plan, folder, cancel, force))
-        yield Step(0, 0, msg("A GPU is attached with the first answer"))
-        self._taken_bytes, self._overhead_bytes = 0, plan.hardware.runtime_bytes
-        self._plan = plan
-        return {}
-
-    @property
-    def _lends(self) -> bool:
-        return self._plan is not None and self._loaded is None
-
-    def _resident(self) -> tuple[Loaded, Plan]:
-        if self._lends:
-            raise Unsupported(
-                msg("This needs a model that stays in memory, but here a GPU is attached for one answer at a time."),
-                msg('Load the model with CPU under "Runs on".'),
-            )
-        return super()._resident()
-
-    def generate(
-        self,
-        prompt: str | Sequence[ChatMessage],
-        options: GenerateOptions,
-        cancel: CancelToken | None = None,
-        **settings: Any,
-    ) -> Iterator[Step | Chunk | Receipt]:
-        if not self._lends:
-            yield from super().generate(prompt, options, cancel, **settings)
+            yield from super().load(plan, cancel, force=force)
             return
-        work = prompt if isinstance(prompt, str) else list(prompt)
-        yield from self._lent(msg("Generating"), work, options, cancel, **settings)  # type: ignore[misc]
+        cancel, started = cancel or CancelToken(), time.perf_counter()
+        yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
+        try:
+            if not force:
+                refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
+            folder = yield from fetch(plan.spec, cancel)
+            yield Step(0, 0, msg("A GPU is attached with the first answer"))
+            self._end_worker()
+            self._plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
+            self._overhead_bytes = plan.hardware.runtime_bytes
+            receipt = receipts.load_receipt(self._plan, time.perf_counter() - started, {}, [], folder)
+            self._load_receipt = self._last_receipt = receipt
+            yield receipt
+        finally:
+            self._done()
 
-    def batch(
-        self, prompts: Sequence[str], options: GenerateOptions, cancel: CancelToken | None = None, **settings: Any
-    ) -> Iterator[Step | Completion | Receipt]:
-        if not self._lends:
-            yield from super().batch(prompts, options, cancel, **settings)
-            return
-        what = msg("Answering {prompts:,} prompts", prompts=len(prompts))
-        yield from self._lent(what, tuple(prompts), options, cancel, **settings)  # type: ignore[misc]
+    def run(
+        self, action: Callable[..., Iterator[Any]], *arguments: Any, cancel: CancelToken | None = None, **options: Any
+    ) -> Iterator[Any]:
+        if self._worker is None and self._plan is not None:
+            return self._lent(Call(action, arguments, options), cancel or CancelToken())
+        return super().run(action, *arguments, cancel=cancel, **options)
 
-    def _lent(
-        self,
-        what: str,
-        prompt: Any,
-        options: GenerateOptions,
-        cancel: CancelToken | None,
-        *,
-        raw: bool = False,
-        batch_size: int | None = None,
-        force: bool = False,  # noqa: ARG002  the worker keeps to the plan
-    ) -> Iterator[Event]:
+    def unload(self) -> Receipt | None:
+        if self._worker is not None:
+            return super().unload()
+        with self._lock:
+            plan = self._plan
+            self._end_worker()
+            self._last_receipt = receipts.unload_receipt(plan, 0.0, 0, 0) if plan else self._last_receipt
+            return self._last_receipt if plan else None
+
+    def _lent(self, call: Call, cancel: CancelToken) -> Iterator[Any]:
         """Forward what the worker yields; Stop takes effect at its next event."""
-        cancel = cancel or CancelToken()
-        yield from self._turn(what, cancel)
+        yield from self._turn(self._busy, cancel)
         try:
             plan, started = self._planned(), time.perf_counter()
             yield Step(0, 0, msg("Waiting for a GPU"))
             last: dict[int, Chunk] = {}
-            events = lent(plan, prompt, options, raw, batch_size)
+            events = lent(plan, call)
             try:
-                for event in _sentences(events):
+                for one in _sentences(events):
+                    if isinstance(one, Ended):
+                        one.raise_error()
+                        return
+                    self._busy, event = one.busy, one.event
                     if isinstance(event, Chunk):
                         last[event.index] = event
                     if isinstance(event, Receipt):
@@ -210,8 +168,6 @@ class LentSession(Session):
                     yield event
                     if cancel.cancelled and not isinstance(event, Receipt):
                         break
-                else:
-                    return
             finally:
                 events.close()
             if not last:
@@ -223,13 +179,10 @@ class LentSession(Session):
             self._done()
 
 
-def _sentences(events: Iterator[Event | LowMemError]) -> Iterator[Event]:
-    """The events; a refusal by the worker or by ZeroGPU is raised as a `LowMemError`."""
+def _sentences(events: Iterator[Event | Ended]) -> Iterator[Event | Ended]:
+    """The events; a refusal by ZeroGPU is raised as a `LowMemError`."""
     try:
-        for event in events:
-            if isinstance(event, LowMemError):
-                raise event
-            yield event
+        yield from events
     except Exception as error:
         # ZeroGPU raises gradio's error, which the engine does not import; it has a title and a message.
         title, message = getattr(error, "title", ""), getattr(error, "message", "")

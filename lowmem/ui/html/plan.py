@@ -141,6 +141,14 @@ def _why(plan: Plan) -> str:
     return f'<p class="lm-why">{escape(plan.sentence())}</p>{instead}'
 
 
+def lost(sentence: str, remedy: str) -> str:
+    """A model whose process died, and what needs less memory."""
+    return (
+        f'<div class="lm-notice" data-kind="error" role="alert"><strong>{escape(sentence)}</strong> '
+        f"{escape(remedy)}</div>"
+    )
+
+
 def unknown_card(ref: str) -> str:
     """The place of a set-up that could not be planned."""
     return (

@@ -44,6 +44,10 @@ class Setup:
             self.change = gr.Button(msg("Change model"), size="sm", min_width=120, scale=0, elem_id="change-model")
             self.unload = gr.Button(msg("Unload"), size="sm", min_width=84, scale=0, elem_id="unload-bar")
         with gr.Column(elem_id="setup") as self.panel:
+            with gr.Column(visible=False, elem_id="lost") as self.lost_box:
+                self.lost = gr.HTML()
+                with gr.Row():
+                    self.load_less = gr.Button(variant="primary", elem_id="load-less", scale=0, min_width=260)
             with gr.Column(elem_id="offer"):
                 self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
                 with gr.Row(elem_id="load-row"):
@@ -162,14 +166,22 @@ class Setup:
         self.runner.wire(self.controls, [], self._start)
         self.load_on(self.load.click)
         self.load_on(self.anyway.click, force=True)
+        self.load_on(self.load_less.click, fallback=True)
         self.context.load_result = self.load_result
         page_shown(self.change.click(lambda: True, None, self.choosing, **QUICK))
         page_shown(self.back.click(lambda: False, None, self.choosing, **QUICK)).then(None, js=FOCUS, **QUICK)
 
-    def load_on(self, trigger: Any, *, force: bool = False) -> None:
-        """Load what the controls say whenever `trigger` fires: a button's `click`, or the `then` of another event."""
+    def load_on(self, trigger: Any, *, force: bool = False, fallback: bool = False) -> None:
+        """Load what the controls say whenever `trigger` fires: a button's `click`, or the `then` of another event.
+
+        Args:
+            fallback: load the fallback of a model whose process died instead.
+        """
 
         def start(token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
+            lost = self.engine.lost
+            if fallback and lost is not None and lost.fallback is not None:
+                return self.engine.load(lost.fallback, token), lambda _: []
             return self._start(token, *values, force=force)
 
         redrawn = self._page_shown(
@@ -280,11 +292,28 @@ class Setup:
 
     @property
     def view_outputs(self) -> list[Any]:
-        return [self.bar, self.slim, self.panel, self.back]
+        return [self.bar, self.slim, self.panel, self.back, self.lost_box, self.lost, self.load_less]
 
     def view(self, choosing: bool) -> list[Any]:
         """Card or slim bar, for the resident model at this moment."""
         plan = self.engine.resident
         open_card = plan is None or choosing
         slim = render.slim(plan, self.engine.load_receipt) if plan else ""
-        return [gr.Row(visible=not open_card), slim, gr.Column(visible=open_card), gr.Button(visible=plan is not None)]
+        return [
+            gr.Row(visible=not open_card),
+            slim,
+            gr.Column(visible=open_card),
+            gr.Button(visible=plan is not None),
+            *self._view_lost(),
+        ]
+
+    def _view_lost(self) -> list[Any]:
+        lost = self.engine.lost
+        if lost is None:
+            return [gr.Column(visible=False), "", gr.Button(visible=False)]
+        lower = lost.fallback
+        sentence = msg("{model} was unloaded. {sentence}", model=lost.plan.spec.name, sentence=lost.sentence)
+        if lower is None:
+            return [gr.Column(visible=True), render.lost(sentence, ""), gr.Button(visible=False)]
+        label = msg("Load {model} in {precision}", model=lower.spec.name, precision=lower.precision)
+        return [gr.Column(visible=True), render.lost(sentence, lower.reason), gr.Button(label, visible=True)]

@@ -96,15 +96,20 @@ class Sidebar:
         self._top = {memory: slider.maximum for memory, slider in sliders.items()}
         self.limits = list(sliders.values())
         top = self._top[main]
-        pretend.input(lambda size: size or top, pretend, sliders[main], **QUICK)
+        pretended = pretend.input(lambda size: size or top, pretend, sliders[main], **QUICK)
         # The preset at the value of the slider, none in between, so that each can be clicked again.
         preset_of = {float(size): size for size in presets} | {float(top): 0}
         sliders[main].input(preset_of.get, sliders[main], pretend, **QUICK)
+        gr.on([slider.release for slider in self.limits], self._move_budget, self.limits, None, **QUICK)
+        pretended.then(self._move_budget, self.limits, None, **QUICK)
 
     def budget_of(self, values: Sequence[float]) -> MemoryBudget:
         """What the sliders say; a slider at its end sets no limit."""
         pairs = zip(self._top.items(), values, strict=False)
         return MemoryBudget(**{memory: round(value * GB) for (memory, top), value in pairs if value < top})
+
+    def _move_budget(self, *values: float) -> None:
+        self.engine.set_budget(self.budget_of(values))
 
     def refresh(self, seen: Seen) -> list[Any]:
         """Meters always; resident model and receipt only when they changed: each tick costs the browser."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lowmem.machine.monitor import Snapshot
     from lowmem.models.inventory import StoredFolder
+    from lowmem.runtime.remote import Lost
     from lowmem.runtime.session import Session
 
 E = TypeVar("E")
@@ -202,6 +203,16 @@ class Engine:
         return self._session.plan if self._session else None
 
     @property
+    def lost(self) -> Lost | None:
+        """The model whose process died since the last load."""
+        return getattr(self._session, "lost", None)
+
+    def set_budget(self, budget: MemoryBudget) -> None:
+        """Hold the resident model to another budget, if the owner asks; a visitor's takes effect with the next load."""
+        if self.resident is not None and self.access.owned:
+            self.session.set_budget(budget.bounded(self.hardware()))
+
+    @property
     def busy(self) -> str:
         return self._session.busy if self._session else ""
 
@@ -288,6 +299,6 @@ def _real_session() -> Session:
         from lowmem.runtime.zerogpu import LentSession
 
         return LentSession()
-    from lowmem.runtime.session import Session
+    from lowmem.runtime.remote import WorkerSession
 
-    return Session()
+    return WorkerSession()

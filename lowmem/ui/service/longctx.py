@@ -53,9 +53,9 @@ class LongContextService:
         def events() -> Iterator[Any]:
             text, session = source.read(cancel).text, self.engine.session
             if stride:
-                yield from actions.sliding_perplexity(session, text, options.window, stride, cancel=cancel)
+                yield from session.run(actions.sliding_perplexity, text, options.window, stride, cancel=cancel)
             else:
-                yield from actions.streaming_perplexity(session, text, options, cancel=cancel)
+                yield from session.run(actions.streaming_perplexity, text, options, cancel=cancel)
 
         return self.engine.noted(events())
 
@@ -70,8 +70,8 @@ class LongContextService:
         def events() -> Iterator[Any]:
             text = source.read(cancel).text
             path = new_folder("hidden") / f"hidden_states.{kind}"
-            yield from actions.hidden_states(
-                self.engine.session, text, window, stride, path, layers=layers, cancel=cancel
+            yield from self.engine.session.run(
+                actions.hidden_states, text, window, stride, path, layers=layers, cancel=cancel
             )
 
         return self.engine.noted(events())
@@ -80,7 +80,7 @@ class LongContextService:
         """Does the model recall a word from its context, half a window and two windows later?"""
         self.engine.require_model()
         return self.engine.noted(
-            actions.recall(self.engine.session, evaluation_text(MANUAL).text, options, cancel=cancel)
+            self.engine.session.run(actions.recall, evaluation_text(MANUAL).text, options, cancel=cancel)
         )
 
     def compare_strategies(

@@ -132,13 +132,15 @@ class OffloadService:
         self.engine.spec(request.model)  # refuses models that this visitor may not name
         arguments = {"model": request.model, "prompt": prompt, "new_tokens": _checked(new_tokens), "context": CONTEXT}
         for method in dict.fromkeys(methods):
-            budget = self.engine.child_budget(request.budget).as_dict()
-            yield from _one(method, arguments | {"budget": budget}, cancel)
+            yield from _one(method, arguments, self.engine.child_budget(request.budget), cancel)
 
 
-def _one(method: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Step | dict[str, Any]]:
+def _one(
+    method: str, arguments: dict[str, Any], budget: MemoryBudget, cancel: CancelToken
+) -> Iterator[Step | dict[str, Any]]:
     try:
-        for event in run_isolated("offload", {"method": method, **arguments}, cancel):
+        arguments = {"method": method, **arguments, "budget": budget.as_dict()}
+        for event in run_isolated("offload", arguments, cancel, budget):
             if isinstance(event, Finished):
                 yield {"method": method, **event.value}
             else:

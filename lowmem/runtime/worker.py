@@ -1,0 +1,128 @@
+"""A process that owns one resident model: `python -m lowmem.runtime`, started by `runtime.remote`.
+
+Calls arrive on standard input and are answered on standard output, one after the other, as pickles: both ends are this
+program. A call names a function whose first argument is the worker's `Session` and which is a generator of events.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+from lowmem import errors
+from lowmem.errors import LowMemError
+from lowmem.events import CancelToken, Receipt
+from lowmem.machine.budget import MemoryBudget
+from lowmem.machine.child import claim_output, offer_to_be_killed_first
+from lowmem.machine.memory_limits import set_relatives
+from lowmem.planning.plan import Plan
+from lowmem.runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Work for the worker's session.
+
+    Args:
+        action: a function of a module or of a class, called with the session, `arguments`, `options` and `cancel`.
+    """
+
+    action: Callable[..., Iterator[Any]]
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop the call that is being answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the twin mirrors of the worker's session."""
+
+    plan: Plan | None
+    load_receipt: Receipt | None
+    last_receipt: Receipt | None
+    overhead_bytes: int
+    streamed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of an action; `busy` is the session's current action."""
+
+    event: Any
+    busy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a call. `error` is the name of a class of `lowmem.errors`, or "bug" with a traceback as its message."""
+
+    state: State
+    error: str = ""
+    message: str = ""
+    hint: str = ""
+
+    def raise_error(self) -> None:
+        if self.error == "bug":
+            raise RuntimeError(f"the model's process failed:\n{self.message}")
+        if self.error:
+            raise getattr(errors, self.error, LowMemError)(self.message, self.hint)
+
+
+def answer(session: Session, call: Call, cancel: CancelToken) -> Iterator[Event | Ended]:
+    """Run a call on `session`: its events, and its end with the session's state."""
+    failed: tuple[str, str, str] = ("", "", "")
+    try:
+        for event in call.action(session, *call.arguments, cancel=cancel, **call.options):
+            yield Event(event, session.busy)
+    except LowMemError as error:
+        failed = (type(error).__name__, error.message, error.hint)
+    except Exception:
+        failed = ("bug", traceback.format_exc(), "")
+    yield Ended(state_of(session), *failed)
+
+
+def state_of(session: Session) -> State:
+    return State(
+        session.plan, session.load_receipt, session.last_receipt, session.overhead_bytes, session.streamed_bytes
+    )
+
+
+def main() -> None:
+    channel = claim_output()
+    offer_to_be_killed_first()
+    set_relatives([os.getppid()])
+    session, calls = Session(capped=True), SimpleQueue[tuple[Call, CancelToken]]()
+    threading.Thread(target=_listen, args=(session, calls), daemon=True, name="lowmem-calls").start()
+    while True:
+        call, cancel = calls.get()
+        for one in answer(session, call, cancel):
+            pickle.dump(one, channel)
+            channel.flush()
+
+
+def _listen(session: Session, calls: SimpleQueue[tuple[Call, CancelToken]]) -> None:
+    """Read calls and stops. The end of the input is the end of the parent, so of this process too."""
+    token = CancelToken()
+    try:
+        with open(0, "rb", closefd=False) as requests:
+            while True:
+                match pickle.load(requests):
+                    case Call() as call:
+                        token = CancelToken()
+                        calls.put((call, token))
+                    case Stop():
+                        token.set()
+                    case MemoryBudget() as budget:
+                        session.set_budget(budget)
+    finally:
+        os._exit(0)
