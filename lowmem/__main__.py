@@ -1,7 +1,8 @@
 """The command line: `python -m lowmem COMMAND`; one module of `lowmem.cli` per command.
 
 With `--json` standard output is the run report as one line of JSON and nothing else. Progress goes to standard error,
-and only when that is a terminal. Exit status: 0, 2 for wrong usage, 3 for a `LowMemError`, 130 when interrupted.
+and only when that is a terminal. Exit status: 0, 1 when `verify` finds a claim that does not hold, 2 for wrong usage, 3
+for a `LowMemError`, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lowmem.cli import compare, export, generate, longctx, offload, plan, quantize, serve
+from lowmem.cli import compare, export, generate, longctx, offload, plan, quantize, serve, verify
 from lowmem.cli.arguments import current_names
 from lowmem.errors import LowMemError
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.cap import cap_memory
 
-COMMANDS = (plan, generate, quantize, compare, offload, export, longctx, serve)
+COMMANDS = (plan, generate, quantize, compare, offload, export, longctx, verify, serve)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ JOBS = {
     "draw_weights": "lowmem.plots.weights:job",
     "measure_strategy": "lowmem.longctx.job:measure_strategy",
     "offload": "lowmem.offload.run:job",
+    "write_reference": "lowmem.verify.original:write_reference",
+    "check_parity": "lowmem.verify.original:check_parity",
     "measure_offload": "lowmem.offload.run:measure_speeds",
 }
 

@@ -122,6 +122,7 @@ ACTIONS = {
     "compare_strategies": ("long-strategies-start",),
     "export": ("export-start",),
     "benchmark": ("benchmark-start",),
+    "verify": ("verify-start",),
     "delete": ("delete-stored",),
     "push": ("push-start", "export-push-start"),
 }
@@ -157,6 +158,7 @@ def test_no_argument_is_described_that_there_is_not(client: Client) -> None:
         ("/benchmark", ["/etc"], "Only results of this page"),
         ("/estimate_export", ["demo", "onnx", "int3"], "int3"),
         ("/recall", [], "No model is loaded"),
+        ("/verify", [], "No model is loaded"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(client: Client, endpoint: str, values: list, words: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, DiskFull
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import decoder_config
+from lowmem.generate.decoding import decoder_config, no_check
 from lowmem.measure.perplexity import Perplexity
 from lowmem.measure.scoring import Segment, score
 from lowmem.measure.windows import Passage
@@ -153,7 +153,12 @@ def write_reference(
 
 
 def divergence(
-    model: nn.Module, passage: Passage, path: Path, *, cancel: CancelToken
+    model: nn.Module,
+    passage: Passage,
+    path: Path,
+    *,
+    cancel: CancelToken,
+    check: Callable[[], None] = no_check,
 ) -> Generator[Step, None, tuple[Perplexity, Divergence]]:
     """Compare `model` with the predictions in `path`, over the same windows of the same text.
 
@@ -162,7 +167,7 @@ def divergence(
     """
     total = Perplexity()
     with closing(Divergence(path, passage, decoder_config(model).vocab_size)) as compared:
-        yield from score(model, passage, [total, compared], cancel=cancel)
+        yield from score(model, passage, [total, compared], cancel=cancel, check=check)
     return total, compared
 
 

@@ -72,7 +72,8 @@ def score(
 
 
 def _device(model: Any) -> torch.device:
-    return model.device
+    # Weights on the meta device arrive with each pass, see `export.reference`.
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def _log_probs(model: Any, passage: Passage, window: Window, rows: int) -> Iterator[Tensor]:

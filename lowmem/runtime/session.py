@@ -286,11 +286,13 @@ class Session:
         cancel: CancelToken,
         *,
         force: bool = False,
+        layers: bool = True,
     ) -> Generator[Step | E, None, tuple[T, dict[str, int]]]:
         """Run `task` on the resident model; returns its result and the peak bytes by memory.
 
         Args:
             task: is called with the model, its plan and a budget check to call in every long loop.
+            layers: the task needs the layers of the model, so a graph is loaded for torch instead.
 
         Raises:
             BadInput: nothing is loaded.
@@ -298,7 +300,8 @@ class Session:
         """
         yield from self._turn(what, cancel)
         try:
-            yield from self._ensure_backend(None, cancel, force)
+            if layers:
+                yield from self._ensure_backend(None, cancel, force)
             loaded, plan = self._resident()
             with self._meter(plan, force) as meter:
                 result = yield from task(loaded, plan, meter.check)

@@ -51,6 +51,7 @@ ARGUMENTS = {
     "ram_blocks": 'blocks that stay in RAM, a list like "0-5,9" or "all"; empty as the budget allows.',
     "num_return_sequences": "sequences generated in parallel; 0 for automatic.",
     "again": "measure this machine again instead of using the stored rates.",
+    "original": "the model that a quantized checkpoint was made from; empty where there is none.",
     "key": 'the entry to delete, as /stored names it, such as "models/demo".',
     "folder": "the folder of an earlier result, from its receipt's details.",
     "repo": "the repository, your-name/your-model.",

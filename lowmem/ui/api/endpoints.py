@@ -147,6 +147,12 @@ def batch(
     yield from services.engine.batch(texts, options, cancel, raw=raw, batch_size=batch_size)
 
 
+def verify(services: Services, original: str = "", *, cancel: CancelToken) -> Events:
+    """Measure each claim about the resident model; yields steps and claims, last of all {"receipt": ...}: the report is in
+    its details. `original` names the model that was quantized or exported, where the checkpoint does not."""
+    return services.verify.verify(cancel, original.strip())
+
+
 # --- quantizing and comparing
 
 
@@ -403,7 +409,7 @@ ENDPOINTS = (
     Endpoint(batch, ENGINE, batch_so_far),
     *(Endpoint(run, ENGINE) for run in (load, unload, quantize, compare, sweep, inspect_weights, offload)),
     *(Endpoint(run, ENGINE) for run in (offload_compare, perplexity, hidden_states, recall, compare_strategies)),
-    *(Endpoint(run, ENGINE) for run in (export, benchmark)),
+    *(Endpoint(run, ENGINE) for run in (export, benchmark, verify)),
 )
 
 RENAMED = {

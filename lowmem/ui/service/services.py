@@ -8,13 +8,14 @@ from lowmem.ui.service.export import ExportService
 from lowmem.ui.service.longctx import LongContextService
 from lowmem.ui.service.offload import OffloadService
 from lowmem.ui.service.quantize import QuantizeService
+from lowmem.ui.service.verify import VerifyService
 
 
 class Services:
     """The services over one engine; arguments replace the default ones.
 
     Attributes:
-        engine, quantize, compare, offload, longctx, export: one service each.
+        engine, quantize, compare, offload, longctx, export, verify: one service each.
     """
 
     def __init__(
@@ -26,3 +27,4 @@ class Services:
         self.offload = OffloadService(engine)
         self.longctx = LongContextService(engine)
         self.export = ExportService(engine)
+        self.verify = VerifyService(engine)

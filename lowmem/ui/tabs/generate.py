@@ -17,6 +17,7 @@ from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.fields import read, widgets
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.parts.setup import Setup
+from lowmem.ui.parts.verify import VerifyBox
 from lowmem.ui.tabs.batch import Batch
 from lowmem.ui.tabs.chat import Chat
 from lowmem.ui.tabs.completion import Completion
@@ -44,6 +45,7 @@ class GenerateTab:
                         self.batch = Batch(context)
             with gr.Column(scale=1, min_width=250, elem_id="options"):
                 self._build_options()
+                VerifyBox(context)
         Learn(context.engine, "generate")
         modes.select(self._fit_options, None, self.system, **QUICK)
         self._wire()
