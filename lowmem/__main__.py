@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from lowmem.cli import compare, export, generate, longctx, offload, plan, quantize, serve, verify
 from lowmem.cli.arguments import current_names
-from lowmem.errors import LowMemError
+from lowmem.errors import LowMemError, is_out_of_memory
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.cap import cap_memory
+from lowmem.machine.child import LESS_MEMORY
 
 COMMANDS = (plan, generate, quantize, compare, offload, export, longctx, verify, serve)
 
@@ -42,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print("Memory ran out.", LESS_MEMORY, sep="\n", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130

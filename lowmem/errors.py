@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from lowmem.messages import msg
 
 
@@ -80,3 +82,32 @@ class Cancelled(LowMemError):
 
     def __init__(self, message: str = msg("Stopped."), hint: str = "") -> None:
         super().__init__(message, hint)
+
+
+_SAYINGS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "defaultcpuallocator",
+    "alloc_failed",
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "failed to map segment",
+)
+"""Of torch, CUDA's libraries, C++, ONNX Runtime, and the dynamic linker, whose `mmap` failed."""
+
+_LIBRARIES = ("onnxruntime", "safetensors", "safetensors_rust", "tokenizers")
+"""Their errors derive from Exception alone."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, of any library, means that RAM or GPU memory ran out, or that the budget was exceeded."""
+    if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    known = (
+        isinstance(error, (RuntimeError, OSError, ImportError)) or type(error).__module__.split(".")[0] in _LIBRARIES
+    )
+    return known and any(saying in str(error).lower() for saying in _SAYINGS)

@@ -10,13 +10,12 @@ import pytest
 import torch
 from toys import CONTEXT, fresh, tokenizer, toy
 
-from lowmem.errors import BadInput, Cancelled, OutOfMemory
+from lowmem.errors import BadInput, Cancelled, OutOfMemory, is_out_of_memory
 from lowmem.events import CancelToken, Chunk, Completion, Step
 from lowmem.generate.batching import run_batches
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import encode_prompt
 from lowmem.generate.text import stream
-from lowmem.machine.oom import is_out_of_memory
 
 GREEDY = GenerateOptions(max_new_tokens=12, greedy=True)
 PROMPTS = ["b" * 3, "a longer prompt than most", "x", "two words", "yy", "the longest prompt of them all, by far", "z"]

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
-from lowmem.errors import MissingDependency, Unsupported, first_line
+from lowmem.errors import MissingDependency, Unsupported, first_line, is_out_of_memory
 from lowmem.events import CancelToken, Step
 from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
 from lowmem.export.lazy import LazyModel, fold_except, put_weights
 from lowmem.generate.cache.argument import cache_argument
-from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.config import is_encoder

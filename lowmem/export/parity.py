@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.datasets.texts import evaluation_text
+from lowmem.errors import is_out_of_memory
 from lowmem.events import CancelToken, Step
 from lowmem.export.reference import streamed_model
 from lowmem.messages import msg
@@ -157,8 +158,9 @@ def _windows(folder: Path) -> tuple[str, Tensor]:
         ids = tokenizer(text.text[: 16 * count * length], add_special_tokens=False)["input_ids"][: count * length]
         if len(ids) == count * length and max(ids) < decoder.vocab_size:
             return text.name, torch.tensor(ids).view(count, length)
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
     generator = torch.Generator().manual_seed(0)
     return msg("random tokens"), torch.randint(decoder.vocab_size, (count, length), generator=generator)
 

@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.errors import BadInput, OutOfMemory
+from lowmem.errors import BadInput, OutOfMemory, is_out_of_memory
 from lowmem.events import CancelToken, Completion, Step
 from lowmem.generate.decoding import decode, no_check, resolve_seed
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length, encode_prompt
 from lowmem.generate.text import SequenceText, advance, eos_ids
 from lowmem.machine.monitor import release_memory
-from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.batching")

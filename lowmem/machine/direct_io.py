@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.errors import CorruptModel, LowMemError, ModelNotFound
+from lowmem.errors import CorruptModel, LowMemError, ModelNotFound, is_out_of_memory
 from lowmem.messages import msg
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Shard:
         try:
             self._file, self.direct = _open(path)
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelNotFound(
                 msg("{path} cannot be opened: {strerror}.", path=path.name, strerror=error.strerror),
                 msg("Reconnect its disk, or fetch the model again."),
@@ -109,7 +111,9 @@ class Shard:
                 os.close(self._file)
             self._closed = True
 
-    def _failed(self, error: OSError) -> LowMemError:
+    def _failed(self, error: OSError) -> Exception:
+        if is_out_of_memory(error):
+            return error
         try:
             self.check()
         except LowMemError as known:

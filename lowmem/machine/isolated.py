@@ -20,14 +20,13 @@ from typing import Any
 
 import lowmem.errors as errors
 from lowmem.background import interruptible
-from lowmem.errors import DoesNotFit, LowMemError
+from lowmem.errors import DoesNotFit, LowMemError, is_out_of_memory
 from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine import baseline
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.cap import cap_memory
 from lowmem.machine.child import LESS_MEMORY, Child, claim_output, die_with_parent, offer_to_be_killed_first
 from lowmem.machine.monitor import PeakMeter
-from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import msg, packed, unpacked
 from lowmem.units import format_bytes
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lowmem.errors import Unsupported, first_line
+from lowmem.errors import Unsupported, first_line, is_out_of_memory
 from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.loader")
@@ -29,6 +29,8 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         log.info("cannot build the model of %s", folder, exc_info=True)
         raise Unsupported(
             msg("transformers cannot build this model: {error}", error=first_line(error)),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lowmem.errors import CorruptModel, DiskFull, DoesNotFit, first_line
+from lowmem.errors import CorruptModel, DiskFull, DoesNotFit, first_line, is_out_of_memory
 from lowmem.events import CancelToken
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
@@ -100,6 +100,8 @@ class PreparedQuantization:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise CorruptModel(
                 msg(
                     "The tokenizer in {folder} cannot be read: {error}",

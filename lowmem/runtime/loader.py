@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.errors import BadInput, CorruptModel, Unsupported, first_line
+from lowmem.errors import BadInput, CorruptModel, Unsupported, first_line, is_out_of_memory
 from lowmem.events import CancelToken, Step
 from lowmem.kernels import packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
@@ -116,6 +116,8 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         log.info("cannot read the tokenizer of %s", folder, exc_info=True)
         raise CorruptModel(
             msg("The tokenizer in {folder} cannot be read: {error}", folder=folder.name, error=first_line(error)),

@@ -367,7 +367,7 @@ class Session:
 
     def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
         """Load `plan` or the first fallback that works; the return value is the receipt."""
-        from lowmem.machine.oom import is_out_of_memory
+        from lowmem.errors import is_out_of_memory
         from lowmem.models.fetch import fetch
         from lowmem.models.source import resolve_folder
 
@@ -441,8 +441,8 @@ class Session:
         self, ids: list[int], options: GenerateOptions, action: Plan, notes: list[str], cancel: CancelToken, force: bool
     ) -> Generator[Step | Chunk, None, Receipt]:
         """Stream; if memory runs out before any text, try once more with a quantized cache and a smaller prefill chunk."""
+        from lowmem.errors import is_out_of_memory
         from lowmem.generate.text import stream
-        from lowmem.machine.oom import is_out_of_memory
 
         loaded, plan = self._resident()
         started, last = time.perf_counter(), dict[int, Chunk]()

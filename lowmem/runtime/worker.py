@@ -16,11 +16,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from lowmem import errors
-from lowmem.errors import LowMemError
+from lowmem.errors import LowMemError, is_out_of_memory
 from lowmem.events import CancelToken, Receipt
 from lowmem.machine.budget import MemoryBudget
-from lowmem.machine.child import claim_output, offer_to_be_killed_first
+from lowmem.machine.child import LESS_MEMORY, claim_output, offer_to_be_killed_first
 from lowmem.machine.memory_limits import set_relatives
+from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
 
@@ -86,8 +87,11 @@ def answer(session: Session, call: Call, cancel: CancelToken) -> Iterator[Event 
             yield Event(event, session.busy)
     except LowMemError as error:
         failed = (type(error).__name__, error.message, error.hint)
-    except Exception:
-        failed = ("bug", traceback.format_exc(), "")
+    except Exception as error:
+        if is_out_of_memory(error):
+            failed = ("OutOfMemory", msg("Memory ran out."), LESS_MEMORY)
+        else:
+            failed = ("bug", traceback.format_exc(), "")
     yield Ended(state_of(session), *failed)
 
 

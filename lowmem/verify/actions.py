@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.datasets.texts import evaluation_text
-from lowmem.errors import Cancelled, LowMemError
+from lowmem.errors import Cancelled, LowMemError, is_out_of_memory
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.oom import is_out_of_memory
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMemory, Unsupported
+from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMemory, Unsupported, is_out_of_memory
 from lowmem.machine.processor import cores, has_vnni
 from lowmem.messages import msg
 from lowmem.planning import exported
@@ -97,7 +97,7 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
             ),
             _UPGRADE,
         )
-    if "alloc" in text.lower():
+    if is_out_of_memory(error) or "alloc" in text.lower():
         return OutOfMemory(
             msg("Memory ran out while loading {path}.", path=path.name), msg("Choose fewer bits or a smaller model.")
         )
@@ -207,7 +207,7 @@ class OnnxModel:
         try:
             session.run_with_iobinding(binding.io)
         except Exception as error:
-            if "alloc" in str(error).lower():
+            if is_out_of_memory(error) or "alloc" in str(error).lower():
                 raise OutOfMemory(
                     msg("Memory ran out in ONNX Runtime."), msg("Shorten the prompt, or load fewer bits.")
                 ) from error
