@@ -138,6 +138,14 @@ def test_every_button_has_its_endpoint(client: Client) -> None:
     assert {f"/{name}" for name in ACTIONS} <= set(endpoints)
 
 
+def test_every_element_and_every_kind_of_work_has_a_name_of_its_own(client: Client) -> None:
+    """Two push boxes share neither an element nor a Stop."""
+    names = [one["props"].get("elem_id") for one in client.config["components"]]
+    named = [name for name in names if name]
+    assert sorted(named) == sorted(set(named))
+    assert {"push-token", "export-push-token", "push-stop", "export-push-stop"} <= set(named)
+
+
 def test_no_argument_is_described_that_there_is_not(client: Client) -> None:
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     names = {(path[1:], one["parameter_name"]) for path, made in endpoints.items() for one in made["parameters"]}

@@ -8,6 +8,8 @@ import toys
 from lowmem.errors import LowMemError
 from lowmem.models import choices, hub
 from lowmem.models.catalog import CATALOG
+from lowmem.planning.goal import Goal
+from lowmem.runtime.session import Session
 from lowmem.settings import settings
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Choice, Engine
@@ -20,6 +22,21 @@ def refs() -> list[str]:
 def test_without_the_hub_only_the_demo_can_be_had():
     assert not hub.reachable()
     assert refs() == ["demo"]
+
+
+def test_a_recommendation_without_the_hub_says_why_it_is_so_small(monkeypatch):
+    """135 million parameters are not the best that fits 20 GB."""
+    reason = Engine().plan(Choice()).reason
+    assert "The hub is switched off (HF_HUB_OFFLINE), so the choice is among SmolLM2-135M-Instruct." in reason
+    assert Session().plan_for(None, Goal()).reason == reason
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    assert "hub" not in Engine().plan(Choice()).reason
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_out_of_reach_is_the_reason(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert choices.shortage().startswith("The hub cannot be reached, so the choice is among SmolLM2")
 
 
 def test_with_the_hub_the_best_comes_first_and_no_licence_is_in_the_way(monkeypatch):

@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import toys
 
 from lowmem.errors import BadInput, CorruptModel, LowMemError, ModelNotFound, UnsafeModel, Unsupported
+from lowmem.models.describe import MANIFEST
 from lowmem.models.files import LocalFile
 from lowmem.models.gguf_file import TYPES, read_gguf
 from lowmem.models.reference import parse_ref
 from lowmem.models.safetensors_header import read_header
-from lowmem.models.source import is_local, local_folder, local_models, read_spec
+from lowmem.models.source import (
+    folder_name,
+    gguf_fingerprint,
+    is_current,
+    is_local,
+    local_folder,
+    local_models,
+    read_spec,
+    resolve_folder,
+)
+from lowmem.models.spec import ModelSource
 from lowmem.models.synthetic import write_random_model
 from lowmem.models.tokenizer_files import check_tokenizer, vocabulary_size
 from lowmem.settings import settings
@@ -420,3 +434,45 @@ def test_an_older_commit_and_a_lost_origin_are_named_by_their_folder() -> None:
     assert named["acme--toy@new"] == "acme/toy"
     assert named["acme--toy@old"] == str(settings().models / "acme--toy@old")
     assert named["acme--toy@gone"] == str(settings().models / "acme--toy@gone")
+
+
+def grown(path: Path) -> None:
+    """Change a file and its time."""
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"llama", b"llamb", 1) if path.suffix == ".json" else data + b"0")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_changed_folder_is_read_again(tmp_path: Path, name: str) -> None:
+    spec = read_spec(str(toys.save_toy("llama", tmp_path / "toy")))
+    assert is_current(spec.source)
+    grown(tmp_path / "toy" / name)
+    assert not is_current(spec.source)
+    shutil.rmtree(tmp_path / "toy")
+    assert not is_current(spec.source)
+
+
+def test_a_changed_gguf_file_is_read_again_before_and_after_its_conversion(tmp_path: Path) -> None:
+    path = tmp_path / "toy.gguf"
+    path.write_bytes(b"GGUF and more")
+    reference = parse_ref(str(path))
+    source = ModelSource(str(path), "toy", fingerprint=gguf_fingerprint(reference))
+    assert is_current(source)
+    converted = settings().models / folder_name(reference)
+    toys.save_toy("llama", converted)
+    assert not is_current(source), "there is a folder now"
+    source = resolve_folder(converted, str(path))
+    assert is_current(source)
+    grown(path)
+    assert not is_current(source), "the folder is that of another file"
+    path.unlink()
+    assert not is_current(replace(source, folder=None, fingerprint="of the file"))
+
+
+def test_an_exported_folder_is_read_again_when_its_manifest_changed(tmp_path: Path) -> None:
+    folder = toys.save_toy("llama", tmp_path / "graph")
+    (folder / MANIFEST).write_text("{}")
+    source = resolve_folder(folder, str(folder))
+    assert is_current(source)
+    (folder / MANIFEST).write_text('{"precision": "int8"}')
+    assert not is_current(source)

@@ -82,6 +82,7 @@ def test_a_visitor_chats(visitor: Client) -> None:
         (("stranger/model", "/export"), "This page runs only the models it lists"),
         ((["stranger/model"], ["fp32"], "/sweep"), "This page runs only the models it lists"),
         (("models/demo", "/delete"), "Deleting from this machine is reserved for the owner"),
+        (("demo", "", "", "", "", 1, True, "/offload_plan"), "Measuring this machine again is reserved for the owner"),
         (("/stored",), "Listing the disk is reserved for the owner"),
         (("/etc", "me/it", "/push"), "Pushing to the hub is reserved for the owner"),
         (("demo", {"tokens": 5000}, "/compare_strategies"), "5,000 tokens of text are more than the 4,096"),

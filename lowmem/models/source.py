@@ -125,10 +125,15 @@ def resolve_folder(folder: Path, ref: str) -> ModelSource:
 
 
 def is_current(source: ModelSource) -> bool:
-    """Are the files of a resolved model still the same? Models that are not on this machine count as unchanged."""
+    """Would the reference of a resolved model lead to the same files now? Of a model on the hub nothing is asked."""
     try:
-        return source.folder is None or resolve_folder(source.folder, source.ref).fingerprint == source.fingerprint
-    except LowMemError:
+        reference = parse_ref(source.ref)
+        if find_folder(reference) != source.folder:
+            return False
+        if source.folder is not None:
+            return resolve_folder(source.folder, source.ref).fingerprint == source.fingerprint
+        return reference.kind != "gguf" or gguf_fingerprint(reference) == source.fingerprint
+    except (LowMemError, OSError):
         return False
 
 

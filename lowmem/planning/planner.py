@@ -8,7 +8,7 @@ from dataclasses import replace
 from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
-from lowmem.messages import Message, msg
+from lowmem.messages import Message, join, msg
 from lowmem.models.catalog import recommended
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
@@ -45,6 +45,7 @@ def plan(
     budget: MemoryBudget,
     goal: Goal = DEFAULT_GOAL,
     choices: Sequence[ModelSpec] | None = None,
+    shortage: str = "",
 ) -> Plan:
     """The best plan for `spec`; if `spec` is None, for the best of `choices` (default: the catalog).
 
@@ -53,6 +54,7 @@ def plan(
     Args:
         budget: see `MemoryBudget.bounded`.
         choices: models to choose from, best first.
+        shortage: why others are not among them, a sentence for the reason.
 
     Raises:
         BadInput: an impossible goal, such as a context of 0 or an unknown precision or device.
@@ -63,7 +65,8 @@ def plan(
         return _plan_model(spec, hardware, budget, goal)
     if choices is None:
         choices = [entry.spec() for entry in recommended()]
-    return _recommend(choices, hardware, budget, goal)
+    chosen = _recommend(choices, hardware, budget, goal)
+    return replace(chosen, reason=join(" ", (shortage, chosen.reason))) if shortage else chosen
 
 
 def _check(goal: Goal, hardware: Hardware, spec: ModelSpec | None) -> None:

@@ -26,7 +26,7 @@ from lowmem.machine.cap import cap_gpu_memory, cap_memory
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.monitor import PeakMeter, release_memory, weights_outside_heap
 from lowmem.messages import msg
-from lowmem.models.choices import choices
+from lowmem.models.choices import choices, shortage
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.estimate import reestimate
@@ -116,7 +116,9 @@ class Session:
         """
         hardware = self.hardware()
         spec = read_spec(model) if isinstance(model, str) else model
-        return make_plan(spec, hardware, budget.bounded(hardware), goal, choices() if spec is None else None)
+        if spec is not None:
+            return make_plan(spec, hardware, budget.bounded(hardware), goal)
+        return make_plan(None, hardware, budget.bounded(hardware), goal, choices(), shortage())
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
         """Download the model if it is missing, free the resident one and load; on out-of-memory, follow the fallback chain.

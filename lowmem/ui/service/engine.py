@@ -178,10 +178,12 @@ class Engine:
         return self._plan(spec, choice.budget.bounded(hardware), goal)
 
     def _plan(self, spec: ModelSpec | None, budget: MemoryBudget, goal: Goal) -> Plan:
-        from lowmem.models.choices import choices
+        from lowmem.models.choices import choices, shortage
         from lowmem.planning.planner import plan
 
-        return plan(spec, self.hardware(), budget, goal, None if spec else choices())
+        if spec is not None:
+            return plan(spec, self.hardware(), budget, goal)
+        return plan(None, self.hardware(), budget, goal, choices(), shortage())
 
     def download_bytes(self, spec: ModelSpec) -> int:
         """Bytes that loading would fetch, 0 when the model is here. Makes no request: controls move fast."""

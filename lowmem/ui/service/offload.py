@@ -86,7 +86,12 @@ class OffloadService:
         """As `speed`, but measures this machine first, in a child process, if it never was; takes some seconds.
 
         Not while the model computes: each would slow the other down.
+
+        Raises:
+            NotAllowed: a visitor asks to measure `again`.
         """
+        if again:
+            self.engine.access.require_owner(msg("Measuring this machine again"))
         placement = plan.placement
         if placement is None or not self.here(plan) or self.engine.busy:
             return self.speed(plan)

@@ -23,6 +23,7 @@ from lowmem.ui.language import Html, escape
 from lowmem.ui.names import NAMES, name
 from lowmem.ui.parts.context import Context, Tab
 from lowmem.ui.parts.event_settings import QUICK
+from lowmem.ui.parts.failures import notice
 from lowmem.ui.parts.fields import widgets
 from lowmem.ui.parts.learn import Learn
 from lowmem.ui.tabs.longctx_measuring import HiddenMode, PerplexityMode, RecallMode, StrategiesMode
@@ -146,7 +147,7 @@ class LongContextTab:
             estimate = self.engine.estimate(tokens, options)
             whole = self.engine.estimate_whole(tokens)
         except Exception as error:
-            return f'<p class="lm-notice" data-kind="quiet">{error}</p>'
+            return notice(error, toast=False)
         return render_longctx.memory(estimate, whole, tokens)
 
     def _estimate(self, text: str, file: str | None, *values: Any) -> list[Any]:

@@ -37,7 +37,7 @@ class OffloadTab:
     """Layout and wiring of the tab."""
 
     def __init__(self, context: Context) -> None:
-        self.service = context.services.offload
+        self.service, self.access = context.services.offload, context.engine.access
         with gr.Row(elem_id="offload"):
             with gr.Column(scale=3, min_width=300):
                 self._build_controls()
@@ -50,7 +50,9 @@ class OffloadTab:
             with gr.Column(scale=2, min_width=300, elem_id="offload-side"):
                 self.problem = gr.HTML(elem_id="offload-problem")
                 self.picture = gr.HTML(elem_id="offload-picture")
-                self.again = gr.Button(msg("Measure speed"), size="sm", elem_id="offload-again")
+                self.again = gr.Button(
+                    msg("Measure speed"), size="sm", visible=not self.access.public, elem_id="offload-again"
+                )
         with gr.Column(elem_id="offload-methods"):
             gr.HTML(
                 Html(
@@ -129,6 +131,7 @@ class OffloadTab:
         self.again.click(lambda: gr.Button(msg("Measuring ..."), interactive=False), None, self.again, **QUICK).then(
             self._measure_again, self.controls, [*outputs, self.again], **QUICK
         )
+        context.when_opened(lambda: gr.Button(visible=self.access.owned), None, self.again, **QUICK)
         inputs = [self.prompt, self.tokens, *self.controls]
         ran = self.single.wire(inputs, [self.live, self.text, self.measured], self._run)
         self._measure_after(self.estimate.after(ran))
