@@ -37,8 +37,10 @@ _HOME_OF = {
     "Receipt": "lowmem.events",
     "Session": "lowmem.runtime.session",
     "Step": "lowmem.events",
+    "describe_machine": "lowmem.machine.described",
     "export_model": "lowmem.export.run",
     "plan": "lowmem.planning.planner",
+    "plan_described": "lowmem.planning.described",
     "probe": "lowmem.machine.hardware",
     "quantize": "lowmem.quant.run",
     "read_spec": "lowmem.models.source",
@@ -53,9 +55,11 @@ if TYPE_CHECKING:
     from lowmem.export.run import export_model
     from lowmem.generate.options import GenerateOptions
     from lowmem.machine.budget import MemoryBudget
+    from lowmem.machine.described import describe_machine
     from lowmem.machine.hardware import Hardware, probe
     from lowmem.models.source import read_spec
     from lowmem.models.spec import ModelSpec
+    from lowmem.planning.described import plan_described
     from lowmem.planning.goal import Goal
     from lowmem.planning.graph_options import ExportOptions
     from lowmem.planning.plan import Plan

@@ -120,6 +120,7 @@ ACTIONS = {
     "hidden_states": ("long-hidden-start",),
     "recall": ("long-recall-start",),
     "compare_strategies": ("long-strategies-start",),
+    "what_runs": ("what-runs",),
     "export": ("export-start",),
     "benchmark": ("benchmark-start",),
     "verify": ("verify-start",),

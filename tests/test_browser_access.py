@@ -122,6 +122,30 @@ def test_no_view_of_a_phone_scrolls_sideways(browser: Any, stub_url: str, scheme
     assert {view: pixels for view, pixels in wide.items() if pixels > 0} == {}
 
 
+@pytest.mark.parametrize(("size", "scheme", "locale"), [("desktop", "light", "en-US"), ("phone", "dark", "pt-BR")])
+def test_planning_for_another_machine_is_accessible_at_any_width(
+    browser: Any,  # noqa: F811
+    stub_url: str,  # noqa: F811
+    size: str,
+    scheme: str,
+    locale: str,
+) -> None:
+    visit = Visit(browser, stub_url, size, scheme, "access-another-machine", locale)
+    page = visit.page
+    page.click("#another-machine .label-wrap")
+    page.wait_for_selector("#another-plan .lm-elsewhere")
+    assert page.locator("#another-vram").is_visible()
+    page.click("#what-runs")
+    page.wait_for_selector("#what-runs-table table")
+    page.locator("#another-gpu input").fill("NVIDIA T4")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#another-plan :text('NVIDIA T4')")
+    page.wait_for_selector("#another-vram", state="hidden")
+    assert violations(page) == []
+    visit.shot("plan")
+    visit.close()
+
+
 def test_the_keyboard_reaches_everything_in_reading_order(browser: Any, stub_url: str) -> None:  # noqa: F811
     visit = Visit(browser, stub_url, "desktop", "light", "access-keys")
     page = visit.page

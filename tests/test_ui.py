@@ -34,6 +34,8 @@ from lowmem.ui.tabs.chat import conversation
 
 ENDPOINTS = {
     "/plan",
+    "/plan_for",
+    "/what_runs",
     "/load",
     "/generate",
     "/chat",

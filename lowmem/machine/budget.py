@@ -47,8 +47,17 @@ class MemoryBudget:
         return cls(_less_reserve(ram), None if vram is None else _less_reserve(vram))
 
     def bounded(self, hardware: Hardware) -> MemoryBudget:
-        """This budget, lowered to what `detect` finds where it is above that or sets no limit."""
+        """This budget, lowered to what `detect` finds where it is above that or sets no limit.
+
+        Raises:
+            BadInput: a limit for GPU memory on a machine without a GPU.
+        """
         found = self.detect(hardware)
+        if self.vram is not None and found.vram is None:
+            raise BadInput(
+                msg("This machine has no GPU, so {vram} of GPU memory cannot be used.", vram=format_bytes(self.vram)),
+                msg("Leave it out to run on the CPU, or plan for another machine: lowmem plan --vram SIZE."),
+            )
         vram = None if found.vram is None else min(self.limit("vram"), found.vram)
         return MemoryBudget(min(self.limit("ram"), found.limit("ram")), vram)
 

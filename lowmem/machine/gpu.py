@@ -140,11 +140,17 @@ def _from_torch() -> list[Device]:
 
 def _device(index: int, name: str, total: int, free: int, capability: tuple[int, ...]) -> Device:
     free = min(total, free + _reusable_bytes(index))
+    dtypes, note = dtypes_of(capability)
+    return Device(f"cuda:{index}", _clean(name), total, free, dtypes, note, capability)
+
+
+def dtypes_of(capability: tuple[int, ...]) -> tuple[tuple[str, ...], str]:
+    """The dtypes that a GPU of this compute capability runs well, best first, and a note on what it lacks."""
     if capability >= (8, 0):
-        return Device(f"cuda:{index}", _clean(name), total, free, ("bf16", "fp16", "fp32"))
+        return ("bf16", "fp16", "fp32"), ""
     version = ".".join(map(str, capability))
     note = msg("bf16 is not supported: it needs compute capability 8.0, this GPU has {version}.", version=version)
-    return Device(f"cuda:{index}", _clean(name), total, free, ("fp16", "fp32"), note)
+    return ("fp16", "fp32"), note
 
 
 def _reusable_bytes(index: int) -> int:

@@ -16,13 +16,13 @@ _HOSTS = {"colab": "Colab", "space": "Space", "zerogpu": "Space"}
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """A snapshot of the machine.
+    """A snapshot of the machine, or a description of another one.
 
     Args:
         host: "local", "colab", "space" or "zerogpu".
         cpu: RAM and processor as a device.
         gpus: accelerators, best first; empty on a CPU machine.
-        cores: cores this process may use.
+        cores: cores this process may use; 0 if they are not known, as for a described machine.
         ram_limit: what set the RAM total: "host", "cgroup" or "MEMORY".
         disk_free_bytes, disk_path: the disk that stores models (`LOWMEM_HOME`).
         process_bytes: RAM this process holds (RSS).
@@ -39,6 +39,11 @@ class Hardware:
     disk_path: str
     process_bytes: int
     runtime_bytes: int
+
+    @property
+    def described(self) -> bool:
+        """Whether this is another machine, described by `describe_machine`: plans for it cannot be run here."""
+        return self.cpu.rates is not None
 
     @property
     def device(self) -> Device:
@@ -66,8 +71,11 @@ class Hardware:
         parts = [
             name,
             *memories,
-            msg("{cores} core", cores=self.cores) if self.cores == 1 else msg("{cores} cores", cores=self.cores),
+            (msg("{cores} core", cores=self.cores) if self.cores == 1 else msg("{cores} cores", cores=self.cores))
+            if self.cores
+            else "",
             _HOSTS.get(self.host, ""),
+            msg("not this machine") if self.described else "",
         ]
         return join(" · ", (part for part in parts if part))
 

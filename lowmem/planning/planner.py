@@ -210,7 +210,7 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal:
 
 
 def _declined(drafts: Iterable[Plan], chosen: Plan) -> tuple[Declined, ...]:
-    return tuple(Declined(_title(d), _why_not(d, chosen)) for d in drafts if d is not chosen)
+    return tuple(Declined(title(d), _why_not(d, chosen)) for d in drafts if d is not chosen)
 
 
 def _why_not(draft: Plan, chosen: Plan) -> str:
@@ -226,7 +226,8 @@ def _why_not(draft: Plan, chosen: Plan) -> str:
     return msg("Fits in {peak}, but there is room for more bits.", peak=format_bytes(draft.main.peak))
 
 
-def _title(plan: Plan) -> str:
+def title(plan: Plan) -> str:
+    """What a plan chooses, among alternatives: "Qwen3-8B, int8 (dynamic, for CPU), ONNX Runtime"."""
     return (
         msg("{model}, {precision_label}, ONNX Runtime", model=plan.spec.name, precision_label=plan.precision_label)
         if plan.backend == "onnx"
@@ -287,13 +288,13 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryB
         refusal = _too_slow(draft) or ("" if draft.verdict == "fits" else draft.sentence())
         if not refusal:
             return _with_context(draft, goal, tuple(declined))
-        declined.append(Declined(_title(draft), refusal))
+        declined.append(Declined(title(draft), refusal))
     drafts = [_plan_model(spec, hardware, budget, goal) for spec in choices]
     least = min(drafts, key=lambda d: d.main.peak)
     smallest = fall_back(replace(least, reason=""))
     # "Nothing fits" no longer holds after a fallback.
     reasons = (smallest.reason,) if smallest.verdict != least.verdict == "over" else (least.reason, smallest.reason)
-    alternatives = tuple(d for d in declined if d.choice != _title(smallest))
+    alternatives = tuple(d for d in declined if d.choice != title(smallest))
     return replace(
         smallest,
         reason=msg("The smallest model available. {reasons}", reasons=" ".join(filter(None, reasons))),

@@ -9,7 +9,15 @@ from lowmem.precisions.base import Precision
 
 class Bf16(Precision):
     def refusal(self, device: Device) -> str | None:
-        return None if device.kind == "cpu" else super().refusal(device)
+        if device.kind == "cpu":
+            return None
+        if device.capability and "bf16" not in device.dtypes:
+            return msg(
+                "{device} does not support bf16: it needs compute capability 8.0, this GPU has {version}.",
+                device=device.name,
+                version=".".join(map(str, device.capability)),
+            )
+        return super().refusal(device)
 
     def rank(self, device: Device) -> int | None:
         return 1 if device.kind == "cpu" else super().rank(device)

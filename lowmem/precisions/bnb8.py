@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem.kernels import layouts
@@ -15,13 +16,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
 class BitsAndBytes(Precision):
-    """What both precisions of bitsandbytes share."""
+    """What both precisions of bitsandbytes share.
+
+    Args:
+        least_capability: the least CUDA compute capability whose GPUs bitsandbytes supports in this precision
+            (https://huggingface.co/docs/bitsandbytes/v0.50.0/installation).
+    """
+
+    least_capability: tuple[int, ...] = (6, 0)
 
     def refusal(self, device: Device) -> str | None:
         if device.kind == "mps":
             return msg("bitsandbytes does not support Apple GPUs.")
-        if importlib.util.find_spec("bitsandbytes") is None:
+        if device.capability and device.capability < self.least_capability:
+            return msg(
+                "{key} needs compute capability {least}, {device} has {version}.",
+                key=self.key,
+                least=".".join(map(str, self.least_capability)),
+                device=device.name,
+                version=".".join(map(str, device.capability)),
+            )
+        if device.rates is None and importlib.util.find_spec("bitsandbytes") is None:
             return msg("bitsandbytes is not installed: pip install bitsandbytes.")
         return None
 
@@ -42,4 +59,4 @@ class Bnb8(BitsAndBytes):
         return linear8(weight.contiguous(), bias, device, dtype)
 
 
-PRECISION = Bnb8("bnb8", msg("8-bit (bitsandbytes LLM.int8)"))
+PRECISION = Bnb8("bnb8", msg("8-bit (bitsandbytes LLM.int8)"), least_capability=(7, 5))

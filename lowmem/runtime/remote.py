@@ -28,6 +28,7 @@ from lowmem.machine.memory_limits import set_relatives
 from lowmem.messages import join, msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import resolve_folder
+from lowmem.planning.described import refuse_described
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
@@ -185,6 +186,7 @@ class WorkerSession(Session):
         return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes)
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
+        refuse_described(plan)
         cancel = cancel or CancelToken()
         yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
         try:

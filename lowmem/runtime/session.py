@@ -29,6 +29,7 @@ from lowmem.messages import msg
 from lowmem.models.choices import choices, shortage
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
+from lowmem.planning.described import refuse_described
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv, without_graph
 from lowmem.planning.goal import Goal
@@ -129,7 +130,9 @@ class Session:
         Raises:
             DoesNotFit: the plan exceeds its budget and `force` is off.
             OutOfMemory: no fallback is left.
+            Unsupported: the plan is for a described machine.
         """
+        refuse_described(plan)
         cancel = cancel or CancelToken()
         yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
         try:

@@ -25,6 +25,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import resolve_folder
+from lowmem.planning.described import refuse_described
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
 from lowmem.runtime.remote import WorkerSession
@@ -112,6 +113,7 @@ class LentSession(WorkerSession):
     """The session of a ZeroGPU Space. A model on the CPU has a worker of its own, as everywhere."""
 
     def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
+        refuse_described(plan)
         if plan.place.kind == "cpu":
             yield from super().load(plan, cancel, force=force)
             return

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "cache_type": 'how keys and values are stored: "same" as the computation, "int8", "int4", "int2", or "ram" on a GPU.',
     "ram": 'RAM budget such as "4G"; empty for all free memory.',
     "vram": 'GPU memory budget such as "6G"; empty for all free memory.',
+    "gpu": 'a card such as "t4", "3060", "rtx-a2000" or "h100"; empty for any GPU with `vram`.',
     "force": "load even if the estimate is over the budget.",
     "prompt": "the text to continue.",
     "options": "options by name, those of the command line with underscores; the rest keep their defaults.",
@@ -60,6 +61,9 @@ ARGUMENTS = {
 }
 
 SPECIAL = {
+    ("plan_for", "vram"): 'memory of the GPU such as "6G"; empty for that of the card.',
+    ("plan_for", "ram"): 'RAM of the machine such as "32G"; empty for 16 GB.',
+    ("what_runs", "ram"): 'RAM of the machines such as "32G"; empty for 16 GB.',
     ("perplexity", "stride"): "tokens that the window moves on; 0 reads the text once, through the cache.",
     ("perplexity", "text"): "the text itself.",
     ("hidden_states", "text"): "the text itself.",

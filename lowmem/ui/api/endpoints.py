@@ -24,14 +24,17 @@ from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.measure.options import MeasureOptions
 from lowmem.messages import msg
+from lowmem.planning.described import as_dict
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.plan import Plan
+from lowmem.planning.what_runs import to_csv
 from lowmem.quant import DEFAULT
 from lowmem.quant.request import QuantizeRequest
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.api.json import as_json, batch_so_far, each_event, text_so_far
 from lowmem.ui.parts.event_settings import ENGINE
 from lowmem.ui.parts.failures import bounded
+from lowmem.ui.service.described import DescribedRequest
 from lowmem.ui.service.engine import AUTO, Choice
 from lowmem.ui.service.longctx import TextSource
 from lowmem.ui.service.offload import COMPARED, OffloadRequest
@@ -48,6 +51,18 @@ Events = Iterator[Any]
 def plan(services: Services, choice: Choice) -> Plan:
     """The plan for a model and a budget ("4G"; empty is all free memory), without loading anything."""
     return services.engine.plan(choice)
+
+
+def plan_for(services: Services, request: DescribedRequest) -> Json:
+    """The plan for a machine that is not here, with its speed and what to install there; it cannot be loaded."""
+    found = services.described.plan(request)
+    return as_json(found.plan) | as_dict(found)
+
+
+def what_runs(services: Services, ram: str = "") -> Json:
+    """What runs on 4, 6, 8, 12, 16 and 24 GB of GPU memory: {"cells": one for each model and size, "csv": the same}."""
+    cells = services.described.what_runs(ram)
+    return {"cells": [cell.as_dict() for cell in cells], "csv": to_csv(cells)}
 
 
 def load(services: Services, choice: Choice, force: bool = False, *, cancel: CancelToken) -> Events:
@@ -401,9 +416,9 @@ class Endpoint:
 
 
 ENDPOINTS = (
-    *(Endpoint(run, QUICK) for run in (plan, models, machine, receipt, stored, delete)),
+    *(Endpoint(run, QUICK) for run in (plan, plan_for, models, machine, receipt, stored, delete)),
     *(Endpoint(run, QUICK) for run in (estimate_quantize, estimate_export, offload_plan)),
-    Endpoint(push, ALONE),
+    *(Endpoint(run, ALONE) for run in (what_runs, push)),
     Endpoint(generate, ENGINE, text_so_far),
     Endpoint(chat, ENGINE, text_so_far),
     Endpoint(batch, ENGINE, batch_so_far),

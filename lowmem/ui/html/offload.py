@@ -29,10 +29,15 @@ def picture(plan: Plan, speed: SpeedEstimate | None, *, here: bool = True) -> st
     Args:
         here: the model is on this machine.
     """
+    return stack(plan, _prediction(plan, speed, here))
+
+
+def stack(plan: Plan, beside: str) -> str:
+    """The blocks of a plan as a column, with HTML beside it."""
     placement = plan.placement or all_resident(plan.spec, plan.place.kind)
     return (
         f'<section class="lm-stack"><h2>{escape(msg("Placement of the blocks"))}</h2>{_legend(placement)}'
-        f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{_prediction(plan, speed, here)}</div></div>'
+        f'<div class="lm-stack-body">{_column(plan, placement)}<div class="lm-stack-side">{beside}</div></div>'
         f"</section>"
     )
 

@@ -118,7 +118,7 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
         free = msg("{size} free on disk", size=format_bytes(disk_free))
         fetch = join(", ", (msg("Download {size}", size=format_bytes(download)), free))
     licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
-    over = _why(plan) if plan.verdict == "over" else ""
+    over = why(plan) if plan.verdict == "over" else ""
     detail = f' <small class="lm-muted">{escape(plan.spec.source.detail)}</small>' if plan.spec.source.detail else ""
     return (
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
@@ -127,7 +127,7 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
     )
 
 
-def _why(plan: Plan) -> str:
+def why(plan: Plan) -> str:
     """Why a plan is over its budget, and which single change would bring it within."""
     fixes = [
         Message("{reason} {peak}.", reason=lower.reason, peak=format_bytes(lower.main.peak)) for lower in remedies(plan)

@@ -16,6 +16,7 @@ from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.plan import Plan
 from lowmem.ui.html import plan as render
 from lowmem.ui.names import name
+from lowmem.ui.parts.another_machine import AnotherMachine
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.event_settings import QUICK
 from lowmem.ui.parts.failures import notice
@@ -65,6 +66,7 @@ class Setup:
                 msg("Alternatives considered ({count})", count=0), open=False, elem_id="declined"
             ) as self.declined_box:
                 self.declined = gr.HTML()
+            AnotherMachine(context)
             self.storage = Storage(context)
 
     def _build_runner(self, context: Context) -> Runner:
