@@ -128,7 +128,11 @@ class Child:
         held = msg(", when it had used up to {kernel_peak}", kernel_peak=format_bytes(peak)) if peak else ""
         if status == -9:
             return OutOfMemory(
-                msg("The system killed the {what}{held}: the machine's memory ran out.", what=what, held=held),
+                msg(
+                    "The system killed the {what}{held}; most likely the machine's memory ran out.",
+                    what=what,
+                    held=held,
+                ),
                 LESS_MEMORY,
             )
         how = (

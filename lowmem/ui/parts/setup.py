@@ -48,7 +48,9 @@ class Setup:
             with gr.Column(visible=False, elem_id="lost") as self.lost_box:
                 self.lost = gr.HTML()
                 with gr.Row():
-                    self.load_less = gr.Button(variant="primary", elem_id="load-less", scale=0, min_width=260)
+                    self.load_less = gr.Button(
+                        msg("Load it with less memory"), variant="primary", elem_id="load-less", scale=0, min_width=260
+                    )
             with gr.Column(elem_id="offer"):
                 self.card = gr.HTML('<section class="lm-card lm-skeleton"></section>', elem_id="card")
                 with gr.Row(elem_id="load-row"):
@@ -317,5 +319,4 @@ class Setup:
         sentence = msg("{model} was unloaded. {sentence}", model=lost.plan.spec.name, sentence=lost.sentence)
         if lower is None:
             return [gr.Column(visible=True), render.lost(sentence, ""), gr.Button(visible=False)]
-        label = msg("Load {model} in {precision}", model=lower.spec.name, precision=lower.precision)
-        return [gr.Column(visible=True), render.lost(sentence, lower.reason), gr.Button(label, visible=True)]
+        return [gr.Column(visible=True), render.lost(sentence, lower.reason), gr.Button(visible=True)]
