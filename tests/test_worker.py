@@ -22,6 +22,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
+from lowmem.offload.run import BlockPlacement, plan_for, run
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
@@ -102,6 +103,14 @@ def test_the_peak_is_measured_in_both_processes(running):
     assert receipt.measured["ram"] == pytest.approx(own + worker, rel=0.1)
     assert running.plan is not None
     assert running.hardware().process_bytes == pytest.approx(own + worker, rel=0.1)
+
+
+def test_bytes_that_a_worker_streams_are_counted(session, folder):
+    placement = BlockPlacement(disk=(0, 1), may_map=False)
+    placed = plan_for(session, str(folder), Goal(context=64), placement=placement)
+    *_, receipt = run(session, placed, ["Once"], GREEDY, raw=True)
+    assert receipt.action == "offload"
+    assert receipt.details["bytes_read"] > 0
 
 
 def test_an_error_for_people_leaves_the_model_loaded(running):
@@ -226,22 +235,38 @@ def test_a_process_that_cannot_start_is_one_sentence(folder, monkeypatch):
     assert session.plan is None
 
 
-def test_the_page_s_process_imports_neither_torch_nor_onnxruntime(folder):
-    code = f"""
+ENDPOINTS = """
 import sys
-from lowmem.generate.options import GenerateOptions
-from lowmem.ui.service.engine import Choice, Engine
-from lowmem.events import CancelToken
-engine = Engine()
-plan = engine.plan(Choice(model={str(folder)!r}, precision="fp32", context=256))
-for _ in engine.load(plan, CancelToken()): pass
-for _ in engine.generate("Once", GenerateOptions(max_new_tokens=4), CancelToken()): pass
-engine.unload()
-print(*(name for name in ("torch", "transformers", "onnxruntime") if name in sys.modules))
+from gradio_client import Client
+from lowmem.ui.launch import launch_options
+from lowmem.ui.page import build_ui
+model = sys.argv[1]
+_, url, _ = build_ui().launch(prevent_thread_lock=True, quiet=True, **launch_options())
+client = Client(url, verbose=False)
+options = {"max_new_tokens": 4}
+call = client.predict
+call(model, precision="fp32", context=256, api_name="/plan")
+call(model, precision="fp32", context=256, api_name="/load")
+call("Once", options, api_name="/generate")
+call("Once", api_name="/chat", options=options)
+call(["One", "two"], options, api_name="/batch")
+call("The quick brown fox. " * 8, window=32, stride=16, api_name="/perplexity")
+call("The quick brown fox. " * 8, window=32, stride=16, api_name="/hidden_states")
+call(model, method="rtn", bits=4, group_size=32, api_name="/quantize")
+call("Once", model, new_tokens=2, disk_blocks="0", api_name="/offload")
+call(api_name="/receipt")
+call(api_name="/unload")
+print("loaded:", *(name for name in ("torch", "transformers", "onnxruntime") if name in sys.modules))
 """
+
+
+def test_no_endpoint_makes_the_page_s_process_import_torch(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+    environment["LOWMEM_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", ENDPOINTS, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a cap")

@@ -92,21 +92,28 @@ class OffloadService:
         """
         if again:
             self.engine.access.require_owner(msg("Measuring this machine again"))
-        placement = plan.placement
-        if placement is None or not self.here(plan) or self.engine.busy:
+        if plan.placement is None or not self.here(plan) or self.engine.busy:
             return self.speed(plan)
-        measured: dict[str, Any] = {
+        with self._measuring:
+            for _ in self._measured(plan, CancelToken(), again):
+                pass
+        return self.speed(plan)
+
+    def _measured(self, plan: Plan, cancel: CancelToken, again: bool = False) -> Iterator[Step]:
+        """Measure what `speed` needs of this machine, unless it is known; a child process does, since torch takes part."""
+        if plan.placement is None or not (again or self.speed(plan) is None):
+            return
+        measured = {
             "model": plan.spec.ref,
             "batch": plan.batch,
-            "mapped": placement.mapped,
+            "mapped": plan.placement.mapped,
             "again": again,
+            "disk": plan.placement.indices("disk"),
+            "in_ram": plan.placement.indices("ram"),
         }
-        measured |= {"disk": placement.indices("disk"), "in_ram": placement.indices("ram")}
-        with self._measuring:
-            if again or self.speed(plan) is None:
-                for _ in run_isolated("measure_offload", measured):
-                    pass
-        return self.speed(plan)
+        for event in run_isolated("measure_offload", measured, cancel):
+            if isinstance(event, Step):
+                yield event
 
     def run(
         self, request: OffloadRequest, prompt: str, new_tokens: int, cancel: CancelToken
@@ -117,6 +124,7 @@ class OffloadService:
         """
         plan = self.plan(request)
         options = GenerateOptions(max_new_tokens=_checked(new_tokens), greedy=plan.batch == 1)
+        yield from self._measured(plan, cancel)
         events = run(self.engine.session, plan, *batched(prompt, options, plan.batch), cancel, raw=True)
         yield from self.engine.noted(events)
 
