@@ -284,13 +284,16 @@ class WorkerSession(Session):
         assert self._worker is not None  # set together with the plan
         for one in self._worker.answers(call, cancel, patient=patient):
             if isinstance(one, Event):
-                self._busy = one.busy
+                self._busy, self._streamed_bytes = one.busy, one.streamed_bytes
+                if isinstance(one.event, Receipt) and call.action in (Session.generate, Session.batch):
+                    self._last_receipt = one.event  # before whoever receives it looks
                 yield one.event
                 continue
             state = one.state
             self._plan, self._overhead_bytes = state.plan, state.overhead_bytes
-            self._load_receipt, self._last_receipt = state.load_receipt, state.last_receipt
-            self._streamed_bytes = state.streamed_bytes
+            self._load_receipt = state.load_receipt
+            if state.last_receipt != self._last_receipt:
+                self._last_receipt = state.last_receipt
             one.raise_error()
 
     def _lose(self, plan: Plan, death: WorkerDied) -> OutOfMemory:

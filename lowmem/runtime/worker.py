@@ -52,15 +52,15 @@ class State:
     load_receipt: Receipt | None
     last_receipt: Receipt | None
     overhead_bytes: int
-    streamed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of an action; `busy` is the session's current action."""
+    """One event of an action, with the session's current action and the bytes that it has streamed so far."""
 
     event: Any
     busy: str
+    streamed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def answer(session: Session, call: Call, cancel: CancelToken) -> Iterator[Event 
     failed: tuple[str, str, str] = ("", "", "")
     try:
         for event in call.action(session, *call.arguments, cancel=cancel, **call.options):
-            yield Event(event, session.busy)
+            yield Event(event, session.busy, session.streamed_bytes)
     except LowMemError as error:
         failed = (type(error).__name__, error.message, error.hint)
     except Exception as error:
@@ -96,9 +96,7 @@ def answer(session: Session, call: Call, cancel: CancelToken) -> Iterator[Event 
 
 
 def state_of(session: Session) -> State:
-    return State(
-        session.plan, session.load_receipt, session.last_receipt, session.overhead_bytes, session.streamed_bytes
-    )
+    return State(session.plan, session.load_receipt, session.last_receipt, session.overhead_bytes)
 
 
 def main() -> None:
