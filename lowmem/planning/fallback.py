@@ -1,7 +1,7 @@
 """The fallback chain: what to try when memory runs out. Each fallback is a function `Plan -> Plan | None`.
 
-A fallback changes one thing and returns None when it cannot save any more. The chain is ordered by what costs the person
-least.
+A fallback changes one thing, and whatever follows from it: the plan it returns is whole, with nothing left over from another
+model or device. It returns None when it cannot save any more. The chain is ordered by what costs the person least.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import replace
 
 from lowmem.messages import join, msg
 from lowmem.models.catalog import recommended
+from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported, offloading
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.plan import Plan
-from lowmem.planning.precision import candidates
+from lowmem.planning.precision import available, candidates
+from lowmem.precisions import PRECISIONS
 
 MINIMUM_CONTEXT = 512
 
@@ -37,14 +39,15 @@ def quantized_kv(plan: Plan) -> Plan | None:
 
 
 def fewer_bits(plan: Plan) -> Plan | None:
-    """The next precision on the same device with smaller weights."""
-    if plan.spec.exported:
+    """The next precision on the same device with smaller weights. Offloaded blocks stream as they are stored."""
+    if plan.spec.exported or plan.placement is not None:
         return None
     for precision in candidates(plan.hardware, plan.place, plan.spec):
         smaller = reestimate(
             plan,
             precision=precision,
             backend="torch",
+            or_torch=False,
             reason=msg("Weights in {precision} instead of {wanted}.", precision=precision, wanted=plan.precision),
         )
         if smaller.main.share("weights") < 0.9 * plan.main.share("weights"):
@@ -71,23 +74,43 @@ def other_memory(plan: Plan) -> Plan | None:
         plan,
         device=cpu.key,
         precision=candidates(plan.hardware, cpu, plan.spec)[0],
+        cache_type="same" if plan.cache_type == "ram" else plan.cache_type,
+        placement=None,
         reason=msg("Moved from the GPU to the CPU, which has more memory but is slower."),
     )
 
 
 def smaller_model(plan: Plan) -> Plan | None:
-    """The next smaller chat model of the catalog."""
-    smaller = [spec for entry in recommended() if (spec := entry.spec()).parameters < 0.8 * plan.spec.parameters]
-    if not smaller:
-        return None
-    spec = max(smaller, key=lambda s: s.parameters)
+    """The largest smaller chat model of the catalog that fits and needs less memory; else the smallest one."""
+    smaller: Plan | None = None
+    for entry in sorted(recommended(), key=lambda entry: -entry.parameters):
+        if entry.parameters < 0.8 * plan.spec.parameters:
+            smaller = _for_model(plan, entry.spec())
+            if smaller.verdict != "over" and smaller.main.peak < plan.main.peak:
+                break
+    return smaller
+
+
+def _for_model(plan: Plan, spec: ModelSpec) -> Plan:
+    """`plan` for another model, all resident, with what was chosen as far as it is valid there."""
+    on_graph = plan.backend == "onnx" and exported.refusal(spec) is None
+    backend = "onnx" if on_graph else "torch"
+    keeps = backend in PRECISIONS[plan.precision].backends and not available(
+        plan.precision, plan.hardware, plan.device, spec
+    )
+    # A graph of a quantized checkpoint becomes one of dense weights in the precision that graphs have.
+    precision = plan.precision if keeps else "int8" if on_graph else candidates(plan.hardware, plan.place, spec)[0]
+    window = min(plan.window, max(0, spec.context - plan.sinks - 1))
     return reestimate(
         plan,
         spec=spec,
-        # Only a quantized checkpoint runs as "stored".
-        precision=candidates(plan.hardware, plan.place, spec)[0] if plan.precision == "stored" else plan.precision,
-        backend="torch" if exported.refusal(spec) else plan.backend,
-        context=min(plan.context, spec.context),
+        precision=precision,
+        backend=backend,
+        or_torch=on_graph and plan.or_torch and "torch" in PRECISIONS[precision].backends,
+        placement=None,
+        window=window,
+        context=plan.context if window else min(plan.context, spec.context),
+        prefill_chunk=min(plan.prefill_chunk, spec.context),
         reason=msg("{model} instead of {wanted}.", model=spec.name, wanted=plan.spec.name),
     )
 
