@@ -22,7 +22,8 @@ def quantize_events(
     *,
     budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
+    restart: bool = False,
 ) -> Iterator[Step | Receipt]:
     text = changed(calibration or Calibration())
-    request = QuantizeRequest.validated(str(folder), method, options, text, out=out, budget=budget)
+    request = QuantizeRequest.validated(str(folder), method, options, text, out=out, budget=budget, restart=restart)
     return quantize_folder(folder, request, cancel)

@@ -14,7 +14,7 @@ from lowmem.errors import BadInput, Cancelled
 from lowmem.events import CancelToken, Receipt
 from lowmem.models.source import read_spec
 from lowmem.quant.request import QuantizeRequest, output_folder
-from lowmem.quant.run import quantize_isolated
+from lowmem.quant.run import quantize, quantize_isolated
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,18 @@ def test_stop_ends_the_process(folder: str, tmp_path: Path) -> None:
 )
 def test_results_are_named_after_what_they_are(name: str, method: str, options: dict[str, Any], expected: str) -> None:
     assert output_folder(name, QuantizeRequest.validated("demo", method, options)).name == expected
+
+
+def test_an_unfinished_run_with_other_settings_is_deleted_only_on_request(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = QuantizeRequest.validated(folder, "rtn", {"group_size": 32}, out=tmp_path / "out")
+    running = quantize(request)
+    next(step for step in running if "Block 2" in getattr(step, "note", ""))
+    running.close()
+    command = ["quantize", folder, str(tmp_path / "out"), "--method", "rtn", "--bits", "3", "--group-size", "32"]
+    assert main(command) != 0
+    assert "bits was 4, now 3. Start over" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out.part").is_dir()
+    assert main([*command, "--restart"]) == 0
+    assert (tmp_path / "out").is_dir()

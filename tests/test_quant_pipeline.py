@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def events(folder: Path, out: Path, method: str = "rtn", **given: Any) -> Iterator[Step | Receipt]:
-    keywords = {name: given.pop(name) for name in ("cancel", "budget") if name in given}
+    keywords = {name: given.pop(name) for name in ("cancel", "budget", "restart") if name in given}
     calibration = given.pop("calibration", FEW)
     return quantize_events(folder, out, method, {"group_size": 32} | given, calibration, **keywords)
 
@@ -184,6 +184,49 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
 
 
+def test_a_run_goes_on_with_another_number_of_threads_to_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        quantize(saved / "llama", tmp_path / "whole", "gptq")
+        running = events(saved / "llama", tmp_path / "out", "gptq")
+        next(step for step in running if "Block 2" in step.note)
+        running.close()
+        torch.set_num_threads(1)
+        running = events(saved / "llama", tmp_path / "out", "gptq")
+        computed = {torch.get_num_threads() for step in running if "Block" in getattr(step, "note", "")}
+        assert computed == {2}  # as it began
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("bits", "bits was 4, now 3"), ("text", "the calibration text changed"), ("file", "the model's files changed")],
+)
+def test_a_run_that_cannot_go_on_is_asked_about_and_never_deleted(
+    change: str, named: str, saved: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(saved / "llama", tmp_path / "source")
+    running = events(source, tmp_path / "out", "gptq")
+    next(step for step in running if "Block 2" in step.note)
+    running.close()
+    given: dict[str, Any] = {"bits": 3} if change == "bits" else {}
+    if change == "text":
+        given["calibration"] = Calibration(samples=4, length=32)
+    if change == "file":
+        shutil.copyfile(saved / "mistral" / "model.safetensors", source / "model.safetensors")
+    left = contents(tmp_path / "out.part")
+    with pytest.raises(BadInput, match=rf"1 finished blocks .*{named}") as caught:
+        list(events(source, tmp_path / "out", "gptq", **given))
+    assert "--restart" in caught.value.hint
+    assert "another output folder" in caught.value.hint
+    assert contents(tmp_path / "out.part") == left
+    assert quantize(source, tmp_path / "elsewhere", "gptq", **given).details["resumed_blocks"] == 0
+
+
 def test_other_settings_or_another_source_start_afresh(saved: Path, tmp_path: Path) -> None:
     source = shutil.copytree(saved / "llama", tmp_path / "source")
     for number, change in enumerate(("bits", "text", "file")):
@@ -195,7 +238,8 @@ def test_other_settings_or_another_source_start_afresh(saved: Path, tmp_path: Pa
             given["calibration"] = Calibration(samples=4, length=32)
         if change == "file":
             shutil.copyfile(saved / "mistral" / "model.safetensors", source / "model.safetensors")
-        assert quantize(source, tmp_path / f"out{number}", "gptq", **given).details["resumed_blocks"] == 0
+        made = quantize(source, tmp_path / f"out{number}", "gptq", restart=True, **given)
+        assert made.details["resumed_blocks"] == 0
 
 
 def test_the_result_is_a_model_folder(saved: Path, tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ def add_command(commands: Any) -> None:
     for option, methods in _method_options().values():
         if option.name not in _COMMON:
             add_option(parser, option, suffix=f" ({', '.join(methods)})")
+    parser.add_argument(
+        "--restart", action="store_true", help="delete an unfinished run with other settings, and start over"
+    )
     add_budget(parser, vram=False)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         hardware=hardware,
         out=args.out,
         budget=budget(args).bounded(hardware) if args.ram else UNLIMITED,
+        restart=args.restart,
     )
     cap_memory(request.budget)
     receipt = follow(quantize(request))

@@ -179,7 +179,7 @@ class Comparison:
         return (yield from self._isolated("measure_variant", arguments))
 
     def _run_quantization(self, variant: Variant, folder: Path) -> Generator[Step, None, Finished]:
-        request = variant.request(self.spec.ref, folder, self.budget)
+        request = replace(variant.request(self.spec.ref, folder, self.budget), restart=True)  # the folder is temporary
         return (yield from self._isolated("quantize", request.as_dict() | {"threads": self.threads}))
 
     def _isolated(self, job: str, arguments: dict[str, Any]) -> Generator[Step, None, Finished]:

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lowmem.errors import BadInput, CorruptModel
-from lowmem.messages import msg
+from lowmem.messages import join, msg
 
 JOURNAL = "journal.json"
 _LOCK = "lock"
@@ -28,7 +28,9 @@ class Journal:
     """Progress of one quantization.
 
     Args:
-        settings: source, method, options and calibration; a run with other settings starts over.
+        settings: what the resulting bytes depend on, see `Job.settings`; only a run with the same settings continues.
+        threads: of torch when the run began. Sums of another number of threads round differently, so a continued run
+            computes with as many.
         blocks: finished decoder blocks.
         shards: `Shards.state` after them.
         activations: file with the next block's inputs; "" without calibration. checksum: its CRC-32.
@@ -37,6 +39,7 @@ class Journal:
     """
 
     settings: dict[str, Any]
+    threads: int = 1
     blocks: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     activations: str = ""
@@ -73,13 +76,19 @@ def check_output(out: Path) -> None:
 
 
 @contextmanager
-def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
+def opened(
+    out: Path, settings: Mapping[str, Any], threads: int = 1, restart: bool = False
+) -> Iterator[tuple[Path, Journal]]:
     """The unfinished folder and its journal, locked against other processes within the context.
 
-    A folder with the same settings is continued, one with other settings is started over.
+    A folder with the same settings is continued.
+
+    Args:
+        threads: of torch, for a new run.
+        restart: delete what a run with other settings has finished, instead of refusing.
 
     Raises:
-        BadInput: another process is writing it.
+        BadInput: another process is writing it, or its blocks were quantized with other settings.
         CorruptModel: the folder is not an unfinished quantization, or its journal is damaged.
     """
     part = part_of(out)
@@ -102,23 +111,46 @@ def opened(out: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Journ
             msg("Wait for it to finish, or choose another name."),
         ) from None
     try:
-        yield part, _continued(part, dict(settings))
+        yield part, _continued(part, dict(settings), threads, restart)
     finally:
         lock.release()
 
 
-def _continued(part: Path, settings: dict[str, Any]) -> Journal:
+def _continued(part: Path, settings: dict[str, Any], threads: int, restart: bool) -> Journal:
     found = _read(part) if (part / JOURNAL).is_file() else None
     # Through JSON, as the stored settings were: tuples become lists.
     settings = json.loads(json.dumps(settings))
     if found is not None and found.settings == settings:
         return found
+    if found is not None and found.begun and not restart:
+        raise BadInput(
+            msg(
+                "{part} holds {blocks:,} finished blocks of a quantization that cannot be continued: {differences}.",
+                part=part.name,
+                blocks=found.blocks,
+                differences=join("; ", tuple(_differences(found.settings, settings))),
+            ),
+            msg("Start over, which deletes them (--restart on the command line), or choose another output folder."),
+        )
     for path in part.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    journal = Journal(settings)
+    journal = Journal(settings, threads)
     journal.write(part)
     return journal
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Every setting that differs, with both values where a person can read them."""
+    digests = {"model": msg("the model's files"), "calibration": msg("the calibration text")}
+    for name in (name for name in {**before, **now} if before.get(name) != now.get(name)):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new)
+        elif name in digests:
+            yield msg("{name} changed", name=digests[name])
+        else:
+            yield msg("{name} was {old}, now {new}", name=name, old=old, new=new)
 
 
 def _read(part: Path) -> Journal:

@@ -51,7 +51,8 @@ def quantize_folder(
     An unfinished run of the same request is continued. `request.out` appears once it is complete.
 
     Raises:
-        Unsupported, BadInput: the model cannot be quantized so; `request.out` exists.
+        Unsupported, BadInput: the model cannot be quantized so; `request.out` exists, or an unfinished run of another request
+            does and `request.restart` is off.
         DiskFull, DoesNotFit: before the work begins.
         CorruptModel: a weight is NaN or infinite, or an unfinished folder is damaged.
         OutOfMemory: the process passed its limit. Cancelled: within a second.
@@ -61,8 +62,11 @@ def quantize_folder(
     check_output(out)
     prepared.check_room()
     samples = prepared.samples()
-    with PeakMeter(request.budget) as meter, opened(out, prepared.settings(samples)) as (part, journal):
+    threads = torch.get_num_threads()
+    unfinished = opened(out, prepared.settings(samples), threads, request.restart)
+    with PeakMeter(request.budget) as meter, unfinished as (part, journal):
         resumed = journal.blocks
+        torch.set_num_threads(journal.threads)
         try:
             for step in Pipeline(prepared, part, journal, samples).run():
                 meter.check()
@@ -76,6 +80,8 @@ def quantize_folder(
                 ),
                 msg("Free some space and start again; finished blocks are kept."),
             ) from error
+        finally:
+            torch.set_num_threads(threads)
         write_companions(folder, part, request.method, request.options)
         receipt = quantize_receipt(prepared, part, journal, meter.peak, resumed)
         write_model_card(prepared, part, receipt)

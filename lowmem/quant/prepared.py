@@ -120,7 +120,6 @@ class PreparedQuantization:
         return {
             "version": __version__,
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
             "device": self.device.type,
             "model": self.spec.source.fingerprint,
             "method": self.request.method.name,

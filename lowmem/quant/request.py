@@ -30,6 +30,7 @@ class QuantizeRequest:
         out: the folder to create.
         budget: for the process that quantizes, including what it holds already.
         allow_paths: whether `model` may be a path on this machine.
+        restart: delete an unfinished run with other settings, which otherwise refuses this one.
     """
 
     model: str
@@ -39,6 +40,7 @@ class QuantizeRequest:
     out: Path = Path("quantized")
     budget: MemoryBudget = UNLIMITED
     allow_paths: bool = True
+    restart: bool = False
 
     @classmethod
     def validated(
@@ -56,7 +58,7 @@ class QuantizeRequest:
         Args:
             options: fields of the method's `Options` by name; calibration: fields of `Calibration`.
             hardware: the machine it will run on; this one if None.
-            rest: `out`, `budget`, `allow_paths`.
+            rest: `out`, `budget`, `allow_paths`, `restart`.
 
         Raises:
             BadInput: there is no such method or option, or a value is out of range.
@@ -86,6 +88,7 @@ class QuantizeRequest:
             "out": str(self.out),
             "budget": self.budget.as_dict(),
             "allow_paths": self.allow_paths,
+            "restart": self.restart,
         }
 
     @classmethod

@@ -185,12 +185,13 @@ class QuantizeArguments:
     sequence_length: int = 512
     options: dict | None = None
     budget: MemoryBudget = UNLIMITED
+    restart: bool = False
 
     def request(self, services: Services) -> QuantizeRequest:
         options = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         text = {"text": self.calibration, "samples": self.samples, "length": self.sequence_length}
         return services.quantize.request(
-            self.model.strip(), self.method, options | (self.options or {}), text, self.budget
+            self.model.strip(), self.method, options | (self.options or {}), text, self.budget, self.restart
         )
 
 

@@ -38,12 +38,14 @@ class QuantizeService:
         options: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
         budget: MemoryBudget = UNLIMITED,
+        restart: bool = False,
     ) -> QuantizeRequest:
         """The validated request of a visitor, within the memory that is left.
 
         Args:
             options: fields of the method's `Options`; calibration: fields of `Calibration`.
             budget: for this process and the one that quantizes.
+            restart: delete an unfinished run with other settings.
 
         Raises:
             BadInput, Unsupported: see `QuantizeRequest.validated`; a file that this visitor may not name.
@@ -56,6 +58,7 @@ class QuantizeService:
             hardware=self.engine.hardware(),
             budget=self.engine.child_budget(budget),
             allow_paths=not self.engine.public,
+            restart=restart,
         )
         text = request.calibration.text
         if text not in texts.NAMES and self.engine.public and not _is_upload(Path(text)):

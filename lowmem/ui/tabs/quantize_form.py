@@ -80,6 +80,12 @@ class QuantizeForm:
         )
         self._build_calibration(visible=get(first).calibrated)
         self._build_advanced(first)
+        self.restart = gr.Checkbox(
+            False,
+            label=msg("Start over"),
+            info=msg("Delete an unfinished run of this model with other settings."),
+            elem_id="quant-restart",
+        )
         self.controls: list[Any] = [
             self.model,
             self.method,
@@ -90,6 +96,7 @@ class QuantizeForm:
             self.file,
             self.samples,
             self.length,
+            self.restart,
             *self.advanced.values(),
             *self.sidebar.limits,
         ]
@@ -174,7 +181,7 @@ class QuantizeForm:
         Raises:
             BadInput, Unsupported: a value out of range, or a method that does not run here; a missing file.
         """
-        model, method, bits, group, symmetric, text, file, samples, length, *rest = values
+        model, method, bits, group, symmetric, text, file, samples, length, restart, *rest = values
         advanced, limits = rest[: len(self.advanced)], rest[len(self.advanced) :]
         own = {key: value for (owner, key), value in zip(self.advanced, advanced, strict=True) if owner == method}
         if text == OWN_FILE and not file and get(method).calibrated:
@@ -186,6 +193,7 @@ class QuantizeForm:
             options={"bits": bits, "group_size": group, "symmetric": symmetric} | own,
             calibration={"text": source, "samples": samples, "length": length},
             budget=self.sidebar.budget_of(limits),
+            restart=bool(restart),
         )
 
 
