@@ -5,6 +5,7 @@ int8 is dynamic int8 per channel; int4 is block-quantized with an 8-bit output h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +60,18 @@ class _Weights:
 def _quantize(
     model: onnx.ModelProto, weights: _Weights, graph: Graph, options: ExportOptions, cancel: CancelToken
 ) -> None:
-    block, head = _linears(options, cancel)
+    chosen = written_layers(options, cancel)
+    heads = {"logits"} | {
+        name for node in model.graph.node if node.output[0] == "logits" and node.op_type == "Add" for name in node.input
+    }
     graph.take_ports(model.graph)
     for node in model.graph.node:
         cancel.check()
         shape = _matrix_shape(node, weights)
-        chosen = head if shape and _is_head(node, *shape) else block
-        if shape and _divides(chosen, shape[1]):
+        linear = chosen(*shape, node.output[0] in heads) if shape else None
+        if linear is not None:
             values = torch.from_numpy(weights.read(node.input[1]).copy()).t().contiguous()
-            product = chosen(graph, node.input[0], Matrix(node.input[1], values))
+            product = linear(graph, node.input[0], Matrix(node.input[1], values))
             graph.add("Identity", (product,), node.output[0])
         else:
             for name in node.input:
@@ -76,16 +80,21 @@ def _quantize(
             graph.take_node(node)
 
 
-def _linears(options: ExportOptions, cancel: CancelToken) -> tuple[Linear, Linear]:
-    """How the matrices of the blocks, and of the output head, are computed."""
+def written_layers(options: ExportOptions, cancel: CancelToken) -> Callable[[int, int, bool], Linear | None]:
+    """How a matrix of so many outputs and inputs, which may be the output head, is computed; None leaves it as it is traced."""
     if options.precision == "int8":
         dynamic = Dynamic(largest_code())
-        return dynamic, dynamic
+        return lambda _outputs, _inputs, _is_head: dynamic
     size = options.group_size
-    return (
-        Blocks(rounding(4, size, cancel), 4, size),
-        Blocks(rounding(HEAD_BITS, HEAD_GROUP, cancel), HEAD_BITS, HEAD_GROUP),
-    )
+    block = Blocks(rounding(4, size, cancel), 4, size)
+    head = Blocks(rounding(HEAD_BITS, HEAD_GROUP, cancel), HEAD_BITS, HEAD_GROUP)
+
+    def chosen(outputs: int, inputs: int, is_head: bool) -> Linear | None:
+        # Only the output head is that much wider than its input.
+        linear = head if is_head or outputs > 8 * inputs else block
+        return None if inputs % linear.group_size else linear
+
+    return chosen
 
 
 def _matrix_shape(node: onnx.NodeProto, weights: _Weights) -> tuple[int, int] | None:
@@ -94,12 +103,3 @@ def _matrix_shape(node: onnx.NodeProto, weights: _Weights) -> tuple[int, int] | 
     if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
         return None
     return tensor.dims[1], tensor.dims[0]
-
-
-def _is_head(node: onnx.NodeProto, outputs: int, inputs: int) -> bool:
-    """Only the output head is that much wider than its input."""
-    return node.output[0] == "logits" or outputs > 8 * inputs
-
-
-def _divides(linear: Linear, inputs: int) -> bool:
-    return not isinstance(linear, Blocks) or inputs % linear.group_size == 0

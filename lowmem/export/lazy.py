@@ -40,9 +40,13 @@ class LazyModel:
         stored = match_names(self.model, checkpoint)
         transposed = _plain_linears(self.model)
         self.readers: dict[str, Reader] = {}
+        tied = tied_parameters(self.model)
         for name, source in stored.items():
-            self._fill(name, _reader(checkpoint, source, name in transposed, dtype), dtype)
-        for name, source in tied_parameters(self.model).items():
+            read = _reader(checkpoint, source, name in transposed, dtype)
+            self._fill(name, read, dtype)
+            if name in tied.values():  # a small one too: read lazily, the head is a matrix and no transposed embedding
+                self.readers[name] = read
+        for name, source in tied.items():
             if name not in stored:
                 set_tensor(self.model, name, self.model.get_parameter(source))
                 if source in self.readers:  # the exporter may call it by either name

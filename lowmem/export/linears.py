@@ -30,6 +30,9 @@ class Linear(Protocol):
 
     def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str: ...
 
+    def rounded(self, matrix: Matrix) -> Tensor:
+        """The weight that the graph multiplies by, in fp32 [out, in]."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -43,6 +46,9 @@ class Dense:
         weight = name if graph.known(name) else graph.weight(name, matrix.dense().t().numpy().astype(self.dtype))
         y = graph.add("MatMul", (x, weight))
         return y if matrix.bias is None else graph.add("Add", (y, _bias(graph, matrix, self.dtype)))
+
+    def rounded(self, matrix: Matrix) -> Tensor:
+        return as_dtype(matrix.dense(), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ class Blocks:
             bits=bits, block_size=self._block(matrix), gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
+    def rounded(self, matrix: Matrix) -> Tensor:
+        if isinstance(matrix.weight, Quantized):
+            return matrix.weight.dequantize()
+        return self.quantize(matrix.weight).dequantize()
+
     def bits_of(self, matrix: Matrix) -> int:
         return matrix.weight.block_bits if isinstance(matrix.weight, Quantized) else self.bits
 
@@ -126,6 +137,15 @@ class Dynamic:
         if size:
             y = graph.add("Mul", (y, size))
         return y if matrix.bias is None else graph.add("Add", (y, _bias(graph, matrix, np.float32)))
+
+    def rounded(self, matrix: Matrix) -> Tensor:
+        codes, scales = quantize_int8(matrix.dense(), self.largest)
+        return codes.float().mul_(scales.view(-1, 1))
+
+
+def as_dtype(values: Tensor, dtype: type) -> Tensor:
+    """fp32 values rounded to `dtype`."""
+    return values.half().float() if dtype is np.float16 else values
 
 
 def rounding(bits: int, group_size: int, cancel: CancelToken) -> Callable[[Tensor], Quantized]:

@@ -155,9 +155,9 @@ class _Export:
         from lowmem.export.parity import check_decoder, check_encoder
 
         if self.is_encoder:
-            parity = yield from check_encoder(self.folder, part, self.options.precision)
+            parity = yield from check_encoder(self.folder, part, self.options, cancel)
         else:
-            parity = yield from check_decoder(self.folder, part, self.spec.stored, cancel)
+            parity = yield from check_decoder(self.folder, part, self.spec.stored, self.options, cancel)
         self.passed, self.sentence = parity.passed, parity.sentence()
         self.manifest = replace(self.manifest, parity=parity.as_dict())
 

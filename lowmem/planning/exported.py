@@ -132,14 +132,15 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
 
     Exporting: the largest matrix in fp32, its codes and the buffers of rounding; layers that share an input are stacked.
     Verifying: first that matrix and the logits of the original, then the logits of both and the session of ONNX Runtime,
-    which on a CPU computes fp16 with fp32 copies of the weights.
+    which on a CPU computes fp16 with fp32 copies of the weights, and otherwise dequantizes a matrix at a time to compare it.
     """
     largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
     count, length = parity_windows(spec.vocab, spec.context)
     logits = 4 * count * length * spec.vocab
     logarithms = 5 * 4 * PARITY_ROWS * spec.vocab
     session = disk_bytes(spec, precision, group_size, fast_prefill) * (2 if precision == "fp16" else 1)
-    return max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + 4 * logits + logarithms)
+    compared = 2 * logits + max(2 * logits, 4 * largest)
+    return max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + compared + logarithms)
 
 
 def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:

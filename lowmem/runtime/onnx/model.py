@@ -39,7 +39,14 @@ _NO_OPERATOR = re.compile(r"(?:No Op registered for|Could not find an implementa
 _WRAPPING = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|\S+\.(?:cc|h):\d+ ")
 
 
-def open_session(path: Path, *, threads: int = 0, saturates: bool = False, providers: Sequence[Any] = ()) -> Any:
+def open_session(
+    path: Path,
+    *,
+    threads: int = 0,
+    saturates: bool = False,
+    providers: Sequence[Any] = (),
+    disabled_optimizers: Sequence[str] = (),
+) -> Any:
     """An inference session of the graph in `path`.
 
     Args:
@@ -63,7 +70,12 @@ def open_session(path: Path, *, threads: int = 0, saturates: bool = False, provi
     if saturates:
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        session = ort.InferenceSession(path, options, providers=list(providers) or ["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            path,
+            options,
+            providers=list(providers) or ["CPUExecutionProvider"],
+            disabled_optimizers=list(disabled_optimizers),
+        )
     except Exception as error:
         raise _session_error(path, error) from error
     session.disable_fallback()
@@ -113,6 +125,9 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
 class OnnxModel:
     """Has the interface of a causal model of transformers: `config`, `device`, `forward`, `modules`.
 
+    Args:
+        opened: opens the session of a graph, with the arguments of `open_session`.
+
     Raises:
         CorruptModel, Unsupported, MissingDependency, OutOfMemory: on opening.
     """
@@ -121,7 +136,7 @@ class OnnxModel:
     dtype = torch.float32
     own_threads = True
 
-    def __init__(self, folder: Path, *, threads: int = 0) -> None:
+    def __init__(self, folder: Path, *, threads: int = 0, opened: Callable[..., Any] = open_session) -> None:
         from transformers import AutoConfig, GenerationConfig
 
         self.manifest: Manifest = read_manifest(folder)
@@ -131,7 +146,7 @@ class OnnxModel:
             self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         saturates = self.manifest.int8_range == _VNNI_RANGE and not has_vnni()
         arguments: dict[str, Any] = {"threads": threads, "saturates": saturates}
-        self.session = open_session(folder / GRAPH, **arguments)
+        self.session = opened(folder / GRAPH, **arguments)
         inputs = [value.name for value in self.session.get_inputs()]
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
         if not self.past:
@@ -147,7 +162,7 @@ class OnnxModel:
             self.session.get_inputs()[inputs.index(self.past[0])].type, np.float32
         )
         self.in_place = self.manifest.kind == "fused"
-        self.prefill = open_session(folder / PREFILL, **arguments) if PREFILL in self.manifest.files else None
+        self.prefill = opened(folder / PREFILL, **arguments) if PREFILL in self.manifest.files else None
         parameters = sum(math.prod(shape) for _, _, shape, _ in self.manifest.model_tensors)
         self.piece = max(SMALLEST_PIECE, min(LARGEST_PIECE, 2 ** round(math.log2(PIECE_WORK / max(1, parameters)))))
         self._hooks: list[Callable[[Any, tuple[object, ...]], None]] = []
