@@ -61,6 +61,23 @@ def changed(options: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
+def arguments(values: Mapping[str, Any]) -> str:
+    """Keyword arguments as Python writes them: "a=1, b='x'"."""
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+LONGEST_LITERAL = 20_000
+"""Characters of a prompt or text that the Python code of a receipt holds; longer ones are read from a file."""
+
+
+def literal(value: Any, file: str) -> str:
+    """A prompt, prompts or a text as Python code; long ones are read from the JSON `file`, which the person has to save."""
+    code = repr(value)
+    if len(code) <= LONGEST_LITERAL:
+        return code
+    return f"__import__('json').load(open({file!r}, encoding='utf-8'))"
+
+
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
     """`kind` from loose values (a form, an API call, a command line), all of them validated.
 

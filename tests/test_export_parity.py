@@ -26,7 +26,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 def export(source: Path, out: Path, options: ExportOptions) -> Path:
-    list(run.export(ExportRequest(str(source), out, options)))
+    list(run.export_model(ExportRequest(str(source), out, options)))
     return out
 
 
@@ -149,7 +149,7 @@ def test_a_model_that_overflows_fp16_is_not_published(tmp_path: Path) -> None:
         elif "down_proj" in name:
             tensors[name] *= 1e-3
     save_file(tensors, folder / "model.safetensors")
-    assert list(run.export(ExportRequest(str(folder), tmp_path / "fp32", ExportOptions(precision="fp32"))))
+    assert list(run.export_model(ExportRequest(str(folder), tmp_path / "fp32", ExportOptions(precision="fp32"))))
     with pytest.raises(Unsupported, match=r"beyond fp16|not finite"):
-        list(run.export(ExportRequest(str(folder), tmp_path / "fp16", ExportOptions(precision="fp16"))))
+        list(run.export_model(ExportRequest(str(folder), tmp_path / "fp16", ExportOptions(precision="fp16"))))
     assert not (tmp_path / "fp16").exists()

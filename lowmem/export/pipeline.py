@@ -17,14 +17,13 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
 from lowmem.export.request import ExportRequest, check, estimate
-from lowmem.fields import changed
+from lowmem.fields import arguments, changed
 from lowmem.kernels.int8_linear import largest_code
 from lowmem.machine.hardware import probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.messages import msg
 from lowmem.models.config import is_encoder
 from lowmem.models.source import read_spec, record
-from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import PREFILL, Manifest, discard, unfinished
 from lowmem.units import format_bytes
 
@@ -181,7 +180,7 @@ class _Export:
             measured={"ram": measured},
             disk_bytes=sum(self.manifest.files.values()),
             notes=tuple(filter(None, (self.sentence, generic, self.estimate.caution))),
-            snippet=_snippet(self.source, self.options),
+            snippet=_snippet(self.request),
             details={
                 "kind": self.manifest.kind,
                 "files": self.manifest.files,
@@ -218,12 +217,13 @@ class _Export:
         )
 
 
-def _snippet(ref: str, options: ExportOptions) -> str:
-    arguments = ", ".join(f"{name}={value!r}" for name, value in changed(options).items())
+def _snippet(request: ExportRequest) -> str:
     return (
         "from pathlib import Path\n"
         "import lowmem\n\n"
-        f"request = lowmem.ExportRequest({ref!r}, Path('exported'), lowmem.ExportOptions({arguments}))\n"
+        f"options = lowmem.ExportOptions({arguments(changed(request.options))})\n"
+        f"budget = lowmem.MemoryBudget({arguments(request.budget.as_dict())})\n"
+        f"request = lowmem.ExportRequest({request.model!r}, Path('exported'), options, budget)\n"
         "for event in lowmem.export_model(request):\n"
         "    print(event)\n"
     )

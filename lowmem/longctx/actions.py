@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.fields import arguments, changed, literal
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.tokens import token_ids
 from lowmem.generate.window_limits import check_stride, check_token_window, check_window
@@ -23,6 +24,7 @@ from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, 
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
+from lowmem.runtime.receipts import load_snippet
 from lowmem.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -79,12 +81,22 @@ def hidden_states(
     )
     details = {**asdict(written), "window": window, "stride": stride, "file": str(out)}
     del details["path"]
+    repeat = _call(
+        session,
+        "hidden_states",
+        text,
+        {"window": window, "stride": stride},
+        out="Path('hidden.npy')",
+        layers=repr(tuple(layers)),
+        tokens=repr(tokens),
+        force=repr(force),
+    )
     note = msg(
         "{windows:,} windows; every state has at least {difference:,} tokens of context, or all of the text before it.",
         windows=written.windows,
         difference=window - stride,
     )
-    yield _receipt("hidden", action, started, peak, count, details, (note,), disk_bytes=out.stat().st_size)
+    yield _receipt("hidden", action, started, peak, count, details, (note,), out.stat().st_size, snippet=repeat)
 
 
 def sliding_perplexity(
@@ -127,7 +139,15 @@ def sliding_perplexity(
     yield from spans
     details = {"perplexity": value, "tokens": count, "window": window, "stride": stride}
     details["spans"] = [asdict(span) for span in spans]
-    yield _receipt("perplexity", action, started, peak, count, details)
+    repeat = _call(
+        session,
+        "sliding_perplexity",
+        text,
+        {"window": window, "stride": stride},
+        tokens=repr(tokens),
+        force=repr(force),
+    )
+    yield _receipt("perplexity", action, started, peak, count, details, snippet=repeat)
 
 
 def streaming_perplexity(
@@ -182,7 +202,10 @@ def streaming_perplexity(
         **_cache_details(options),
         "spans": [asdict(span) for span in spans],
     }
-    yield _receipt("perplexity", action, started, peak, count, details)
+    repeat = _call(
+        session, "streaming_perplexity", text, {}, options=_options(options), tokens=repr(tokens), force=repr(force)
+    )
+    yield _receipt("perplexity", action, started, peak, count, details, snippet=repeat)
 
 
 def recall(
@@ -227,7 +250,10 @@ def recall(
     (action, found), peak = yield from session.work(msg("Testing recall"), task, cancel)
     details = {"recalls": [{**asdict(one), "recalled": one.recalled} for one in found], **_cache_details(options)}
     notes = tuple(map(_recall_note, found))
-    yield _receipt("recall", action, started, peak, 0, details, notes)
+    repeat = _call(
+        session, "recall", text, {}, options=_options(options), distances=repr(tuple(one.distance for one in found))
+    )
+    yield _receipt("recall", action, started, peak, 0, details, notes, snippet=repeat)
 
 
 def _recall_note(found: Recall) -> str:
@@ -282,6 +308,7 @@ def _receipt(
     details: dict[str, Any],
     notes: tuple[str, ...] = (),
     disk_bytes: int = 0,
+    snippet: str = "",
 ) -> Receipt:
     seconds = time.perf_counter() - started
     predicted = dict(plan.predicted)
@@ -295,5 +322,29 @@ def _receipt(
         prefill_tps=tokens / seconds if seconds else 0.0,
         disk_bytes=disk_bytes,
         notes=notes,
+        snippet=snippet,
         details=details,
     )
+
+
+def _call(session: Session, action: str, text: str, values: dict[str, Any], **code: str) -> str:
+    """Python that loads the resident model again and repeats an action of this module.
+
+    Args:
+        values: arguments of the action; code: more of them as code, those at "None" or "False" left out.
+    """
+    assert session.plan is not None  # the action has just run on it
+    more = [f"{name}={value}" for name, value in code.items() if value not in ("None", "False")]
+    call = ", ".join(["session", "text", *([arguments(values)] if values else []), *more])
+    return (
+        "from pathlib import Path\n"
+        f"from lowmem.longctx.actions import {action}\n"
+        f"{load_snippet(session.plan)}"
+        f"text = {literal(text, 'text.json')}\n"
+        f"for event in {action}({call}):\n"
+        "    print(event)\n"
+    )
+
+
+def _options(options: GenerateOptions) -> str:
+    return f"lowmem.GenerateOptions({arguments(changed(options))})"

@@ -17,6 +17,7 @@ from typing import Any
 from lowmem.datasets.texts import MANUAL, Text, evaluation_text
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.fields import arguments, literal
 from lowmem.longctx.options import StrategyOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
@@ -100,7 +101,7 @@ def compare_strategies(
         copy = Path(work) / "text.txt"
         copy.write_text(chosen.text, encoding="utf-8")
         for number, (strategy, fields) in enumerate(strategies(options).items()):
-            arguments = {
+            job = {
                 "ref": ref,
                 "precision": precision,
                 "text": str(copy),
@@ -108,7 +109,7 @@ def compare_strategies(
                 "options": asdict(options),
                 "budget": budget.as_dict(),
             }
-            for event in _isolated(arguments, cancel, budget):
+            for event in _isolated(job, cancel, budget):
                 if isinstance(event, Step):
                     done = 100 * number + event.done
                     yield Step(done, 100 * len(strategies(options)), f"{strategy}: {event.note}", "%")
@@ -128,15 +129,15 @@ def compare_strategies(
         seconds=time.perf_counter() - started,
         prompt_tokens=max((point.tokens for point in points), default=0),
         notes=tuple(f"{point.strategy}: {point.error}" for point in points if point.error),
-        snippet=_snippet(ref, options),
+        snippet=_snippet(ref, text, options, precision, budget),
         details={"text": chosen.name, **asdict(options), "points": [asdict(point) for point in points]},
     )
 
 
-def _isolated(arguments: dict[str, Any], cancel: CancelToken, budget: MemoryBudget) -> Iterator[Step | Finished | str]:
+def _isolated(job: dict[str, Any], cancel: CancelToken, budget: MemoryBudget) -> Iterator[Step | Finished | str]:
     """The events of a strategy's process; if it fails, the error message instead of the result."""
     try:
-        yield from run_isolated("measure_strategy", arguments, cancel, budget)
+        yield from run_isolated("measure_strategy", job, cancel, budget)
     except Cancelled:
         raise
     except LowMemError as error:
@@ -146,12 +147,17 @@ def _isolated(arguments: dict[str, Any], cancel: CancelToken, budget: MemoryBudg
         yield msg("Unexpected error: {error}", error=(str(error).strip().splitlines() or [""])[-1][:300])
 
 
-def _snippet(ref: str, options: StrategyOptions) -> str:
-    fields = ", ".join(f"{name}={value!r}" for name, value in asdict(options).items())
+def _snippet(ref: str, text: str | Path | Text, options: StrategyOptions, precision: str, budget: MemoryBudget) -> str:
+    chosen = f"Text({text.name!r}, {literal(text.text, 'text.json')})" if isinstance(text, Text) else repr(str(text))
     return (
-        "from lowmem.longctx.strategies import Point, compare_strategies\n"
-        "from lowmem.longctx.options import StrategyOptions\n\n"
-        f"for event in compare_strategies({ref!r}, options=StrategyOptions({fields})):\n"
+        "import lowmem\n"
+        "from lowmem.datasets.texts import Text\n"
+        "from lowmem.longctx.options import StrategyOptions\n"
+        "from lowmem.longctx.strategies import Point, compare_strategies\n\n"
+        f"text = {chosen}\n"
+        f"options = StrategyOptions({arguments(asdict(options))})\n"
+        f"budget = lowmem.MemoryBudget({arguments(budget.as_dict())})\n"
+        f"for event in compare_strategies({ref!r}, text, options, precision={precision!r}, budget=budget):\n"
         "    if isinstance(event, Point):\n"
         "        print(event.line())\n"
     )

@@ -22,6 +22,7 @@ from typing import Any
 from lowmem.datasets.texts import MANUAL, Text, calibration_text, evaluation_text
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step, WithResult
+from lowmem.fields import arguments, changed
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.measure.options import MeasureOptions
@@ -79,7 +80,8 @@ def compare(
             rows.append(with_perplexity_change(row, rows[0] if rows else row))
             yield rows[-1]
     notes = (*caveats(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
-    yield _receipt(comparison, chosen, rows, notes, time.perf_counter() - started)
+    repeat = _snippet(ref, ordered, text, reference, options, budget)
+    yield _receipt(comparison, chosen, rows, notes, time.perf_counter() - started, repeat)
 
 
 @dataclass
@@ -224,10 +226,9 @@ def caveats(spec: ModelSpec, text: Text, variants: Sequence[Variant]) -> Iterato
 
 
 def _receipt(
-    comparison: Comparison, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float
+    comparison: Comparison, text: Text, rows: Sequence[Row], notes: tuple[str, ...], seconds: float, snippet: str
 ) -> Receipt:
     predicted, measured = largest_peaks(rows)
-    names = ",".join(row.variant for row in rows)
     return Receipt(
         action="compare",
         model=comparison.spec.name,
@@ -237,13 +238,29 @@ def _receipt(
         predicted=predicted,
         measured=measured,
         notes=notes,
-        snippet=(
-            "from lowmem.measure.compare import compare\n"
-            "from lowmem.measure.variants import parse_variants\n\n"
-            f"for event in compare({comparison.spec.ref!r}, parse_variants({names!r})):\n"
-            "    print(event)\n"
-        ),
+        snippet=snippet,
         details={"text": text.name, **asdict(comparison.options), "rows": [asdict(row) for row in rows]},
+    )
+
+
+def _snippet(
+    ref: str,
+    variants: Sequence[Variant],
+    text: str | Path,
+    reference: str,
+    options: MeasureOptions,
+    budget: MemoryBudget,
+) -> str:
+    return (
+        "import lowmem\n"
+        "from lowmem.measure.compare import compare\n"
+        "from lowmem.measure.options import MeasureOptions\n"
+        "from lowmem.measure.variants import parse_variants\n\n"
+        f"variants = parse_variants({[variant.name for variant in variants]!r})\n"
+        f"options = MeasureOptions({arguments(changed(options))})\n"
+        f"budget = lowmem.MemoryBudget({arguments(budget.as_dict())})\n"
+        f"for event in compare({ref!r}, variants, {str(text)!r}, reference={reference!r}, options=options, budget=budget):\n"
+        "    print(event)\n"
     )
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from lowmem.events import Receipt
-from lowmem.fields import changed
+from lowmem.fields import arguments, changed, literal
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.offload.estimate import SpeedEstimate
-from lowmem.planning.placement import resident_place
 from lowmem.planning.plan import Plan
-
-LONGEST_PROMPT = 600
+from lowmem.runtime.receipts import plan_snippet
 
 
 def offload_receipt(
@@ -59,37 +56,14 @@ def _pace(receipt: Receipt) -> dict[str, float]:
     return pace
 
 
-def repeat_snippet(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool) -> str:
+def repeat_snippet(plan: Plan, prompts: Sequence[str], options: GenerateOptions, raw: bool, force: bool = False) -> str:
     """Python code that plans and runs the same prompts again."""
-    budget = ", ".join(f"{memory}={limit}" for memory, limit in plan.budget.as_dict().items())
-    shown = list(prompts) if sum(map(len, prompts)) <= LONGEST_PROMPT else ["..."]
+    more = ", force=True" if force else ""
     return (
-        "import lowmem\n"
-        "from lowmem.offload.run import BlockPlacement, plan_for, run\n\n"
-        "session = lowmem.Session()\n"
-        f"goal = lowmem.Goal(context={plan.context}, batch={plan.batch}, precision={_precision(plan)!r}, "
-        f"device={plan.device!r})\n"
-        f"plan = plan_for(session, {plan.spec.ref!r}, goal, lowmem.MemoryBudget({budget}), placement={_where(plan)})\n"
-        f"options = lowmem.GenerateOptions({_arguments(changed(options))})\n"
-        f"for event in run(session, plan, {shown!r}, options, raw={raw}):\n"
+        f"from lowmem.offload.run import run\n{plan_snippet(plan)}"
+        f"options = lowmem.GenerateOptions({arguments(changed(options))})\n"
+        f"prompts = {literal(list(prompts), 'prompts.json')}\n"
+        f"for event in run(session, plan, prompts, options, raw={raw}{more}):\n"
         "    if isinstance(event, lowmem.Chunk):\n"
         '        print(event.text, end="", flush=True)\n'
     )
-
-
-def _precision(plan: Plan) -> str:
-    return "auto" if plan.precision == "stored" else plan.precision
-
-
-def _where(plan: Plan) -> str:
-    if plan.placement is None:
-        return "BlockPlacement(resident=True)"
-    places = {"disk": plan.placement.indices("disk")}
-    if resident_place(plan.place.kind) != "ram":
-        places["ram"] = plan.placement.indices("ram")
-    lists = {place: list(indices) for place, indices in places.items()}
-    return f"BlockPlacement({_arguments(lists)}, may_map={plan.placement.mapped})"
-
-
-def _arguments(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -153,7 +153,7 @@ def run(
     for event in events:
         if isinstance(event, Receipt):
             read = session.streamed_bytes - before
-            yield offload_receipt(event, plan, speed, read, loading, repeat_snippet(plan, prompts, options, raw))
+            yield offload_receipt(event, plan, speed, read, loading, repeat_snippet(plan, prompts, options, raw, force))
         else:
             yield event
 

@@ -28,7 +28,7 @@ class Journal:
     """Progress of one quantization.
 
     Args:
-        settings: what the resulting bytes depend on, see `Job.settings`; only a run with the same settings continues.
+        settings: what the resulting bytes depend on, see `PreparedQuantization.settings`; only a run with the same settings continues.
         threads: of torch when the run began. Sums of another number of threads round differently, so a continued run
             computes with as many.
         blocks: finished decoder blocks.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lowmem.events import Receipt
+from lowmem.fields import arguments
 from lowmem.messages import msg
 from lowmem.models.source import record
 from lowmem.quant.base import Options
 from lowmem.quant.card import write_card
 from lowmem.quant.journal import Journal
 from lowmem.quant.prepared import PreparedQuantization
-from lowmem.quant.request import changed
+from lowmem.quant.request import QuantizeRequest, changed
 
 
 def quantize_receipt(
@@ -42,7 +42,7 @@ def quantize_receipt(
         measured={"ram": peak["ram"]},
         disk_bytes=sum(file.stat().st_size for file in part.glob("*.safetensors")),
         notes=tuple(_notes(options, resumed)),
-        snippet=_snippet(prepared),
+        snippet=_snippet(prepared.request),
         details={
             "method": method.name,
             "bits": options.bits,
@@ -64,18 +64,20 @@ def _notes(options: Options, resumed: int) -> Iterator[str]:
         yield msg("The first {resumed} blocks are from an earlier run.", resumed=resumed)
 
 
-def _snippet(prepared: PreparedQuantization) -> str:
-    def named(values: dict[str, Any]) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in values.items())
-
-    request = prepared.request
+def _snippet(request: QuantizeRequest) -> str:
     return (
         "from pathlib import Path\n"
         "import lowmem\n\n"
-        f"request = lowmem.QuantizeRequest.validated({str(prepared.folder)!r}, {request.method.name!r}, "
-        f"dict({named(changed(request.options))}), dict({named(changed(request.calibration))}), out=Path('quantized'))\n"
+        f"request = lowmem.QuantizeRequest.validated(\n"
+        f"    {request.model!r},\n"
+        f"    {request.method.name!r},\n"
+        f"    dict({arguments(changed(request.options))}),\n"
+        f"    dict({arguments(changed(request.calibration))}),\n"
+        "    out=Path('quantized'),\n"
+        f"    budget=lowmem.MemoryBudget({arguments(request.budget.as_dict())}),\n"
+        ")\n"
         "for event in lowmem.quantize(request):\n"
-        "    print(event)"
+        "    print(event)\n"
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from lowmem.events import Chunk, Completion, Receipt
-from lowmem.fields import changed
+from lowmem.fields import arguments, changed, literal
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.planning.estimate import reestimate
+from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
 
@@ -26,7 +28,7 @@ def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[s
         **_peaks(predicted, peak),
         disk_bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         notes=tuple(notes),
-        snippet=_load_snippet(plan),
+        snippet=load_snippet(plan),
     )
 
 
@@ -77,42 +79,70 @@ def batch_receipt(plan: Plan, seconds: float, done: Sequence[Completion], peak: 
         new_tokens=tokens,
         decode_tps=tokens / seconds if seconds else 0.0,
         prompt_tokens=sum(completion.prompt_tokens for completion in done),
-        snippet=_load_snippet(plan),
         details={"completions": len(done), "batch": plan.batch},
     )
 
 
-def with_prompt(receipt: Receipt, plan: Plan, prompt: object, options: GenerateOptions, raw: bool) -> Receipt:
+def with_prompt(
+    receipt: Receipt, plan: Plan, prompt: object, options: GenerateOptions, raw: bool, force: bool = False
+) -> Receipt:
     """`receipt` with the code of its call; `plan` is the resident plan."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in changed(options).items())
+    more = arguments({name: True for name, on in (("raw", raw), ("force", force)) if on})
     call = (
-        f"\noptions = lowmem.GenerateOptions({arguments})\n"
-        f"for event in session.generate({_short(prompt)}, options{', raw=True' if raw else ''}):\n"
+        f"\noptions = lowmem.GenerateOptions({arguments(changed(options))})\n"
+        f"prompt = {literal(prompt, 'prompt.json')}\n"
+        f"for event in session.generate({', '.join(filter(None, ('prompt, options', more)))}):\n"
         "    if isinstance(event, lowmem.Chunk):\n"
         '        print(event.text, end="", flush=True)\n'
     )
-    return replace(receipt, snippet=_load_snippet(plan) + call)
+    return replace(receipt, snippet=load_snippet(plan) + call)
 
 
-def _load_snippet(plan: Plan) -> str:
-    goal = (
-        f"lowmem.Goal(context={plan.context}, precision={plan.precision!r}, device={plan.device!r}, cache_type={plan.cache_type!r}, "
-        f"backend={plan.backend!r})"
+def with_prompts(
+    receipt: Receipt, plan: Plan, prompts: Sequence[str], options: GenerateOptions, **more: Any
+) -> Receipt:
+    """The same for many prompts; `more` are the other arguments of `Session.batch`."""
+    more = {name: value for name, value in more.items() if value}
+    call = (
+        f"\noptions = lowmem.GenerateOptions({arguments(changed(options))})\n"
+        f"prompts = {literal(list(prompts), 'prompts.json')}\n"
+        f"for event in session.batch({', '.join(filter(None, ('prompts, options', arguments(more))))}):\n"
+        "    if isinstance(event, lowmem.Completion):\n"
+        "        print(event.text)\n"
+    )
+    return replace(receipt, snippet=load_snippet(plan) + call)
+
+
+def load_snippet(plan: Plan) -> str:
+    """Python code that plans and loads the same again: budget, precision, and the place of every block."""
+    force = ", force=True" if plan.verdict == "over" else ""
+    return plan_snippet(plan) + f"for event in session.load(plan{force}):\n    pass\n"
+
+
+def plan_snippet(plan: Plan) -> str:
+    """Python code that makes `session` and `plan`. A plan names every choice, so that nothing is left to the planner."""
+    goal = {name: getattr(plan, name) for name in (field.name for field in fields(Goal))}
+    placed = ""
+    if plan.placement is not None:
+        where = f"Placement({_runs(plan.placement.blocks)}, mapped={plan.placement.mapped})"
+        placed = f"plan = reestimate(plan, placement={where})\n"
+    imports = (
+        "from lowmem.planning.estimate import reestimate\nfrom lowmem.planning.placement import Placement\n"
+        if placed
+        else ""
     )
     return (
-        "import lowmem\n\n"
+        f"import lowmem\n{imports}\n"
         "session = lowmem.Session()\n"
-        "hardware = session.hardware()\n"
-        f"goal = {goal}\n"
-        f"plan = lowmem.plan(lowmem.read_spec({plan.spec.ref!r}), hardware, lowmem.MemoryBudget.detect(hardware), goal)\n"
-        "for event in session.load(plan):\n"
-        "    pass\n"
+        f"goal = lowmem.Goal({arguments(goal)})\n"
+        f"budget = lowmem.MemoryBudget({arguments(plan.budget.as_dict())})\n"
+        f"plan = session.plan_for({plan.spec.ref!r}, goal, budget)\n{placed}"
     )
 
 
-def _short(prompt: object) -> str:
-    text = repr(prompt)
-    return text if len(text) <= 600 else repr("...")
+def _runs(blocks: Sequence[str]) -> str:
+    """A tuple of places as code, equal neighbours together: "('ram',) * 20 + ('disk',) * 4"."""
+    return " + ".join(f"({place!r},) * {len(list(run))}" for place, run in itertools.groupby(blocks))
 
 
 def _receipt(action: str, plan: Plan, seconds: float, **figures: Any) -> Receipt:

@@ -215,13 +215,13 @@ class Session:
             ids = encode_prompt(loaded.tokenizer, prompt, raw)
             check_window(options, plan.spec.context)
             room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
-            options = replace(options, max_new_tokens=room)
+            wanted, options = options, replace(options, max_new_tokens=room)
             action = self.estimate(len(ids), options)
             if not force:
                 refuse_if_over(action, msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits."))
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
-            self._last_receipt = receipts.with_prompt(receipt, plan, prompt, options, raw)
+            self._last_receipt = receipts.with_prompt(receipt, plan, prompt, wanted, raw, force)
             yield self._last_receipt
         finally:
             self._done()
@@ -279,6 +279,9 @@ class Session:
             longest = max(completion.prompt_tokens for completion in done)
             action = self.estimate(longest, options, min(largest, len(prompts)))
             receipt = receipts.batch_receipt(action, time.perf_counter() - started, done, meter.peak)
+            receipt = receipts.with_prompts(
+                receipt, plan, prompts, options, raw=raw, batch_size=batch_size, force=force
+            )
             self._last_receipt = receipt
             yield receipt
         finally:

@@ -11,6 +11,7 @@ from typing import Protocol
 from lowmem.datasets.texts import evaluation_text
 from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Receipt, Step
+from lowmem.fields import arguments, changed
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.measure.compare import caveats, with_perplexity_change
@@ -196,12 +197,26 @@ class _Run:
             predicted=predicted,
             measured=measured,
             notes=(*said, *filter(None, [note]), *failed),
-            snippet=(
-                "from pathlib import Path\n"
-                "from lowmem.sweep.grid import read_grid\n"
-                "from lowmem.sweep.run import sweep\n\n"
-                "for event in sweep(read_grid(Path('grid.yaml'))):\n"
-                "    print(event)\n"
-            ),
+            snippet=_snippet(self.grid, self.budget),
             details={"folder": str(self.table.folder), **self.table.conditions, "rows": [asdict(row) for row in rows]},
         )
+
+
+def _snippet(grid: Grid, budget: MemoryBudget) -> str:
+    return (
+        "import lowmem\n"
+        "from lowmem.measure.options import MeasureOptions\n"
+        "from lowmem.measure.variants import parse_variant, parse_variants\n"
+        "from lowmem.sweep.grid import Grid\n"
+        "from lowmem.sweep.run import sweep\n\n"
+        "grid = Grid(\n"
+        f"    models={grid.models!r},\n"
+        f"    variants=tuple(parse_variants({[variant.name for variant in grid.variants]!r})),\n"
+        f"    reference=parse_variant({grid.reference.name!r}),\n"
+        f"    text={grid.text!r},\n"
+        f"    options=MeasureOptions({arguments(changed(grid.options))}),\n"
+        ")\n"
+        f"budget = lowmem.MemoryBudget({arguments(budget.as_dict())})\n"
+        "for event in sweep(grid, budget=budget):\n"
+        "    print(event)\n"
+    )
