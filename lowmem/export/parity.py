@@ -27,6 +27,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.arithmetic import open_in_fp32
 from lowmem.export.linears import as_dtype
 from lowmem.export.reference import Rounding, roundings, streamed_model
+from lowmem.machine.monitor import release_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.quantization import Quantization
@@ -136,11 +137,13 @@ def check_decoder(
         graph = OnnxModel(exported, opened=open_session if options.precision == "fp16" else open_in_fp32)
         weights = _worse(*_compared(graph, *wanted, windows, cancel))
         del graph, wanted
+        release_memory()
     yield Step(2, 5, msg("Verifying: running the original"))
     with Checkpoint(folder) as checkpoint, torch.inference_mode():
         model = _stoppable(streamed_model(folder, checkpoint, stored), cancel)
         logits = model(input_ids=windows, use_cache=False).logits.float()
     del model
+    release_memory()
     cancel.check()
     yield Step(3, 5, msg("Verifying: running the graph"))
     prefill, decode = _compared(OnnxModel(exported), logits, logits[:, -STEPS:], windows, cancel)
