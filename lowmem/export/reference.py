@@ -112,10 +112,13 @@ def _stream(
 ) -> None:
     empty = {member: getattr(module, member) for member in members}
 
-    def load(_module: nn.Module, _inputs: object) -> None:
+    def load(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for member, name in members.items():
             values = checkpoint.read(name, torch.float32)
-            if rounding is not None and member == "weight":
+            if rounding is not None and isinstance(module, nn.Embedding):
+                rows = inputs[0].unique()  # the others are not looked up
+                values[rows] = rounding.weight(module, owner, values[rows], is_head)
+            elif rounding is not None and member == "weight":
                 values = rounding.weight(module, owner, values, is_head)
             elif rounding is not None:
                 values = as_dtype(values, rounding.dtype)
