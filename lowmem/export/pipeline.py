@@ -142,6 +142,7 @@ class _Export:
             files=files,
             weights_bytes=sum(files.values()),
             int8_range=largest_code() if PREFILL in files else 0,
+            group_size=self.options.group_size,
             licence=str(source.get("licence") or ""),
             model_tensors=[
                 [t.name, t.dtype, list(t.shape), t.nbytes] for t in (() if self.is_encoder else self.spec.tensors)

@@ -12,6 +12,8 @@ from typing import Any
 from lowmem.events import CancelToken, Step
 from lowmem.fields import build
 from lowmem.models.source import read_spec
+from lowmem.planning.graph_options import ExportOptions
+from lowmem.runtime.onnx.manifest import PREFILL, read_manifest
 from lowmem.verify.actions import passage_of
 from lowmem.verify.claims import VerifyOptions
 
@@ -42,5 +44,11 @@ def check_parity(folder: str, graph: str) -> Generator[Step, None, dict[str, Any
     """Check the graph in `graph` against the model in `folder`; returns the fields of `ParityCheck` and its "sentence"."""
     from lowmem.export.parity import check_decoder
 
-    checked = yield from check_decoder(Path(folder), Path(graph), read_spec(folder).stored, CancelToken())
+    manifest = read_manifest(Path(graph))
+    options = ExportOptions(
+        precision=manifest.precision,
+        group_size=manifest.group_size,
+        fast_prefill="on" if PREFILL in manifest.files else "off",
+    )
+    checked = yield from check_decoder(Path(folder), Path(graph), read_spec(folder).stored, options, CancelToken())
     return checked.as_dict() | {"sentence": checked.sentence()}

@@ -35,6 +35,7 @@ class Manifest:
         files: name -> bytes of every graph and weight file.
         weights_bytes: their size in a session.
         int8_range: largest code of dynamic int8 weights, 0 if there are none.
+        group_size: weights that share a scale in int4.
         model_tensors: of the original: [name, dtype, shape, bytes] each.
         parity: the figures of `export.parity.ParityCheck`.
         optimised: nodes, fusions, bytes and seconds before and after, where the optimizer ran.
@@ -47,6 +48,7 @@ class Manifest:
     files: dict[str, int]
     weights_bytes: int
     int8_range: int = 0
+    group_size: int = 32
     licence: str = ""
     model_tensors: list[list[Any]] = field(default_factory=list)
     parity: dict[str, Any] = field(default_factory=dict)
