@@ -41,6 +41,7 @@ ENDPOINTS = {
     "/chat",
     "/batch",
     "/unload",
+    "/verify",
     "/machine",
     "/receipt",
     "/stored",
