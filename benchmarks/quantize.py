@@ -83,7 +83,7 @@ def row_of(case: str, receipt: dict[str, Any]) -> dict[str, Any]:
         "seconds": receipt["seconds"],
         "predicted": receipt["predicted"]["ram"],
         "measured": receipt["measured"]["ram"],
-        "bits": receipt["details"]["bits_per_weight"],
+        "bits": receipt["details"]["bits_per_quantized_weight"],
         "bytes": receipt["disk_bytes"],
     }
 
@@ -131,7 +131,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(row["seconds"]) if row.get("seconds") else "",
         "peak, predicted": format_bytes(row["predicted"]) if row.get("predicted") else "",
         "measured": format_bytes(row["measured"]) if row.get("measured") else "",
-        "bits per weight": f"{row['bits']:.2f}" if row.get("bits") else "",
+        "bits per quantized weight": f"{row['bits']:.2f}" if row.get("bits") else "",
         "size": format_bytes(row["bytes"]) if row["bytes"] else "",
         **{
             f"{label}{name}": row[name][key] or ""

@@ -164,7 +164,7 @@ def check_figures(fp32: dict, int8: dict) -> None:
     assert 0.7 < int8["agreement"] <= 1.0
     assert int8["perplexity"] == pytest.approx(fp32["perplexity"], rel=0.05)
     assert int8["perplexity_change"] == pytest.approx(int8["perplexity"] / fp32["perplexity"] - 1)
-    assert fp32["bits_per_weight"] == pytest.approx(32.0)
+    assert fp32["bits_per_parameter"] == pytest.approx(32.0)
     for row in (fp32, int8):
         assert row["error"] == ""
         assert row["prefill_tps"] > 0
@@ -219,7 +219,7 @@ def jobs(monkeypatch):
             raise jobs.fail[name]
         if "out" in arguments:
             Path(arguments["out"]).mkdir()
-            yield Finished({}, 2.0, {"ram": 77})
+            yield Finished({"details": {"bits_per_quantized_weight": 4.5}}, 2.0, {"ram": 77})
         else:
             perplexity = 10.0 if arguments["is_reference"] else 12.0
             yield Finished({**FIGURES, "perplexity": perplexity}, 1.0, {"ram": 100})

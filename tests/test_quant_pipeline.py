@@ -105,7 +105,7 @@ def test_every_family_by_every_method(family: str, method: str, saved: Path, tmp
     layout = block_layout(json.loads((saved / family / "config.json").read_text()))
     assert len(receipt.details["losses"]) == layout.count * len(layout.linears)
     assert receipt.disk_bytes == receipt.details["predicted_bytes"]
-    assert receipt.details["bits_per_weight"] < 6
+    assert receipt.details["bits_per_quantized_weight"] < 6
     assert divergence(family, tmp_path / "out") < 0.35
     assert not (tmp_path / "out.part").exists()
 
@@ -259,7 +259,7 @@ def test_the_result_is_a_model_folder(saved: Path, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.g_idx" not in stored
     card = (out / "README.md").read_text()
     assert "3 x 32 tokens of manual" in card
-    assert f"{receipt.details['bits_per_weight']:.2f}" in card
+    assert f"{receipt.details['bits_per_quantized_weight']:.2f}" in card
     compile(receipt.snippet, "snippet", "exec")
 
 

@@ -157,7 +157,7 @@ def jobs(monkeypatch):
             if arguments.get("is_reference"):
                 Path(arguments["reference"]).write_bytes(b"predictions")
             if "out" in arguments:
-                yield Finished({}, 2.0, {"ram": 77})
+                yield Finished({"details": {"bits_per_quantized_weight": 4.5}}, 2.0, {"ram": 77})
             else:
                 yield Finished({**FIGURES, "perplexity": 10.0 + len(jobs.calls)}, 1.0, {"ram": 100})
         finally:

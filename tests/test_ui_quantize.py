@@ -24,6 +24,7 @@ from lowmem.quant.estimate import check_model, estimate_quantization, record_spe
 from lowmem.quant.request import QuantizeRequest
 from lowmem.settings import settings
 from lowmem.ui.html import quantize as render_quantize
+from lowmem.ui.html.quantize import comparison
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
@@ -35,7 +36,7 @@ from lowmem.ui.tabs.quantize_form import _bits, _groups
 from lowmem.units import GB, MB
 
 DETAILS = {
-    "bits_per_weight": 4.36,
+    "bits_per_quantized_weight": 4.36,
     "original_bytes": 538 * MB,
     "predicted_bytes": 116 * MB,
     "loss": 0.0123,
@@ -91,7 +92,7 @@ def client(service: StubQuantizeService) -> Iterator[Client]:
 def test_quantize_streams_steps_and_ends_in_the_receipt(client: Client) -> None:
     frames = list(client.submit("demo", "rtn", api_name="/quantize"))
     assert frames[0]["note"] == "Block 0"
-    assert frames[-1]["receipt"]["details"]["bits_per_weight"] == 4.36
+    assert frames[-1]["receipt"]["details"]["bits_per_quantized_weight"] == 4.36
 
 
 def test_a_caller_who_leaves_stops_the_work(client: Client, service: StubQuantizeService) -> None:
@@ -241,3 +242,15 @@ def test_a_failed_variant_keeps_its_line_with_the_reason() -> None:
 def test_losses_are_drawn_block_by_block() -> None:
     assert by_block(DETAILS["losses"]) == [0.01, 0.03]  # type: ignore[arg-type]
     assert [bar.get_height() for bar in losses([0.01, 0.03], "t", "u").axes[0].patches] == [0.01, 0.03]
+
+
+def test_a_comparison_says_in_words_which_way_a_peak_was_off_and_which_bits_are_meant() -> None:
+    row = Row(
+        "rtn:4:64", bits_per_parameter=8.8, bits_per_quantized_weight=4.36, ram_bytes=1136, predicted_ram_bytes=1000
+    )
+    html = comparison([row, Row("fp32", bits_per_parameter=32.0, ram_bytes=900, predicted_ram_bytes=1000)])
+    assert "13.6% above the prediction" in html
+    assert "10.0% below the prediction" in html
+    assert "8.8 (4.36)" in html
+    assert "Bits per parameter (per quantized weight)" in html
+    assert "-12" not in html

@@ -28,15 +28,16 @@ DEFAULT_VARIANTS = "fp32,bf16,int8"
 
 COLUMNS = {
     "variant": 13,
-    "bits": 5,
+    "bits/param": 10,
+    "bits/quantized weight": 21,
     "weights": 8,
     "perplexity": 10,
     "KL": 7,
     "top-1 match": 11,
     "prefill/s": 9,
     "decode/s": 8,
-    "peak": 8,
-    "predicted": 17,
+    "peak": 22,
+    "predicted": 9,
     "took": 12,
 }
 """Headings and widths of the printed table."""
@@ -136,18 +137,20 @@ def _cells(row: Row) -> tuple[str, ...]:
     def size(value: int | None) -> str:
         return "-" if value is None else format_bytes(value)
 
-    error = "" if row.prediction_error is None else f" ({row.prediction_error:+.1%})"
+    share = row.above_prediction
+    off = "" if share is None else f" ({abs(share):.1%} {'above' if share > 0 else 'below'})"
     return (
         row.variant,
-        text(row.bits_per_weight, ".1f"),
+        text(row.bits_per_parameter, ".1f"),
+        text(row.bits_per_quantized_weight, ".2f"),
         size(row.weight_bytes),
         text(row.perplexity, ",.3f"),
         text(row.kl, ".4f"),
         text(row.agreement, ".1%"),
         text(row.prefill_tps, ",.0f"),
         text(row.decode_tps, ",.1f"),
-        size(row.peak_bytes),
-        size(row.predicted_bytes) + error,
+        size(row.peak_bytes) + off,
+        size(row.predicted_bytes),
         "-" if row.seconds is None else format_seconds(row.seconds),
     )
 

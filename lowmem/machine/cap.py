@@ -23,6 +23,7 @@ from pathlib import Path
 from lowmem.machine import gpu
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import relatives_bytes
+from lowmem.messages import msg
 from lowmem.units import MB
 
 try:
@@ -44,6 +45,15 @@ SLACK_BYTES = 4 * MB
 def can_cap() -> bool:
     """Whether this system enforces a cap: Linux does, macOS and Windows do not."""
     return resource is not None and sys.platform == "linux" and Path("/proc/self/statm").exists()
+
+
+def cap_note() -> str:
+    """How the RAM budget of this process is kept where it is not capped; "" where it is."""
+    if not can_cap():
+        return msg("This system offers no cap on memory: the budget is watched, and work that exceeds it is stopped.")
+    if gpu.torch_with_cuda():
+        return msg("Beside CUDA the RAM budget is watched, not capped; GPU memory is capped.")
+    return ""
 
 
 class MemoryCap:

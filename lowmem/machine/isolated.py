@@ -24,7 +24,7 @@ from lowmem.errors import DoesNotFit, LowMemError, is_out_of_memory
 from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine import baseline
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
-from lowmem.machine.cap import cap_memory
+from lowmem.machine.cap import cap_memory, cap_note
 from lowmem.machine.child import LESS_MEMORY, Child, claim_output, die_with_parent, offer_to_be_killed_first
 from lowmem.machine.monitor import PeakMeter
 from lowmem.messages import msg, packed, unpacked
@@ -57,7 +57,8 @@ class Finished:
         """The receipt that the job returned as a dict, with the measured memory of its whole process."""
         receipt = Receipt.from_dict(self.value)
         measured = {memory: count for memory, count in self.peak_bytes.items() if memory in receipt.predicted}
-        return replace(receipt, measured=measured)
+        note = cap_note()
+        return replace(receipt, measured=measured, notes=(*receipt.notes, note) if note else receipt.notes)
 
 
 def run_isolated(

@@ -148,6 +148,7 @@ class Comparison:
         return replace(
             row,
             seconds=made.seconds + done.seconds,
+            bits_per_quantized_weight=made.value["details"]["bits_per_quantized_weight"],
             quantize_seconds=made.seconds,
             quantize_ram_bytes=made.peak_bytes.get("ram"),
         )
@@ -159,7 +160,7 @@ class Comparison:
             figures.pop(name)
         return Row(
             variant=variant.name,
-            bits_per_weight=8 * figures["weight_bytes"] / self.spec.parameters,
+            bits_per_parameter=8 * figures["weight_bytes"] / self.spec.parameters,
             ram_bytes=done.peak_bytes.get("ram"),
             vram_bytes=done.peak_bytes.get("vram") if figures["predicted_vram_bytes"] else None,
             seconds=done.seconds,

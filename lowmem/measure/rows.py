@@ -20,7 +20,8 @@ class Row:
     Args:
         variant: its name, see `Variant`.
         error: why there are no measurements, or "".
-        bits_per_weight: 8 * `weight_bytes` / parameters, embeddings included.
+        bits_per_parameter: 8 * `weight_bytes` / parameters: of all weights as loaded, embeddings included.
+        bits_per_quantized_weight: of a quantization, of the quantized weights alone, with scales and zero points.
         weight_bytes: size of the loaded weights.
         disk_bytes: size of the weight files; precisions are converted from the original files while loading.
         perplexity: on the evaluation text.
@@ -37,7 +38,8 @@ class Row:
 
     variant: str
     error: str = ""
-    bits_per_weight: float | None = None
+    bits_per_parameter: float | None = None
+    bits_per_quantized_weight: float | None = None
     weight_bytes: int | None = None
     disk_bytes: int | None = None
     perplexity: float | None = None
@@ -71,6 +73,13 @@ class Row:
         if not self.peak_bytes or self.predicted_bytes is None:
             return None
         return (self.predicted_bytes - self.peak_bytes) / self.peak_bytes
+
+    @property
+    def above_prediction(self) -> float | None:
+        """measured / predicted - 1: positive where the peak was above its prediction."""
+        if not self.peak_bytes or not self.predicted_bytes:
+            return None
+        return self.peak_bytes / self.predicted_bytes - 1
 
 
 def largest_peaks(rows: Sequence[Row]) -> tuple[dict[str, int], dict[str, int]]:

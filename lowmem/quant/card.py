@@ -47,7 +47,7 @@ def write_card(
         "Method": receipt.precision,
         "Calibration": calibration or "none",
         "Size": f"{format_bytes(details['original_bytes'])} → {format_bytes(receipt.disk_bytes)}",
-        "Bits per quantized weight": f"{details['bits_per_weight']:.2f}",
+        "Bits per quantized weight": f"{details['bits_per_quantized_weight']:.2f}",
         "Mean relative loss per layer": f"{details['loss']:.2e}",
         "Time": f"{format_seconds(receipt.seconds)} on {receipt.device}",
         "Peak memory": ", ".join(f"{format_bytes(peak)} {memory.upper()}" for memory, peak in receipt.measured.items()),

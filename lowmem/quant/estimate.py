@@ -72,7 +72,8 @@ class Estimate:
     limit: int | None = None
 
     @property
-    def bits_per_weight(self) -> float:
+    def bits_per_quantized_weight(self) -> float:
+        """Codes, scales and zero points, of quantized weights alone: without embeddings, see `Row.bits_per_parameter`."""
         return 8 * self.quantized_bytes / max(1, self.quantized_weights)
 
     @property

@@ -49,7 +49,8 @@ def quantize_receipt(
             "group_size": options.group_size,
             "original_bytes": prepared.spec.size_on_disk,
             "predicted_bytes": prepared.estimate.output_bytes,
-            "bits_per_weight": prepared.estimate.bits_per_weight,
+            "bits_per_quantized_weight": prepared.estimate.bits_per_quantized_weight,
+            "bits_per_weight": prepared.estimate.bits_per_quantized_weight,  # its name in the last release
             "loss": sum(losses.values()) / max(1, len(losses)),
             "losses": losses,
             "resumed_blocks": resumed,

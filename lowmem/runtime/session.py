@@ -22,9 +22,9 @@ from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
-from lowmem.machine.cap import cap_gpu_memory, cap_memory
+from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.machine.monitor import PeakMeter, release_memory, weights_outside_heap
+from lowmem.machine.monitor import PeakMeter, release_memory, trim_heap, weights_outside_heap
 from lowmem.messages import msg
 from lowmem.models.choices import choices, shortage
 from lowmem.models.source import read_spec
@@ -141,6 +141,8 @@ class Session:
             if self._capped:
                 cap_memory(UNLIMITED if force else plan.budget)
             receipt = yield from self._load(plan, cancel, force)
+            if self._capped and not force and (note := cap_note()):
+                receipt = replace(receipt, notes=(*receipt.notes, note))
             self._load_receipt = self._last_receipt = receipt
             yield receipt
         finally:
@@ -365,6 +367,7 @@ class Session:
         self._load_receipt = yield from self._load(on_torch, cancel, force)
 
     def _meter(self, plan: Plan, force: bool) -> PeakMeter:
+        trim_heap()  # else what an earlier, longer action has freed is charged to this one
         return PeakMeter(UNLIMITED if force else plan.budget)
 
     def _drop(self) -> None:

@@ -37,10 +37,16 @@ NAMES: dict[str, Any] = {
         "c4": msg("C4 (from the hub)"),
         "file": msg("My own file"),
     },
-    "course_table": ("", msg("Bits"), msg("Original size"), msg("Quantized size"), msg("Relative loss")),
+    "course_table": (
+        "",
+        msg("Bits per quantized weight"),
+        msg("Original size"),
+        msg("Quantized size"),
+        msg("Relative loss"),
+    ),
     "compare_table": (
         msg("Variant"),
-        msg("Bits"),
+        msg("Bits per parameter (per quantized weight)"),
         msg("Weights"),
         msg("Perplexity"),
         msg("KL"),
@@ -48,7 +54,7 @@ NAMES: dict[str, Any] = {
         msg("Prefill/s"),
         msg("Decode/s"),
         msg("Peak"),
-        msg("Prediction error"),
+        msg("Against the prediction"),
     ),
     "how": (
         (

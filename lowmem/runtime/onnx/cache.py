@@ -29,7 +29,7 @@ class Graph(Protocol):
     has_positions: bool
     piece: int
 
-    def run(self, session: Any, binding: Binding) -> None:
+    def run(self, session: Any, binding: Binding, *, last: bool = False) -> None:
         """Call the hooks, then run a graph once."""
 
 
@@ -94,15 +94,15 @@ class InPlaceCache:
             binding = self._binding(session, slice(row, row + 1), part[None])
             if session is self._model.session and self._model.keeps_logits:
                 binding.input(KEEP, np.ones(1, np.int64))
-            self._model.run(session, binding)
-            self.lengths[row] += len(part)
             done += len(part)
+            self._model.run(session, binding, last=done == len(ids))
+            self.lengths[row] += len(part)
 
     def _with_logits(self, row: int, ids: np.ndarray) -> np.ndarray:
         session = self._model.session
         binding = self._binding(session, slice(row, row + 1), ids[None])
         binding.io.bind_output("logits")
-        self._model.run(session, binding)
+        self._model.run(session, binding, last=True)
         self.lengths[row] += len(ids)
         return binding.io.get_outputs()[-1].numpy()
 

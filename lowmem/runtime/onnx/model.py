@@ -122,6 +122,15 @@ def _session_error(path: Path, error: Exception) -> LowMemError:
     )
 
 
+def _returning_memory() -> Any:
+    """Options of a run that shrinks the arena of the CPU when it ends."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 class OnnxModel:
     """Has the interface of a causal model of transformers: `config`, `device`, `forward`, `modules`.
 
@@ -211,8 +220,12 @@ class OnnxModel:
 
     __call__ = forward
 
-    def run(self, session: Any, binding: Binding) -> None:
+    def run(self, session: Any, binding: Binding, *, last: bool = False) -> None:
         """One run of a graph, preceded by the hooks.
+
+        Args:
+            last: of a text. The session then returns what its arena holds, which would stay with it and be charged to the
+                next, shorter text.
 
         Raises:
             OutOfMemory: ONNX Runtime could not allocate.
@@ -220,7 +233,7 @@ class OnnxModel:
         for hook in self._hooks:
             hook(self, ())
         try:
-            session.run_with_iobinding(binding.io)
+            session.run_with_iobinding(binding.io, _returning_memory() if last else None)
         except Exception as error:
             if is_out_of_memory(error) or "alloc" in str(error).lower():
                 raise OutOfMemory(

@@ -118,7 +118,7 @@ def _quantize(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
         facts.append(
             (
                 msg("Bits per quantized weight, {bits} bits", bits=bits),
-                Message("{bits_per_weight:.2f}", bits_per_weight=cost.bits_per_weight),
+                Message("{bits:.2f}", bits=cost.bits_per_quantized_weight),
             )
         )
     return facts, bars

@@ -109,7 +109,7 @@ def against(
     near = abs(error) <= tolerance
     difference = form(abs(predicted - measured))
     if near:
-        verdict = _deviation(measured / predicted - 1 if measured and predicted else 0.0)
+        verdict = deviation(measured / predicted - 1 if measured and predicted else 0.0)
     elif error < 0:
         verdict = msg("{difference} more than predicted", difference=difference)
     else:
@@ -128,7 +128,8 @@ def against(
     return f'<div class="lm-against" role="img" aria-label="{escape(spoken)}">{title}{rows}</div>'
 
 
-def _deviation(share: float) -> str:
+def deviation(share: float) -> str:
+    """How far a measurement is from its prediction, in words; `share` is measured / predicted - 1."""
     figure = Message("{share:.1%}", share=abs(share))
     if str(figure) == "0.0%":
         return msg("as predicted")

@@ -24,7 +24,7 @@ def card(expected: Estimate) -> str:
                 output_bytes=format_bytes(expected.output_bytes),
             ),
         ),
-        (msg("Bits per weight"), Message("{bits_per_weight:.2f}", bits_per_weight=expected.bits_per_weight)),
+        (msg("Bits per quantized weight"), Message("{bits:.2f}", bits=expected.bits_per_quantized_weight)),
         (msg("Peak RAM"), format_bytes(expected.ram_bytes)),
     ]
     return parts.estimate(expected, facts, parts.small(msg("Time estimate {why}.", why=expected.timing)))
@@ -34,7 +34,7 @@ def receipt(one: Receipt) -> str:
     """The course's table, predicted and measured sizes, and the files."""
     cells = (
         one.precision,
-        Message("{bits_per_weight:.2f}", bits_per_weight=one.details["bits_per_weight"]),
+        Message("{bits:.2f}", bits=one.details["bits_per_quantized_weight"]),
         format_bytes(one.details["original_bytes"]),
         format_bytes(one.disk_bytes),
         Message("{loss:.3%}", loss=one.details["loss"]),
@@ -54,10 +54,10 @@ def _cells(row: Row) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else Message(f"{{value:{form}}}", value=value)
 
-    error = row.prediction_error
+    share = row.above_prediction
     return (
         row.variant,
-        number(row.bits_per_weight, ".1f"),
+        _bits(row),
         "-" if row.weight_bytes is None else format_bytes(row.weight_bytes),
         number(row.perplexity, ",.2f"),
         number(row.kl, ".4f"),
@@ -65,5 +65,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.prefill_tps, ",.0f"),
         number(row.decode_tps, ",.1f"),
         "-" if row.peak_bytes is None else format_bytes(row.peak_bytes),
-        "-" if error is None else Message("{error:+.1%}", error=error),
+        "-" if share is None else parts.deviation(share),
     )
+
+
+def _bits(row: Row) -> str:
+    """Per parameter, and in parentheses per quantized weight."""
+    if row.bits_per_parameter is None:
+        return "-"
+    if row.bits_per_quantized_weight is None:
+        return Message("{bits:.1f}", bits=row.bits_per_parameter)
+    return Message("{bits:.1f} ({own:.2f})", bits=row.bits_per_parameter, own=row.bits_per_quantized_weight)
