@@ -31,8 +31,8 @@ def open_in_fp32(path: Path, **arguments: Any) -> Any:
     twin = path.with_name(f"fp32-{path.name}")  # external data is looked for beside the graph
     twin.write_bytes(model.SerializeToString())
     try:
-        # Folded, the dequantized weights of all layers would be in memory at once.
-        return open_session(twin, disabled_optimizers=["ConstantFolding"], **arguments)
+        # Folded or packed, the dequantized weights of all layers would be in memory at once.
+        return open_session(twin, frugal=True, **arguments)
     finally:
         twin.unlink()
 
@@ -45,9 +45,14 @@ def _in_fp32(node: NodeProto) -> list[NodeProto]:
     if node.op_type != "DynamicQuantizeMatMul":
         return [node]
     x, codes, scales = node.input
-    weight, product = f"{node.name}.weight", f"{node.name}.product"
+    inputs, rest, shape, shaped, weight, product = (f"{node.name}.{n}" for n in ("in", "out", "to", "codes", "w", "y"))
     return [
-        helper.make_node("Cast", [codes], [weight], to=TensorProto.FLOAT),
+        # In a shape that is known once x is: nothing else makes ONNX Runtime wait with dequantizing until a layer's turn.
+        helper.make_node("Shape", [x], [inputs], start=-1),
+        helper.make_node("Constant", [], [rest], value_ints=[-1]),
+        helper.make_node("Concat", [inputs, rest], [shape], axis=0),
+        helper.make_node("Reshape", [codes, shape], [shaped]),
+        helper.make_node("Cast", [shaped], [weight], to=TensorProto.FLOAT),
         helper.make_node("MatMul", [x, weight], [product]),
         helper.make_node("Mul", [product, scales], list(node.output)),
     ]

@@ -45,12 +45,13 @@ def open_session(
     threads: int = 0,
     saturates: bool = False,
     providers: Sequence[Any] = (),
-    disabled_optimizers: Sequence[str] = (),
+    frugal: bool = False,
 ) -> Any:
     """An inference session of the graph in `path`.
 
     Args:
         threads: threads per operator; 0 for one per core of this process.
+        frugal: dequantize weights when they are needed and keep no copy, which is slow.
         saturates: the graph's 8-bit weights would overflow AVX2's 16-bit sums.
 
     Raises:
@@ -67,6 +68,9 @@ def open_session(
     options.log_severity_level = 3
     # Allocate initializers outside the arena, which grows in powers of two and never shrinks.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if frugal:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if saturates:
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
@@ -74,7 +78,7 @@ def open_session(
             path,
             options,
             providers=list(providers) or ["CPUExecutionProvider"],
-            disabled_optimizers=list(disabled_optimizers),
+            disabled_optimizers=["ConstantFolding"] if frugal else [],
         )
     except Exception as error:
         raise _session_error(path, error) from error
