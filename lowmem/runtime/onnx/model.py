@@ -70,7 +70,7 @@ def open_session(
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if frugal:
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.enable_mem_pattern = False
     if saturates:
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
