@@ -73,6 +73,19 @@ def filling(megabytes: int) -> Iterator[Step]:
         yield Step(1, 1, "Holding nothing")
 
 
+def growing(megabytes: int, peak_file: str) -> Iterator[Step]:
+    held = []
+    yield Step(0, 0, "Growing")
+    try:
+        while True:
+            held.append(b"x" * (megabytes * MB))
+    except MemoryError:
+        held.clear()
+        status = Path("/proc/self/status").read_text()
+        Path(peak_file).write_text(status[status.index("VmHWM:") :].split()[1])
+        raise
+
+
 def run(job: Callable[..., Any], **arguments: Any) -> tuple[list[Step], Finished]:
     *steps, finished = run_isolated(f"{__name__}:{job.__name__}", arguments)
     assert isinstance(finished, Finished)
@@ -188,6 +201,16 @@ def test_the_peak_is_the_childs_own_whatever_meters_run_within():
 def test_the_limit_ends_a_job_that_holds_more():
     with pytest.raises(OutOfMemory, match="more than the budget of 120 MB"):
         list(run_isolated(f"{__name__}:filling", {"megabytes": 200}, budget=MemoryBudget(ram=120 * MB)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a cap")
+@pytest.mark.parametrize("megabytes", [1, 7, 64])
+def test_no_job_passes_its_budget_even_between_two_checks(megabytes, tmp_path):
+    peak, budget = tmp_path / "peak", 400 * MB
+    arguments = {"megabytes": megabytes, "peak_file": str(peak)}
+    with pytest.raises(OutOfMemory, match="more than the budget of 400 MB"):
+        list(run_isolated(f"{__name__}:growing", arguments, budget=MemoryBudget(ram=budget)))
+    assert budget - (megabytes + 20) * MB < 1024 * int(peak.read_text()) < 1.02 * budget
 
 
 def test_what_json_cannot_carry_is_refused_before_anything_starts():

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from lowmem.machine import gpu
@@ -73,7 +74,8 @@ class MemoryCap:
 
     def _watch(self) -> None:
         while True:
-            self.update()
+            with suppress(MemoryError, OSError):  # at the cap even a file cannot be read; the next turn may
+                self.update()
             time.sleep(INTERVAL_SECONDS)
 
     def update(self) -> None:
