@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import subprocess
 import sys
@@ -222,3 +223,38 @@ print(held, process_bytes() - before)
     held, left = map(int, done.stdout.split())
     assert held > 190 * MB
     assert left < 0.05 * held
+
+
+_HEAP_CHILD = """
+import ctypes
+import torch
+from lowmem.generate.cache.full import FullLayer
+from lowmem.machine.monitor import outside_heap
+
+class Statistics(ctypes.Structure):  # of mallinfo2(3)
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "blocks", "mapped", "usmblks", "fsmblks", "used", "free", "keepcost")]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Statistics
+with outside_heap():
+    pass
+before = mallinfo()
+states = torch.zeros(1, 2, 8, 64)
+layer = FullLayer(1, 1024)
+layer.update(states, states)
+cached = mallinfo()
+for _ in range(8):
+    large = [torch.ones(8, 256, 1024) for _ in range(4)]
+    small = large[0][:3].clone()
+    del large
+print(cached.mapped - before.mapped, mallinfo().arena - before.arena)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
+def test_the_cache_and_large_activations_are_mapped_outside_the_heap() -> None:
+    done = subprocess.run([sys.executable, "-c", _HEAP_CHILD], capture_output=True, text=True, check=True)
+    mapped, grown = map(int, done.stdout.split())
+    assert mapped >= 2 * 2 * 1024 * 64 * 4
+    assert grown < 32 * MB  # eight rounds of three small blocks

@@ -24,7 +24,7 @@ from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.machine.monitor import PeakMeter, release_memory, trim_heap, weights_outside_heap
+from lowmem.machine.monitor import PeakMeter, outside_heap, release_memory, trim_heap
 from lowmem.messages import msg
 from lowmem.models.choices import choices, shortage
 from lowmem.models.source import read_spec
@@ -433,7 +433,7 @@ class Session:
             from lowmem.runtime.onnx import loader as onnx_loader
 
             folder = yield from onnx_loader.graph_folder(plan, folder, cancel, UNLIMITED if force else plan.budget)
-        with self._meter(plan, force) as meter, weights_outside_heap():
+        with self._meter(plan, force) as meter, outside_heap():
             on_onnx = plan.backend == "onnx"
             loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)
             yield next(loading)

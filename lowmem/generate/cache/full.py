@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
+from lowmem.machine.monitor import outside_heap
+
 # A layer that reads another layer's keys. transformers 5.15, which Colab has, omits such layers instead.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
@@ -76,7 +78,8 @@ class FullLayer(CacheLayerMixin):
         return self.length, self.length + states.shape[2]
 
     def _store(self, states: Tensor) -> Tensor:
-        return states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3])
+        with outside_heap():
+            return states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3])
 
     def _stores(self) -> tuple[Tensor, ...]:
         return (self.keys, self.values) if self.is_initialized else ()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowmem.generate.cache.block import DequantizeBuffers, PackedBlocks
 from lowmem.generate.cache.full import FullLayer
+from lowmem.machine.monitor import outside_heap
 from lowmem.planning.cache import BLOCK, EXACT_FIRST, blocks_of
 
 
@@ -34,10 +35,11 @@ class PackedLayer(FullLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         blocks = blocks_of(self.capacity, False)
-        self._sides = tuple(
-            _Side(PackedBlocks(self.rows, blocks, self.bits, states is key_states, states), states)
-            for states in (key_states, value_states)
-        )
+        with outside_heap():
+            self._sides = tuple(
+                _Side(PackedBlocks(self.rows, blocks, self.bits, states is key_states, states), states)
+                for states in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
