@@ -1,6 +1,6 @@
 """The command line: `python -m lowmem COMMAND`; one module of `lowmem.cli` per command.
 
-With `--json` standard output is the run report as one line of JSON and nothing else. Progress goes to standard error,
+With `--json` standard output is the receipt as one line of JSON and nothing else. Progress goes to standard error,
 and only when that is a terminal. Exit status: 0, 1 when `verify` finds a claim that does not hold, 2 for wrong usage, 3
 for a `LowMemError`, 130 when interrupted.
 """

@@ -228,7 +228,7 @@ def test_the_form_offers_only_what_a_method_can_store() -> None:
 def test_the_receipt_has_the_courses_table_and_the_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     page = render_quantize.receipt(receipt(str(tmp_path)))
-    for words in ("Bits", "Original size", "Quantized size", "Relative loss", "4.36", "538 MB", "116 MB", "1.230%"):
+    for words in ("Bits", "Original size", "Quantized size", "Relative loss", "4.36", "538 MB", "116 MB", "1.23%"):
         assert words in page
     assert f'href="gradio_api/file={tmp_path}/model.safetensors" download="model.safetensors"' in page
     assert "One &lt;note&gt;." in page

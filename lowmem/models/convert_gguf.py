@@ -8,6 +8,7 @@ system; when a child process exits, all of it is free again. Run as
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from lowmem.models.download import ensure_room
 from lowmem.models.files import LocalFile
 from lowmem.models.spec import DTYPE_BYTES, ModelSource
 from lowmem.units import GB, format_bytes
+
+log = logging.getLogger(__name__)
 
 _SHARD = "2GB"
 _EXACT_BELOW = 4 * GB
@@ -57,9 +60,10 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
             msg("Close other programs, or choose a smaller model."),
         )
     if status:
+        log.error("converting %s failed with status %d: %s", gguf, status, problem)
         raise CorruptModel(
-            msg("{gguf} cannot be converted: {problem}", gguf=gguf.name, problem=problem or status),
-            msg("Choose another GGUF file."),
+            msg("{gguf} cannot be converted: its weights could not be read.", gguf=gguf.name),
+            msg("Choose another GGUF file; the log has the details."),
         )
 
 

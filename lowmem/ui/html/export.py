@@ -30,7 +30,7 @@ def card(expected: ExportEstimate, original_bytes: int) -> str:
         (msg("Peak RAM"), format_bytes(expected.ram_bytes)),
         (msg("Weights in memory"), format_bytes(expected.session_bytes)),
     ]
-    return parts.estimate(expected, facts, parts.quiet(expected.caution) if expected.caution else "")
+    return parts.estimate(expected, facts, parts.small(expected.caution))
 
 
 def receipt(one: Receipt) -> str:

@@ -172,7 +172,7 @@ def slim(plan: Plan, receipt: Receipt | None) -> str:
     items = [
         plan.precision,
         device,
-        msg("{context:,} tokens", context=plan.context),
+        msg("planned for {context:,} tokens", context=plan.context),
         Message("{size} {memory}", size=size, memory=name("memory", memory)),
     ]
     rest = "".join(f"<span>{escape(part)}</span>" for part in items)
@@ -230,8 +230,8 @@ def resident(plan: Plan | None, busy: str) -> str:
     if plan is None:
         body = parts.small(msg("No model is loaded."))
     else:
-        facts = Message(
-            "{precision} · {device} · {context:,} tokens",
+        facts = msg(
+            "{precision} · {device} · planned for {context:,} tokens",
             precision=plan.precision,
             device=device_label(plan.device),
             context=plan.context,

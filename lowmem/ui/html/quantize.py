@@ -37,7 +37,7 @@ def receipt(one: Receipt) -> str:
         Message("{bits:.2f}", bits=one.details["bits_per_quantized_weight"]),
         format_bytes(one.details["original_bytes"]),
         format_bytes(one.disk_bytes),
-        Message("{loss:.3%}", loss=one.details["loss"]),
+        Message("{loss:.3g}%", loss=100 * one.details["loss"]),
     )
     return parts.made(one, parts.table(NAMES["course_table"], [cells]))
 
