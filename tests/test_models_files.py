@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import toys
 
 from lowmem.errors import BadInput, CorruptModel, LowMemError, ModelNotFound, UnsafeModel, Unsupported
+from lowmem.events import CancelToken
+from lowmem.models import convert_gguf
 from lowmem.models.describe import MANIFEST
 from lowmem.models.files import LocalFile
 from lowmem.models.gguf_file import TYPES, read_gguf
@@ -181,6 +184,21 @@ def test_gguf_block_sizes_are_those_of_the_gguf_package() -> None:
     for kind, (name, block, size) in TYPES.items():
         theirs = gguf.GGMLQuantizationType(kind)
         assert gguf.GGML_QUANT_SIZES[theirs] == (block, size), name
+
+
+def test_a_failed_conversion_is_one_sentence_and_its_exception_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object, **__: object) -> Generator[None, None, tuple[int, str]]:
+        yield
+        return 1, "ValueError: cannot reshape array of size 3"
+
+    monkeypatch.setattr(convert_gguf, "run_child", failing)
+    write_gguf(tmp_path / "toy.gguf")
+    with pytest.raises(CorruptModel) as caught:
+        list(convert_gguf.convert(tmp_path / "toy.gguf", tmp_path / "out", CancelToken()))
+    assert caught.value.message == "toy.gguf cannot be converted: its weights could not be read."
+    assert "cannot reshape" in caplog.text
 
 
 def test_unsound_gguf(tmp_path: Path) -> None:

@@ -352,6 +352,12 @@ def test_budget_bar_says_its_shares_to_a_screen_reader_and_its_verdict_in_words(
     assert over.index("GPU memory") < over.index("RAM")  # the computing device's budget first
 
 
+def test_the_context_of_a_resident_model_is_called_planned() -> None:
+    plan = StubEngine().plan(Choice(model="demo"))
+    assert "planned for 2,048 tokens" in render.slim(plan, None)
+    assert "planned for 2,048 tokens" in render.resident(plan, "")
+
+
 def test_live_line_counts_the_context() -> None:
     line = render.live(Chunk("x", 0, 90, 10, 2048, 0.4, 600.0, 29.8))
     assert "Context: 100 of 2,048 tokens" in line
