@@ -252,6 +252,37 @@ def test_a_browser_in_portuguese_reads_portuguese(browser: Any, stub_url: str) -
     visit.close()
 
 
+def test_only_a_chat_has_a_system_prompt(browser: Any, stub_url: str) -> None:
+    visit = Visit(browser, stub_url, "desktop", "light", "system")
+    page = visit.page
+    page.click("#load")
+    page.wait_for_selector("#system textarea")
+    for mode in ("Completion", "Batch"):
+        page.click(f"#modes button[role=tab]:has-text('{mode}') >> nth=0")
+        page.wait_for_selector("#system", state="hidden")
+    page.click("#modes button[role=tab]:has-text('Chat') >> nth=0")
+    page.wait_for_selector("#system textarea")
+    visit.close()
+
+
+def test_a_button_holds_its_label_on_a_phone(browser: Any, stub_url: str) -> None:
+    visit = Visit(browser, stub_url, "phone", "light", "label", locale="pt-BR")
+    page = visit.page
+    page.click("#tabs button[role=tab]:has-text('Offload') >> nth=0")
+    button = page.locator("#offload-compare-start")
+    button.scroll_into_view_if_needed()
+    visit.shot("button")
+    room = button.evaluate(
+        """button => {
+            const range = document.createRange();
+            range.selectNodeContents(button);
+            return (button.getBoundingClientRect().width - range.getBoundingClientRect().width) / 2;
+        }"""
+    )
+    assert room >= 12
+    visit.close()
+
+
 def test_every_tab_and_page_follows_the_loaded_model(browser: Any, stub_url: str) -> None:
     visit = Visit(browser, stub_url, "desktop", "light", "follow")
     other = Visit(browser, stub_url, "desktop", "light", "follow-other")
