@@ -28,13 +28,16 @@ for _name in _HOST_VARIABLES:
 import importlib.metadata  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import memlimit  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 
 from lowmem.machine.device import CPU, Device  # noqa: E402
 from lowmem.machine.hardware import Hardware  # noqa: E402
+from lowmem.machine.memory_limits import set_relatives  # noqa: E402
 from lowmem.units import GB, MB  # noqa: E402
 
 
@@ -124,3 +127,14 @@ def limited() -> Callable[..., memlimit.Result]:
     if reason := memlimit.unavailable():
         pytest.skip(reason)
     return memlimit.run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_worker_outlives_its_tests() -> Iterator[None]:
+    """A page that a test leaves behind keeps its model's process, whose memory would count in the next module's."""
+    yield
+    set_relatives([])
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.cmdline()[-1:] == ["lowmem.runtime"]:
+                child.kill()

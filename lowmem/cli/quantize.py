@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         details = receipt.details
         row = {
-            "bits/weight": f"{details['bits_per_quantized_weight']:.2f}",
+            "bits": f"{details['bits_per_quantized_weight']:.2f}",
             "original": format_bytes(details["original_bytes"]),
             "quantized": format_bytes(receipt.disk_bytes),
             "relative loss": f"{details['loss']:.2e}",
