@@ -47,7 +47,7 @@ def test_quantize_by_clicking_then_chat(browser: Any, url: str, size: str, schem
     assert page.is_disabled("#quantize-start")
     pick(page, "quant-group", "32")
     page.wait_for_selector("#quantize-start:not([disabled])")
-    assert "Bits per weight" in page.inner_text("#quantize-card")
+    assert "Bits per quantized weight" in page.inner_text("#quantize-card")
     assert not page.is_visible("#quantize-problem")
     visit.shot("ready")
     page.click("#quantize-start")
