@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +18,16 @@ from typing import Any
 
 from lowmem import errors
 from lowmem.errors import LowMemError, is_out_of_memory
-from lowmem.events import CancelToken, Receipt
+from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.child import LESS_MEMORY, claim_output, offer_to_be_killed_first
 from lowmem.machine.memory_limits import set_relatives
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
+
+FLUSH_SECONDS = 0.1
+"""Text of fast tokens is sent this often: every wake-up of the page takes time from a core that decodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +109,15 @@ def main() -> None:
     set_relatives([os.getppid()])
     session, calls = Session(capped=True), SimpleQueue[tuple[Call, CancelToken]]()
     threading.Thread(target=_listen, args=(session, calls), daemon=True, name="lowmem-calls").start()
+    flushed = 0.0
     while True:
         call, cancel = calls.get()
         for one in answer(session, call, cancel):
             pickle.dump(one, channel)
-            channel.flush()
+            now = time.monotonic()
+            if now - flushed > FLUSH_SECONDS or not (isinstance(one, Event) and isinstance(one.event, Chunk)):
+                channel.flush()
+                flushed = now
 
 
 def _listen(session: Session, calls: SimpleQueue[tuple[Call, CancelToken]]) -> None:
