@@ -101,6 +101,7 @@ def test_the_peak_is_measured_in_both_processes(running):
     own = psutil.Process().memory_info().rss
     worker = psutil.Process(pid(running)).memory_info().rss
     assert receipt.measured["ram"] == pytest.approx(own + worker, rel=0.1)
+    assert receipt.predicted["ram"] == pytest.approx(own + worker, rel=0.1)
     assert running.plan is not None
     assert running.hardware().process_bytes == pytest.approx(own + worker, rel=0.1)
 

@@ -24,6 +24,7 @@ from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note
 from lowmem.machine.hardware import Hardware, probe
+from lowmem.machine.memory_limits import relatives_bytes
 from lowmem.machine.monitor import PeakMeter, outside_heap, release_memory, trim_heap
 from lowmem.messages import msg
 from lowmem.models.choices import choices, shortage
@@ -445,6 +446,7 @@ class Session:
         release_memory()
         self._taken_bytes = _resident_bytes() - before
         self._overhead_bytes = before + self._taken_bytes - (plan.main.share("weights") if plan.device == "cpu" else 0)
+        self._overhead_bytes += relatives_bytes()  # the page's process shares the budget
         self._loaded, self._plan = loaded, plan
         return meter.peak
 
