@@ -37,7 +37,7 @@ SETTLED_SECONDS = 1.0
 """Memory that stays untouched for this long is a reserve."""
 
 ALLOWANCE_BYTES = 192 * MB
-"""Untouched memory that does not count against the budget."""
+"""Untouched memory that does not count against the budget; less where less of the budget is left."""
 
 SLACK_BYTES = 4 * MB
 """Beyond the budget, so that an error can be raised, caught and written down."""
@@ -83,16 +83,17 @@ class MemoryCap:
         if self.limit is None or gpu.torch_with_cuda():
             self._apply(resource.RLIM_INFINITY)
             return
-        now, gap = time.monotonic(), _untouched_bytes()
+        now, (mapped, resident) = time.monotonic(), _private_and_resident_bytes()
+        gap = mapped - resident
         # Of the last second, the least, kept as a rising sequence.
         while self._gaps and self._gaps[-1][1] >= gap:
             self._gaps.pop()
         self._gaps.append((now, gap))
         while self._gaps[0][0] < now - SETTLED_SECONDS:
             self._gaps.popleft()
-        settled = self._gaps[0][1]
-        untouched = settled + min(gap - settled, ALLOWANCE_BYTES)
-        self._apply(max(0, self.limit - relatives_bytes() + untouched + SLACK_BYTES))
+        settled, limit = self._gaps[0][1], self.limit - relatives_bytes()
+        allowance = min(ALLOWANCE_BYTES, max(0, limit - resident))
+        self._apply(max(0, limit + settled + min(gap - settled, allowance) + SLACK_BYTES))
 
     def _apply(self, limit: int) -> None:
         if limit != self._set:
@@ -124,7 +125,7 @@ def cap_gpu_memory(budget: MemoryBudget) -> None:
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
-def _untouched_bytes() -> int:
-    """Private writable memory less the resident set; negative where programs and files weigh more."""
+def _private_and_resident_bytes() -> tuple[int, int]:
+    """Private writable memory, touched or not, and the resident set, which programs and mapped files belong to, too."""
     pages = Path("/proc/self/statm").read_text().split()
-    return _PAGE * (int(pages[5]) - int(pages[1]))
+    return _PAGE * int(pages[5]), _PAGE * int(pages[1])

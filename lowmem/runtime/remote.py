@@ -256,23 +256,18 @@ class WorkerSession(Session):
         prompt: str | Sequence[ChatMessage],
         options: GenerateOptions,
         cancel: CancelToken | None = None,
-        *,
-        raw: bool = False,
-        force: bool = False,
+        **settings: Any,
     ) -> Iterator[Step | Chunk | Receipt]:
-        return self.run(Session.generate, prompt, options, cancel=cancel, raw=raw, force=force)
+        return self.run(Session.generate, prompt, options, cancel=cancel, **settings)
 
     def batch(
         self,
         prompts: Sequence[str],
         options: GenerateOptions,
         cancel: CancelToken | None = None,
-        *,
-        raw: bool = False,
-        batch_size: int | None = None,
-        force: bool = False,
+        **settings: Any,
     ) -> Iterator[Step | Completion | Receipt]:
-        return self.run(Session.batch, prompts, options, cancel=cancel, raw=raw, batch_size=batch_size, force=force)
+        return self.run(Session.batch, prompts, options, cancel=cancel, **settings)
 
     def set_budget(self, budget: MemoryBudget) -> None:
         """Move the resident model's budget, its cap included."""
