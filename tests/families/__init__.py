@@ -1,0 +1,1 @@
+"""A toy of every causal model type that transformers builds, and what lowmem does with each."""
