@@ -6,7 +6,6 @@ cannot follow, each with its reason.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import zlib
@@ -17,7 +16,7 @@ import torch
 import toys
 import transformers
 from safetensors.torch import save_file
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders, models
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -329,10 +328,25 @@ def _save_gemma3n(folder: Path) -> None:
 
 @functools.cache
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """The byte tokenizer of all toys, each token one printable character: texts are equal when tokens are."""
-    found = copy.deepcopy(toys.tokenizer())
-    found.backend_tokenizer.decoder = decoders.Fuse()
-    return found
+    """One token per printable character of ASCII; the others are written out, so that texts are equal when tokens are.
+
+    Tokenizer classes of some types put another decoder in place of ours; this vocabulary reads the same in all.
+    """
+    texts = {index: chr(index) if 33 <= index < 127 else f"<{index}>" for index in range(256)}
+    core = Tokenizer(models.BPE(vocab={text: index for index, text in texts.items()}, merges=[]))
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(list(toys.SPECIALS.values()))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=toys.SPECIALS[toys.PAD],
+        unk_token=toys.SPECIALS[toys.PAD],
+        bos_token=toys.SPECIALS[toys.BOS],
+        eos_token=toys.SPECIALS[toys.EOS],
+        additional_special_tokens=[toys.SPECIALS[toys.TURN]],
+        chat_template=toys.CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def reference(kind: str, folder: Path) -> transformers.PreTrainedModel:
