@@ -11,11 +11,13 @@ below the budget, and the page answers afterwards.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -35,17 +37,10 @@ class Watch:
 
     def __init__(self, pid: int) -> None:
         self._page = psutil.Process(pid)
+        self._command = self._page.cmdline()
+        self._processes: list[psutil.Process] = []
         self._peak = 0
         threading.Thread(target=self._run, daemon=True).start()
-
-    def now(self) -> int:
-        total = 0
-        for process in [self._page, *self._page.children(recursive=True)]:
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue
-        return total
 
     def start(self) -> None:
         self._peak = 0
@@ -54,13 +49,28 @@ class Watch:
     def peak(self) -> int:
         return self._peak
 
+    def now(self) -> int:
+        total = 0
+        for process in self._processes:
+            with suppress(psutil.Error):  # it has just ended
+                total += process.memory_info().rss
+        return total
+
     def _run(self) -> None:
-        while True:
+        for turn in itertools.count():
             try:
-                self._peak = max(self._peak, self.now())
+                if turn % 10 == 0:
+                    self._processes = [self._page, *filter(self._has_begun, self._page.children(recursive=True))]
             except psutil.Error:
                 return
+            self._peak = max(self._peak, self.now())
             time.sleep(SAMPLE_SECONDS)
+
+    def _has_begun(self, child: psutil.Process) -> bool:
+        """Whether it has memory of its own: until exec, a child's is that of its parent."""
+        with suppress(psutil.Error):
+            return child.cmdline() != self._command
+        return False
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ import pytest  # noqa: E402
 
 from lowmem.machine.device import CPU, Device  # noqa: E402
 from lowmem.machine.hardware import Hardware  # noqa: E402
-from lowmem.machine.memory_limits import set_relatives  # noqa: E402
+from lowmem.machine.memory_limits import share_budget_with  # noqa: E402
 from lowmem.units import GB, MB  # noqa: E402
 
 
@@ -133,7 +133,7 @@ def limited() -> Callable[..., memlimit.Result]:
 def _no_worker_outlives_its_tests() -> Iterator[None]:
     """A page that a test leaves behind keeps its model's process, whose memory would count in the next module's."""
     yield
-    set_relatives([])
+    share_budget_with([])
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if child.cmdline()[-1:] == ["lowmem.runtime"]:

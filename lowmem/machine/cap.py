@@ -1,14 +1,13 @@
 """A cap on this process's own RAM: an allocation beyond the budget fails, and becomes `OutOfMemory`.
 
 Without one, a process notices an exceeded budget only when it looks, and a machine without spare RAM swaps or has the
-kernel kill something first. Linux enforces RLIMIT_DATA, which counts private writable memory when it is mapped and
-not when it is touched, see setrlimit(2). The limit is set 100 times a second, so that what may be mapped next is
+kernel kill something first. Linux enforces RLIMIT_DATA on private writable memory when it is mapped, not when it is
+touched, see setrlimit(2). A thread sets the limit 100 times a second to
 
-    room = budget - resident - untouched beyond an allowance
+    budget - pages of mapped files - RSS of the processes that share the budget + reserve
 
-where untouched memory is what was mapped within the last second and has no pages yet. Older untouched memory (stacks of
-threads, an allocator's reserve) is not counted. The allowance is for buffers that exist before their pages do: a tensor
-that is about to be filled while the one that it replaces is still there.
+where the reserve is mapped but has no pages: stacks of threads, holes of the heap. Memory mapped within the last second
+counts in full, touched or not, so allocations between two samples cannot pass the budget.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from lowmem.machine import gpu
 from lowmem.machine.budget import MemoryBudget
-from lowmem.machine.memory_limits import relatives_bytes
+from lowmem.machine.memory_limits import other_processes_bytes
 from lowmem.messages import msg
-from lowmem.units import MB
 
 try:
     import resource
@@ -33,14 +31,6 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 INTERVAL_SECONDS = 0.01
-SETTLED_SECONDS = 1.0
-"""Memory that stays untouched for this long is a reserve."""
-
-ALLOWANCE_BYTES = 192 * MB
-"""Untouched memory that does not count against the budget; less where less of the budget is left."""
-
-SLACK_BYTES = 4 * MB
-"""Beyond the budget, so that an error can be raised, caught and written down."""
 
 
 def can_cap() -> bool:
@@ -68,7 +58,8 @@ class MemoryCap:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self._gaps: deque[tuple[float, int]] = deque()
+        self._before = _memory()
+        self._fresh = 0
         self._set = -1
         threading.Thread(target=self._watch, daemon=True, name="lowmem-cap").start()
 
@@ -83,17 +74,13 @@ class MemoryCap:
         if self.limit is None or gpu.torch_with_cuda():
             self._apply(resource.RLIM_INFINITY)
             return
-        now, (mapped, resident) = time.monotonic(), _private_and_resident_bytes()
-        gap = mapped - resident
-        # Of the last second, the least, kept as a rising sequence.
-        while self._gaps and self._gaps[-1][1] >= gap:
-            self._gaps.pop()
-        self._gaps.append((now, gap))
-        while self._gaps[0][0] < now - SETTLED_SECONDS:
-            self._gaps.popleft()
-        settled, limit = self._gaps[0][1], self.limit - relatives_bytes()
-        allowance = min(ALLOWANCE_BYTES, max(0, limit - resident))
-        self._apply(max(0, limit + settled + min(gap - settled, allowance) + SLACK_BYTES))
+        memory, before = _memory(), self._before
+        mapped, untouched = memory.mapped - before.mapped, memory.untouched - before.untouched
+        # What the heap gave back is untouched, too, but it was not mapped just now.
+        self._fresh = max(0, self._fresh + (min(untouched, max(0, mapped)) if untouched > 0 else untouched))
+        self._before = memory
+        reserve = memory.stacks + memory.untouched - self._fresh
+        self._apply(max(0, self.limit - other_processes_bytes() - memory.files + reserve))
 
     def _apply(self, limit: int) -> None:
         if limit != self._set:
@@ -125,7 +112,27 @@ def cap_gpu_memory(budget: MemoryBudget) -> None:
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
-def _private_and_resident_bytes() -> tuple[int, int]:
-    """Private writable memory, touched or not, and the resident set, which programs and mapped files belong to, too."""
-    pages = Path("/proc/self/statm").read_text().split()
-    return _PAGE * int(pages[5]), _PAGE * int(pages[1])
+class _Memory(NamedTuple):
+    """Bytes of this process: private writable ones, those of them without pages, and pages of mapped files.
+
+    Stacks of threads, of which a few pages are ever used, are counted apart.
+    """
+
+    mapped: int
+    untouched: int
+    files: int
+    stacks: int
+
+
+def _memory() -> _Memory:
+    """See proc_pid_statm(5)."""
+    _, resident, files, _, _, mapped, _ = (_PAGE * int(pages) for pages in Path("/proc/self/statm").read_text().split())
+    threads = Path("/proc/self/task").stat().st_nlink - 2
+    stacks = _stack_bytes() * (threads - 1)
+    return _Memory(mapped - stacks, mapped - stacks - (resident - files), files, stacks)
+
+
+def _stack_bytes() -> int:
+    """Of a new thread, see pthread_attr_setstacksize(3)."""
+    limit = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return 2**21 if limit < 0 else limit

@@ -14,11 +14,13 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, NamedTuple
 
-from lowmem.errors import OutOfMemory
+from lowmem import errors
+from lowmem.errors import LowMemError, OutOfMemory, is_out_of_memory
 from lowmem.messages import msg
 from lowmem.settings import without_lent_gpu
 from lowmem.units import format_bytes
@@ -154,6 +156,34 @@ class Child:
         self._printed.seek(0, os.SEEK_END)
         self._printed.seek(max(0, self._printed.tell() - 2000))
         return self._printed.read().decode("utf-8", "replace").strip()
+
+
+class Failure(NamedTuple):
+    """An exception on its way from a child to its parent.
+
+    Args:
+        kind: the name of a class of `lowmem.errors`, or "bug" with a traceback as the message.
+    """
+
+    kind: str
+    message: str
+    hint: str = ""
+
+    @classmethod
+    def of(cls, error: Exception, out_of_memory: str) -> Failure:
+        """The exception being handled; `out_of_memory` is the sentence for those that mean it."""
+        if isinstance(error, LowMemError):
+            return cls(type(error).__name__, error.message, error.hint)
+        if is_out_of_memory(error):
+            return cls("OutOfMemory", out_of_memory, LESS_MEMORY)
+        return cls("bug", traceback.format_exc())
+
+    def exception(self, what: str) -> Exception:
+        """For the parent to raise; `what` failed where it was a bug."""
+        if self.kind == "bug":
+            return RuntimeError(f"{what} failed:\n{self.message}")
+        kind: type[LowMemError] = getattr(errors, self.kind, LowMemError)
+        return kind(self.message, self.hint)
 
 
 def claim_output() -> BinaryIO:

@@ -101,8 +101,8 @@ class Shard:
             os.posix_fadvise(self._file, offset, len(memory), os.POSIX_FADV_DONTNEED)
 
     def map(self) -> mmap.mmap:
-        """The file mapped into memory; private, so the file cannot be written to."""
-        return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+        """The file mapped into memory, read-only: a cap counts private writable memory in full, whatever is touched."""
+        return mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
 
     def close(self) -> None:
         """Idempotent."""

@@ -12,20 +12,18 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import lowmem.errors as errors
 from lowmem.background import interruptible
-from lowmem.errors import DoesNotFit, LowMemError, is_out_of_memory
+from lowmem.errors import DoesNotFit
 from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine import baseline
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.cap import cap_memory, cap_note
-from lowmem.machine.child import LESS_MEMORY, Child, claim_output, die_with_parent, offer_to_be_killed_first
+from lowmem.machine.child import Child, Failure, claim_output, die_with_parent, offer_to_be_killed_first
 from lowmem.machine.monitor import PeakMeter
 from lowmem.messages import msg, packed, unpacked
 from lowmem.units import format_bytes
@@ -127,11 +125,8 @@ def _answers(child: Child, request: str, cancel: CancelToken) -> Generator[Step,
 
 
 def _value(answer: dict[str, Any], job: str) -> Any:
-    if "bug" in answer:
-        raise RuntimeError(f"{job} failed:\n{answer['bug']}")
-    if "error" in answer:
-        kind = getattr(errors, answer["error"], LowMemError)
-        raise kind(answer["message"], answer["hint"])
+    if "failure" in answer:
+        raise Failure(*answer["failure"]).exception(job)
     return answer["result"]
 
 
@@ -175,12 +170,8 @@ def _run(
             say({"step": [step.done, step.total, step.note, step.unit]})
             meter.check()
         return {"result": running.result}
-    except LowMemError as error:
-        return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
     except Exception as error:
-        if not is_out_of_memory(error):
-            return {"bug": traceback.format_exc()}
-        return {"error": "OutOfMemory", "message": _ran_out(meter, budget), "hint": LESS_MEMORY}
+        return {"failure": Failure.of(error, _ran_out(meter, budget))}
 
 
 def _ran_out(meter: PeakMeter, budget: MemoryBudget) -> str:

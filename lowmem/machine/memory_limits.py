@@ -61,22 +61,22 @@ def ram(root: Path = ROOT) -> Ram:
 
 
 def process_bytes() -> int:
-    """Resident set size of this process and of its relatives: all that one lowmem holds."""
-    return psutil.Process().memory_info().rss + relatives_bytes()
+    """Resident set size of this process and of those that share its budget: all that one lowmem holds."""
+    return psutil.Process().memory_info().rss + other_processes_bytes()
 
 
-_relatives: list[psutil.Process] = []
+_others: list[psutil.Process] = []
 
 
-def set_relatives(pids: Iterable[int]) -> None:
-    """The processes that share this one's budget: for the page its models' workers, for a worker the page."""
-    _relatives[:] = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+def share_budget_with(pids: Iterable[int]) -> None:
+    """Name the processes that share this one's budget: for the page its model's worker, for a worker the page."""
+    _others[:] = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
 
-def relatives_bytes() -> int:
+def other_processes_bytes() -> int:
     """Resident set size of the other processes that share this one's budget."""
     total = 0
-    for process in list(_relatives):
+    for process in list(_others):
         with suppress(psutil.Error):  # it has just ended
             total += process.memory_info().rss
     return total

@@ -1,6 +1,6 @@
 """Memory in use, the peak of a piece of work, and freeing memory.
 
-Counts this process and those that share its budget, see `memory_limits.set_relatives`; no other children. Never imports torch itself.
+Counts this process and those that share its budget, see `memory_limits.share_budget_with`; no other children. Never imports torch itself.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _share_peaks() -> None:
     """Report the high-water marks since the last reset to all open meters."""
     marks: dict[str, int] = {}
     if _open and _open[-1]._exact:
-        marks["ram"] = _high_water_bytes() + memory_limits.relatives_bytes()
+        marks["ram"] = _high_water_bytes() + memory_limits.other_processes_bytes()
     if torch := gpu.torch_with_cuda():
         marks["vram"] = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     for meter in _open:

@@ -24,15 +24,14 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.child import Child
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.machine.memory_limits import set_relatives
+from lowmem.machine.memory_limits import share_budget_with
 from lowmem.messages import join, msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import resolve_folder
-from lowmem.planning.described import refuse_described
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
-from lowmem.runtime.session import Session, refuse_if_over
+from lowmem.runtime.session import Session
 from lowmem.runtime.worker import Call, Ended, Event, Stop
 
 TICK_SECONDS = 0.05
@@ -185,29 +184,16 @@ class WorkerSession(Session):
             return replace(found, runtime_bytes=self._overhead_bytes)
         return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes)
 
-    def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
-        refuse_described(plan)
-        cancel = cancel or CancelToken()
-        yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
-        try:
-            if not force:
-                refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
-            # Here, so that a download that fails or is stopped leaves the resident model alone.
-            folder = yield from fetch(plan.spec, cancel)
-            plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
-            self._end_worker()
-            receipt = yield from self._load_in_worker(plan, cancel, force)
-            self._load_receipt = self._last_receipt = receipt
-            yield receipt
-        finally:
-            self._done()
-
-    def _load_in_worker(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
+    def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
         """Start a worker and load; a worker that dies is followed by one with the next plan of the fallback chain."""
+        # Here, so that a download that fails or is stopped leaves the resident model alone.
+        folder = yield from fetch(plan.spec, cancel)
+        plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
+        self._end_worker()
         notes: list[str] = []
         while True:
             self._worker = worker = Worker()
-            set_relatives([worker.child.pid])
+            share_budget_with([worker.child.pid])
             call = Call(Session.load, (plan,), {"force": force})
             try:
                 for event in self._exchange(call, cancel, patient=False):
@@ -289,7 +275,7 @@ class WorkerSession(Session):
             self._load_receipt = state.load_receipt
             if state.last_receipt != self._last_receipt:
                 self._last_receipt = state.last_receipt
-            one.raise_error()
+            one.raise_failure()
 
     def _lose(self, plan: Plan, death: WorkerDied) -> OutOfMemory:
         """Forget a model whose process died; the error to raise."""
@@ -307,6 +293,6 @@ class WorkerSession(Session):
         worker, self._worker = self._worker, None
         self._plan = self._load_receipt = self.lost = None
         self._streamed_bytes = 0
-        set_relatives([])
+        share_budget_with([])
         if worker is not None:
             worker.end()

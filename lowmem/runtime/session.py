@@ -24,7 +24,7 @@ from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note
 from lowmem.machine.hardware import Hardware, probe
-from lowmem.machine.memory_limits import relatives_bytes
+from lowmem.machine.memory_limits import other_processes_bytes
 from lowmem.machine.monitor import PeakMeter, outside_heap, release_memory, trim_heap
 from lowmem.messages import msg
 from lowmem.models.choices import choices, shortage
@@ -139,13 +139,8 @@ class Session:
         try:
             if not force:
                 refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
-            if self._capped:
-                cap_memory(UNLIMITED if force else plan.budget)
-            receipt = yield from self._load(plan, cancel, force)
-            if self._capped and not force and (note := cap_note()):
-                receipt = replace(receipt, notes=(*receipt.notes, note))
-            self._load_receipt = self._last_receipt = receipt
-            yield receipt
+            self._load_receipt = self._last_receipt = yield from self._load(plan, cancel, force)
+            yield self._load_receipt
         finally:
             self._done()
 
@@ -384,6 +379,8 @@ class Session:
         from lowmem.models.source import resolve_folder
 
         notes: list[str] = []
+        if self._capped:
+            cap_memory(UNLIMITED if force else plan.budget)
         while True:
             folder = yield from fetch(plan.spec, cancel)
             plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
@@ -391,6 +388,8 @@ class Session:
             started = time.perf_counter()
             try:
                 peak = yield from self._attempt(plan, folder, cancel, force)
+                if self._capped and not force and (note := cap_note()):
+                    notes.append(note)
                 return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
             except Exception as error:
                 # The planner chose the graph, so its failure is no reason to refuse the model.
@@ -446,7 +445,7 @@ class Session:
         release_memory()
         self._taken_bytes = _resident_bytes() - before
         self._overhead_bytes = before + self._taken_bytes - (plan.main.share("weights") if plan.device == "cpu" else 0)
-        self._overhead_bytes += relatives_bytes()  # the page's process shares the budget
+        self._overhead_bytes += other_processes_bytes()  # the page's process shares the budget
         self._loaded, self._plan = loaded, plan
         return meter.peak
 

@@ -10,18 +10,15 @@ import os
 import pickle
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from lowmem import errors
-from lowmem.errors import LowMemError, is_out_of_memory
 from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.machine.budget import MemoryBudget
-from lowmem.machine.child import LESS_MEMORY, claim_output, offer_to_be_killed_first
-from lowmem.machine.memory_limits import set_relatives
+from lowmem.machine.child import Failure, claim_output, offer_to_be_killed_first
+from lowmem.machine.memory_limits import share_budget_with
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
@@ -69,34 +66,25 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a call. `error` is the name of a class of `lowmem.errors`, or "bug" with a traceback as its message."""
+    """The end of a call, with the exception that ended it."""
 
     state: State
-    error: str = ""
-    message: str = ""
-    hint: str = ""
+    failure: Failure | None = None
 
-    def raise_error(self) -> None:
-        if self.error == "bug":
-            raise RuntimeError(f"the model's process failed:\n{self.message}")
-        if self.error:
-            raise getattr(errors, self.error, LowMemError)(self.message, self.hint)
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure.exception("the model's process")
 
 
 def answer(session: Session, call: Call, cancel: CancelToken) -> Iterator[Event | Ended]:
     """Run a call on `session`: its events, and its end with the session's state."""
-    failed: tuple[str, str, str] = ("", "", "")
+    failure = None
     try:
         for event in call.action(session, *call.arguments, cancel=cancel, **call.options):
             yield Event(event, session.busy, session.streamed_bytes)
-    except LowMemError as error:
-        failed = (type(error).__name__, error.message, error.hint)
     except Exception as error:
-        if is_out_of_memory(error):
-            failed = ("OutOfMemory", msg("Memory ran out."), LESS_MEMORY)
-        else:
-            failed = ("bug", traceback.format_exc(), "")
-    yield Ended(state_of(session), *failed)
+        failure = Failure.of(error, msg("Memory ran out."))
+    yield Ended(state_of(session), failure)
 
 
 def state_of(session: Session) -> State:
@@ -106,7 +94,7 @@ def state_of(session: Session) -> State:
 def main() -> None:
     channel = claim_output()
     offer_to_be_killed_first()
-    set_relatives([os.getppid()])
+    share_budget_with([os.getppid()])
     session, calls = Session(capped=True), SimpleQueue[tuple[Call, CancelToken]]()
     threading.Thread(target=_listen, args=(session, calls), daemon=True, name="lowmem-calls").start()
     flushed = 0.0

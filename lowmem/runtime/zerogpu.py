@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,10 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import resolve_folder
-from lowmem.planning.described import refuse_described
 from lowmem.planning.plan import Plan
 from lowmem.runtime import receipts
 from lowmem.runtime.remote import WorkerSession
-from lowmem.runtime.session import Session, refuse_if_over
+from lowmem.runtime.session import Session
 from lowmem.runtime.worker import Call, Ended, Event, answer
 from lowmem.settings import gpu_is_attached
 
@@ -77,7 +76,7 @@ def lent(plan: Plan, call: Call) -> Iterator[Event | Ended]:
     try:
         if session.plan != plan:
             for one in answer(session, Call(Session.load, (plan,)), token):
-                if isinstance(one, Ended) and one.error:
+                if isinstance(one, Ended) and one.failure:
                     yield one
                     return
                 if isinstance(one, Event) and isinstance(one.event, Step):
@@ -112,26 +111,16 @@ def _with_gpu(receipt: Receipt, gpu: dict[str, Any], loading: float, out_of_time
 class LentSession(WorkerSession):
     """The session of a ZeroGPU Space. A model on the CPU has a worker of its own, as everywhere."""
 
-    def load(self, plan: Plan, cancel: CancelToken | None = None, *, force: bool = False) -> Iterator[Step | Receipt]:
-        refuse_described(plan)
+    def _load(self, plan: Plan, cancel: CancelToken, force: bool) -> Generator[Step, None, Receipt]:
         if plan.place.kind == "cpu":
-            yield from super().load(plan, cancel, force=force)
-            return
-        cancel, started = cancel or CancelToken(), time.perf_counter()
-        yield from self._turn(msg("Loading {model}", model=plan.spec.name), cancel)
-        try:
-            if not force:
-                refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
-            folder = yield from fetch(plan.spec, cancel)
-            yield Step(0, 0, msg("A GPU is attached with the first answer"))
-            self._end_worker()
-            self._plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
-            self._overhead_bytes = plan.hardware.runtime_bytes
-            receipt = receipts.load_receipt(self._plan, time.perf_counter() - started, {}, [], folder)
-            self._load_receipt = self._last_receipt = receipt
-            yield receipt
-        finally:
-            self._done()
+            return (yield from super()._load(plan, cancel, force))
+        started = time.perf_counter()
+        folder = yield from fetch(plan.spec, cancel)
+        yield Step(0, 0, msg("A GPU is attached with the first answer"))
+        self._end_worker()
+        self._plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
+        self._overhead_bytes = plan.hardware.runtime_bytes
+        return receipts.load_receipt(self._plan, time.perf_counter() - started, {}, [], folder)
 
     def run(
         self, action: Callable[..., Iterator[Any]], *arguments: Any, cancel: CancelToken | None = None, **options: Any
@@ -160,7 +149,7 @@ class LentSession(WorkerSession):
             try:
                 for one in _sentences(events):
                     if isinstance(one, Ended):
-                        one.raise_error()
+                        one.raise_failure()
                         return
                     self._busy, event = one.busy, one.event
                     if isinstance(event, Chunk):

@@ -7,6 +7,7 @@ afterwards the buffer is released and the next block starts to load.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,7 +175,9 @@ class Mapped:
         self.bytes_read = 0
         self._shards = open_shards(blocks)
         self._files = {block.index: {read.file for read in block.reads} for block in blocks}
-        pages = {path: torch.frombuffer(shard.map(), dtype=torch.uint8) for path, shard in self._shards.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable")  # weights are only read
+            pages = {path: torch.frombuffer(shard.map(), dtype=torch.uint8) for path, shard in self._shards.items()}
         for block in blocks:
             for weight in block.weights:
                 start = weight.entry.offset
