@@ -2,16 +2,18 @@
 
 Without one, a process notices an exceeded budget only when it looks, and a machine without spare RAM swaps or has the
 kernel kill something first. Linux enforces RLIMIT_DATA on private writable memory when it is mapped, not when it is
-touched, see setrlimit(2). A thread sets the limit 100 times a second to
+touched, see setrlimit(2). A thread sets the limit 50 times a second to
 
     budget - pages of mapped files - RSS of the processes that share the budget + reserve
 
-where the reserve is mapped but has no pages: stacks of threads, holes of the heap. Memory mapped within the last second
-counts in full, touched or not, so allocations between two samples cannot pass the budget.
+where the reserve has no pages and hardly ever will: stacks of threads, what was untouched before the cap, holes of the
+heap. Any other memory counts from when it is mapped, so buffers that are mapped first and filled later stay within the
+budget, however fast.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -30,7 +32,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-INTERVAL_SECONDS = 0.01
+INTERVAL_SECONDS = 0.02
 
 
 def can_cap() -> bool:
@@ -58,9 +60,10 @@ class MemoryCap:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self._before = _memory()
-        self._fresh = 0
+        self._before: _Memory | None = None
+        self._fresh = 0  # bytes mapped under the cap that have no pages yet
         self._set = -1
+        self._lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True, name="lowmem-cap").start()
 
     def _watch(self) -> None:
@@ -71,16 +74,18 @@ class MemoryCap:
 
     def update(self) -> None:
         """Set the limit for what is in use now."""
-        if self.limit is None or gpu.torch_with_cuda():
-            self._apply(resource.RLIM_INFINITY)
-            return
-        memory, before = _memory(), self._before
-        mapped, untouched = memory.mapped - before.mapped, memory.untouched - before.untouched
-        # What the heap gave back is untouched, too, but it was not mapped just now.
-        self._fresh = max(0, self._fresh + (min(untouched, max(0, mapped)) if untouched > 0 else untouched))
-        self._before = memory
-        reserve = memory.stacks + memory.untouched - self._fresh
-        self._apply(max(0, self.limit - other_processes_bytes() - memory.files + reserve))
+        with self._lock:
+            if self.limit is None or gpu.torch_with_cuda():
+                self._before, self._fresh = None, 0
+                self._apply(resource.RLIM_INFINITY)
+                return
+            memory = _memory()
+            before, self._before = self._before or memory, memory
+            mapped, untouched = memory.mapped - before.mapped, memory.untouched - before.untouched
+            # What the heap gave back is untouched, too, but it was not mapped just now.
+            self._fresh = max(0, self._fresh + min(untouched, max(0, mapped)))
+            reserve = memory.stacks + memory.untouched - self._fresh
+            self._apply(max(0, self.limit - other_processes_bytes() - memory.files + reserve))
 
     def _apply(self, limit: int) -> None:
         if limit != self._set:
@@ -132,6 +137,7 @@ def _memory() -> _Memory:
     return _Memory(mapped - stacks, mapped - stacks - (resident - files), files, stacks)
 
 
+@functools.cache
 def _stack_bytes() -> int:
     """Of a new thread, see pthread_attr_setstacksize(3)."""
     limit = resource.getrlimit(resource.RLIMIT_STACK)[0]
