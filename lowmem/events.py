@@ -70,7 +70,7 @@ class Receipt:
 
     `predicted` and `measured` are peak bytes by memory ("ram", "vram"); `notes` are
     sentences worth reading (a fallback, a limit reached); `snippet` is Python
-    that repeats the action; `details` holds numbers particular to the action.
+    that repeats the action; `predicted_seconds` is 0 where no time was predicted; `details` holds numbers particular to the action.
     """
 
     action: str
@@ -89,6 +89,7 @@ class Receipt:
     notes: tuple[str, ...] = ()
     snippet: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    predicted_seconds: float = 0.0
 
     def error(self, memory: str) -> float | None:
         """Relative error of the prediction, (predicted - measured) / measured."""

@@ -13,8 +13,10 @@ from lowmem.machine.isolated import JobEvents, serve
 
 JOBS = {
     "export": "lowmem.export.run:job",
+    "measure_export": "lowmem.export.run:measure",
     "benchmark_graph": "lowmem.export.benchmark:job",
     "quantize": "lowmem.quant.run:job",
+    "measure_quantize": "lowmem.quant.run:measure",
     "measure_variant": "lowmem.measure.job:measure",
     "draw_weights": "lowmem.plots.weights:job",
     "measure_strategy": "lowmem.longctx.job:measure_strategy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from lowmem.errors import BadInput
@@ -47,3 +48,21 @@ def format_seconds(seconds: float) -> str:
         return msg("{minutes} min {rest} s", minutes=minutes, rest=rest)
     hours, minutes = divmod(minutes, 60)
     return msg("{hours} h {minutes} min", hours=hours, minutes=minutes)
+
+
+ACCURACY = 1.25
+"""Estimated times are right within this factor on a quiet machine."""
+
+
+def format_time_range(seconds: float) -> str:
+    """The range of an estimated time: `150 -> "2 to 4 min"`, `40 -> "30 to 50 s"`, `5 -> "less than 10 s"`."""
+    if seconds * ACCURACY <= 10:
+        return msg("less than 10 s")
+    unit, size = next((unit, size) for unit, size, most in _STEPS if seconds < most)
+    low, high = (math.floor(seconds / ACCURACY / size), math.ceil(seconds * ACCURACY / size))
+    step = 10 if unit == "s" else 1
+    return msg("{low} to {high} {unit}", low=max(1, low) * step, high=high * step, unit=unit)
+
+
+_STEPS = (("s", 10, 90), ("min", 60, 90 * 60), ("h", 3600, math.inf))
+"""A unit, the seconds to which a range is rounded, and the seconds from which the next unit is used."""

@@ -16,7 +16,7 @@ from conftest import machine
 from lowmem.errors import DiskFull
 from lowmem.events import CancelToken, Chunk, Receipt, drain
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine import bandwidth
+from lowmem.machine import bandwidth, rates
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.direct_io import Shard
 from lowmem.models.catalog import synthetic
@@ -37,8 +37,8 @@ OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
 
 @pytest.fixture(autouse=True)
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SECONDS", "PROBE_SECONDS"):
-        monkeypatch.setattr(bandwidth, name, 0.01)
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.01)
+    monkeypatch.setattr(rates, "PROBE_SECONDS", 0.01)
     monkeypatch.setattr(probes, "INPUTS", 128)
     monkeypatch.setattr(probes, "OUTPUTS", 256)
 
@@ -55,7 +55,7 @@ def test_what_is_not_known_is_not_measured_unasked(session: Session, tmp_path: P
     made = plan_for(session, str(folder), Goal(context=64), placement=BlockPlacement(disk=(0, 1), may_map=False))
     file = largest_file(folder)
     assert file is not None
-    with pytest.raises(bandwidth.Unmeasured):
+    with pytest.raises(rates.Unmeasured):
         estimate_speed(made, file, None)
     list(measure_speeds(str(folder), [0, 1], [], mapped=False))
     speed = estimate_speed(made, file, None)
@@ -96,18 +96,18 @@ def disk(tmp_path: Path) -> Path:
 
 
 def test_a_prediction_names_what_it_waits_for(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bandwidth, "_figures", lambda: figures)
-    monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
+    monkeypatch.setattr(rates, "_figures", lambda: figures)
+    monkeypatch.setattr(rates, "_key", lambda work: work)
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp32", vocab=1000)
     block = sum(tensor.nbytes for tensor in spec.tensors if ".layers.0." in tensor.name)
     slow_disk = place_blocks(
         plan(spec, machine(), MemoryBudget(10**10), Goal(precision="fp32")), Placement(("disk",) * 4), False
     )
-    figures = {"ram 256 inputs 2 threads": 1e10, "blocks cpu 2 threads": 1e6, f"disk {disk.stat().st_dev}": 1e6}
+    figures = {"ram 256 inputs": 1e10, "blocks cpu": 1e6, f"disk {disk.stat().st_dev}": 1e6}
     speed = estimate_speed(slow_disk, disk, None)
     assert speed.bound_by == "the disk"
     assert speed.seconds_per_token == pytest.approx(4 * block / 1e6)
-    figures = figures | {"blocks cpu 2 threads": 0.1}
+    figures = figures | {"blocks cpu": 0.1}
     assert estimate_speed(slow_disk, disk, None).bound_by == "the computation"
 
 
@@ -115,11 +115,11 @@ def test_a_gpu_waits_for_bus_disk_or_its_own_memory(disk: Path, monkeypatch: pyt
     figures = {
         "vram cuda:0": 1e11,
         "bus cuda:0": 1e9,
-        "blocks cuda:0 2 threads": 1e6,
+        "blocks cuda:0": 1e6,
         f"disk {disk.stat().st_dev}": 1e9,
     }
-    monkeypatch.setattr(bandwidth, "_figures", lambda: figures)
-    monkeypatch.setattr(bandwidth, "_threads", lambda: "2")
+    monkeypatch.setattr(rates, "_figures", lambda: figures)
+    monkeypatch.setattr(rates, "_key", lambda work: work)
     spec = synthetic(layers=4, hidden=256, intermediate=512, heads=4, dtype="fp16", vocab=1000)
     base = plan(spec, machine(vram_gb=4), MemoryBudget(10**10, 4 * 10**9), Goal(precision="fp16"))
     for places, bound in ((("gpu",) * 4, "the computation"), (("ram",) * 4, "the bus")):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lowmem.errors import LowMemError, Unsupported
 from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine import bandwidth
+from lowmem.machine import bandwidth, rates
 from lowmem.models.synthetic import write_random_gptq
 from lowmem.offload.run import BlockPlacement, job, placement_of, plan_for, run
 from lowmem.planning.goal import Goal
@@ -53,8 +53,8 @@ PLACES = {
 
 @pytest.fixture(autouse=True)
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SECONDS", "PROBE_SECONDS"):
-        monkeypatch.setattr(bandwidth, name, 0.01)
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.01)
+    monkeypatch.setattr(rates, "PROBE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module", params=FORMS)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lowmem.errors import BadInput, CorruptModel, DoesNotFit
 from lowmem.events import Chunk, Receipt
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine import bandwidth
+from lowmem.machine import bandwidth, rates
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.offload.plans import largest_batch, parse_blocks, place_blocks, place_by_budget
@@ -36,8 +36,8 @@ ALL = BlockPlacement(disk=(0, 1))
 @pytest.fixture(autouse=True)
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test measures its machine anew."""
-    for name in ("SECONDS", "PROBE_SECONDS"):
-        monkeypatch.setattr(bandwidth, name, 0.01)
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.01)
+    monkeypatch.setattr(rates, "PROBE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_a_disk_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert first > 1e6
     assert bandwidth.disk_bandwidth(file) == first
     bandwidth.disk_bandwidth(file, again=True)
-    assert "disk" in (tmp_path / "bandwidth.json").read_text()
+    assert "disk" in (tmp_path / "rates.json").read_text()
 
 
 def test_the_spec_of_a_folder_is_what_the_plan_counts(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.gptq_format import GptqFormat
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.run import quantize
+from lowmem.quant.seconds import quantize_seconds
 from lowmem.runtime.session import Session
 from lowmem.sweep.estimate import peaks, quantized
 from lowmem.sweep.grid import make_grid
@@ -118,7 +119,6 @@ class ToyMethod(GptqFormat):
     name = "toy"
     label = "Toy rounding"
     description = "A toy; takes no time."
-    speed = 1e9
     Options = base.Options
 
     def quantize(self, weights: Sequence[Tensor], hessian: Any, options: Any, cancel: CancelToken) -> list[Quantized]:
@@ -142,7 +142,7 @@ def test_a_quantization_method_is_estimated_run_saved_loaded_and_measured(tmp_pa
     assert isinstance(receipt, Receipt)
     assert receipt.precision.startswith("Toy rounding")
     assert receipt.disk_bytes == expected.output_bytes
-    assert 0 < expected.seconds < 1
+    assert 0 < quantize_seconds(read_spec(str(folder)), request, again=False) < 60
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["meta"]["method"] == "toy"
     assert "Toy rounding" in (tmp_path / "out" / "README.md").read_text()

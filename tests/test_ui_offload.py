@@ -16,7 +16,7 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import CancelToken, Receipt
 from lowmem.fields import build
-from lowmem.machine import bandwidth
+from lowmem.machine import bandwidth, rates
 from lowmem.ui.html import offload as render_offload
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
@@ -34,8 +34,8 @@ PROMPT = "An old map"
 
 @pytest.fixture(autouse=True)
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SECONDS", "PROBE_SECONDS"):
-        monkeypatch.setattr(bandwidth, name, 0.01)
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.01)
+    monkeypatch.setattr(rates, "PROBE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

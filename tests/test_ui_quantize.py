@@ -17,10 +17,11 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.rates import save_rate
 from lowmem.measure.rows import Row
 from lowmem.plots.weights import by_block, losses
 from lowmem.quant import METHODS
-from lowmem.quant.estimate import check_model, estimate_quantization, record_speed
+from lowmem.quant.estimate import check_model
 from lowmem.quant.request import QuantizeRequest
 from lowmem.settings import settings
 from lowmem.ui.html import quantize as render_quantize
@@ -150,15 +151,34 @@ def test_what_needs_more_than_the_budget_is_said_with_the_number(service: StubQu
     assert 3.5 * GB < small.output_bytes < 6 * GB
 
 
-def test_the_time_is_that_of_the_last_run_once_there_was_one(service: StubQuantizeService) -> None:
-    arguments = (service.engine.spec("demo"), QuantizeRequest.validated("demo", "rtn"))
-    assert "EPYC" in estimate_quantization(*arguments).timing
-    record_speed(*arguments, seconds=100.0)
-    learnt = estimate_quantization(*arguments)
-    assert learnt.seconds == pytest.approx(100.0)
-    assert "this machine" in learnt.timing
-    (settings().home / "quantize-rates.json").write_text("[")
-    assert estimate_quantization(*arguments).seconds < 100.0
+def test_the_time_is_shown_once_this_machine_is_measured(
+    service: StubQuantizeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = service.request("demo", "rtn")
+    assert service.estimate(request).seconds is None
+    assert "not measured yet" in render_quantize.card(service.estimate(request))
+    work = f"quantizing with rtn {request.options} on cpu"
+    save_rate(work, service.engine.spec("demo").parameters / 100)
+    assert service.estimate(request).seconds == pytest.approx(100)
+    assert "1 to 3 min" in render_quantize.card(service.estimate(request))
+    (settings().home / "rates.json").write_text("[")
+    assert service.estimate(request).seconds is None
+
+
+def test_only_the_owner_of_a_page_starts_measuring(
+    service: StubQuantizeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def measuring() -> Iterator[Step]:
+        ran.append("measured")
+        yield Step(0, 0, "")
+
+    service.engine.measure(measuring())
+    assert ran == ["measured"]
+    monkeypatch.setattr(service.engine, "access", Access(public=True))
+    service.engine.measure(measuring())
+    assert ran == ["measured"]
 
 
 def test_a_quantized_model_or_another_family_is_refused(service: StubQuantizeService) -> None:

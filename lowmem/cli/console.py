@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lowmem.events import Receipt, Step
-from lowmem.units import format_bytes
+from lowmem.units import format_bytes, format_seconds, format_time_range
 
 
 class Progress:
@@ -58,21 +58,25 @@ def finish(receipt: Receipt, as_json: bool, *summary: str) -> int:
 
     Args:
         as_json: one JSON object on standard output, and nothing else.
-        summary: lines printed before predicted and measured memory.
+        summary: lines printed before predicted and measured memory and time.
     """
     if as_json:
         print(json.dumps(receipt.as_dict()))
         return 0
-    for line in (*summary, *_memory(receipt), *receipt.notes):
+    for line in (*summary, *_figures(receipt), *receipt.notes):
         print(line, file=sys.stderr)
     return 0
 
 
-def _memory(receipt: Receipt) -> list[str]:
+def _figures(receipt: Receipt) -> list[str]:
     def size(figures: dict[str, int], memory: str) -> str:
         return format_bytes(figures[memory]) if memory in figures else "?"
 
-    return [
+    lines = [
         f"{memory.upper()} peak: predicted {size(receipt.predicted, memory)}, measured {size(receipt.measured, memory)}"
         for memory in receipt.predicted | receipt.measured
     ]
+    if receipt.predicted_seconds:
+        took = format_seconds(receipt.seconds)
+        lines.append(f"Time: predicted {format_time_range(receipt.predicted_seconds)}, took {took}")
+    return lines

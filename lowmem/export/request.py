@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lowmem.errors import BadInput, DiskFull, Unsupported
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes
+from lowmem.machine.rates import Unmeasured
 from lowmem.messages import msg
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
@@ -66,7 +68,7 @@ class ExportEstimate:
     Args:
         disk_bytes: size of the exported folder.
         ram_bytes: peak of the process that exports.
-        seconds: rough time.
+        seconds: time to write the graph and verify it; None if this machine was not measured.
         session_bytes: weights in memory while the graph runs.
         limit: bytes that the process may use.
         generic: why there is no fused graph, "" if there is one.
@@ -75,7 +77,7 @@ class ExportEstimate:
 
     disk_bytes: int
     ram_bytes: int
-    seconds: float
+    seconds: float | None
     session_bytes: int
     limit: int
     generic: str = ""
@@ -123,15 +125,16 @@ def estimate(
         raise BadInput(
             msg("{model} is already an exported graph.", model=spec.name), msg("Choose the model it was exported from.")
         )
-    generic = _why_generic(spec, options, refusal)
-    seconds = exported.writing_seconds(spec, options.precision)
+    generic = why_generic(spec, options, refusal)
     caution = exported.caution(spec, options.precision, fused=not generic)
     size = _disk_bytes(spec, options, bool(generic))
     if generic:
-        seconds *= 3
         peak = exported.tracing_bytes(spec, options.precision, options.group_size, options.optimise)
     else:
         peak = exported.writing_bytes(spec, options.precision, options.group_size, options.has_prefill)
+    seconds = None
+    with suppress(Unmeasured):
+        seconds = exported.writing_seconds(spec, options, bool(generic))
     return ExportEstimate(size, runtime_bytes + peak, seconds, size, limit, generic, caution)
 
 
@@ -146,7 +149,7 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
         Unsupported: no graph can hold the model's quantized weights.
         DiskFull: the export is larger than the free disk space.
     """
-    options, generic = request.options, _why_generic(spec, request.options, refusal)
+    options, generic = request.options, why_generic(spec, request.options, refusal)
     if spec.quantization and generic:
         raise Unsupported(
             msg(
@@ -195,7 +198,7 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
         )
 
 
-def _why_generic(spec: ModelSpec, options: ExportOptions, refusal: str | None) -> str:
+def why_generic(spec: ModelSpec, options: ExportOptions, refusal: str | None = None) -> str:
     """Why the graph will be a generic one; "" for a fused graph."""
     if is_encoder(spec.model_type):
         return msg("It is an encoder.")

@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.events import CancelToken, Receipt, Step, until_receipt
-from lowmem.export.request import ExportRequest
+from lowmem.export.request import ExportRequest, why_generic
+from lowmem.machine import timing
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.timing import SMALLEST_TIMED, timed
+from lowmem.messages import msg
+from lowmem.models.config import is_encoder
 from lowmem.models.fetch import fetch
+from lowmem.models.source import read_spec
+from lowmem.planning.exported import export_work, writing_seconds
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import discard
 from lowmem.settings import settings
@@ -32,6 +38,42 @@ def export_model(request: ExportRequest, cancel: CancelToken | None = None) -> I
     Raises:
         LowMemError: see `models.fetch.fetch`, `pipeline.export_folder` and `tensorrt.export_engine`.
     """
+    seconds = yield from measured(request, cancel)
+    yield from timed(_export(request, cancel), _work(request), seconds)
+
+
+def measured(request: ExportRequest, cancel: CancelToken | None = None) -> Generator[Step, None, float | None]:
+    """The estimated seconds, for which this machine is measured in a child process unless it was before.
+
+    None for an encoder and a TensorRT engine, for a small model, and where measuring fails.
+    """
+    spec = read_spec(request.model, request.allow_paths, encoders=True)
+    options = request.options
+    if spec.parameters < SMALLEST_TIMED or options.format != "onnx" or is_encoder(spec.model_type) or spec.exported:
+        return None
+
+    def estimate() -> float:
+        return writing_seconds(spec, options, bool(why_generic(spec, options)))
+
+    return (yield from timing.measured(estimate, "measure_export", request.as_dict(), cancel))
+
+
+def measure(**request: Any) -> Generator[Step, None, None]:
+    """The job that measures the rates which the estimate of a request needs."""
+    from lowmem.export.probes import measure_export
+
+    yield Step(0, 0, msg("Measuring how fast this machine is"))
+    asked = ExportRequest.from_dict(request)
+    spec = read_spec(asked.model, asked.allow_paths)
+    measure_export(spec, asked.options, bool(why_generic(spec, asked.options)))
+
+
+def _work(request: ExportRequest) -> str:
+    spec = read_spec(request.model, request.allow_paths, encoders=True)
+    return export_work(spec, request.options, bool(why_generic(spec, request.options)))
+
+
+def _export(request: ExportRequest, cancel: CancelToken | None) -> Iterator[Step | Receipt]:
     folder = yield from fetch(request.model, cancel, request.allow_paths, encoders=True)
     if request.options.format == "tensorrt":
         from lowmem.export.tensorrt import export_engine
@@ -50,9 +92,11 @@ def export_isolated(request: ExportRequest, cancel: CancelToken | None = None) -
         LowMemError: see `export_model`.
     """
     request.out.parent.mkdir(parents=True, exist_ok=True)
+    seconds = yield from measured(request, cancel)
+    ran = run_isolated("export", request.as_dict(), cancel, request.budget)
+    events = (_receipt(event, request.out) if isinstance(event, Finished) else event for event in ran)
     try:
-        for event in run_isolated("export", request.as_dict(), cancel, request.budget):
-            yield _receipt(event, request.out) if isinstance(event, Finished) else event
+        yield from timed(events, _work(request), seconds)
     finally:
         discard(request.out)  # Stop kills the child, which cannot clean up
 
@@ -64,7 +108,7 @@ def _receipt(end: Finished, out: Path) -> Receipt:
 
 def job(**request: Any) -> Generator[Step, None, dict[str, Any]]:
     """The child of `export_isolated`: returns the receipt as a dict. Stop kills the process."""
-    receipt = yield from until_receipt(export_model(ExportRequest.from_dict(request)))
+    receipt = yield from until_receipt(_export(ExportRequest.from_dict(request), None))
     return receipt.as_dict()
 
 

@@ -1,32 +1,23 @@
 """Bandwidth of this machine: of its disks, its RAM, and the bus to its GPUs.
 
-Measured once, saved in LOWMEM_HOME, and measured again on demand. A disk is measured by reading an existing file past the
-page cache.
+Measured once and again on demand, see `rates`. A disk is measured by reading an existing file past the page cache.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from lowmem.machine import figures as saved_figures
-from lowmem.machine import processor
-from lowmem.settings import settings
+from lowmem.machine.direct_io import PAGE, Shard, page_aligned  # reads as the run that is predicted
+from lowmem.machine.rates import Again, rate, saved_rate
 from lowmem.units import MB
-
-log = logging.getLogger("lowmem.machine")
-
-FIGURES = "bandwidth.json"
 
 SECONDS = 2.0
 """Long enough for a cloud disk to use up its burst credit, short enough to wait for."""
 
-PROBE_SECONDS = 0.3
-"""For everything but disks; longer runs give no steadier figure."""
+PATIENCE_SECONDS = 10.0
+"""For the last reads; a disk that needs longer is too slow to measure."""
 
 CHUNK_BYTES = 4 << 20
 BUFFER_CHUNKS = 16
@@ -37,23 +28,18 @@ INPUTS = 4096
 """Default number of inputs of the weight matrix in the RAM measurement."""
 
 
-class Unmeasured(LookupError):
-    """The figure was never measured on this machine, and the caller did not allow measuring it."""
-
-
-Again = bool | None
-"""True measures again, False only what was never measured; None never measures and raises `Unmeasured`."""
-
-
 def disk_bandwidth(file: Path, again: Again = False) -> float:
     """Bytes per second of sequential reads from the disk of `file`; takes about 2 s the first time.
 
-    Reads `file` and writes nothing. 0.0 if the file is empty or unreadable. A file smaller than one read is not
+    Reads `file` beside a busy processor, and writes nothing. 0.0 if the file is empty. A file smaller than one read is not
     representative and has a figure of its own.
+
+    Raises:
+        Unmeasured: see `rates.saved_rate`; the disk is too slow to measure.
     """
     found = file.stat()
     key = f"disk {found.st_dev}" + (f" with {found.st_size} bytes" if found.st_size < CHUNK_BYTES else "")
-    return _kept(key, again, lambda: _measure_disk(file))
+    return saved_rate(key, again, lambda: _measure_disk(file))
 
 
 def ram_bandwidth(again: Again = False, inputs: int = INPUTS) -> float:
@@ -62,46 +48,20 @@ def ram_bandwidth(again: Again = False, inputs: int = INPUTS) -> float:
     Args:
         inputs: columns of the weight matrix, a power of two; narrow matrices are slower per byte.
     """
-    return kept(f"ram {inputs} inputs", again, lambda: _measure_product("cpu", "float32", inputs))
+    return saved_rate(f"ram {inputs} inputs", again, lambda: _measure_product("cpu", "float32", inputs))
 
 
 def vram_bandwidth(device: str, again: Again = False) -> float:
     """Bytes per second of fp16 weights in its memory that the GPU `device` multiplies by one row."""
-    return _kept(f"vram {device}", again, lambda: _measure_product(device, "float16", INPUTS))
+    return saved_rate(f"vram {device}", again, lambda: _measure_product(device, "float16", INPUTS))
 
 
 def bus_bandwidth(device: str, again: Again = False) -> float:
     """Bytes per second from pinned RAM to the GPU `device`."""
-    return _kept(f"bus {device}", again, lambda: _measure_bus(device))
-
-
-def kept(key: str, again: Again, measure: Callable[[], float]) -> float:
-    """The figure `key` of this machine for the current number of threads, measured if it is missing or `again`."""
-    return _kept(f"{key} {_threads()} threads", again, measure)
-
-
-def _kept(key: str, again: Again, measure: Callable[[], float]) -> float:
-    figures = _figures()
-    if not again and figures.get(key):
-        return figures[key]
-    if again is None:
-        raise Unmeasured(key)
-    try:
-        measured = measure()
-    except OSError as error:
-        log.warning("%s could not be measured: %s", key, error)
-        return 0.0
-    if measured:
-        saved_figures.save(FIGURES, {**_figures(), key: measured})
-    return measured
+    return saved_rate(f"bus {device}", again, lambda: _measure_bus(device))
 
 
 def _measure_disk(file: Path) -> float:
-    from lowmem.machine.direct_io import (
-        PAGE,
-        Shard,  # the same reads, into the same kind of buffer, as the run that is predicted
-        page_aligned,
-    )
     from lowmem.models.checkpoint import as_bytes
 
     size = file.stat().st_size
@@ -113,24 +73,36 @@ def _measure_disk(file: Path) -> float:
     for page in range(0, len(buffer), PAGE):
         buffer[page] = 0  # touch every page: allocating it is not part of the disk's time
     offsets, deadline = iter(range(0, 1 << 62, chunk)), time.perf_counter() + SECONDS
+    read = [0] * READERS
 
-    def work(_: int) -> int:
-        read = 0
+    def work(reader: int) -> None:
         while time.perf_counter() < deadline:
             # `next` on a range is atomic: two readers never take the same chunk.
             offset = next(offsets)
             place = offset % len(buffer)
             shard.read(offset % size, buffer[place : place + chunk], chunk)
-            read += chunk
-        return read
+            read[reader] += chunk
 
     started = time.perf_counter()
-    try:
-        with ThreadPoolExecutor(READERS) as readers:
-            total = sum(readers.map(work, range(READERS)))
-        return total / (time.perf_counter() - started)
-    finally:
-        shard.close()
+    readers = [threading.Thread(target=work, args=(reader,), daemon=True) for reader in range(READERS)]
+    for reader in readers:
+        reader.start()
+    _keep_busy(deadline)
+    for reader in readers:
+        reader.join(max(0.0, deadline + PATIENCE_SECONDS - time.perf_counter()))
+    if any(reader.is_alive() for reader in readers):  # which the file stays open for
+        raise TimeoutError(f"{file} is on a disk that reads less than {chunk / PATIENCE_SECONDS / MB:.1f} MB/s")
+    shard.close()
+    return sum(read) / (time.perf_counter() - started)
+
+
+def _keep_busy(deadline: float) -> None:
+    """Multiply until `deadline`, as the run whose blocks are read does."""
+    import torch
+
+    weight, row = torch.zeros(INPUTS, INPUTS), torch.zeros(1, INPUTS)
+    while time.perf_counter() < deadline:
+        torch.nn.functional.linear(row, weight)
 
 
 def _measure_product(device: str, dtype: str, inputs: int) -> float:
@@ -159,24 +131,3 @@ def _measure_bus(device: str) -> float:
         torch.cuda.synchronize(device)
 
     return rate(copy, PROBE_BYTES)
-
-
-def rate(action: Callable[[], Any], nbytes: int) -> float:
-    """Bytes per second of an action on `nbytes`: the median of at least three runs within `PROBE_SECONDS`."""
-    action()
-    runs: list[float] = []
-    end = time.perf_counter() + PROBE_SECONDS
-    while len(runs) < 3 or time.perf_counter() < end:
-        started = time.perf_counter()
-        action()
-        runs.append(time.perf_counter() - started)
-    return nbytes / sorted(runs)[len(runs) // 2]
-
-
-def _threads() -> str:
-    # What torch will use. Saved figures are looked up on every move of a slider, long before torch is imported.
-    return settings().threads or str(processor.cores())
-
-
-def _figures() -> dict[str, float]:
-    return saved_figures.figures(FIGURES)

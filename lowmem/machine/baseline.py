@@ -56,7 +56,7 @@ def measure_runtime_bytes() -> int:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("the runtime's RAM could not be measured: %s", error)
         return DEFAULT_RUNTIME_BYTES
-    saved_figures.save(FIGURES, {**_measured(), _versions(): measured})
+    saved_figures.save(FIGURES, _versions(), measured)
     return measured
 
 

@@ -1,27 +1,50 @@
-"""Figures measured on this machine, saved as JSON files in LOWMEM_HOME."""
+"""Figures measured on this machine, saved as JSON files in LOWMEM_HOME.
+
+A figure is the median of its last few measurements, so that one taken on a busy machine does not count.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Mapping
+import statistics
 
 from lowmem.settings import settings
 
 log = logging.getLogger("lowmem.machine")
 
+LAST = 5
+"""Measurements of a figure that are kept."""
+
 
 def figures(name: str) -> dict[str, float]:
     """The figures in file `name`; empty if it is absent or damaged."""
+    return {key: statistics.median_low(values) for key, values in _measurements(name).items()}
+
+
+def save(name: str, key: str, value: float) -> None:
+    """Replace the figure `key` in file `name`."""
+    _write(name, _measurements(name) | {key: [value]})
+
+
+def add(name: str, key: str, value: float, first: float) -> None:
+    """Add a measurement of `key` to those before it, of which `first` is taken for the first one."""
+    saved = _measurements(name)
+    _write(name, saved | {key: [*saved.get(key, [first]), value][-LAST:]})
+
+
+def _measurements(name: str) -> dict[str, list[float]]:
     try:
-        return {str(key): float(value) for key, value in json.loads((settings().home / name).read_text()).items()}
+        saved = json.loads((settings().home / name).read_text()).items()
+        values = ((str(key), value if isinstance(value, list) else [value]) for key, value in saved)
+        return {key: list(map(float, value)) for key, value in values if value}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def save(name: str, measured: Mapping[str, float]) -> None:
-    """Save the figures by atomic rename: two processes may measure at once."""
+def _write(name: str, measured: dict[str, list[float]]) -> None:
+    """By atomic rename: two processes may measure at once."""
     path = settings().home / name
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -156,6 +156,11 @@ def refusal(config: Config) -> str | None:
     return None
 
 
+def stages(model_type: str) -> tuple[Stage, ...]:
+    """The stages of a block of this family; none for a family that is not listed."""
+    return _FAMILIES[model_type].stages if model_type in _FAMILIES else ()
+
+
 def block_layout(config: Config) -> Layout:
     """The blocks of the model that config.json describes.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.machine import bandwidth
+from lowmem.machine.rates import Again, correction, saved_rate
 from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning import model_bytes
@@ -29,6 +30,7 @@ class SpeedEstimate:
         disk, bus, compute: seconds that each takes on its own.
         disk_bytes, bus_bytes: bytes moved per pass.
         disk_rate, bus_rate: bytes per second; 0 if not used.
+        correction: by earlier runs, see `rates.learn`.
     """
 
     disk: float
@@ -38,10 +40,11 @@ class SpeedEstimate:
     bus_bytes: int
     disk_rate: float
     bus_rate: float
+    correction: float = 1.0
 
     @property
     def seconds_per_token(self) -> float:
-        return max(self.disk, self.bus, self.compute)
+        return max(self.disk, self.bus, self.compute) * self.correction
 
     @property
     def bound_by(self) -> str:
@@ -54,14 +57,14 @@ def largest_file(folder: Path) -> Path | None:
     return max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, default=None)
 
 
-def estimate_speed(plan: Plan, file: Path, again: bandwidth.Again = False) -> SpeedEstimate:
+def estimate_speed(plan: Plan, file: Path, again: Again = False) -> SpeedEstimate:
     """The estimated speed of `plan`, whose weights are on the same disk as `file`.
 
     Speeds that have not been measured yet are measured, which imports torch and takes a few seconds. With `again` True
     all are measured again; with None nothing is measured or imported.
 
     Raises:
-        bandwidth.Unmeasured: `again` is None and a speed has not been measured on this machine.
+        rates.Unmeasured: `again` is None and a speed has not been measured on this machine.
     """
     placement, kind = plan.placement, plan.place.kind
     sizes = stored_block_bytes(plan.spec)
@@ -79,22 +82,28 @@ def estimate_speed(plan: Plan, file: Path, again: bandwidth.Again = False) -> Sp
         bus_bytes,
         disk_rate,
         bus_rate,
+        correction(action(plan)),
     )
 
 
-def _compute_seconds(plan: Plan, again: bandwidth.Again) -> float:
+def action(plan: Plan) -> str:
+    """What is corrected by earlier runs."""
+    return f"offload on {plan.place.kind}, {'mapped' if plan.placement and plan.placement.mapped else 'streamed'}"
+
+
+def _compute_seconds(plan: Plan, again: Again) -> float:
     if plan.place.kind == "cpu":
         return _cpu_seconds(plan, again)
     return _gpu_seconds(plan, again) if plan.place.kind == "cuda" else 0.0
 
 
-def _gpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
+def _gpu_seconds(plan: Plan, again: Again) -> float:
     """Every weight is read from GPU memory once per token in its stored form, plus kernel launches per block."""
     stored_bytes = sum(tensor.nbytes for tensor in _multiplied(plan.spec))
     return stored_bytes / bandwidth.vram_bandwidth(plan.device, again) + plan.spec.layers / _blocks(plan.device, again)
 
 
-def _cpu_seconds(plan: Plan, again: bandwidth.Again) -> float:
+def _cpu_seconds(plan: Plan, again: Again) -> float:
     """Every weight is read from RAM once per token, at the rate of the form it is held in."""
     dtype = model_bytes.compute_dtype(plan.precision, plan.place.dtypes)
     streamed = set(plan.placement.streamed("cpu")) if plan.placement else set()
@@ -125,7 +134,7 @@ def _kind(plan: Plan, streams: bool, tensor: Tensor, dtype: str) -> str:
     return DENSE if plan.placement is None or tensor.dtype == dtype else tensor.dtype
 
 
-def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
+def _rate(kind: str, plan: Plan, again: Again) -> float:
     """Bytes of one kind of weights per second, at the plan's batch size."""
     rows = 1 << (plan.batch - 1).bit_length()  # powers of two only, because each size is measured
     many = f"x{rows}" if rows > 1 else ""
@@ -133,12 +142,12 @@ def _rate(kind: str, plan: Plan, again: bandwidth.Again) -> float:
         return bandwidth.ram_bandwidth(again, _inputs(plan.spec))
     if kind not in (STREAMED, RESIDENT):
         dtype = "fp32" if kind == DENSE else kind
-        return bandwidth.kept(f"{dtype}-weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
+        return saved_rate(f"{dtype}-weights{many}", again, lambda: _probes().dense_rate(dtype, rows))
     stored = plan.spec.stored
     assert stored is not None  # because weights are packed
     name = f"{kind} {stored.label} {stored.layout} {stored.desc_act}{many}"
     measure = "streamed_rate" if kind == STREAMED else "resident_rate"
-    return bandwidth.kept(name, again, lambda: getattr(_probes(), measure)(stored, rows))
+    return saved_rate(name, again, lambda: getattr(_probes(), measure)(stored, rows))
 
 
 def _inputs(spec: ModelSpec) -> int:
@@ -146,8 +155,8 @@ def _inputs(spec: ModelSpec) -> int:
     return min(bandwidth.INPUTS, max(256, 1 << spec.hidden.bit_length() - 1))
 
 
-def _blocks(device: str, again: bandwidth.Again) -> float:
-    return bandwidth.kept(f"blocks {device}", again, lambda: _probes().block_rate(device))
+def _blocks(device: str, again: Again) -> float:
+    return saved_rate(f"blocks {device}", again, lambda: _probes().block_rate(device))
 
 
 def _probes() -> Any:

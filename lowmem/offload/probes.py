@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowmem.kernels import bnb_linear, packed_linear
 from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked
-from lowmem.machine import bandwidth
+from lowmem.machine.rates import rate
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, INT8, Quantization
@@ -35,7 +35,7 @@ def block_rate(device: str) -> float:
     model, token = LlamaForCausalLM(config).eval().to(device), torch.zeros(1, 1, dtype=torch.long, device=device)
     with torch.inference_mode():
         # Copying the result to the CPU waits for the device.
-        return bandwidth.rate(lambda: model(token).logits.cpu(), BLOCKS)
+        return rate(lambda: model(token).logits.cpu(), BLOCKS)
 
 
 def dense_rate(dtype: str, rows: int = 1) -> float:
@@ -68,7 +68,7 @@ def _rate(layer: nn.Module, rows: int, codes: Tensor | None = None) -> float:
     x = torch.zeros(rows, INPUTS)
     counted = layer.weight if codes is None else codes
     with torch.inference_mode():
-        return bandwidth.rate(lambda: layer(x), int(counted.nbytes))  # type: ignore[arg-type]
+        return rate(lambda: layer(x), int(counted.nbytes))  # type: ignore[arg-type]
 
 
 def _parts(stored: Quantization) -> dict[str, Tensor]:

@@ -15,11 +15,12 @@ from lowmem.runtime.receipts import plan_snippet
 
 
 def offload_receipt(
-    receipt: Receipt, plan: Plan, speed: SpeedEstimate, read: int, loading: dict[str, int], snippet: str
+    receipt: Receipt, plan: Plan, speed: SpeedEstimate | None, read: int, loading: dict[str, int], snippet: str
 ) -> Receipt:
     """The session's receipt with the details of offloading.
 
     Args:
+        speed: None if it could not be estimated.
         read: bytes read from offloaded blocks for this answer.
         loading: peak bytes of loading the model, if it was loaded for this answer.
     """
@@ -33,15 +34,27 @@ def offload_receipt(
             "blocks": list(plan.placement.blocks) if plan.placement else [],
             "mapped": bool(plan.placement and plan.placement.mapped),
             "bytes_read": read,
-            "bytes_per_token": speed.disk_bytes,
-            "predicted_seconds_per_token": speed.seconds_per_token,
-            "bound_by": speed.bound_by,
-            "disk_bytes_per_second": speed.disk_rate,
+            **_predicted(speed),
         },
+        notes=receipt.notes if speed else (*receipt.notes, UNPREDICTED),
         # The peak includes loading.
         measured={m: max(count, loading.get(m, 0)) for m, count in receipt.measured.items()},
         snippet=snippet,
     )
+
+
+UNPREDICTED = msg("The time per token was not predicted, because this machine's disk is too slow to measure.")
+
+
+def _predicted(speed: SpeedEstimate | None) -> dict[str, object]:
+    if speed is None:
+        return {}
+    return {
+        "bytes_per_token": speed.disk_bytes,
+        "predicted_seconds_per_token": speed.seconds_per_token,
+        "bound_by": speed.bound_by,
+        "disk_bytes_per_second": speed.disk_rate,
+    }
 
 
 def _pace(receipt: Receipt) -> dict[str, float]:

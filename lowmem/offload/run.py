@@ -6,6 +6,7 @@ The command line, the Offload tab and the benchmark call `run`; `job` does the s
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,11 +15,12 @@ from lowmem.errors import BadInput
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.rates import Unmeasured, learn
 from lowmem.messages import msg
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.offload.estimate import estimate_speed, largest_file
+from lowmem.offload.estimate import action, estimate_speed, largest_file
 from lowmem.offload.plans import largest_batch, place_blocks, place_by_budget
 from lowmem.offload.receipt import offload_receipt, repeat_snippet
 from lowmem.planning.estimate import reestimate
@@ -98,7 +100,8 @@ def measure_speeds(
     placement = BlockPlacement(tuple(in_ram), tuple(disk), may_map=mapped)
     plan = plan_for(Session(), model, Goal(batch=batch), placement=placement)
     folder = yield from fetch(plan.spec, CancelToken())
-    estimate_speed(plan, largest_file(folder) or folder, again)
+    with suppress(Unmeasured):  # a disk that is too slow
+        estimate_speed(plan, largest_file(folder) or folder, again)
 
 
 def placement_of(method: str, layers: int) -> BlockPlacement:
@@ -134,7 +137,10 @@ def run(
     cancel = cancel or CancelToken()
     folder = yield from fetch(plan.spec, cancel)
     yield Step(0, 0, msg("Measuring this machine's read speed"))
-    speed = estimate_speed(plan, largest_file(folder) or folder, again)
+    try:
+        speed = estimate_speed(plan, largest_file(folder) or folder, again)
+    except Unmeasured:
+        speed = None
     loading: dict[str, int] = {}
     if session.plan is None or replace(session.plan, estimates=(), hardware=plan.hardware) != replace(
         plan, estimates=()
@@ -153,7 +159,12 @@ def run(
     for event in events:
         if isinstance(event, Receipt):
             read = session.streamed_bytes - before
-            yield offload_receipt(event, plan, speed, read, loading, repeat_snippet(plan, prompts, options, raw, force))
+            done = offload_receipt(
+                event, plan, speed, read, loading, repeat_snippet(plan, prompts, options, raw, force)
+            )
+            if speed and (taken := done.details.get("seconds_per_token")):
+                learn(action(plan), speed.seconds_per_token * event.seconds / taken, event.seconds)
+            yield done
         else:
             yield event
 

@@ -9,9 +9,11 @@ import functools
 import importlib.util
 
 from lowmem.kernels.layouts import ONNX_RUNTIME_BYTES, nbits_bytes
+from lowmem.machine.rates import Unmeasured, correction, known_rate
 from lowmem.messages import msg
 from lowmem.models.config import is_encoder
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.placement import block_index
 from lowmem.units import MB
 
@@ -20,9 +22,6 @@ HEAD_BITS, HEAD_GROUP = 8, 64
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
 """Model types with a fused graph (`lowmem.export.fused`)."""
-
-SECONDS_PER_PARAMETER = {"fp32": 6e-9, "fp16": 6e-9, "int8": 4e-8, "int4": 6e-8}
-"""Exporting and verifying on one core of 2024, measured with the demo model: a rough estimate."""
 
 
 def missing() -> str | None:
@@ -187,9 +186,31 @@ def parity_windows(vocab: int, context: int) -> tuple[int, int]:
     return max(1, min(3, 192 * MB // (4 * vocab * length))), length
 
 
-def writing_seconds(spec: ModelSpec, precision: str = "int8") -> float:
-    """A rough estimate of the time to export, see `SECONDS_PER_PARAMETER`."""
-    return 5 + spec.parameters * SECONDS_PER_PARAMETER[precision]
+def writing_seconds(spec: ModelSpec, options: ExportOptions, generic: bool = False) -> float:
+    """Seconds to export and verify a decoder, at rates that `export.probes` measures by exporting small models.
+
+    Raises:
+        Unmeasured: such models were not exported on this machine yet.
+    """
+    work = export_work(spec, options, generic)
+    if is_encoder(spec.model_type) or options.format != "onnx":
+        raise Unmeasured(work)
+    vocabulary = spec.vocab * spec.hidden * (1 if spec.tied else 2)
+    amounts = {EXPORTS: 1, BLOCKS: spec.parameters - vocabulary, VOCABULARY: vocabulary}
+    seconds = sum(amount / known_rate(f"{part} {work}") for part, amount in amounts.items())
+    return seconds * correction(work)
+
+
+EXPORTS, BLOCKS, VOCABULARY = "exports", "parameters of blocks", "parameters of embeddings"
+"""What the time of an export grows with."""
+
+
+def export_work(spec: ModelSpec, options: ExportOptions, generic: bool = False) -> str:
+    """The name of an export among the rates of this machine."""
+    how = ["generic" if generic else "fused", *(["optimised"] if generic and options.optimise else [])]
+    stored = f", {spec.stored.label}" if spec.stored else ""
+    prefill = " and prefill" if options.has_prefill and not generic else ""
+    return f"to {options.precision}{prefill}, groups of {options.group_size}{stored}, {', '.join(how)}"
 
 
 @functools.cache

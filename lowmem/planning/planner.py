@@ -8,6 +8,7 @@ from dataclasses import replace
 from lowmem.errors import BadInput, Unsupported
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
+from lowmem.machine.rates import Unmeasured
 from lowmem.messages import Message, join, msg
 from lowmem.models.catalog import recommended
 from lowmem.models.spec import ModelSpec
@@ -16,11 +17,12 @@ from lowmem.planning.cache import CACHE_TYPES
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.fallback import fall_back
 from lowmem.planning.goal import Goal
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.model_bytes import weight_bytes
 from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal
 from lowmem.precisions import PRECISIONS
-from lowmem.units import GB, format_bytes
+from lowmem.units import GB, format_bytes, format_time_range
 
 COMFORTABLE_CONTEXT = 8192
 """The automatic context grows up to this as long as the plan fits comfortably."""
@@ -266,16 +268,12 @@ def _precision_reason(plan: Plan) -> str:
 def _graph_sentence(plan: Plan) -> str:
     if plan.spec.exported:
         return msg("It is already exported.")
-    size, seconds = exported.disk_bytes(plan.spec, plan.precision), exported.writing_seconds(plan.spec)
-    if seconds < 120:
-        return msg(
-            "Its graph ({size}) is written once, in about {seconds:.0f} s.",
-            size=format_bytes(size),
-            seconds=max(10, round(seconds, -1)),
-        )
-    return msg(
-        "Its graph ({size}) is written once, in about {seconds:.0f} min.", size=format_bytes(size), seconds=seconds / 60
-    )
+    size = format_bytes(exported.disk_bytes(plan.spec, plan.precision))
+    try:
+        seconds = exported.writing_seconds(plan.spec, ExportOptions(precision=plan.precision))
+    except Unmeasured:
+        return msg("Its graph ({size}) is written once.", size=size)
+    return msg("Its graph ({size}) is written once, in {range}.", size=size, range=format_time_range(seconds))
 
 
 def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 8)
 SMALLEST_GROUP = 16
 
+RATIOS = 20
+"""Exponents that activation-aware scaling tries, as in the published code."""
+
+SAMPLED_ROWS = 1024
+"""Rows on which it tries them, spread over all weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -48,11 +54,6 @@ class Options:
     def scale_channels(self) -> bool:
         """Whether activation-aware scaling comes first (see `scaling.py`); methods that offer it make it an option."""
         return False
-
-    @property
-    def solver_passes(self) -> int:
-        """Passes of the solver over each weight matrix, which its time is proportional to."""
-        return 1
 
     def check(self) -> None:
         """Check values that are within the fields' ranges but that no format can store.
@@ -89,10 +90,6 @@ class Method(ABC):
     """One line for the page: quality, requirements and time."""
     Options: Any
     """Its subclass of `Options`."""
-    speed: float
-    """Work per second on two cores of an AMD EPYC, for estimates before the first run on this machine.
-
-    Work is weights, or floating-point operations of a calibrated method, see `estimate.work`."""
     calibrated: bool = False
     """Whether it needs calibration text run through the model."""
     matrices: int = 0
@@ -126,6 +123,10 @@ class Method(ABC):
         Raises:
             Cancelled: within a second of Stop.
         """
+
+    def products(self, options: Any) -> float:  # noqa: ARG002
+        """How often a calibrated method multiplies a layer's weights by the Hessian, for estimates of time."""
+        return 0.0
 
     def layer_tensors(self, weight: Any, options: Any) -> dict[str, Tensor]:  # noqa: ARG002
         """The tensors stored for a quantized layer, by the last part of their names; a `Packed` has them ready."""

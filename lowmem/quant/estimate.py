@@ -1,8 +1,6 @@
 """The estimated cost of quantizing, computed from the tensors' shapes before any weight is read. No torch.
 
-Bytes are counted. Time is work divided by speed: work is counted from the shapes (floating-point operations of a
-calibrated method, weights of the others); speed is that of the method's last run on this machine, or before the first
-that on two cores of an AMD EPYC.
+Bytes are counted; for seconds see `seconds`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 from lowmem.errors import BadInput, Unsupported
-from lowmem.machine.figures import figures, save
 from lowmem.messages import msg
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
@@ -38,9 +35,6 @@ PARALLEL_LAYERS = 2
 PACKED = 32
 """Inputs and outputs of a packed layer come in multiples of this, so that words are full at every bit width."""
 
-SPEEDS = "quantize-rates.json"
-"""File of LOWMEM_HOME with the speed of each method's last run."""
-
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
 _ROUNDING_BYTES = 16 * MB  # the rows that methods without calibration work on, in all their copies
 
@@ -56,8 +50,7 @@ class Estimate:
         quantized_bytes: bytes stored for them: codes, scales and zero points.
         ram_bytes: peak memory of the process, including torch and Python themselves.
         disk_bytes: the result and all temporary files.
-        seconds: time it will take.
-        timing: where `seconds` comes from, in words.
+        seconds: time it will take, see `seconds.quantize_seconds`; None if this machine was not measured.
         limit: bytes that the process may hold; None for no limit.
     """
 
@@ -67,8 +60,7 @@ class Estimate:
     quantized_bytes: int
     ram_bytes: int
     disk_bytes: int
-    seconds: float
-    timing: str
+    seconds: float | None = None
     limit: int | None = None
 
     @property
@@ -97,11 +89,14 @@ class Estimate:
         return msg("Fits: {peak} of the {limit} of RAM available.", peak=peak, limit=limit)
 
 
-def estimate_quantization(spec: ModelSpec, request: QuantizeRequest, runtime_bytes: int = 0) -> Estimate:
+def estimate_quantization(
+    spec: ModelSpec, request: QuantizeRequest, runtime_bytes: int = 0, seconds: float | None = None
+) -> Estimate:
     """The cost of quantizing `spec` on the CPU as `request` says.
 
     Args:
         runtime_bytes: what Python and torch themselves hold, part of `ram_bytes`.
+        seconds: the time, see `Estimate`.
     """
     method, options, calibration = request.method, request.options, request.calibration
     tensors = [t for t in spec.tensors if not (t.is_buffer or (spec.tied and t.is_output_embedding))]
@@ -125,7 +120,6 @@ def estimate_quantization(spec: ModelSpec, request: QuantizeRequest, runtime_byt
         stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)
         layer = stored + method.packing_bytes(options) * largest + _ROUNDING_BYTES
         working, temporary = quantized // max(1, spec.layers) + PARALLEL_LAYERS * layer, 0
-    speed = figures(SPEEDS).get(method.name, 0.0)
     return Estimate(
         original_bytes=spec.size_on_disk,
         output_bytes=output,
@@ -133,10 +127,7 @@ def estimate_quantization(spec: ModelSpec, request: QuantizeRequest, runtime_byt
         quantized_bytes=quantized,
         ram_bytes=runtime_bytes + max(copying, working),
         disk_bytes=output + temporary,
-        seconds=work(spec, request) / (speed if speed > 0 else method.speed),
-        timing=msg("based on this method's last run on this machine")
-        if speed > 0
-        else msg("based on two cores of an AMD EPYC"),
+        seconds=seconds,
         limit=request.budget.ram,
     )
 
@@ -149,26 +140,6 @@ def _activation_file_bytes(spec: ModelSpec, calibration: Calibration) -> int:
     """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP, in fp32."""
     width = 2 * spec.hidden + spec.heads * spec.head_dim + spec.intermediate
     return 4 * calibration.tokens * width
-
-
-def work(spec: ModelSpec, request: QuantizeRequest) -> float:
-    """What the time is proportional to: floating-point operations of a calibrated method, weights of the others."""
-    shapes = [linear_shape(spec, tensor) for tensor in spec.tensors if is_linear(tensor)]
-    weights = float(sum(rows * columns for rows, columns in shapes))
-    if not request.method.calibrated:
-        return weights
-    tokens = request.calibration.tokens
-    # Forward passes: one to reach each of four stages in part, one for the outputs. q, k and v share a Hessian, as do
-    # gate and up: four for seven layers.
-    forward = 2.5 * 2 * weights * tokens
-    hessians = sum(2.0 * columns**2 * tokens for _, columns in shapes) * 4 / 7
-    return forward + hessians + request.options.solver_passes * sum(2.0 * rows * columns**2 for rows, columns in shapes)
-
-
-def record_speed(spec: ModelSpec, request: QuantizeRequest, seconds: float) -> None:
-    """Save the speed of a run, for the estimate of the next."""
-    if seconds > 0:
-        save(SPEEDS, figures(SPEEDS) | {request.method.name: work(spec, request) / seconds})
 
 
 def check_model(spec: ModelSpec, group_size: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel, DiskFull
 from lowmem.events import CancelToken, Receipt, Step, WithResult
-from lowmem.machine.monitor import PeakMeter, release_memory
+from lowmem.machine.monitor import PeakMeter, quick_collections, release_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.modules import empty_model
@@ -100,7 +100,7 @@ class Pipeline:
     def run(self) -> Events:
         """Quantize all unfinished blocks; afterwards `part` holds every weight."""
         model = empty_model(self._prepared.folder)
-        with Checkpoint(self._prepared.folder) as checkpoint:
+        with Checkpoint(self._prepared.folder) as checkpoint, quick_collections():
             weights = Weights(model, checkpoint)
             shards = Shards(self._part, self._journal.shards)
             try:

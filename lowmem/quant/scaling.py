@@ -15,14 +15,8 @@ from torch import Tensor
 from lowmem.events import CancelToken
 from lowmem.kernels.grid import fit, nearest
 from lowmem.kernels.quantized import WHOLE_ROW
-from lowmem.quant.base import Options
+from lowmem.quant.base import RATIOS, SAMPLED_ROWS, Options
 from lowmem.quant.hessian import Hessian
-
-RATIOS = 20
-"""Exponents tried, as in the published code."""
-
-SAMPLED_ROWS = 1024
-"""Rows used in the search, spread over all weights."""
 
 
 def channel_scales(weights: Sequence[Tensor], hessian: Hessian, options: Options, cancel: CancelToken) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import CancelToken, Receipt, Step, until_receipt
-from lowmem.machine.bandwidth import Unmeasured
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.rates import Unmeasured
 from lowmem.measure.compare import workspace
 from lowmem.messages import msg
 from lowmem.models.describe import MANIFEST

@@ -49,7 +49,6 @@ class Awq(base.Method):
     name = "awq"
     label = "AWQ"
     description = msg("Protects the most active channels, 4-bit only; needs calibration text, takes minutes.")
-    speed = 7.7e10
     calibrated = True
     matrices = 2  # the Hessian, and its product with the weights
     Options = AwqOptions
@@ -61,6 +60,9 @@ class Awq(base.Method):
 
         assert hessian is not None, "a calibrated method needs a Hessian"
         return [quantize_clipped(weight, hessian, options, options.clip, cancel) for weight in weights]
+
+    def products(self, options: AwqOptions) -> float:  # noqa: ARG002
+        return 2.0  # for the error of the result
 
     def layer_tensors(self, weight: Quantized, options: AwqOptions) -> dict[str, Tensor]:  # noqa: ARG002
         from lowmem.kernels.packing import to_awq

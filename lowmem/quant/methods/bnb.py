@@ -69,7 +69,6 @@ class BitsAndBytes(base.Method):
     name = "bnb"
     label = "bitsandbytes"
     description = msg("NF4, FP4 or LLM.int8; made for GPUs, takes seconds.")
-    speed = 8.4e6
     config_file = False
     presets = ()  # the precisions nf4 and bnb8 are the same
     Options = BnbOptions

@@ -53,16 +53,11 @@ class GptqOptions(base.Options):
         aliases=("balance",),
     )
 
-    @property
-    def solver_passes(self) -> int:
-        return 1 + self.sweeps
-
 
 class Gptq(GptqFormat):
     name = "gptq"
     label = "GPTQ"
     description = msg("Best quality; needs calibration text, takes minutes.")
-    speed = 8.1e10
     calibrated = True
     matrices = 2  # the Hessian, and the Cholesky factor of its inverse
     presets = ("gptq:4:64", "gptq:3:64", "gptq:8:64")
@@ -86,6 +81,10 @@ class Gptq(GptqFormat):
             sweeps=options.sweeps,
             cancel=cancel,
         )
+
+    def products(self, options: GptqOptions) -> float:
+        # Corrections of later columns are half a product, errors two; a sweep starts with a gradient and corrects it twice.
+        return 2.5 + 3 * options.sweeps
 
     def config(self, options: GptqOptions) -> dict[str, Any]:
         act_order = options.order == "activation"

@@ -126,7 +126,7 @@ def _factorize(hessian: Tensor, dampening: float, cancel: CancelToken) -> tuple[
     floor = FLOOR * float(diagonal.mean()) or 1.0
     while True:
         hessian.diagonal().copy_(diagonal * (1 + dampening) + floor)
-        factor = stoppable(lambda: _inverse_factor(hessian), cancel)
+        factor = stoppable(lambda: inverse_factor(hessian), cancel)
         if factor is not None or dampening > _MOST_DAMPENING:
             break
         dampening = max(2 * dampening, 0.01)
@@ -136,7 +136,8 @@ def _factorize(hessian: Tensor, dampening: float, cancel: CancelToken) -> tuple[
     return hessian.diagonal() - diagonal, factor
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
+def inverse_factor(hessian: Tensor) -> Tensor | None:
+    """The upper triangular U with U^T U = hessian^-1; None unless it is positive definite in fp32."""
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         return None

@@ -34,7 +34,6 @@ class HalfQuadratic(GptqFormat):
     name = "hqq"
     label = "HQQ"
     description = msg("Better than round to nearest; no calibration, takes seconds.")
-    speed = 9.2e6
     Options = base.Options
 
     def quantize(

@@ -43,7 +43,6 @@ class Int8Dynamic(base.Method):
     name = "int8_dynamic"
     label = msg("Dynamic int8")
     description = msg("8-bit, fast on CPUs; no calibration, takes seconds.")
-    speed = 1.3e7
     config_file = False
     presets = ()  # the precision int8 is the same
     Options = Int8Options

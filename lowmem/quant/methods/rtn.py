@@ -32,7 +32,6 @@ class RoundToNearest(GptqFormat):
     name = "rtn"
     label = msg("Round to nearest")
     description = msg("Simplest; no calibration, takes seconds.")
-    speed = 1.2e7
     Options = RtnOptions
 
     def quantize(

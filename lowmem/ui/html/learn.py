@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from lowmem.events import Receipt
-from lowmem.machine.bandwidth import Unmeasured, ram_bandwidth
+from lowmem.machine.bandwidth import ram_bandwidth
+from lowmem.machine.rates import Unmeasured
 from lowmem.messages import Message, msg
 from lowmem.planning import exported
+from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.placement import stored_block_bytes
 from lowmem.planning.plan import Plan
@@ -17,7 +20,7 @@ from lowmem.quant.request import QuantizeRequest
 from lowmem.ui.html import parts
 from lowmem.ui.html.lessons import LESSONS, MODULE, Lesson, Typical
 from lowmem.ui.language import escape
-from lowmem.units import format_bytes
+from lowmem.units import format_bytes, format_time_range
 
 Facts = list[tuple[str, str]]
 Bars = list[tuple[str, int]]
@@ -171,11 +174,11 @@ def _export(plan: Plan, _last: Receipt | None) -> tuple[Facts, Bars]:
     if not _precisions(plan, GRAPHS) or exported.refusal(spec):
         return [(msg("Blocks"), f"{spec.layers}")], []
     bars = [(key, exported.disk_bytes(spec, key, GRAPH_GROUP)) for key in GRAPHS]
-    seconds = exported.writing_seconds(spec)
-    return [
-        (msg("Time to write it in int8, about"), Message("{seconds:.0f} s", seconds=seconds)),
-        (msg("KV cache per token"), format_bytes(exported.kv_bytes(spec, 1, 1))),
-    ], bars
+    facts = [(msg("KV cache per token"), format_bytes(exported.kv_bytes(spec, 1, 1)))]
+    with suppress(Unmeasured):
+        seconds = exported.writing_seconds(spec, ExportOptions())
+        facts.insert(0, (msg("Time to write it in int8"), format_time_range(seconds)))
+    return facts, bars
 
 
 _OWN: dict[str, Callable[[Plan, Receipt | None], tuple[Facts, Bars]]] = {

@@ -11,7 +11,7 @@ from lowmem.events import Receipt
 from lowmem.messages import Message, msg
 from lowmem.ui.language import escape
 from lowmem.ui.names import name
-from lowmem.units import format_bytes, format_seconds
+from lowmem.units import format_bytes, format_seconds, format_time_range
 
 Pairs = Iterable[tuple[str, str]]
 
@@ -153,8 +153,9 @@ def notes(lines: Sequence[str]) -> str:
 
 
 def estimate(expected: Any, items: Pairs, note: str) -> str:
-    """The card of an estimate with a `verdict`, a `sentence()` and `seconds`; `note` is HTML below."""
-    timed = [*items, (msg("Time"), msg("about {time}", time=rounded(expected.seconds)))]
+    """The card of an estimate with a `verdict`, a `sentence()` and `seconds` or None; `note` is HTML below."""
+    time = msg("not measured yet") if expected.seconds is None else format_time_range(expected.seconds)
+    timed = [*items, (msg("Time"), time)]
     return (
         f'<section class="lm-estimate" data-verdict="{expected.verdict}">'
         f'<div class="lm-head"><h2>{escape(msg("Predicted"))}</h2>{pill(expected.verdict)}</div>{pairs(timed)}'
@@ -162,30 +163,24 @@ def estimate(expected: Any, items: Pairs, note: str) -> str:
     )
 
 
-def rounded(seconds: float) -> str:
-    """An estimated time, to one or two digits."""
-    if seconds < 60:
-        return Message("{seconds:.0f} s", seconds=max(1, round(seconds)) if seconds < 20 else round(seconds, -1))
-    return f"{round(seconds / 60)} min" if seconds < 5400 else Message("{seconds:.1f} h", seconds=seconds / 3600)
-
-
 def made(receipt: Receipt, body: str, more: str = "") -> str:
     """The receipt of a result in a folder: `body`, predicted and measured sizes, notes, `more`, files."""
     folder = Path(receipt.details["folder"])
     size = against(msg("Size on disk"), receipt.details["predicted_bytes"], receipt.disk_bytes)
-    took = small(
-        Message(
-            "{label} {seconds} · {folder}",
-            label=msg("Time"),
-            seconds=format_seconds(receipt.seconds),
-            folder=folder.name,
-        )
-    )
+    took = small(Message("{label} {time} · {folder}", label=msg("Time"), time=taken(receipt), folder=folder.name))
     bars = size + peaks(receipt, lambda _: msg("Peak RAM"))
     return (
         f'<section class="lm-made"><h2>{escape(msg("Result"))}</h2>{body}{bars}{took}'
         f"{notes(receipt.notes)}{more}{files(folder)}</section>"
     )
+
+
+def taken(receipt: Receipt) -> str:
+    """The time of an action, with the predicted one if there was one."""
+    seconds = format_seconds(receipt.seconds)
+    if not receipt.predicted_seconds:
+        return seconds
+    return msg("{seconds}, predicted {range}", seconds=seconds, range=format_time_range(receipt.predicted_seconds))
 
 
 def link(path: Path, label: str) -> str:

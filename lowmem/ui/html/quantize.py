@@ -27,7 +27,7 @@ def card(expected: Estimate) -> str:
         (msg("Bits per quantized weight"), Message("{bits:.2f}", bits=expected.bits_per_quantized_weight)),
         (msg("Peak RAM"), format_bytes(expected.ram_bytes)),
     ]
-    return parts.estimate(expected, facts, parts.small(msg("Time estimate {why}.", why=expected.timing)))
+    return parts.estimate(expected, facts, "")
 
 
 def receipt(one: Receipt) -> str:

@@ -20,13 +20,19 @@ class EstimateView:
 
     Args:
         outputs: where the estimate is shown, the button, and where a problem is shown.
+        measure: measures what the estimate lacks of this machine, which takes some seconds; None where nothing is measured.
 
     Attributes:
         changes: one event for each control, to chain on.
     """
 
     def __init__(
-        self, context: Context, controls: list[Any], outputs: tuple[gr.HTML, gr.Button, gr.HTML], estimate: Estimated
+        self,
+        context: Context,
+        controls: list[Any],
+        outputs: tuple[gr.HTML, gr.Button, gr.HTML],
+        estimate: Estimated,
+        measure: Callable[..., None] | None = None,
     ) -> None:
         self.controls, self.outputs, self._estimate = controls, list(outputs), estimate
         self.changes = [
@@ -34,6 +40,10 @@ class EstimateView:
             for control in controls
         ]
         context.when_opened(self.update, controls, self.outputs, **QUICK)
+        if measure:
+            opened = [context.tab.select(self.update, controls, self.outputs, **QUICK)] if context.tab else []
+            for event in (*self.changes, *opened):
+                self.after(event.then(measure, controls, None, **QUICK))
 
     def after(self, event: Any) -> Any:
         """Update after `event`; returns the last event, to chain on."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.errors import BadInput
-from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
+from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step, drain
 from lowmem.fields import option
 from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
@@ -64,7 +64,7 @@ class Engine:
         self.access = access or Access()
         self._make_session = session or _real_session
         self._session: Session | None = None
-        self._lock = threading.Lock()
+        self._lock, self._measuring = threading.Lock(), threading.Lock()
         self._hardware: tuple[float, Hardware] | None = None
         self._specs: dict[tuple[str, bool], ModelSpec] = {}
         self._noted: tuple[Receipt, Receipt | None] | None = None
@@ -81,6 +81,14 @@ class Engine:
         if self._hardware is None or now - self._hardware[0] > HARDWARE_SECONDS:
             self._hardware = (now, self.session.hardware())
         return self._hardware[1]
+
+    def measure(self, measuring: Generator[Step, None, object]) -> None:
+        """Run what measures this machine for an estimate: only for the page's owner, one at a time, and not while the model
+        computes, since each would slow the other down.
+        """
+        with self._measuring:
+            if self.access.owned and not self.busy:
+                drain(measuring)
 
     def snapshot(self) -> Snapshot:
         from lowmem.machine.monitor import snapshot

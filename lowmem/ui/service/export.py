@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export.request import ExportEstimate, ExportRequest, estimate
-from lowmem.export.run import benchmark, export_isolated, output_folder
+from lowmem.export.run import benchmark, export_isolated, measured, output_folder
 from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import MemoryBudget
 from lowmem.planning.graph_options import ExportOptions
@@ -25,6 +25,11 @@ class ExportService:
         """Size, memory and time of an export; writes nothing."""
         spec = self.engine.spec(model, encoders=True)
         return estimate(spec, options, runtime_bytes(), self.engine.child_budget(budget).limit("ram"))
+
+    def measure(self, model: str, options: ExportOptions) -> None:
+        """Measure in a child process what the estimated time lacks; takes some seconds."""
+        out = output_folder(self.engine.spec(model, encoders=True).name, options)
+        self.engine.measure(measured(ExportRequest(model, out, options)))
 
     def export(
         self, model: str, options: ExportOptions, budget: MemoryBudget, cancel: CancelToken

@@ -12,9 +12,9 @@ from lowmem.errors import BadInput, Cancelled, LowMemError
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step
 from lowmem.fields import option
 from lowmem.generate.options import GenerateOptions
-from lowmem.machine.bandwidth import Unmeasured
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.rates import Unmeasured
 from lowmem.messages import Message, msg
 from lowmem.models.source import local_folder
 from lowmem.models.spec import ModelSpec

@@ -14,9 +14,9 @@ from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.messages import msg
 from lowmem.quant import DEFAULT, usable
-from lowmem.quant.estimate import Estimate, check_model, estimate_quantization, record_speed
+from lowmem.quant.estimate import Estimate, check_model, estimate_quantization
 from lowmem.quant.request import QuantizeRequest, output_folder
-from lowmem.quant.run import quantize_isolated
+from lowmem.quant.run import known_seconds, measured, quantize_isolated
 from lowmem.ui.service.engine import Engine
 from lowmem.ui.service.results import unused
 
@@ -77,7 +77,11 @@ class QuantizeService:
         spec = self.engine.spec(request.model)
         check_model(spec, request.options.group_size)
         # The work runs in a new process, which holds less than this one.
-        return estimate_quantization(spec, request, runtime_bytes())
+        return estimate_quantization(spec, request, runtime_bytes(), known_seconds(spec, request))
+
+    def measure(self, request: QuantizeRequest) -> None:
+        """Measure in a child process what the estimated time lacks; takes some seconds."""
+        self.engine.measure(measured(request))
 
     def output(self, request: QuantizeRequest) -> Path:
         """A new folder for the result, below `settings().outputs`."""
@@ -89,8 +93,6 @@ class QuantizeService:
         for event in self.engine.noted(quantize_isolated(request, cancel)):
             if isinstance(event, Receipt):
                 event.details["folder"] = str(request.out)
-                if not event.details["resumed_blocks"]:
-                    record_speed(self.engine.spec(request.model), request, event.seconds)
             yield event
 
     def overlap(self, calibration: str) -> str:

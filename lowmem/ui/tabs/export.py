@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -112,7 +113,7 @@ class ExportTab:
 
     def _wire(self, context: Context) -> None:
         outputs = (self.card, self.runner.button, self.problem)
-        self.estimate = EstimateView(context, self.controls, outputs, self._estimate)
+        self.estimate = EstimateView(context, self.controls, outputs, self._estimate, self._measure)
         self.precision.change(lambda key: gr.Dropdown(visible=key == "int4"), self.precision, self.group, **QUICK)
         self.runner.wire(self.controls, [self.result, self.table, self.receipt, self.plot, self.load], self._start)
         self.benchmark.wire([self.receipt, *self.sidebar.limits], [self.plot], self._start_benchmark)
@@ -133,6 +134,11 @@ class ExportTab:
         expected = self.service.estimate(*request)
         card = export_render.card(expected, self.engine.spec(request[0], encoders=True).size_on_disk)
         return card, expected.verdict == "over", ""
+
+    def _measure(self, *values: Any) -> None:
+        with suppress(Exception):  # `_estimate` shows the error
+            model, options, _ = self._request(values)
+            self.service.measure(model, options)
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         request = self._request(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -58,7 +59,7 @@ class QuantizeTab:
         form = self.form
         form.wire()
         outputs = (self.card, self.runner.button, self.problem)
-        self.estimate = EstimateView(context, form.controls, outputs, self._estimate)
+        self.estimate = EstimateView(context, form.controls, outputs, self._estimate, self._measure)
         ran = self.runner.wire(form.controls, [self.result, self.table, self.receipt], self._start)
         ran.then(lambda: gr.Dropdown(originals(self.engine)), None, form.model, **QUICK)
         self.estimate.after(ran)
@@ -67,6 +68,10 @@ class QuantizeTab:
     def _estimate(self, *values: Any) -> tuple[str, bool, str]:
         expected = self.service.estimate(self.form.request(values))
         return render_quantize.card(expected), expected.verdict == "over", ""
+
+    def _measure(self, *values: Any) -> None:
+        with suppress(Exception):  # `_estimate` shows the error
+            self.service.measure(self.form.request(values))
 
     def _start(self, token: CancelToken, *values: Any) -> tuple[Iterator[Any], View]:
         def show(made: Receipt) -> list[Any]:

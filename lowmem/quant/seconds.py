@@ -1,0 +1,115 @@
+"""The estimated time of quantizing: work counted from the tensors' shapes, at rates that were measured with that work.
+
+Without calibration every weight takes equally long, as long as in a small model. With it, every block runs the calibration text once, and then the
+layers of each stage (those that share an input) are solved. The solver works column by column, so a strip of a few columns
+but with all rows of the layers gives the time of all columns; what grows with the square of the columns, matrix products
+with the Hessian, and with their cube, its factors, is counted in addition. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowmem.machine import rates
+from lowmem.machine.rates import Again, saved_rate
+from lowmem.models import blocks
+from lowmem.models.spec import ModelSpec
+from lowmem.planning.model_bytes import is_linear, linear_shape
+from lowmem.planning.placement import block_index
+from lowmem.quant.base import RATIOS, SAMPLED_ROWS
+from lowmem.quant.request import QuantizeRequest
+
+STRIP = 512
+"""Columns of a measured stage, or as many whole groups."""
+
+STRIP_ROWS = 2048
+"""Most rows of a measured layer; from there on time is proportional to them."""
+
+FACTOR_COLUMNS = 2048
+"""Most columns of a measured factorization."""
+
+BRANCH_RUNS = 3
+"""How often the last layer of attention runs in addition, on stored inputs, see `block_run`."""
+
+Stage = tuple[int, tuple[int, ...]]
+"""Columns, and the rows of each layer."""
+
+
+def quantize_seconds(spec: ModelSpec, request: QuantizeRequest, device: str = "cpu", again: Again = None) -> float:
+    """Seconds that quantizing `spec` takes on `device`.
+
+    Raises:
+        Unmeasured: see `rates.Again`.
+    """
+    method, options = request.method, request.options
+    if not method.calibrated:
+        work = f"quantizing with {method.name} {options} on {device}"
+        seconds = spec.parameters / saved_rate(work, again, lambda: _probes().plain_rate(request))
+    else:
+        block = _calibrating(spec, request, device, again)
+        solving = (_solving(stage, request, device, again) for stage in _stages(spec))
+        seconds = spec.layers * (block + sum(solving))
+    return seconds * rates.correction(action(request))
+
+
+def action(request: QuantizeRequest) -> str:
+    """What is corrected by earlier runs."""
+    return f"quantize {request.method.name}"
+
+
+def _stages(spec: ModelSpec) -> list[Stage]:
+    """The stages of the first block."""
+    first = [tensor for tensor in spec.tensors if is_linear(tensor) and block_index(tensor.name) == 0]
+    found = []
+    for stage in blocks.stages(spec.model_type):
+        names = tuple(f".{name}.weight" for name in stage.linears)
+        shapes = [linear_shape(spec, tensor) for tensor in first if tensor.name.endswith(names)]
+        if shapes:
+            found.append((shapes[0][1], tuple(rows for rows, _ in shapes)))
+    return found
+
+
+def _calibrating(spec: ModelSpec, request: QuantizeRequest, device: str, again: Again) -> float:
+    """Seconds to run the calibration text through a block, and to collect the Hessians of its inputs."""
+    stages = _stages(spec)
+    weights = sum(columns * sum(rows) for columns, rows in stages)
+    length, samples = request.calibration.length, request.calibration.samples
+    shape = (spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim)
+    work = f"{length} tokens through a block of {' x '.join(map(str, shape))} on {device}"
+    per_second = saved_rate(work, again, lambda: _probes().block_rate(*shape, length, device))
+    again_multiplied = BRANCH_RUNS * spec.hidden * spec.heads * spec.head_dim
+    hessians = sum(columns**2 for columns, _ in stages)  # half of a symmetric matrix, at two operations each
+    products = length * (2 * again_multiplied + hessians) / _product_rate(device, again)
+    return samples * (weights / per_second + products)
+
+
+def _solving(stage: Stage, request: QuantizeRequest, device: str, again: Again) -> float:
+    """Seconds to solve for the layers of a stage."""
+    method, options = request.method, request.options
+    columns, rows = stage
+    width = min(columns, -(-STRIP // options.group_size) * options.group_size if options.group_size > 0 else STRIP)
+    share = min(1.0, STRIP_ROWS / max(rows))
+    strip = tuple(max(1, round(count * share)) for count in rows)
+    work = f"{method.name} {options} of {' + '.join(map(str, strip))} rows on {device}"
+    per_second = saved_rate(work, again, lambda: _probes().strip_rate(method, options, strip, width, device))
+    seconds = columns / per_second / share
+    multiplied = method.products(options) * sum(rows)
+    if options.scale_channels:
+        multiplied += (1 + RATIOS) * min(SAMPLED_ROWS, sum(rows))
+    products = 2 * multiplied * (columns**2 - columns * width)
+    factored = min(columns, FACTOR_COLUMNS)
+    factors = saved_rate(
+        f"factorizing {factored} columns on {device}", again, lambda: _probes().factor_rate(factored, device)
+    )
+    return seconds + products / _product_rate(device, again) + columns**3 / factors
+
+
+def _product_rate(device: str, again: Again) -> float:
+    """Floating-point operations per second of matrix products in fp32."""
+    return saved_rate(f"matrix products on {device}", again, lambda: _probes().product_rate(device))
+
+
+def _probes() -> Any:
+    from lowmem.quant import probes  # imports torch
+
+    return probes
