@@ -28,7 +28,9 @@ JOBS = {
 
 
 def find(name: str) -> Callable[..., JobEvents]:
-    """The generator function of a job: a name of `JOBS`, or "package.module:function"."""
+    """The generator function of a job: a name of `JOBS`, with torch imported, or "package.module:function"."""
+    if name in JOBS:
+        import_module("torch")
     module, _, function = JOBS.get(name, name).partition(":")
     found: Callable[..., JobEvents] = getattr(import_module(module), function)
     return found

@@ -143,7 +143,6 @@ def serve(find: Callable[[str], Callable[..., JobEvents]]) -> None:
     die_with_parent()
     offer_to_be_killed_first()
     budget = MemoryBudget(**request["budget"])
-    cap_memory(budget)
     # The outermost meter: it keeps the peaks that inner meters reset.
     with PeakMeter(budget) as meter:
         answer = _run(find, request, meter, budget, say)
@@ -164,7 +163,9 @@ def _run(
     if threads := arguments.pop("threads", 0):
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch, not imported yet, reads this when it is
     try:
-        running = WithResult(find(request["job"])(**arguments))
+        job = find(request["job"])
+        cap_memory(budget)  # not before: what the libraries map for later, 32 MB a core, is a reserve
+        running = WithResult(job(**arguments))
         meter.check()
         for step in running:
             say({"step": [step.done, step.total, step.note, step.unit]})

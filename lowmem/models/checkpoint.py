@@ -111,6 +111,7 @@ class Checkpoint:
             chunk = torch.empty(part.shape, dtype=stored)
             self._fill(entry, start * row_bytes, chunk)
             part.copy_(chunk)
+            del chunk  # before the next one is mapped
         return out
 
     def _fill(self, entry: Entry, skip: int, tensor: torch.Tensor) -> None:

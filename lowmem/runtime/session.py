@@ -379,8 +379,6 @@ class Session:
         from lowmem.models.source import resolve_folder
 
         notes: list[str] = []
-        if self._capped:
-            cap_memory(UNLIMITED if force else plan.budget)
         while True:
             folder = yield from fetch(plan.spec, cancel)
             plan = replace(plan, spec=replace(plan.spec, source=resolve_folder(folder, plan.spec.ref)))
@@ -427,6 +425,8 @@ class Session:
         stoppable(_start_torch, cancel)
         from lowmem.runtime import loader
 
+        if self._capped:  # not before: what the libraries map for later, 32 MB a core, is a reserve
+            cap_memory(UNLIMITED if force else plan.budget)
         if plan.place.kind == "cuda":
             cap_gpu_memory(UNLIMITED if force else plan.budget)
         if plan.backend == "onnx":
