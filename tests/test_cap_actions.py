@@ -45,12 +45,12 @@ def last(events: Iterator[Any]) -> Receipt:
 
 def loaded(model: str) -> WorkerSession:
     session = WorkerSession()
-    last(session.load(session.plan_for(model, Goal(context=1024, precision="int8"))))
+    last(session.load(session.plan_for(model, Goal(context=512, precision="int8"))))
     return session
 
 
 def generate(session: WorkerSession, _: Path) -> Iterator[Any]:
-    return session.generate(TEXT * 20, GREEDY, raw=True)
+    return session.generate(TEXT * 8, GREEDY, raw=True)
 
 
 def batch(session: WorkerSession, _: Path) -> Iterator[Any]:
@@ -58,11 +58,13 @@ def batch(session: WorkerSession, _: Path) -> Iterator[Any]:
 
 
 def hidden(session: WorkerSession, folder: Path) -> Iterator[Any]:
-    return session.run(actions.hidden_states, TEXT * 60, 256, 128, folder / "hidden.npy")
+    return session.run(actions.hidden_states, TEXT * 60, 128, 64, folder / "hidden.npy")
 
 
 def quantize(model: str, folder: Path, budget: MemoryBudget) -> Iterator[Any]:
-    return quantize_isolated(QuantizeRequest.validated(model, "rtn", out=folder / "quantized", budget=budget))
+    return quantize_isolated(
+        QuantizeRequest.validated(model, "rtn", {"group_size": 32}, out=folder / "quantized", budget=budget)
+    )
 
 
 def export(model: str, folder: Path, budget: MemoryBudget) -> Iterator[Any]:
@@ -76,7 +78,7 @@ def check(receipt: Receipt, budget: int) -> None:
 
 def test_a_model_loads(model):
     session = WorkerSession()
-    plan = session.plan_for(model, Goal(context=1024, precision="int8"))
+    plan = session.plan_for(model, Goal(context=512, precision="int8"))
     budget = int(ROOM * plan.main.peak)
     try:
         receipt = last(session.load(replace(plan, budget=MemoryBudget(budget))))
