@@ -2,7 +2,7 @@
 
     python -m tests.families [TYPE ...] [--actions greedy,batch] [--jobs 2] [--fresh]
 
-Finished cells are in build/families.json: a stopped run goes on, and cells that other code has run are run again.
+Finished cells are in build/families: a stopped run goes on, and cells that other code has run are run again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 from families import matrix, runner, zoo  # noqa: E402
 
-RESULTS = ROOT / "build" / "families.json"
+RESULTS = ROOT / "build" / "families"
 DOCUMENT = ROOT / "docs" / "families.md"
 
 
@@ -39,6 +39,12 @@ def fingerprint() -> str:
     own = [ROOT / "tests" / "families" / name for name in ("check.py", "zoo.py")]
     files = sorted((ROOT / "lowmem").rglob("*.py")) + own
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _row(kind: str) -> dict[str, dict[str, str]]:
+    """Cells of one type so far: action -> {"cell": outcome, "code": fingerprint}."""
+    file = RESULTS / f"{kind}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def main() -> None:
@@ -53,18 +59,17 @@ def main() -> None:
         parser.error(f"no such type or action: {', '.join(unknown)}")
 
     code = fingerprint()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
 
     def fill(kind: str) -> None:
-        row = results.get(kind, {})
+        row = _row(kind)
         todo = [name for name in actions if arguments.fresh or row.get(name, {}).get("code") != code]
         started = time.perf_counter()
         found = runner.run(kind, todo) if todo else {}
-        results[kind] = {**row, **{name: {"cell": cell, "code": code} for name, cell in found.items()}}
-        RESULTS.parent.mkdir(exist_ok=True)
-        temporary = RESULTS.with_suffix(f".{kind}")
-        temporary.write_text(json.dumps(results, indent=1, sort_keys=True))
-        temporary.replace(RESULTS)
+        row = {**_row(kind), **{name: {"cell": cell, "code": code} for name, cell in found.items()}}
+        temporary = RESULTS / f"{kind}.{os.getpid()}"
+        temporary.write_text(json.dumps(row, indent=1))
+        temporary.replace(RESULTS / f"{kind}.json")
         good = sum(cell == "ok" for cell in found.values())
         print(f"{kind}: {good} of {len(found)} ok, {time.perf_counter() - started:.0f} s", flush=True)
         if arguments.types:
@@ -73,8 +78,8 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(fill, types))
-    cells = {kind: {name: cell["cell"] for name, cell in row.items()} for kind, row in results.items()}
-    cells = {kind: row for kind, row in cells.items() if kind in zoo.TYPES}
+    rows = {kind: _row(kind) for kind in zoo.TYPES}
+    cells = {kind: {name: cell["cell"] for name, cell in row.items()} for kind, row in rows.items() if row}
     DOCUMENT.write_text(matrix.document(cells, zoo.EXCLUDED), encoding="utf-8")
     print(matrix.summary(cells))
 
