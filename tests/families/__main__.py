@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    LOWMEM_HOME=str(ROOT / "build" / "home"),  # with what is measured once per machine
     OMP_NUM_THREADS="1",
     PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",  # of the processes that the toys run in
     TOKENIZERS_PARALLELISM="false",

@@ -13,7 +13,7 @@ import toys
 import transformers
 
 import lowmem
-from families import zoo
+from families import matrix, zoo
 from lowmem.errors import CorruptModel, first_line
 from lowmem.generate.cache.block import DequantizeBuffers
 from lowmem.kernels import layouts
@@ -43,6 +43,10 @@ class Wrong(Exception):
     """A result differs from what it has to be."""
 
 
+class Incomparable(Exception):
+    """Transformers itself has no answers to compare with."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What transformers makes of the three prompts: texts of `NEW_TOKENS` tokens and, per prompt, logits [tokens, vocabulary]."""
@@ -53,7 +57,10 @@ class Reference:
 
 
 class Case:
-    """A toy's folder, transformers' answers and a session that holds the toy in fp32."""
+    """A toy's folder, transformers' answers and a session that holds the toy in fp32.
+
+    Actions ask for the session first: a refusal needs no answers, which take the most time.
+    """
 
     def __init__(self, kind: str, root: Path) -> None:
         self.kind, self.root = kind, root
@@ -61,10 +68,13 @@ class Case:
 
     @functools.cached_property
     def reference(self) -> Reference:
-        model = zoo.reference(self.kind, self.folder)
-        prompts, texts = zip(*(_clearest(model, length) for length in LENGTHS), strict=True)
-        with torch.inference_mode():
-            logits = [model(input_ids=_ids(prompt)).logits[0] for prompt in prompts]
+        try:
+            model = zoo.reference(self.kind, self.folder)
+            prompts, texts = zip(*(_clearest(model, length) for length in LENGTHS), strict=True)
+            with torch.inference_mode():
+                logits = [model(input_ids=_ids(prompt)).logits[0] for prompt in prompts]
+        except Exception as error:
+            raise Incomparable(f"{type(error).__name__}: {first_line(error)}") from error
         return Reference(list(prompts), list(texts), logits)
 
     @functools.cached_property
@@ -223,14 +233,15 @@ def plan(case: Case) -> None:
 
 def greedy(case: Case) -> None:
     """Every prompt alone is continued as transformers continues it."""
-    equal([answer(case.session, prompt) for prompt in case.reference.prompts], case.reference.texts, "transformers'")
+    session = case.session
+    equal([answer(session, prompt) for prompt in case.reference.prompts], case.reference.texts, "transformers'")
 
 
 def batch(case: Case) -> None:
     """Prompts of three lengths at once are answered as alone."""
-    prompts = case.reference.prompts
-    alone = [answer(case.session, prompt) for prompt in prompts]
-    events = case.session.batch(prompts, GREEDY, raw=True, batch_size=len(prompts))
+    session, prompts = case.session, case.reference.prompts
+    alone = [answer(session, prompt) for prompt in prompts]
+    events = session.batch(prompts, GREEDY, raw=True, batch_size=len(prompts))
     together = {event.index: event.text for event in events if isinstance(event, lowmem.Completion)}
     equal([together[number] for number in range(len(prompts))], alone, "the prompt alone")
 
@@ -272,8 +283,8 @@ def awq(case: Case) -> None:
 
 def offload(case: Case) -> None:
     """With all blocks read from disk for every token, texts are those of the resident model."""
-    prompt = case.reference.prompts[0]
-    expected = answer(case.session, prompt)
+    resident, prompt = case.session, case.reference.prompts[0]
+    expected = answer(resident, prompt)
     session = lowmem.Session()
     layers = lowmem.read_spec(str(case.folder)).layers
     placed = plan_for(
@@ -286,23 +297,21 @@ def offload(case: Case) -> None:
 
 def window(case: Case) -> None:
     """A window that holds everything changes nothing; a narrow one does not depend on how the prompt is cut."""
-    prompt = case.reference.prompts[1]
-    expected = answer(case.session, prompt)
-    equal([answer(case.session, prompt, replace(GREEDY, window=128))], [expected], "the text without a window")
+    session, prompt = case.session, case.reference.prompts[1]
+    expected = answer(session, prompt)
+    equal([answer(session, prompt, replace(GREEDY, window=128))], [expected], "the text without a window")
     narrow = replace(GREEDY, window=32, sinks=4, max_new_tokens=60, unbounded=True)
-    whole = answer(case.session, prompt, narrow)
-    equal([answer(case.session, prompt, replace(narrow, prefill_chunk=16))], [whole], "the prompt in one piece")
+    whole = answer(session, prompt, narrow)
+    equal([answer(session, prompt, replace(narrow, prefill_chunk=16))], [whole], "the prompt in one piece")
 
 
 def packed(case: Case) -> None:
     """A cache in int8 holds its predicted bytes and begins the text as the exact cache does."""
-    prompt = case.reference.prompts[1] * 4
+    session, prompt = case.session, case.reference.prompts[1] * 4
     options = replace(GREEDY, cache_type="int8")
     tokens = len(prompt)
-    same_bytes(
-        case.session.estimate(tokens, options).main.share("kv"), cache_bytes(case.session, prompt, options), "cache"
-    )
-    exact, ours = (answer(case.session, prompt, replace(kind, max_new_tokens=4)) for kind in (GREEDY, options))
+    same_bytes(session.estimate(tokens, options).main.share("kv"), cache_bytes(session, prompt, options), "cache")
+    exact, ours = (answer(session, prompt, replace(kind, max_new_tokens=4)) for kind in (GREEDY, options))
     equal([ours], [exact], "the exact cache's")
 
 
@@ -326,6 +335,8 @@ def outcome(case: Case, action: str) -> str:
     bandwidth.SECONDS = bandwidth.PROBE_SECONDS = 0.01  # speeds are not what is tested
     try:
         ACTIONS[action](case)
+    except Incomparable as error:
+        return matrix.CANNOT + str(error)
     except CorruptModel as error:
         return f"WRONG: called corrupt: {error}"
     except lowmem.LowMemError as error:
