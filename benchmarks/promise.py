@@ -1,4 +1,4 @@
-"""The promise: peak memory predicted before an action, the budget it was given, and the peak that was measured.
+"""The promise: peak memory and time predicted before an action, the budget it was given, and what was measured.
 
     python -m benchmarks.promise [--quick]
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.common import SEVEN, demo_folder, english, lowmem, save, table, text_of
 from lowmem.models.synthetic import write_random_gptq, write_random_model
-from lowmem.units import format_bytes
+from lowmem.units import format_bytes, format_seconds, format_time_range
 
 NEW_TOKENS = 32
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,6 +36,7 @@ def main() -> None:
             receipt = lowmem(*arguments, "--ram", budget)
             predicted, measured = receipt["predicted"]["ram"], receipt["measured"]["ram"]
             row = {"action": action, "model": model, "budget": budget, "predicted": predicted, "measured": measured}
+            row |= {"predicted_seconds": receipt["predicted_seconds"], "seconds": receipt["seconds"]}
             rows.append(row)
             print(table([shown(row)]).splitlines()[-1], flush=True)
             if not quick:  # a run that is ended early keeps its rows
@@ -108,6 +109,14 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "predicted": format_bytes(row["predicted"]),
         "measured": format_bytes(row["measured"]),
         "error": f"{error(row):+.1%}",
+    } | (times(row) if "seconds" in row else {})
+
+
+def times(row: dict[str, Any]) -> dict[str, str]:
+    predicted = row["predicted_seconds"]
+    return {
+        "predicted time": format_time_range(predicted) if predicted else "-",
+        "time": format_seconds(row["seconds"]),
     }
 
 

@@ -36,11 +36,17 @@ def offload_receipt(
             "bytes_read": read,
             **_predicted(speed),
         },
+        predicted_seconds=speed.seconds_per_token * _passes(receipt) if speed else 0.0,
         notes=receipt.notes if speed else (*receipt.notes, UNPREDICTED),
         # The peak includes loading.
         measured={m: max(count, loading.get(m, 0)) for m, count in receipt.measured.items()},
         snippet=snippet,
     )
+
+
+def _passes(receipt: Receipt) -> float:
+    """Passes over the weights: the prompt's, and one for each token after the first of a sequence."""
+    return receipt.new_tokens / max(1, int(receipt.details.get("completions") or len(receipt.details["finish"])))
 
 
 UNPREDICTED = msg("The time per token was not predicted, because this machine's disk is too slow to measure.")
