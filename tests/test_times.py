@@ -83,7 +83,7 @@ class Rates:
     strip_rate = staticmethod(lambda *_: 1e3)
     factor_rate = staticmethod(lambda *_: 1e10)
     product_rate = staticmethod(lambda *_: 1e11)
-    block_rate = staticmethod(lambda *_: 1e9)
+    calibration_rate = staticmethod(lambda *_: 1e9)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from lowmem.events import CancelToken, drain, until_receipt
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.rates import rate
+from lowmem.models.blocks import block_layout
 from lowmem.models.synthetic import write_random_model
+from lowmem.quant.activations import Activations
 from lowmem.quant.base import Method
+from lowmem.quant.block_run import BlockRun
 from lowmem.quant.hessian import Hessian
 from lowmem.quant.pipeline import quantize_folder
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.scaling import channel_scales
+from lowmem.quant.skeleton import Call
 from lowmem.settings import settings
 
 PLAIN_MODEL: dict[str, Any] = {"layers": 4, "hidden": 1024, "intermediate": 4096, "heads": 16, "vocab": 8192}
@@ -30,6 +35,9 @@ PLAIN_MODEL: dict[str, Any] = {"layers": 4, "hidden": 1024, "intermediate": 4096
 TOKENS = 1024
 """For a Hessian; how many does not matter."""
 
+SAMPLES = 2
+"""Samples of the calibration text that pass through a block."""
+
 PRODUCT = 2048
 RANK = 128
 """Shape of a matrix product: a [PRODUCT, PRODUCT] matrix is corrected for RANK columns at a time, as solvers do."""
@@ -37,12 +45,10 @@ RANK = 128
 
 def plain_rate(request: QuantizeRequest) -> float:
     """Parameters per second of a method without calibration: of a whole quantization, from file to file."""
-    home = settings().home
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as scratch:
-        model = Path(scratch) / "model"
+    with _scratch() as scratch:
+        model = scratch / "model"
         spec = write_random_model(model, **PLAIN_MODEL)
-        trial = replace(request, model=str(model), out=Path(scratch) / "quantized", budget=UNLIMITED)
+        trial = replace(request, model=str(model), out=scratch / "quantized", budget=UNLIMITED)
         receipt = drain(until_receipt(quantize_folder(model, trial)))
         return spec.parameters / receipt.seconds
 
@@ -80,26 +86,48 @@ def product_rate(device: str) -> float:
     return rate(lambda: target.addmm_(left, right, alpha=-1).sum().item(), 2 * target.numel() * RANK)
 
 
-@torch.inference_mode()
-def block_rate(
+def calibration_rate(
     hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, tokens: int, device: str
 ) -> float:
-    """Weights per second of passing `tokens` tokens through a Llama block of this shape in fp32."""
+    """Weights per second of passing samples of `tokens` tokens through a Llama block of this shape, stage by stage."""
+    shape: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, vocab_size=64, max_position_embeddings=tokens,
+        hidden_size=hidden, intermediate_size=intermediate, head_dim=head_dim, vocab_size=64, **shape,
+        max_position_embeddings=tokens,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     block = LlamaDecoderLayer(config, 0).to(device).eval()
-    states = _random(1, tokens, hidden, device=device)
-    positions = LlamaRotaryEmbedding(config).to(device)(states, torch.arange(tokens, device=device)[None])
     weights = sum(parameter.numel() for parameter in block.parameters() if parameter.dim() == 2)
+    layout = block_layout({"model_type": "llama", **shape})
+    states, places = _random(1, tokens, hidden, device=device), torch.arange(tokens, device=device)[None]
+    call = Call((), {"position_embeddings": LlamaRotaryEmbedding(config).to(device)(states, places)})
+    with _scratch() as scratch:
+        inputs, outputs = (Activations(scratch / name, SAMPLES, tokens, hidden) for name in ("inputs", "outputs"))
+        for index in range(SAMPLES):
+            inputs.write(index, states)
 
-    def run() -> None:
-        output: Any = block(states, position_embeddings=positions)
-        (output if isinstance(output, Tensor) else output[0]).sum().item()
+        def pass_through() -> None:
+            run = BlockRun(block, call, layout, inputs, scratch, CancelToken())
+            for stage in layout.stages:
+                for _ in run.accumulate(stage, run.hessian(stage)):
+                    pass
+            for _ in run.finish(outputs):
+                pass
+            run.close()
 
-    return rate(run, weights)
+        found = rate(pass_through, SAMPLES * weights)
+        inputs.close()
+        outputs.close()
+    return found
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder on the disk that results are written to."""
+    home = settings().home
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        yield Path(folder)
 
 
 def _hessian(columns: int, device: str) -> Hessian:

@@ -28,9 +28,6 @@ STRIP_ROWS = 2048
 FACTOR_COLUMNS = 2048
 """Most columns of a measured factorization."""
 
-BRANCH_RUNS = 3
-"""How often the last layer of attention runs in addition, on stored inputs, see `block_run`."""
-
 Stage = tuple[int, tuple[int, ...]]
 """Columns, and the rows of each layer."""
 
@@ -70,17 +67,12 @@ def _stages(spec: ModelSpec) -> list[Stage]:
 
 
 def _calibrating(spec: ModelSpec, request: QuantizeRequest, device: str, again: Again) -> float:
-    """Seconds to run the calibration text through a block, and to collect the Hessians of its inputs."""
-    stages = _stages(spec)
-    weights = sum(columns * sum(rows) for columns, rows in stages)
+    """Seconds to run the calibration text through a block and to collect the Hessians of its inputs."""
     length, samples = request.calibration.length, request.calibration.samples
+    weights = sum(columns * sum(rows) for columns, rows in _stages(spec))
     shape = (spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim)
-    work = f"{length} tokens through a block of {' x '.join(map(str, shape))} on {device}"
-    per_second = saved_rate(work, again, lambda: _probes().block_rate(*shape, length, device))
-    again_multiplied = BRANCH_RUNS * spec.hidden * spec.heads * spec.head_dim
-    hessians = sum(columns**2 for columns, _ in stages)  # half of a symmetric matrix, at two operations each
-    products = length * (2 * again_multiplied + hessians) / _product_rate(device, again)
-    return samples * (weights / per_second + products)
+    work = f"calibrating a block of {' x '.join(map(str, shape))} with {length} tokens on {device}"
+    return samples * weights / saved_rate(work, again, lambda: _probes().calibration_rate(*shape, length, device))
 
 
 def _solving(stage: Stage, request: QuantizeRequest, device: str, again: Again) -> float:
