@@ -29,8 +29,8 @@ from lowmem.quant.scaling import channel_scales
 from lowmem.quant.skeleton import Call
 from lowmem.settings import settings
 
-PLAIN_MODEL: dict[str, Any] = {"layers": 4, "hidden": 1024, "intermediate": 4096, "heads": 16, "vocab": 8192}
-"""Its 75 million parameters are quantized to measure a method without calibration."""
+PLAIN_MODEL: dict[str, Any] = {"layers": 8, "hidden": 1024, "intermediate": 4096, "heads": 16, "vocab": 8192}
+"""Its 151 million parameters are quantized to measure a method without calibration."""
 
 TOKENS = 1024
 """For a Hessian; how many does not matter."""
