@@ -20,6 +20,7 @@ from lowmem.events import CancelToken, Step
 from lowmem.generate import prompt_lookup, sampling
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
+from lowmem.machine.monitor import HeapTrimmer
 from lowmem.messages import msg
 
 
@@ -77,7 +78,7 @@ def decode(
     rows = Rows(model, prompts, options)
     blocks = decoder_blocks(model)
     parts = [part for block in blocks for part in block.modules()]
-    with cancellable(parts, cancel):
+    with cancellable(parts, cancel), tidy_heap(model):
         logits = yield from _prefill(rows, options, cancel, check)
     count = len(prompts) * options.num_return_sequences
     if options.num_return_sequences > 1:
@@ -123,11 +124,23 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
 @contextmanager
 def cancellable(modules: Sequence[nn.Module], cancel: CancelToken) -> Iterator[None]:
     """Let Stop interrupt a forward pass before any of `modules`."""
+    with _before(modules, cancel.check):
+        yield
 
-    def stop(_module: nn.Module, _inputs: tuple[object, ...]) -> None:
-        cancel.check()
 
-    handles = [module.register_forward_pre_hook(stop) for module in modules]
+@contextmanager
+def tidy_heap(model: nn.Module) -> Iterator[None]:
+    """Keep the heap small in forward passes over many tokens, see `HeapTrimmer`."""
+    trimmer, blocks = HeapTrimmer(), decoder_blocks(model)
+    parts = [part for block in blocks for part in block.modules() if part is not block]
+    with _before(blocks, trimmer.before_block), _before(parts, trimmer.check):
+        yield
+
+
+@contextmanager
+def _before(modules: Sequence[nn.Module], call: Callable[[], None]) -> Iterator[None]:
+    """`call` before any of `modules` computes."""
+    handles = [module.register_forward_pre_hook(lambda *_: call()) for module in modules]
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
 from lowmem.generate.cache.rotary import context_limit
-from lowmem.generate.decoding import cancellable, decoder_blocks, decoder_config, no_check
+from lowmem.generate.decoding import cancellable, decoder_blocks, decoder_config, no_check, tidy_heap
 from lowmem.generate.window_limits import check_stride, check_token_window, pass_tokens
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
@@ -100,7 +100,11 @@ def hidden_states(
     hidden = decoder_config(model).hidden_size
     pieces = _pieces(texts, offsets, window, stride)
     windows_at_once = max(1, (at_once or pass_tokens(model.device.type)) // window)
-    with _writer(out, chosen, offsets[-1], hidden, model.dtype) as file, cancellable(list(model.modules()), cancel):
+    with (
+        _writer(out, chosen, offsets[-1], hidden, model.dtype) as file,
+        cancellable(list(model.modules()), cancel),
+        tidy_heap(model),
+    ):
         done = windows = size = 0
         yield Step(0, offsets[-1], msg("Computing hidden states"), "tokens")
         for batch in _batches(pieces, windows_at_once):

@@ -18,7 +18,7 @@ from lowmem.events import CancelToken
 from lowmem.generate.cache import policy
 from lowmem.generate.cache.argument import cache_argument
 from lowmem.generate.cache.window import WindowCache
-from lowmem.generate.decoding import cancellable, decoder_config, no_check
+from lowmem.generate.decoding import cancellable, decoder_config, no_check, tidy_heap
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
@@ -65,7 +65,7 @@ class Reader:
             CorruptModel, Cancelled.
         """
         cancel = cancel or CancelToken()
-        with cancellable(list(self.model.modules()), cancel):
+        with cancellable(list(self.model.modules()), cancel), tidy_heap(self.model):
             while self.at < until:
                 check()
                 # Logits of passes of different sizes leave holes, in which the next do not fit.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import mmap
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -217,6 +218,39 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+class HeapTrimmer:
+    """Returns the heap's holes to the system while a model computes.
+
+    Up to glibc 2.37 an aligned block rarely fits where one of the same size was freed, since small blocks fill the gaps that
+    aligning leaves: activations of 20 MB made the heap of a prefill grow by 30 to 100 MB, all of it resident. Mapped
+    activations leave no holes, but their page faults take as long as the computation of a small model.
+
+    What one block touches is reused by the next. Once the process has grown by `GROWTH` beyond that, the heap is trimmed.
+    """
+
+    GROWTH = 8 * MB
+
+    def __init__(self) -> None:
+        self._limit = 0  # none yet
+
+    def before_block(self) -> None:
+        """Call this before each block: the limit is what one block leaves resident after a trim, and `GROWTH`."""
+        if sys.platform == "linux" and not self._limit:
+            self._limit = _resident_bytes() + self.GROWTH
+        self.check()
+
+    def check(self) -> None:
+        """Trim the heap if it is beyond the limit."""
+        if self._limit and _resident_bytes() > self._limit:
+            trim_heap()
+            self._limit = 0
+
+
+def _resident_bytes() -> int:
+    """Resident set size of this process, on Linux: ten times as fast as psutil's."""
+    return mmap.PAGESIZE * int(Path("/proc/self/statm").read_bytes().split()[1])
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.events import CancelToken, Step
-from lowmem.generate.decoding import cancellable, decoder_config, no_check
+from lowmem.generate.decoding import cancellable, decoder_config, no_check, tidy_heap
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 from lowmem.measure.windows import Passage, Window
@@ -57,7 +57,7 @@ def score(
     """
     yield Step(0, len(passage.ids), msg("Scoring the text"), "tokens")
     rows = max(1, segment_bytes // (4 * decoder_config(model).vocab_size))
-    with cancellable(list(model.modules()), cancel):
+    with cancellable(list(model.modules()), cancel), tidy_heap(model):
         for window in passage.windows():
             check()
             # Tensors of different sizes fragment the heap.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem.generate.cache.ring import Ring
 from lowmem.generate.cache.rotary import Rotation
+from lowmem.generate.cache.storage import new_store
 from lowmem.generate.cache.window import WindowLayer
 from lowmem.planning.cache import BLOCK, blocks_of
 
@@ -55,7 +56,7 @@ class DequantizeBuffers:
         """A buffer [rows, heads, places, head_dim] in the dtype of `like` [batch, heads, tokens, head_dim]."""
         key = (name, rows, places, *like.shape[1::2], like.dtype, like.device)
         if key not in self._buffers:
-            self._buffers[key] = like.new_zeros(rows, like.shape[1], places, like.shape[3])
+            self._buffers[key] = new_store(like, (rows, like.shape[1], places, like.shape[3]))
         return self._buffers[key]
 
 
@@ -70,10 +71,8 @@ class PackedBlocks:
         heads, head_dim = like.shape[1], like.shape[3]
         self.rows, self.bits, self.blocks, self._over = rows, bits, blocks, -2 if per_channel else -1
         shape = (rows, heads, blocks, 1, head_dim) if per_channel else (rows, heads, blocks, BLOCK, 1)
-        self.codes = torch.zeros(
-            rows, heads, blocks, BLOCK * bits // 8, head_dim, dtype=torch.uint8, device=like.device
-        )
-        self.scales, self.lows = (torch.zeros(shape, dtype=torch.float16, device=like.device) for _ in range(2))
+        self.codes = new_store(like, (rows, heads, blocks, BLOCK * bits // 8, head_dim), torch.uint8)
+        self.scales, self.lows = (new_store(like, shape, torch.float16) for _ in range(2))
 
     @property
     def stores(self) -> tuple[Tensor, ...]:
@@ -148,8 +147,8 @@ class BlockLayer(WindowLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         heads, sinks, blocks = key_states.shape[1], self.ring.sinks, blocks_of(self.ring.slots, True)
-        self.keys = key_states.new_zeros(self.rows, heads, BLOCK, key_states.shape[-1])
-        self.values = value_states.new_zeros(self.rows, heads, BLOCK, value_states.shape[-1])
+        self.keys = new_store(key_states, (self.rows, heads, BLOCK, key_states.shape[-1]))
+        self.values = new_store(value_states, (self.rows, heads, BLOCK, value_states.shape[-1]))
         self.first_values = value_states.new_zeros(self.rows, heads, sinks, value_states.shape[-1])
         self.first_keys, self.swapped_keys = torch.zeros(
             2, self.rows, heads, sinks, key_states.shape[-1], device=key_states.device

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from lowmem.machine.monitor import outside_heap
+from lowmem.generate.cache.storage import new_store
 
 # A layer that reads another layer's keys. transformers 5.15, which Colab has, omits such layers instead.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
@@ -78,8 +78,7 @@ class FullLayer(CacheLayerMixin):
         return self.length, self.length + states.shape[2]
 
     def _store(self, states: Tensor) -> Tensor:
-        with outside_heap():
-            return states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3])
+        return new_store(states, (self.rows, states.shape[1], self.capacity, states.shape[3]))
 
     def _stores(self) -> tuple[Tensor, ...]:
         return (self.keys, self.values) if self.is_initialized else ()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.generate.cache.block import DequantizeBuffers, PackedBlocks
 from lowmem.generate.cache.full import FullLayer
-from lowmem.machine.monitor import outside_heap
+from lowmem.generate.cache.storage import new_store
 from lowmem.planning.cache import BLOCK, EXACT_FIRST, blocks_of
 
 
@@ -35,11 +35,10 @@ class PackedLayer(FullLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         blocks = blocks_of(self.capacity, False)
-        with outside_heap():
-            self._sides = tuple(
-                _Side(PackedBlocks(self.rows, blocks, self.bits, states is key_states, states), states)
-                for states in (key_states, value_states)
-            )
+        self._sides = tuple(
+            _Side(PackedBlocks(self.rows, blocks, self.bits, states is key_states, states), states)
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +126,7 @@ class _Side:
     def __init__(self, packed: PackedBlocks, like: Tensor) -> None:
         self.packed = packed
         self.first, self.latest = (
-            like.new_zeros(packed.rows, like.shape[1], tokens, like.shape[3]) for tokens in (EXACT_FIRST, BLOCK)
+            new_store(like, (packed.rows, like.shape[1], tokens, like.shape[3])) for tokens in (EXACT_FIRST, BLOCK)
         )
 
 

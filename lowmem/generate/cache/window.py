@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lowmem.generate.cache.ring import Ring, Stream
 from lowmem.generate.cache.rotary import Rotation
+from lowmem.generate.cache.storage import new_store
 
 
 class WindowLayer(CacheLayerMixin):
@@ -45,8 +46,8 @@ class WindowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         heads, slots, sinks = key_states.shape[1], self.ring.slots, self.ring.sinks
         # Zeros, because a masked slot still contributes its value times 0, which must not be NaN.
-        self.keys = key_states.new_zeros(self.rows, heads, slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(self.rows, heads, slots, value_states.shape[-1])
+        self.keys = new_store(key_states, (self.rows, heads, slots, key_states.shape[-1]))
+        self.values = new_store(value_states, (self.rows, heads, slots, value_states.shape[-1]))
         self.first_keys = torch.zeros(
             self.rows, heads, sinks, key_states.shape[-1], device=key_states.device, dtype=torch.float32
         )
