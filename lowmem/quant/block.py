@@ -65,9 +65,13 @@ def plain_block(
         layer, stored = name.removesuffix(".weight"), f"{owner}.{name}"
         if layer not in prepared.layout.linears:
             return QuantizedBlock({name: weights.read_unquantized(stored)})
-        weight = oriented(block.get_submodule(layer), weights.read(stored).to(prepared.device))
-        part = QuantizedBlock()
-        part.add(layer, request.method.quantize([weight], None, request.options, prepared.cancel)[0], request)
+        module, part = block.get_submodule(layer), QuantizedBlock()
+
+        def original() -> Tensor:
+            return oriented(module, weights.read(stored).to(prepared.device))
+
+        # No name holds the original, so that it is freed before its codes are packed.
+        part.add(layer, request.method.quantize([original()], None, request.options, prepared.cancel)[0], request)
         return part
 
     with threads(PARALLEL_LAYERS) as pool:

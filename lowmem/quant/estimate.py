@@ -13,6 +13,7 @@ from lowmem.messages import msg
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.model_bytes import activation_bytes, is_linear, linear_shape
+from lowmem.planning.placement import block_index
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.request import QuantizeRequest
 from lowmem.units import GB, MB, MiB, format_bytes
@@ -106,7 +107,7 @@ def estimate_quantization(
     unquantized = sum(map(_unquantized_bytes, outside))
     shards = math.ceil((quantized + unquantized) / SHARD_BYTES)
     output = quantized + unquantized + shards * HEADER_BYTES
-    copying = max((min(t.nbytes, CONVERSION_BYTES) + _unquantized_bytes(t) for t in outside), default=0)
+    copying = max((_copying_bytes(tensor) for tensor in outside), default=0)
     block = sum(rows * columns for _, rows, columns in linears) // max(1, spec.layers)
     largest = max((rows * columns for _, rows, columns in linears), default=0)
     packing = 6 * largest  # codes in 32 bits, and the words
@@ -117,9 +118,7 @@ def estimate_quantization(
         working = 5 * block + max(solving, packing, forward) + CONVERSION_BYTES + LIBRARIES_BYTES
         temporary = _activation_file_bytes(spec, calibration)
     else:
-        stored = max((tensor.nbytes for tensor, _, _ in linears), default=0)
-        layer = stored + method.packing_bytes(options) * largest + _ROUNDING_BYTES
-        working, temporary = quantized // max(1, spec.layers) + PARALLEL_LAYERS * layer, 0
+        working, temporary = _rounding_bytes(request, linears), 0
     return Estimate(
         original_bytes=spec.size_on_disk,
         output_bytes=output,
@@ -130,6 +129,25 @@ def estimate_quantization(
         seconds=seconds,
         limit=request.budget.ram,
     )
+
+
+def _rounding_bytes(request: QuantizeRequest, linears: list[tuple[Tensor, int, int]]) -> int:
+    """Most bytes of a block without calibration: results of its larger layers, and the next `PARALLEL_LAYERS` at work."""
+    method, options = request.method, request.options
+    block = [linear for linear in linears if block_index(linear[0].name) == 0]
+    at_work, results = [], []
+    for tensor, rows, columns in sorted(block, key=lambda linear: -linear[0].elements):
+        at_work.append(tensor.nbytes + method.packing_bytes(options) * rows * columns + _ROUNDING_BYTES)
+        results.append(method.layer_bytes(rows, columns, options))
+    return max(
+        (sum(results[:done]) + sum(at_work[done : done + PARALLEL_LAYERS]) for done in range(len(results))), default=0
+    )
+
+
+def _copying_bytes(tensor: Tensor) -> int:
+    """A tensor as the result stores it, and the part of the original that is being converted, if it is."""
+    converted = DTYPE_BYTES.get(tensor.dtype, 4) > 2
+    return _unquantized_bytes(tensor) + (min(tensor.nbytes, CONVERSION_BYTES) if converted else 0)
 
 
 def _unquantized_bytes(tensor: Tensor) -> int:
