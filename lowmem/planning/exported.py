@@ -131,14 +131,19 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
 
     Exporting: the largest matrix in fp32, its codes and the buffers of rounding; layers that share an input are stacked.
     Verifying: first that matrix and the logits of the original, then the logits of both and the session of ONNX Runtime,
-    which on a CPU computes fp16 with fp32 copies of the weights, and otherwise dequantizes a matrix at a time to compare it.
+    which on a CPU computes fp16 with fp32 copies of the weights, and otherwise dequantizes a matrix at a time to compare it;
+    its arena grows for the output head and keeps the smaller buffer of the blocks' matrices.
     """
-    largest = max([spec.vocab * spec.hidden, *(2 * rows * columns for rows, columns in matrix_shapes(spec))])
+    head, widest = (
+        spec.vocab * spec.hidden,
+        max((2 * rows * columns for rows, columns in matrix_shapes(spec)), default=0),
+    )
+    largest = max(head, widest)
     count, length = parity_windows(spec.vocab, spec.context)
     logits = 4 * count * length * spec.vocab
     logarithms = 5 * 4 * PARITY_ROWS * spec.vocab
     session = disk_bytes(spec, precision, group_size, fast_prefill) * (2 if precision == "fp16" else 1)
-    compared = 2 * logits + max(2 * logits, 4 * largest)
+    compared = 2 * logits + max(2 * logits, 4 * (head + widest))
     return max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + compared + logarithms)
 
 
