@@ -27,13 +27,13 @@ from torch import Tensor
 from benchmarks.common import demo_folder, demo_session, save, table
 from lowmem.datasets.texts import calibration_text, evaluation_text
 from lowmem.events import CancelToken, Step, until_receipt
-from lowmem.generate.cache.argument import cache_argument
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
 from lowmem.longctx.hidden import hidden_states
 from lowmem.longctx.reading import Reader
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.machine.memory_limits import process_bytes
+from lowmem.models.cache_argument import cache_argument
 from lowmem.planning.cache import BLOCK as PACKED_BLOCK
 from lowmem.planning.goal import Goal
 from lowmem.runtime.session import Session

@@ -14,6 +14,7 @@ from lowmem.errors import Unsupported
 from lowmem.generate.cache.factory import make_cache
 from lowmem.generate.cache.full import DummyLayer, FullLayer
 from lowmem.generate.cache.packed import PackedLayer
+from lowmem.generate.cache.state import StateLayer
 
 HEADS, WIDTH = 2, 16
 
@@ -93,9 +94,17 @@ def test_sliding_layers_stay_transformers_own() -> None:
     assert {type(layer) for layer in make_cache(config("llama"), rows=1, capacity=8).layers} == {FullLayer}
 
 
-def test_other_memories_are_refused() -> None:
-    with pytest.raises(Unsupported, match="mamba") as caught:
-        make_cache(MambaConfig(num_hidden_layers=2), rows=1, capacity=8)
+def test_recurrent_layers_keep_a_state() -> None:
+    assert {type(layer) for layer in make_cache(MambaConfig(num_hidden_layers=2), rows=1, capacity=8).layers} == {
+        StateLayer
+    }
+
+
+def test_unknown_kinds_of_layers_are_refused() -> None:
+    odd = copy.deepcopy(config("llama"))
+    odd.layer_types = ["full_attention", "telepathy"]
+    with pytest.raises(Unsupported, match="llama") as caught:
+        make_cache(odd, rows=1, capacity=8)
     assert "KV cache off" in caught.value.hint
 
 

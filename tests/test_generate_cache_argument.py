@@ -9,11 +9,11 @@ import torch
 from toys import NAMES, prompt, toy
 
 from lowmem.export.generic import FlatCache
-from lowmem.generate.cache.argument import cache_argument
 from lowmem.generate.cache.rotary import _probe
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
 from lowmem.longctx.reading import Reader
+from lowmem.models.cache_argument import cache_argument
 
 
 def test_the_declared_name_is_chosen() -> None:

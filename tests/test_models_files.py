@@ -16,9 +16,9 @@ import toys
 from lowmem.errors import BadInput, CorruptModel, LowMemError, ModelNotFound, UnsafeModel, Unsupported
 from lowmem.events import CancelToken
 from lowmem.models import convert_gguf
-from lowmem.models.describe import MANIFEST
 from lowmem.models.files import LocalFile
 from lowmem.models.gguf_file import TYPES, read_gguf
+from lowmem.models.model_files import MANIFEST
 from lowmem.models.reference import parse_ref
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.source import (

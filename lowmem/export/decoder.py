@@ -17,8 +17,8 @@ from lowmem.export.weights import Source
 from lowmem.kernels.int8_linear import largest_code
 from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
-from lowmem.models.describe import CONFIG
 from lowmem.models.matching import match_names
+from lowmem.models.model_files import CONFIG
 from lowmem.models.modules import empty_model
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP

@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from lowmem.models.describe import COMPANIONS, CONFIG
+from lowmem.models.model_files import COMPANIONS, CONFIG
 from lowmem.runtime.onnx.manifest import GRAPH, Manifest
 from lowmem.units import format_bytes
 

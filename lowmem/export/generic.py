@@ -24,10 +24,10 @@ from lowmem.events import CancelToken, Step
 from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
 from lowmem.export.lazy import LazyModel, fold_except, put_weights
-from lowmem.generate.cache.argument import cache_argument
 from lowmem.messages import msg
+from lowmem.models.cache_argument import cache_argument
 from lowmem.models.checkpoint import Checkpoint
-from lowmem.models.config import is_encoder
+from lowmem.models.meta_model import is_encoder
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import DATA, GRAPH
 
@@ -87,7 +87,7 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     with quiet():
         # Traced in fp16, the model keeps its norms in fp32; a conversion afterwards would not.
         dtype = torch.float16 if options.precision == "fp16" else torch.float32
-        (_write_encoder if is_encoder(config.model_type) else _write_decoder)(folder, out / GRAPH, dtype)
+        (_write_encoder if is_encoder(config) else _write_decoder)(folder, out / GRAPH, dtype)
     cancel.check()
     yield Step(2, 3, msg("Converting to {precision}", precision=options.precision))
     if options.precision in ("int8", "int4"):

@@ -22,7 +22,6 @@ from lowmem.kernels.int8_linear import largest_code
 from lowmem.machine.hardware import probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.messages import msg
-from lowmem.models.config import is_encoder
 from lowmem.models.source import read_spec, record
 from lowmem.runtime.onnx.manifest import PREFILL, Manifest, discard, unfinished
 from lowmem.units import format_bytes
@@ -100,7 +99,7 @@ class _Export:
     def __init__(self, folder: Path, request: ExportRequest) -> None:
         self.folder, self.request, self.options = folder, request, request.options
         self.spec = read_spec(str(folder), encoders=True)
-        self.is_encoder = is_encoder(self.spec.model_type)
+        self.is_encoder = self.spec.encoder
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.refusal = None if self.is_encoder else fused.refusal(config.get_text_config(decoder=True))
         held = max(probe().runtime_bytes, probe().process_bytes)

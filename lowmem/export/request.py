@@ -13,7 +13,6 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.rates import Unmeasured
 from lowmem.messages import msg
-from lowmem.models.config import is_encoder
 from lowmem.models.spec import ModelSpec
 from lowmem.planning import exported
 from lowmem.planning.graph_options import ExportOptions
@@ -200,7 +199,7 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
 
 def why_generic(spec: ModelSpec, options: ExportOptions, refusal: str | None = None) -> str:
     """Why the graph will be a generic one; "" for a fused graph."""
-    if is_encoder(spec.model_type):
+    if spec.encoder:
         return msg("It is an encoder.")
     return refusal or exported.refusal(spec) or ("" if options.fused else msg("Standard operators were requested."))
 

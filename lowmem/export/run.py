@@ -15,7 +15,6 @@ from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.machine.timing import SMALLEST_TIMED, timed
 from lowmem.messages import msg
-from lowmem.models.config import is_encoder
 from lowmem.models.fetch import fetch
 from lowmem.models.source import read_spec
 from lowmem.planning.exported import export_work, writing_seconds
@@ -49,7 +48,7 @@ def measured(request: ExportRequest, cancel: CancelToken | None = None) -> Gener
     """
     spec = read_spec(request.model, request.allow_paths, encoders=True)
     options = request.options
-    if spec.parameters < SMALLEST_TIMED or options.format != "onnx" or is_encoder(spec.model_type) or spec.exported:
+    if spec.parameters < SMALLEST_TIMED or options.format != "onnx" or spec.encoder or spec.exported:
         return None
 
     def estimate() -> float:

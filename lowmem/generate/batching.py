@@ -12,6 +12,7 @@ from torch import nn
 
 from lowmem.errors import BadInput, OutOfMemory, is_out_of_memory
 from lowmem.events import CancelToken, Completion, Step
+from lowmem.generate.cache.capability import cache_use
 from lowmem.generate.decoding import decode, no_check, resolve_seed
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import check_length, encode_prompt
@@ -69,9 +70,9 @@ def run_batches(
     """
     waiting = sorted(_encoded(tokenizer, prompts, options, context, raw), key=lambda prompt: -len(prompt.ids))
     options = replace(options, seed=resolve_seed(options.seed))
-    most = batch_size or LARGEST_BATCH
+    most, padded = batch_size or LARGEST_BATCH, cache_use(model).padded
     while waiting:
-        size = _size(waiting, min(most, len(waiting)), batch_size, fits)
+        size = _size(waiting, min(most, _together(waiting, padded)), batch_size, fits)
         done = len(prompts) - len(waiting)
         try:
             yield from _run_batch(model, tokenizer, waiting[:size], options, cancel, check, (done, len(prompts)))
@@ -114,6 +115,12 @@ def _encoded(
                 error.hint,
             ) from error
         yield _Prompt(index, text, ids, limit)
+
+
+def _together(waiting: Sequence[_Prompt], padded: bool) -> int:
+    """How many of the first prompts can be one batch: without padding, those of the same length."""
+    lengths = [len(prompt.ids) for prompt in waiting]
+    return len(lengths) if padded else lengths.count(lengths[0])
 
 
 def _size(waiting: Sequence[_Prompt], most: int, batch_size: int | None, fits: Fits | None) -> int:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lowmem.generate.cache import factory, policy
-from lowmem.generate.cache.argument import cache_argument
+from lowmem.generate.cache.capability import cache_use
 from lowmem.generate.cache.packed import set_pads
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.options import GenerateOptions
+from lowmem.models.cache_argument import cache_argument
 
 
 class Rows:
@@ -41,9 +42,8 @@ class Rows:
         self.text[:, :longest] = torch.tensor(padded)
         self._begin = 0  # first column that is in the cache, or that is recomputed
         self._cache = None
-        if options.use_cache:
-            if not hasattr(model, "make_cache"):
-                factory.check_supported(model)
+        self._use = cache_use(model)
+        if options.use_cache and self._use.cached:
             rows = len(prompts) * options.num_return_sequences
             self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
         self._recomputes = bool(options.window) and not isinstance(self._cache, WindowCache)
@@ -62,6 +62,10 @@ class Rows:
         else:
             if self._recomputes:
                 self._look_back(self._window)
+            if not self._use.chunks:
+                chunk = self.length
+            elif not all(type(layer) is factory.FullLayer for layer in getattr(self._cache, "layers", ())):
+                chunk = max(chunk, max(self._first) + 1)  # recurrent layers ignore padding only in their first pass
             for start in range(self._begin, self.length, chunk):
                 yield start, min(start + chunk, self.length)
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from lowmem.errors import BadInput, CorruptModel, DiskFull
 from lowmem.events import CancelToken, Step
-from lowmem.generate.cache.rotary import context_limit
 from lowmem.generate.decoding import cancellable, decoder_blocks, decoder_config, no_check, tidy_heap
 from lowmem.generate.window_limits import check_stride, check_token_window, pass_tokens
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.windows import Window, cut
 from lowmem.messages import msg
+from lowmem.models.meta_model import context_limit
 from lowmem.units import format_bytes
 
 FORMATS = (".npy", ".safetensors")
@@ -128,7 +128,7 @@ def _check(
     if not texts or not all(texts):
         raise BadInput(msg("The text is empty."), msg("Use a text with at least one token."))
     check_stride(window, stride)
-    check_token_window(window, context_limit(model.config))
+    check_token_window(window, context_limit(decoder_config(model)))
     if out.suffix not in FORMATS:
         raise BadInput(
             msg("{out} is neither a .npy nor a .safetensors file.", out=out.name),

@@ -16,13 +16,14 @@ from torch import Tensor
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken
 from lowmem.generate.cache import policy
-from lowmem.generate.cache.argument import cache_argument
+from lowmem.generate.cache.capability import cache_use
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.decoding import cancellable, decoder_config, no_check, tidy_heap
 from lowmem.generate.options import GenerateOptions
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.options import LOGITS_BYTES
 from lowmem.messages import msg
+from lowmem.models.cache_argument import cache_argument
 
 CHUNK = 128
 RECOMPUTED_SHARE = 0.25
@@ -47,7 +48,8 @@ class Reader:
         self.at = 0
         """Tokens read so far."""
         self.cache = None
-        if options.use_cache:
+        self._use = cache_use(model)
+        if options.use_cache and self._use.cached:
             self.cache = policy.make_cache(model, options, rows=1, capacity=len(ids), pads=[0])
         self._recomputes = bool(options.window) and not isinstance(self.cache, WindowCache)
         if self._recomputes:
@@ -85,7 +87,7 @@ class Reader:
     def _most(self) -> int:
         if self._recomputes:
             return max(1, int(self.options.window * RECOMPUTED_SHARE))
-        return self._chunk
+        return self._chunk if self._use.chunks or not self.at else 1
 
     def _pass(self, tokens: int) -> Tensor:
         inputs: dict[str, Any] = {"use_cache": False}

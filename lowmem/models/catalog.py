@@ -7,12 +7,11 @@ files where it can read them.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowmem.models.config import Shape, read_shape
+from lowmem.models.derive import derive
 from lowmem.models.reference import DEMO
-from lowmem.models.shapes import inventory
 from lowmem.models.spec import ModelSource, ModelSpec
 
 
@@ -26,9 +25,9 @@ class Entry:
         parameters: as published.
         use: "chat", "completion" or "code".
         quality: rank for automatic choice: higher answers better (0-100, our judgement of public evaluations).
+        stored_head: the file also holds the output embedding of a tied model.
         config: the fields of its config.json that determine its shape.
         dtype: dtype of the stored weights.
-        stored_head: whether the checkpoint contains an output embedding; None means when it is not tied.
     """
 
     ref: str
@@ -40,7 +39,7 @@ class Entry:
     config: dict[str, Any] = field(hash=False, repr=False)
     dtype: str = "bf16"
     gated: bool = False
-    stored_head: bool | None = None
+    stored_head: bool = False
 
     @property
     def chat(self) -> bool:
@@ -79,23 +78,22 @@ def synthetic(
 ) -> ModelSpec:
     """The spec of a Llama of any size, for benchmarks and tests."""
     config = _config("llama", layers, hidden, intermediate, heads, kv_heads or heads, vocab, context, tied=tied)
-    shape = read_shape(config | ({"head_dim": head_dim} if head_dim else {}))
-    return _assemble(shape, ModelSource(name, name), dtype)
+    config |= {"head_dim": head_dim} if head_dim else {}
+    return _assemble(config, ModelSource(name, name), dtype)
 
 
 @functools.cache
 def _spec(entry: Entry) -> ModelSpec:
-    shape = read_shape(entry.config, entry.label)
     source = ModelSource(entry.ref, entry.label, licence=entry.licence, gated=entry.gated)
-    return _assemble(shape, source, entry.dtype, entry.stored_head, entry.chat)
+    spec = _assemble(entry.config, source, entry.dtype, entry.chat)
+    twice = sum(tensor.nbytes for tensor in spec.tensors if tensor.role == "embedding") if entry.stored_head else 0
+    return replace(spec, size_on_disk=spec.size_on_disk + twice)
 
 
-def _assemble(
-    shape: Shape, source: ModelSource, dtype: str, stored_head: bool | None = None, chat: bool = False
-) -> ModelSpec:
-    tensors = inventory(shape, dtype, stored_head)
-    size = sum(tensor.nbytes for tensor in tensors)
-    return ModelSpec(source=source, tensors=tensors, **asdict(shape), size_on_disk=size, has_chat_template=chat)
+def _assemble(config: dict[str, Any], source: ModelSource, dtype: str, chat: bool = False) -> ModelSpec:
+    anatomy = derive(config, source.name, None, dtype)
+    size = sum(tensor.nbytes for tensor in anatomy.tensors)
+    return ModelSpec(source=source, **anatomy.shape(), size_on_disk=size, has_chat_template=chat)
 
 
 def _config(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from lowmem.errors import CorruptModel
 from lowmem.messages import msg
-from lowmem.models.describe import weight_files
 from lowmem.models.files import LocalFile, LocalFolder
+from lowmem.models.model_files import weight_files
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.spec import CONVERSION_BYTES
 
@@ -43,15 +44,59 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a tensor is stored: `offset` and `nbytes` within `file`."""
+class Extent(NamedTuple):
+    """`nbytes` of `file` from `offset` on."""
 
     file: Path
-    dtype: str
-    shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor whose bytes are those of its extents, one after the other: one extent as stored, several once joined."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents)
+
+    def rows(self, start: int, stop: int) -> Entry:
+        """The rows `start` to `stop` (exclusive) along the first dimension."""
+        row = self.nbytes // self.shape[0]
+        return Entry(self.dtype, (stop - start, *self.shape[1:]), tuple(self._cut(start * row, stop * row)))
+
+    def _cut(self, start: int, stop: int) -> Iterator[Extent]:
+        for file, offset, nbytes in self.extents:
+            first, last = max(start, 0), min(stop, nbytes)
+            if first < last:
+                yield Extent(file, offset + first, last - first)
+            start, stop = start - nbytes, stop - nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A tensor that is computed from stored ones.
+
+    Args:
+        convert: the tensor of this shape and dtype, given the tensors of `sources` as stored.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[Entry, ...]
+    convert: Callable[[list[torch.Tensor]], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.nbytes for source in self.sources)
+
+    def rows(self, start: int, stop: int) -> Converted:
+        shape = (stop - start, *self.shape[1:])
+        return Converted(self.dtype, shape, self.sources, lambda tensors: self.convert(tensors)[start:stop])
 
 
 class Checkpoint:
@@ -65,7 +110,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.tensors: dict[str, Entry] = {}
+        self.tensors: dict[str, Entry | Converted] = {}
         self._files: dict[Path, _OpenFile] = {}
         try:
             for name in weight_files(LocalFolder(folder)):
@@ -79,7 +124,8 @@ class Checkpoint:
         header = read_header(LocalFile(path))
         for tensor in header.tensors:
             offset = header.offsets[tensor.name]
-            self.tensors[tensor.name] = Entry(path, tensor.dtype, tensor.shape, offset, tensor.nbytes)
+            extent = Extent(path, offset, tensor.nbytes)
+            self.tensors[tensor.name] = Entry(tensor.dtype, tensor.shape, (extent,))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor, on the CPU, in its stored dtype or converted to `dtype`.
@@ -88,8 +134,14 @@ class Checkpoint:
             KeyError: no such tensor.
             CorruptModel: the file was truncated or changed since it was opened.
         """
-        entry = self.tensors[name]
-        return self.read_into(name, torch.empty(entry.shape, dtype=dtype or TORCH_DTYPES[entry.dtype]))
+        return self.read_entry(self.tensors[name], dtype)
+
+    def read_entry(self, entry: Entry | Converted, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`read` for a tensor of `tensors`, or for rows of one."""
+        if isinstance(entry, Converted):
+            tensor = entry.convert([self.read_entry(source) for source in entry.sources])
+            return tensor if dtype is None else tensor.to(dtype)
+        return self._fill(entry, torch.empty(entry.shape, dtype=dtype or TORCH_DTYPES[entry.dtype]))
 
     def read_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` (same shape; any dtype, device or strides) and return it.
@@ -97,11 +149,14 @@ class Checkpoint:
         Reads straight into `out` if it has the stored layout, else through a chunk of at most `CONVERSION_BYTES`, or one row.
         """
         entry = self.tensors[name]
-        if tuple(out.shape) != entry.shape:
+        if tuple(out.shape) != tuple(entry.shape):
             raise ValueError(f"{name} is {entry.shape}, the destination {tuple(out.shape)}")
+        return out.copy_(self.read_entry(entry)) if isinstance(entry, Converted) else self._fill(entry, out)
+
+    def _fill(self, entry: Entry, out: torch.Tensor) -> torch.Tensor:
         stored = TORCH_DTYPES[entry.dtype]
         if out.dtype == stored and out.is_contiguous() and out.device.type == "cpu":
-            self._fill(entry, 0, out)
+            self._read_bytes(entry, 0, out)
             return out
         rows = out if out.dim() else out.view(1)
         row_bytes = max(1, entry.nbytes // max(1, rows.shape[0]))
@@ -109,15 +164,22 @@ class Checkpoint:
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step]
             chunk = torch.empty(part.shape, dtype=stored)
-            self._fill(entry, start * row_bytes, chunk)
+            self._read_bytes(entry, start * row_bytes, chunk)
             part.copy_(chunk)
             del chunk  # before the next one is mapped
         return out
 
-    def _fill(self, entry: Entry, skip: int, tensor: torch.Tensor) -> None:
-        """Read a contiguous CPU tensor's bytes from `skip` bytes into the entry."""
-        if tensor.numel():
-            self._files[entry.file].read_into(entry.offset + skip, as_bytes(tensor))
+    def _read_bytes(self, entry: Entry, skip: int, tensor: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor with the entry's bytes from `skip` on."""
+        if not tensor.numel():
+            return
+        memory, done = as_bytes(tensor), 0
+        for file, offset, nbytes in entry.extents:
+            if skip < nbytes and done < len(memory):
+                count = min(nbytes - skip, len(memory) - done)
+                self._files[file].read_into(offset + skip, memory[done : done + count])
+                done += count
+            skip = max(0, skip - nbytes)
 
     def close(self) -> None:
         """Close the files. Idempotent."""

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 
 from lowmem.models.checkpoint import TORCH_DTYPES, as_bytes
-from lowmem.models.describe import INDEX
+from lowmem.models.model_files import INDEX
 from lowmem.models.safetensors_header import DTYPES
 from lowmem.units import GB
 

@@ -20,10 +20,11 @@ from lowmem.events import CancelToken, Step
 from lowmem.messages import msg
 from lowmem.models import demo, hub
 from lowmem.models.convert_gguf import convert
-from lowmem.models.describe import CONFIG, describe, model_files, weight_files
+from lowmem.models.describe import describe
 from lowmem.models.download import download
 from lowmem.models.files import LocalFolder
 from lowmem.models.hub import Repository
+from lowmem.models.model_files import CONFIG, model_files, weight_files
 from lowmem.models.reference import Reference, parse_ref
 from lowmem.models.source import (
     RECORD,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lowmem.errors import BadInput, LowMemError
 from lowmem.messages import msg
-from lowmem.models.describe import MANIFEST
 from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.model_files import MANIFEST
 from lowmem.models.source import record
 from lowmem.models.spec import ModelSource
 from lowmem.settings import settings

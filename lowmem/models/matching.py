@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Collection
+from typing import Protocol
+
 from transformers import PreTrainedModel
 
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
-from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.checkpoint import Converted, Entry
+from lowmem.models.conversions import Conversions
 from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
+
+
+class Inventory(Protocol):
+    """A checkpoint, or the description of one."""
+
+    tensors: dict[str, Entry | Converted]
+
 
 FOLDED_SCALES = ".act.scales"
 """A layer that AutoAWQ adds to families without a preceding layer to fold its scales into (GPT-NeoX, Falcon, Starcoder2)."""
@@ -28,12 +38,16 @@ def by_module(stored: dict[str, str]) -> dict[str, dict[str, str]]:
     return owners
 
 
-def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name -> stored name, with or without the base model's prefix; tied parameters are left out.
+def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]:
+    """Parameter name -> name in `checkpoint.tensors`; tied parameters are left out.
+
+    Names and layouts are those of `conversions.Conversions`. A parameter that is made of several stored tensors becomes
+    a tensor of `checkpoint` under the parameter's own name. Stored tensors that the model has no parameter for, such as
+    those of a vision tower, are not read.
 
     Raises:
         CorruptModel: a weight is missing or has another shape.
-        Unsupported: the family stores its weights in a layout that needs rearranging.
+        Unsupported: layers whose activations are scaled.
     """
     if folded := next((name for name in checkpoint.tensors if name.endswith(FOLDED_SCALES)), None):
         raise Unsupported(
@@ -44,34 +58,62 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
             ),
             msg("Choose a GPTQ checkpoint, or the original model."),
         )
-    prefix = f"{model.base_model_prefix}."
+    packed = {t.rpartition(".")[0] for t, e in checkpoint.tensors.items() if _is_packed_weight(t, e.dtype)}
+    layers = {name: f"{name}.weight" for name in packed}
+    plain = [name for name in checkpoint.tensors if packed_layer(name, packed) is None]
+    targets = Conversions(model).targets([*plain, *layers.values()])
+    parts: dict[str, str] = {}
+    for target in targets:
+        for stored in target.stored:
+            if (layer := stored.removesuffix(".weight")) in packed:
+                owner = target.name.removesuffix(".weight")
+                # Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
+                found = (part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors)
+                parts |= {owner + part: f"{layer}{part}" for part in found}
     tied = set(tied_parameters(model))
     matched: dict[str, str] = {}
+    for target in targets:
+        if target.name not in tied and not any(name.removesuffix(".weight") in packed for name in target.stored):
+            matched[target.name] = target.add_to(checkpoint.tensors)
+    matched |= {name: stored for name, stored in parts.items() if f"{name.rpartition('.')[0]}.weight" not in tied}
+    _check(model, checkpoint, matched, tied)
+    return matched
+
+
+def packed_layer(name: str, packed: Collection[str]) -> str | None:
+    """The layer among `packed` that a stored tensor belongs to, None if it is not part of one."""
+    for part in (".weight", *PACKED_PARTS, ".bias"):
+        if name.endswith(part) and (layer := name.removesuffix(part)) in packed:
+            return layer
+    return None
+
+
+def _is_packed_weight(name: str, dtype: str) -> bool:
+    return name.endswith(".qweight") or (name.endswith(".weight") and dtype in CODE_DTYPES)
+
+
+def _check(model: PreTrainedModel, checkpoint: Inventory, matched: dict[str, str], tied: set[str]) -> None:
+    """Check that every parameter and every buffer that a checkpoint must hold has been found, in its shape."""
+    buffers = dict(model.named_buffers())
     missing: list[str] = []
-    for parameter, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
-        options = (parameter, parameter.removeprefix(prefix), prefix + parameter)
-        if packed := _packed_parts(parameter, options, checkpoint):
-            matched |= {} if parameter in tied else packed
+    for name, tensor in model.state_dict().items():
+        if name in tied or f"{name.removesuffix('.weight')}.qweight" in matched:
             continue
-        name = next((n for n in options if n in checkpoint.tensors), None)
-        if name is None:
-            if parameter not in tied:
-                missing.append(parameter)
+        if (stored := matched.get(name)) is None:
+            if name not in buffers or buffers[name].is_meta:
+                missing.append(name)
             continue
-        if parameter in tied:
-            continue
-        shape = checkpoint.tensors[name].shape
-        if tuple(shape) != tuple(tensor.shape):
+        entry = checkpoint.tensors[stored]
+        if tuple(entry.shape) != tuple(tensor.shape) and entry.dtype not in CODE_DTYPES:
             raise CorruptModel(
                 msg(
                     "{name} is {shape} in the file, but config.json implies {expected}.",
-                    name=name,
-                    shape=tuple(shape),
+                    name=stored,
+                    shape=tuple(entry.shape),
                     expected=tuple(tensor.shape),
                 ),
                 msg("Fetch the model again."),
             )
-        matched[parameter] = name
     if missing:
         raise CorruptModel(
             msg(
@@ -79,38 +121,10 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str
                 missing=len(missing),
                 first=missing[0],
             ),
-            msg("Fetch the model again; if the error persists, this family is not supported yet."),
+            msg("Fetch the model again."),
         )
-    return matched
-
-
-def _packed_parts(parameter: str, options: tuple[str, ...], checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensors stored in place of a quantized weight, {} if the weight itself is stored.
-
-    Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
-    """
-    if not parameter.endswith(".weight"):
-        return {}
-    layers = [name.removesuffix(".weight") for name in options]
-    layer = next((name for name in layers if _is_packed(name, checkpoint)), None)
-    if layer is None:
-        return {}
-    stored = [part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors]
-    return {parameter.removesuffix(".weight") + part: f"{layer}{part}" for part in stored}
-
-
-def _is_packed(layer: str, checkpoint: Checkpoint) -> bool:
-    weight = checkpoint.tensors.get(f"{layer}.weight")
-    return f"{layer}.qweight" in checkpoint.tensors or (weight is not None and weight.dtype in CODE_DTYPES)
-
-
-def _persistent_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    persistent = set(model.state_dict())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent and buffer.is_meta]
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """{parameter: the parameter it shares its tensor with}, for tied embeddings."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return {}
-    return dict(getattr(model, "_tied_weights_keys", None) or {})
+    return dict(model.all_tied_weights_keys)

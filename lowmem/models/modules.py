@@ -10,10 +10,17 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lowmem.errors import Unsupported, first_line, is_out_of_memory
 from lowmem.messages import msg
+from lowmem.models.experts import EXPERTS
 
 log = logging.getLogger("lowmem.loader")
 
@@ -21,13 +28,15 @@ log = logging.getLogger("lowmem.loader")
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal model that `folder` describes, with its parameters on the meta device, to compute in `dtype`.
 
+    Of a model that also sees or hears, it is the part that reads and writes text.
+
     Raises:
         Unsupported: transformers cannot build it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return build(
+            text_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)), dtype
+        )
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -36,7 +45,25 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
             msg("transformers cannot build this model: {error}", error=first_line(error)),
             msg("Choose a causal language model of a known family."),
         ) from error
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal model of a configuration, with its parameters on the meta device."""
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(EXPERTS)
     return model.eval().requires_grad_(False)
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the text model within `config`, where transformers has it as a causal model of its own."""
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    if "tie_word_embeddings" in config.to_diff_dict():
+        text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 class _EmptyOnMeta(TorchFunctionMode):

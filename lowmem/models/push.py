@@ -10,7 +10,7 @@ from lowmem.background import stoppable
 from lowmem.errors import BadInput, GatedModel, ModelNotFound, Offline
 from lowmem.events import CancelToken
 from lowmem.messages import msg
-from lowmem.models.describe import CONFIG
+from lowmem.models.model_files import CONFIG
 from lowmem.settings import settings
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

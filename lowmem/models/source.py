@@ -16,8 +16,9 @@ from typing import Any
 from lowmem.errors import BadInput, CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
 from lowmem.messages import msg
 from lowmem.models import catalog, demo, hub
-from lowmem.models.describe import CONFIG, describe, describe_gguf, model_files
+from lowmem.models.describe import describe, describe_gguf
 from lowmem.models.files import LocalFile, LocalFolder, digest, fingerprint
+from lowmem.models.model_files import CONFIG, model_files
 from lowmem.models.reference import DEMO, Reference, parse_ref
 from lowmem.models.spec import ModelSource, ModelSpec
 from lowmem.settings import settings

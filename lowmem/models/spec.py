@@ -8,83 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lowmem.models.anatomy import Activations, LayerCache
 from lowmem.models.quantization import Quantization, Shape
-from lowmem.units import MB
+from lowmem.models.tensors import CODE_DTYPES, CONVERSION_BYTES, DTYPE_BYTES, PACKED_PARTS, Tensor
 
-DTYPE_BYTES = {
-    "fp64": 8,
-    "fp32": 4,
-    "fp16": 2,
-    "bf16": 2,
-    "fp8": 1,
-    "fp8_e5m2": 1,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-    "int16": 2,
-    "uint16": 2,
-    "int32": 4,
-    "uint32": 4,
-    "int64": 8,
-    "uint64": 8,
-}
-"""Bytes per element of unpacked dtypes. For GGUF tensors, whose dtype is a type name such as "q4_1", see `nbytes`."""
-
-CONVERSION_BYTES = 64 * MB
-"""Stored bytes that a checkpoint converts to another dtype or layout at a time: what that takes besides the result."""
-
-_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
-PACKED_PARTS = (
-    ".qweight", ".qzeros", ".scales", ".g_idx",
-    ".weight_scale",
-    ".SCB", ".weight_format", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax",
-    ".weight.nested_quant_map", ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4",
-)  # fmt: skip
-"""Suffixes of the tensors that GPTQ and AWQ, compressed-tensors, and bitsandbytes store in place of a weight, or beside
-a weight of codes."""
-
-CODE_DTYPES = ("int8", "uint8")
-
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A stored tensor. `nbytes` is its exact size in the file, for packed GGUF types too."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def is_buffer(self) -> bool:
-        """A causal mask or rotary frequencies, which old checkpoints store and every loader recomputes."""
-        return self.name.endswith(_BUFFERS)
-
-    @property
-    def packed_layer(self) -> str:
-        """The layer of which this may be the packed weight, zero points, scales or order, or ""."""
-        if self.is_packed_weight:
-            return self.name.rpartition(".")[0]
-        part = next((part for part in PACKED_PARTS if self.name.endswith(part)), "")
-        return self.name.removesuffix(part) if part else ""
-
-    @property
-    def is_packed_weight(self) -> bool:
-        """Could this be the codes of a layer?"""
-        return self.name.endswith(".qweight") or (self.name.endswith(".weight") and self.dtype in CODE_DTYPES)
-
-    @property
-    def is_output_embedding(self) -> bool:
-        return self.name.endswith(_OUTPUT_EMBEDDINGS)
+__all__ = ["CODE_DTYPES", "CONVERSION_BYTES", "DTYPE_BYTES", "PACKED_PARTS", "ModelSource", "ModelSpec", "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +50,14 @@ class ModelSpec:
     Args:
         source: the checkpoint it describes.
         model_type: `config.json`'s model_type ("llama", "gpt2", ...).
-        tensors: every stored tensor, in file order.
+        tensors: everything that is loaded, under the names of the model's parameters; a tied head is not among them.
         layers, hidden, intermediate, heads, kv_heads, head_dim, vocab: the shape.
         context: maximum number of positions.
-        layer_types: "full" or "sliding" attention for each layer.
-        sliding_window: tokens that a sliding layer attends to (0 without such layers).
+        caches: what each layer keeps of a sequence.
+        activations: memory of a forward pass, by dtype ("fp32", "half").
+        cached: the model computes with a cache that is given to it.
+        encoder: reads text but generates none.
+        experts, experts_per_token: of a mixture, in each of its layers; 0 without.
         tied: input and output embedding share one tensor.
         quantization: quantization method of the checkpoint ("gptq", "awq", ...), or "".
         stored: details of that quantization, None without one.
@@ -146,8 +77,12 @@ class ModelSpec:
     head_dim: int
     vocab: int
     context: int
-    layer_types: tuple[str, ...]
-    sliding_window: int = 0
+    caches: tuple[LayerCache, ...] = ()
+    activations: tuple[tuple[str, Activations], ...] = ()
+    cached: bool = True
+    encoder: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
     tied: bool = False
     quantization: str = ""
     stored: Quantization | None = None
@@ -173,10 +108,9 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, without buffers; a tied embedding counts once even when it is stored twice."""
+        """Number of parameters; a tied embedding counts once."""
         packed = self.packed_layers
-        counted = (t for t in self.tensors if not (t.is_buffer or (self.tied and t.is_output_embedding)))
-        plain = (t for t in counted if t.packed_layer not in packed)
+        plain = (tensor for tensor in self.tensors if tensor.packed_layer not in packed)
         return sum(tensor.elements for tensor in plain) + sum(rows * columns for rows, columns in packed.values())
 
     @property
@@ -187,12 +121,27 @@ class ModelSpec:
         weights = (t for t in self.tensors if t.is_packed_weight and len(t.shape) == 2)
         return {t.packed_layer: self.stored.linear_shape((t.shape[0], t.shape[1])) for t in weights}
 
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """What each layer attends to: "full", "sliding", "state" or "none"."""
+        return tuple(cache.kind for cache in self.caches)
+
+    @property
+    def sliding_window(self) -> int:
+        """The largest window of a sliding layer, 0 without such layers."""
+        return max((cache.window for cache in self.caches), default=0)
+
+    def activation_bytes(self, tokens: int, context: int, batch: int, dtype: str) -> int:
+        """Most bytes alive at once in a forward pass, without weights, caches and logits; see `Activations`."""
+        return dict(self.activations)["fp32" if dtype == "fp32" else "half"].bytes(tokens, context, batch)
+
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of KV cache per token, before any sliding layer is full."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        return sum(cache.numbers for cache in self.caches) * DTYPE_BYTES[dtype]
 
     def kv_bytes(self, context: int, batch: int, dtype: str) -> int:
-        """Bytes of KV cache for `batch` sequences of `context` tokens; sliding layers hold no more than their window."""
-        per_layer_token = 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
-        tokens = sum(min(context, self.sliding_window) if kind == "sliding" else context for kind in self.layer_types)
-        return batch * per_layer_token * tokens
+        """Bytes of the cache for `batch` sequences of `context` tokens; sliding layers hold no more than their window."""
+        return batch * sum(
+            cache.numbers * min(context, cache.window or context) * DTYPE_BYTES[dtype] + cache.fixed_bytes(dtype)
+            for cache in self.caches
+        )

@@ -13,7 +13,7 @@ import torch
 from lowmem.models.catalog import synthetic
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.checkpoint_writer import write_shards
-from lowmem.models.describe import COMPANIONS, CONFIG
+from lowmem.models.model_files import COMPANIONS, CONFIG
 from lowmem.models.quantization import Quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.units import GB

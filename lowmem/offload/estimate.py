@@ -15,7 +15,7 @@ from lowmem.machine.rates import Again, correction, saved_rate
 from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning import model_bytes
-from lowmem.planning.placement import block_index, counted, stored_block_bytes
+from lowmem.planning.placement import block_index, read_per_token, stored_block_bytes
 from lowmem.planning.plan import Plan
 
 DENSE, STREAMED, RESIDENT = "plain", "streamed", "loaded"
@@ -99,7 +99,7 @@ def _compute_seconds(plan: Plan, again: Again) -> float:
 
 def _gpu_seconds(plan: Plan, again: Again) -> float:
     """Every weight is read from GPU memory once per token in its stored form, plus kernel launches per block."""
-    stored_bytes = sum(tensor.nbytes for tensor in _multiplied(plan.spec))
+    stored_bytes = sum(share * tensor.nbytes for tensor, share in read_per_token(plan.spec))
     return stored_bytes / bandwidth.vram_bandwidth(plan.device, again) + plan.spec.layers / _blocks(plan.device, again)
 
 
@@ -108,24 +108,15 @@ def _cpu_seconds(plan: Plan, again: Again) -> float:
     dtype = model_bytes.compute_dtype(plan.precision, plan.place.dtypes)
     streamed = set(plan.placement.streamed("cpu")) if plan.placement else set()
     held: dict[str, int] = {}
-    for tensor in _multiplied(plan.spec):
+    for tensor, share in read_per_token(plan.spec):
+        if tensor.packed_layer and not tensor.is_packed_weight:
+            continue  # of packed layers only the codes
         kind = _kind(plan, block_index(tensor.name) in streamed, tensor, dtype)
         # Resident dense weights are held in the compute dtype or in int8.
         size = model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype) if kind == DENSE else tensor.nbytes
-        held[kind] = held.get(kind, 0) + size
+        held[kind] = held.get(kind, 0) + int(share * size)
     rates = {kind: _rate(kind, plan, again) for kind in held}
     return sum(size / rates[kind] for kind, size in held.items()) + plan.spec.layers / _blocks("cpu", again)
-
-
-def _multiplied(spec: ModelSpec) -> list[Tensor]:
-    """Weights read for every token: matrices, except embeddings (a token reads one row); of packed layers only the codes."""
-    return [
-        tensor
-        for tensor in counted(spec)
-        if len(tensor.shape) > 1
-        and (block_index(tensor.name) is not None or tensor.is_output_embedding or spec.tied)
-        and (tensor.is_packed_weight or not tensor.packed_layer)
-    ]
 
 
 def _kind(plan: Plan, streams: bool, tensor: Tensor, dtype: str) -> str:

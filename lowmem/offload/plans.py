@@ -11,7 +11,7 @@ from lowmem.messages import msg
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.offloading import offload_precision, offloaded, smallest
-from lowmem.planning.placement import Placement, counted, stored_block_bytes
+from lowmem.planning.placement import Placement, stored_block_bytes
 from lowmem.planning.plan import Plan
 from lowmem.units import format_bytes
 
@@ -72,7 +72,7 @@ def place_blocks(plan: Plan, placement: Placement, may_map: bool = True) -> Plan
 def _may_map(plan: Plan) -> bool:
     """Whether blocks can be memory-mapped: on a CPU that computes in the stored dtype."""
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
-    return plan.place.kind == "cpu" and all(tensor.dtype == dtype for tensor in counted(plan.spec))
+    return plan.place.kind == "cpu" and all(tensor.dtype == dtype for tensor in plan.spec.tensors)
 
 
 def largest_batch(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:

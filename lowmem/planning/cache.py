@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowmem.messages import msg
+from lowmem.models.anatomy import LayerCache
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.plan import Line, Plan
 from lowmem.units import format_bytes
@@ -36,15 +37,27 @@ def kv_bytes(
     if cache_type == "none":
         return 0
     tokens = min(context, window + sinks) if window else context
-    number = spec.kv_heads * spec.head_dim
+    return batch * sum(_layer_bytes(layer, tokens, dtype, cache_type, window, sinks) for layer in spec.caches)
+
+
+def _layer_bytes(layer: LayerCache, tokens: int, dtype: str, cache_type: str, window: int, sinks: int) -> int:
+    """Bytes of one layer and sequence."""
+    size, fixed = DTYPE_BYTES[dtype], layer.fixed_bytes(dtype)
     # A window also keeps the sinks' keys in fp32, unrotated, so that they can be rotated to new positions.
-    copies = 2 * 4 * number * sinks if window else 0
+    copies = 2 * 4 * layer.heads * layer.key_dim * sinks if window else 0
     if cache_type in ("same", "ram"):
-        return spec.kv_bytes(tokens, batch, dtype) + batch * spec.layers * copies
-    exact = number * DTYPE_BYTES[dtype] * ((1 if window else 2) * sinks + 2 * BLOCK)
-    full = copies + exact + blocks_of(tokens, bool(window)) * block_bytes(spec, bits_of(cache_type))
-    native = 2 * number * DTYPE_BYTES[dtype] * min(context, spec.sliding_window)
-    return batch * sum(native if kind == "sliding" else full for kind in spec.layer_types)
+        return fixed + copies + layer.numbers * size * min(tokens, layer.window or tokens)
+    if layer.window or not layer.heads:
+        return fixed + layer.numbers * size * min(tokens, layer.window)
+    exact = (
+        layer.heads
+        * size
+        * (
+            sinks * (layer.value_dim if window else layer.key_dim + layer.value_dim)
+            + BLOCK * (layer.key_dim + layer.value_dim)
+        )
+    )
+    return fixed + copies + exact + blocks_of(tokens, bool(window)) * block_bytes(layer, bits_of(cache_type))
 
 
 def plan_bytes(plan: Plan, dtype: str) -> int:
@@ -76,9 +89,10 @@ def bits_of(cache_type: str) -> int:
     return int(cache_type.removeprefix("int"))
 
 
-def block_bytes(spec: ModelSpec, bits: int) -> int:
+def block_bytes(layer: LayerCache, bits: int) -> int:
     """Bytes of one block of one layer and sequence: codes, and scales and offsets per channel (keys) or token (values)."""
-    return spec.kv_heads * (2 * BLOCK * spec.head_dim * bits // 8 + 4 * spec.head_dim + 4 * BLOCK)
+    codes = BLOCK * (layer.key_dim + layer.value_dim) * bits // 8
+    return layer.heads * (codes + 4 * layer.key_dim + 4 * BLOCK)
 
 
 def blocks_of(tokens: int, window: bool) -> int:
@@ -98,7 +112,8 @@ def dequantized_bytes(plan: Plan, dtype: str) -> int:
     """The buffer for one dequantized layer, which all layers share."""
     if plan.cache_type in ("same", "none", "ram"):
         return 0
-    return plan.spec.kv_bytes(plan.cached_tokens + BLOCK, plan.batch, dtype) // plan.spec.layers
+    largest = max((layer.numbers for layer in plan.spec.caches if not layer.window), default=0)
+    return largest * DTYPE_BYTES[dtype] * (plan.cached_tokens + BLOCK) * plan.batch
 
 
 def sentence(plan: Plan, dtype: str) -> str:

@@ -11,10 +11,8 @@ import importlib.util
 from lowmem.kernels.layouts import ONNX_RUNTIME_BYTES, nbits_bytes
 from lowmem.machine.rates import Unmeasured, correction, known_rate
 from lowmem.messages import msg
-from lowmem.models.config import is_encoder
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.graph_options import ExportOptions
-from lowmem.planning.placement import block_index
 from lowmem.units import MB
 
 HEAD_BITS, HEAD_GROUP = 8, 64
@@ -48,7 +46,7 @@ def refusal(spec: ModelSpec) -> str | None:
 
 def caution(spec: ModelSpec, precision: str, fused: bool = True) -> str:
     """The quality that `precision` costs, and a better choice; "" if the loss is small."""
-    if precision != "int4" or spec.quantization or spec.exported or is_encoder(spec.model_type):
+    if precision != "int4" or spec.quantization or spec.exported or spec.encoder:
         return ""
     if not fused:
         return msg("4-bit without calibration loses quality: KL 0.22 on the demo model, 0.02 with int8.")
@@ -63,11 +61,8 @@ def block_bytes(rows: int, columns: int, bits: int, group: int) -> int:
 
 def matrix_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     """(outputs, inputs) of every linear layer of the blocks."""
-    shapes = [
-        (t.shape[0], t.shape[1])
-        for t in spec.tensors
-        if len(t.shape) == 2 and block_index(t.name) is not None and not t.packed_layer
-    ]
+    linears = (t.matrices for t in spec.tensors if t.role in ("linear", "experts") and not t.packed_layer)
+    shapes = [(outputs, inputs) for count, outputs, inputs in linears for _ in range(count)]
     return shapes + list(spec.packed_layers.values())
 
 
@@ -150,7 +145,7 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
 def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
     """Weights of a generic graph; the embedding, which is gathered, stays in fp32 in int8 and int4 graphs."""
     layers, table = matrix_shapes(spec), spec.vocab * spec.hidden
-    head = 0 if is_encoder(spec.model_type) else table
+    head = 0 if spec.encoder else table
     matrices = sum(rows * columns for rows, columns in layers)
     if precision in ("fp32", "fp16"):
         return DTYPE_BYTES[precision] * (matrices + head + table)
@@ -162,7 +157,7 @@ def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:
 def tracing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, optimised: bool = False) -> int:
     """Peak memory of exporting and verifying a generic graph, in addition to the process itself; an encoder is traced with its weights."""
     count, length = parity_windows(spec.vocab, spec.context)
-    encoder = is_encoder(spec.model_type)
+    encoder = spec.encoder
     logits = 0 if encoder else 4 * count * length * spec.vocab
     # A CPU computes fp16 graphs in fp32, with a second copy of the weights.
     session = ONNX_RUNTIME_BYTES + generic_bytes(spec, precision, group_size) * (3 if precision == "fp16" else 1)
@@ -198,7 +193,7 @@ def writing_seconds(spec: ModelSpec, options: ExportOptions, generic: bool = Fal
         Unmeasured: such models were not exported on this machine yet.
     """
     work = export_work(spec, options, generic)
-    if is_encoder(spec.model_type) or options.format != "onnx":
+    if spec.encoder or options.format != "onnx":
         raise Unmeasured(work)
     vocabulary = spec.vocab * spec.hidden * (1 if spec.tied else 2)
     amounts = {EXPORTS: 1, BLOCKS: spec.parameters - vocabulary, VOCABULARY: vocabulary}

@@ -12,9 +12,8 @@ from lowmem.messages import msg
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache
-from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Line, Plan
-from lowmem.precisions import PRECISIONS
+from lowmem.precisions import PRECISIONS, Precision
 from lowmem.units import MB
 
 CUDA_WORKSPACE_BYTES = 96 * MB
@@ -27,28 +26,10 @@ HEAP_FRAGMENTATION = 2
 """glibc's heap over the live tensors in a pass without a cache: freed tensors leave holes that the next ones do not fit
 (measured for 512 to 4,096 tokens: 2.0 to 2.2 times in int8, 1.3 to 1.8 in fp32)."""
 
-EAGER_ATTENTION = frozenset({"gemma2", "gpt_neo", "gptj", "mpt"})
-"""Model types whose attention has no fused kernel in transformers, so the score matrix is materialized."""
-
 
 def compute_dtype(precision: str, device_dtypes: tuple[str, ...]) -> str:
     """The dtype of activations and KV cache: the precision's own, else the device's best."""
     return PRECISIONS[precision].dtype or device_dtypes[0]
-
-
-def is_linear(tensor: Tensor) -> bool:
-    """Whether this is the weight of a linear layer in a decoder block, which is what gets quantized."""
-    return (
-        len(tensor.shape) == 2
-        and tensor.name.endswith(".weight")
-        and block_index(tensor.name) is not None
-        and not tensor.is_buffer
-    )
-
-
-def is_embedding(tensor: Tensor) -> bool:
-    """Whether this is a token or position embedding, or the output head."""
-    return len(tensor.shape) == 2 and tensor.name.endswith("weight") and block_index(tensor.name) is None
 
 
 def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
@@ -59,8 +40,6 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
     """
     total = 0
     for tensor in spec.tensors:
-        if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
-            continue
         total += tensor_bytes(spec, tensor, precision, dtype)
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
     if dense.covers_embeddings and spec.tied:
@@ -77,12 +56,17 @@ def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) ->
         layer = _packed_shape(spec, tensor)
         return layouts.packed_bytes(spec.stored, *layer, dtype) if layer else 0
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
-    if is_linear(tensor) and dense.quantizes((shape := linear_shape(spec, tensor))[1]):
-        return dense.linear_bytes(*shape)
-    if dense.covers_embeddings and is_embedding(tensor):
-        rows, columns = tensor.shape
-        return (dense.linear_bytes if tensor.is_output_embedding else dense.embedding_bytes)(rows, columns)
-    return tensor.elements * DTYPE_BYTES[dtype]
+    if quantized(dense, tensor):
+        count, rows, columns = tensor.matrices
+        return count * (dense.embedding_bytes if tensor.role == "embedding" else dense.linear_bytes)(rows, columns)
+    return tensor.elements * (4 if tensor.wide else DTYPE_BYTES[dtype])
+
+
+def quantized(dense: Precision, tensor: Tensor) -> bool:
+    """Whether the loader holds a tensor in fewer bits: linear layers of the blocks, and what else the precision covers."""
+    if tensor.role in ("linear", "experts"):
+        return dense.quantizes(tensor.matrices[2])
+    return dense.covers_embeddings and tensor.role in ("head", "embedding")
 
 
 def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
@@ -92,33 +76,22 @@ def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
     return spec.stored.linear_shape((tensor.shape[0], tensor.shape[1]))
 
 
-def linear_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer; GPT-2 stores its weights transposed."""
-    first, second = tensor.shape
-    return (second, first) if spec.model_type == "gpt2" else (first, second)
+def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int, dtype: str) -> int:
+    """Peak of a forward pass over `tokens` new tokens of each of `batch` rows, which see `context` tokens.
 
-
-def activation_bytes(spec: ModelSpec, tokens: int, context: int, dtype: str) -> int:
-    """Peak of one decoder block over `tokens` = chunk x batch new tokens that attend to `context` tokens.
-
-    Counted: the residual stream and its normed fp32 copy; then the larger of attention
-    (q, k, v, their rotated copies, the output) and the MLP (gate, its activation, up, their
-    product); and the attention mask and repeated keys and values of a chunk that does not
-    start the sequence.
+    `ModelSpec.activation_bytes` follows the tensors of the family's code. What a matrix kernel takes inside is added:
+    on a CPU, attention repacks keys and values of half precision.
     """
-    size = DTYPE_BYTES[dtype]
-    residual = tokens * spec.hidden * (3 * size + 2 * 4)
-    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    attention = tokens * (4 * q_width + 4 * kv_width) * size
-    mlp = tokens * 4 * spec.intermediate * size
-    return residual + max(attention, mlp) + _masked_attention_bytes(spec, tokens, context, size)
+    repacked = 2 * spec.heads * spec.head_dim * context * DTYPE_BYTES[dtype] * batch
+    history = repacked if DTYPE_BYTES[dtype] == 2 and context > tokens else 0
+    return spec.activation_bytes(tokens, context, batch, dtype) + history
 
 
 def activation_line(plan: Plan, dtype: str) -> Line:
     """Activations of the widest forward pass that `plan` makes, and one row of logits per sequence."""
     chunk = min(plan.prefill_chunk, plan.context)
     alive = max(
-        activation_bytes(plan.spec, min(chunk, most) * plan.batch, seen, dtype) for most, seen in cache.passes(plan)
+        activation_bytes(plan.spec, min(chunk, most), seen, plan.batch, dtype) for most, seen in cache.passes(plan)
     )
     # With a cache, chunks are short and the cache is not yet full, so its room absorbs the holes.
     if plan.cache_type == "none" and plan.place.kind == "cpu":
@@ -129,19 +102,6 @@ def activation_line(plan: Plan, dtype: str) -> Line:
         total,
         msg("One block processing {chunk:,} tokens x {batch}, and the logits.", chunk=chunk, batch=plan.batch),
     )
-
-
-def _masked_attention_bytes(spec: ModelSpec, tokens: int, context: int, size: int) -> int:
-    if context <= tokens and spec.model_type not in EAGER_ATTENTION:
-        return 0
-    # The boolean mask, the two operands it is made from, and its copy in the compute dtype.
-    mask = tokens * context * (3 + size)
-    history = 2 * spec.heads * spec.head_dim * context * size
-    repeated = history if spec.heads != spec.kv_heads else 0
-    if size == 2:
-        repeated += history  # matrix kernels repack half precision
-    scores = 2 * spec.heads * tokens * context * 4 if spec.model_type in EAGER_ATTENTION else 0
-    return mask + repeated + scores
 
 
 def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
@@ -165,8 +125,6 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
     """
     finished = peak = 0
     for tensor in spec.tensors:
-        if tensor.is_buffer or (spec.tied and tensor.is_output_embedding):
-            continue
         final = tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
@@ -183,10 +141,9 @@ def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str
         return 0
     if layer := _packed_shape(spec, tensor):
         return layouts.repacking_bytes(*layer)
-    source = tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4)
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
-    quantized = is_linear(tensor) and dense.quantizes(linear_shape(spec, tensor)[1])
-    if quantized or (dense.covers_embeddings and is_embedding(tensor)):
-        rows, columns = tensor.shape
+    if quantized(dense, tensor):
+        count, rows, columns = tensor.matrices
+        source = tensor.elements // count * DTYPE_BYTES.get(tensor.dtype, 4)
         return source + dense.temporary_bytes(rows, columns, dtype)
-    return min(source, CONVERSION_BYTES)
+    return min(tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4), CONVERSION_BYTES)

@@ -9,7 +9,6 @@ from lowmem.planning.estimate import reestimate
 from lowmem.planning.placement import (
     Placement,
     all_resident,
-    counted,
     resident_place,
     spread,
     stored_block_bytes,
@@ -50,7 +49,7 @@ def offload_precision(plan: Plan) -> str:
     """The precision of an offloaded plan: its compute dtype, since blocks stream in their stored format."""
     if plan.spec.quantization:
         return "stored"
-    stored = {tensor.dtype for tensor in counted(plan.spec) if len(tensor.shape) > 1}
+    stored = {tensor.dtype for tensor in plan.spec.tensors if len(tensor.shape) > 1}
     if plan.precision in PRECISIONS and PRECISIONS[plan.precision].dtype:  # not "auto"
         return plan.precision
     best = plan.place.dtypes[0]

@@ -92,15 +92,21 @@ def block_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def counted(spec: ModelSpec) -> list[Tensor]:
-    """The tensors of a checkpoint that are loaded: no buffers, no copy of a tied output head."""
-    return [t for t in spec.tensors if not (t.is_buffer or (spec.tied and t.is_output_embedding))]
+def read_per_token(spec: ModelSpec) -> list[tuple[Tensor, float]]:
+    """The matrices that a token is multiplied by, each with the share of it that is read.
+
+    Of an embedding a token reads one row, unless that is the output head as well; of experts it reads the chosen ones.
+    """
+    chosen = spec.experts_per_token / spec.experts if spec.experts and spec.experts_per_token else 1.0
+    shares = {"embedding": 1.0 if spec.tied else 0.0, "experts": chosen}
+    matrices = (tensor for tensor in spec.tensors if tensor.role != "other" or tensor.packed_layer)
+    return [(tensor, share) for tensor in matrices if (share := shares.get(tensor.role, 1.0))]
 
 
 def stored_block_bytes(spec: ModelSpec) -> list[int]:
     """Bytes of every block as stored on disk, which is what streams."""
     sizes = [0] * spec.layers
-    for tensor in counted(spec):
+    for tensor in spec.tensors:
         index = block_index(tensor.name)
         if index is not None and index < len(sizes):
             sizes[index] += tensor.nbytes

@@ -17,7 +17,6 @@ from lowmem.planning.placement import (
     SLOTS,
     Placement,
     block_index,
-    counted,
     resident_place,
     stored_block_bytes,
 )
@@ -82,7 +81,7 @@ def ram_lines(plan: Plan, placement: Placement) -> tuple[Line, ...]:
 
 def _resident_tensors(plan: Plan, placement: Placement) -> list[Tensor]:
     blocks = {None, *placement.indices(resident_place(plan.place.kind))}
-    return [tensor for tensor in counted(plan.spec) if block_index(tensor.name) in blocks]
+    return [tensor for tensor in plan.spec.tensors if block_index(tensor.name) in blocks]
 
 
 def _loading_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
@@ -98,7 +97,7 @@ def _loading_bytes(plan: Plan, placement: Placement, dtype: str) -> int:
 def _quantization_state_bytes(plan: Plan, placement: Placement) -> int:
     """Scales of bitsandbytes' 4-bit weights: they stay resident while the codes stream."""
     streamed = placement.streamed(plan.place.kind)
-    return sum(t.nbytes for t in counted(plan.spec) if ".weight." in t.name and block_index(t.name) in streamed)
+    return sum(t.nbytes for t in plan.spec.tensors if ".weight." in t.name and block_index(t.name) in streamed)
 
 
 def _resident_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
@@ -126,8 +125,8 @@ def _tile_bytes(plan: Plan, streamed: tuple[int, ...], dtype: str) -> int:
         whole = largest * (DTYPE_BYTES[dtype] + 4)
         if spec.stored and spec.stored.method == BNB and spec.stored.bits == 4:
             return largest * DTYPE_BYTES[dtype]  # bitsandbytes dequantizes a layer in one piece
-    elif any(t.dtype != dtype and len(t.shape) > 1 for t in counted(spec)):
-        matrices = (t for t in counted(spec) if len(t.shape) > 1 and block_index(t.name) in streamed)
+    elif any(t.dtype != dtype and len(t.shape) > 1 for t in spec.tensors):
+        matrices = (t for t in spec.tensors if len(t.shape) > 1 and block_index(t.name) in streamed)
         whole = max((t.elements * DTYPE_BYTES[dtype] for t in matrices), default=0)
     else:
         whole = 0

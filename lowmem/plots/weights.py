@@ -40,15 +40,12 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
     from lowmem.models.checkpoint import Checkpoint
     from lowmem.models.fetch import fetch
     from lowmem.models.source import read_spec
-    from lowmem.planning.model_bytes import is_linear, linear_shape
     from lowmem.quant import get
 
     folder = yield from fetch(ref, None, allow_paths)
     spec, method = read_spec(str(folder)), get("rtn")
     fitting = [
-        tensor
-        for tensor in spec.tensors
-        if is_linear(tensor) and (group <= 0 or linear_shape(spec, tensor)[1] % group == 0)
+        tensor for tensor in spec.tensors if tensor.role == "linear" and (group <= 0 or tensor.matrices[2] % group == 0)
     ]
     if spec.quantization or not fitting:
         raise BadInput(

@@ -12,7 +12,7 @@ from lowmem.errors import BadInput, Unsupported
 from lowmem.messages import msg
 from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
-from lowmem.planning.model_bytes import activation_bytes, is_linear, linear_shape
+from lowmem.planning.model_bytes import activation_bytes
 from lowmem.planning.placement import block_index
 from lowmem.quant.calibration import Calibration
 from lowmem.quant.request import QuantizeRequest
@@ -100,10 +100,9 @@ def estimate_quantization(
         seconds: the time, see `Estimate`.
     """
     method, options, calibration = request.method, request.options, request.calibration
-    tensors = [t for t in spec.tensors if not (t.is_buffer or (spec.tied and t.is_output_embedding))]
-    linears = [(tensor, *linear_shape(spec, tensor)) for tensor in tensors if is_linear(tensor)]
+    linears = [(tensor, *tensor.matrices[1:]) for tensor in spec.tensors if tensor.role == "linear"]
     quantized = sum(method.layer_bytes(rows, columns, options) for _, rows, columns in linears)
-    outside = [tensor for tensor in tensors if not is_linear(tensor)]
+    outside = [tensor for tensor in spec.tensors if tensor.role != "linear"]
     unquantized = sum(map(_unquantized_bytes, outside))
     shards = math.ceil((quantized + unquantized) / SHARD_BYTES)
     output = quantized + unquantized + shards * HEADER_BYTES
@@ -114,7 +113,7 @@ def estimate_quantization(
     if method.calibrated:
         widest = max((columns for _, _, columns in linears), default=0)
         solving = method.matrices * 4 * widest * widest + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
-        forward = activation_bytes(spec, calibration.length, calibration.length, "fp32")
+        forward = activation_bytes(spec, calibration.length, calibration.length, 1, "fp32")
         working = 5 * block + max(solving, packing, forward) + CONVERSION_BYTES + LIBRARIES_BYTES
         temporary = _activation_file_bytes(spec, calibration)
     else:
@@ -177,8 +176,10 @@ def check_model(spec: ModelSpec, group_size: int) -> None:
             msg("Models of type {model_type!r} cannot be processed block by block yet.", model_type=spec.model_type),
             msg("These can: {families}.", families=", ".join(FAMILIES)),
         )
-    for tensor in filter(is_linear, spec.tensors):
-        rows, columns = linear_shape(spec, tensor)
+    for tensor in spec.tensors:
+        if tensor.role != "linear":
+            continue
+        _, rows, columns = tensor.matrices
         if group_size != -1 and columns % group_size:
             fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
             raise BadInput(

@@ -17,8 +17,8 @@ from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
 from lowmem.messages import msg
 from lowmem.models.blocks import Layout, block_layout
-from lowmem.models.describe import CONFIG
 from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.model_files import CONFIG
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.quant.calibration import Samples, token_samples

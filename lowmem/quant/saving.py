@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lowmem.models.describe import COMPANIONS, CONFIG
+from lowmem.models.model_files import COMPANIONS, CONFIG
 from lowmem.quant.base import Method, Options
 
 QUANTIZE_CONFIG = "quantize_config.json"

@@ -14,7 +14,6 @@ from lowmem.machine import rates
 from lowmem.machine.rates import Again, saved_rate
 from lowmem.models import blocks
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.model_bytes import is_linear, linear_shape
 from lowmem.planning.placement import block_index
 from lowmem.quant.base import RATIOS, SAMPLED_ROWS
 from lowmem.quant.request import QuantizeRequest
@@ -56,11 +55,11 @@ def action(request: QuantizeRequest) -> str:
 
 def _stages(spec: ModelSpec) -> list[Stage]:
     """The stages of the first block."""
-    first = [tensor for tensor in spec.tensors if is_linear(tensor) and block_index(tensor.name) == 0]
+    first = [tensor for tensor in spec.tensors if tensor.role == "linear" and block_index(tensor.name) == 0]
     found = []
     for stage in blocks.stages(spec.model_type):
         names = tuple(f".{name}.weight" for name in stage.linears)
-        shapes = [linear_shape(spec, tensor) for tensor in first if tensor.name.endswith(names)]
+        shapes = [tensor.matrices[1:] for tensor in first if tensor.name.endswith(names)]
         if shapes:
             found.append((shapes[0][1], tuple(rows for rows, _ in shapes)))
     return found

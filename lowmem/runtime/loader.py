@@ -23,12 +23,12 @@ from lowmem.kernels import packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
 from lowmem.machine.monitor import trim_heap
 from lowmem.messages import msg
-from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Converted
 from lowmem.models.matching import by_module, match_names, tied_parameters
+from lowmem.models.meta_model import roles
 from lowmem.models.modules import empty_model, set_tensor
 from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning.model_bytes import compute_dtype
-from lowmem.planning.placement import block_index
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
 from lowmem.precisions import PRECISIONS, Precision
@@ -75,7 +75,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
     yield Step(0, 0, msg("Building the empty model"))
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
-        place = _Placer(plan, device, dtype)
+        place = _Placer(plan, device, dtype, model)
         names = match_names(model, checkpoint)
         offloaded = offloaded_names(model, names, plan.placement, device) if plan.placement else {}
         streamed = {name for block in offloaded.values() for name in block}
@@ -134,7 +134,7 @@ def _fill(
         cancel.check()
         module = model.get_submodule(owner)
         tensors = {member: checkpoint.tensors[name] for member, name in members.items()}
-        replacement = place(module, checkpoint, members)
+        replacement = place(owner, module, checkpoint, members)
         if replacement is not module:
             model.set_submodule(owner, replacement)
         done += sum(entry.nbytes for entry in tensors.values())
@@ -148,27 +148,45 @@ def _fill(
 class _Placer:
     """Fills one module from the checkpoint, or makes its quantized replacement."""
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype, model: PreTrainedModel) -> None:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
         # Next to streamed blocks, resident weights stay in their stored dtype too.
         self.as_stored = plan.placement is not None and device.type == "cpu"
         computed = compute_dtype(plan.precision, plan.place.dtypes)
         self.precision = PRECISIONS[plan.precision].dense(computed, self.stored)
+        self._roles = {name: role for name, _, role, _ in roles(model)}
 
-    def __call__(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
+    def __call__(self, owner: str, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         if "qweight" in members or ("weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES):
             return self._packed(module, checkpoint, members)
         if self.as_stored:
             return self._as_stored(module, checkpoint, members)
-        everywhere = self.precision.covers_embeddings
-        if everywhere and isinstance(module, nn.Embedding):
+        role = self._roles.get(f"{owner}.weight", "")
+        if role == "embedding" and self.precision.covers_embeddings:
             return self._embedding(module, checkpoint, members)
-        covered = everywhere or block_index(next(iter(members.values()))) is not None
+        covered = role == "linear" or (role == "head" and self.precision.covers_embeddings)
         if covered and isinstance(module, (nn.Linear, Conv1D)) and self.precision.quantizes(_shape(module)[1]):
             return self._quantized(module, checkpoint, members)
         for member, name in members.items():
-            set_tensor(module, member, self._read(module, member, checkpoint, name))
+            if self._roles.get(f"{owner}.{member}") == "experts" and self.precision.quantizes(
+                _inputs(module, checkpoint.tensors[name].shape)
+            ):
+                del module._parameters[member]
+                module.add_module(member, nn.ModuleList(self._experts(module, checkpoint, name)))
+            else:
+                set_tensor(module, member, self._read(module, member, checkpoint, name))
         return module
+
+    def _experts(self, module: nn.Module, checkpoint: Checkpoint, name: str) -> Iterator[nn.Module]:
+        """A quantized layer for every expert of a stacked projection, read one at a time where they lie apart."""
+        entry = checkpoint.tensors[name]
+        whole = checkpoint.read_entry(entry) if isinstance(entry, Converted) else None
+        for expert in range(entry.shape[0]):
+            rows = entry.rows(expert, expert + 1)
+            weight = whole[expert] if whole is not None else checkpoint.read_entry(rows)[0]
+            if module.is_transposed:
+                weight = weight.t()
+            yield self.precision.linear(weight, None, self.device, self.dtype)
 
     def _as_stored(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         runner = as_stored(module, checkpoint, members, self.dtype)
@@ -191,29 +209,33 @@ class _Placer:
         return packed_linear.stored_linear(stored, layer, parts, (outputs, inputs), self.device, self.dtype)
 
     def _embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
-        # GPT-style position embeddings of some families shift their ids.
-        if type(module) is not nn.Embedding and not hasattr(module, "embed_scale"):
-            raise Unsupported(
-                msg(
-                    "{kind} cannot be stored in {precision}.", kind=type(module).__name__, precision=self.precision.key
-                ),
-                msg("Choose fp32 or bf16."),
-            )
         return self.precision.embedding(checkpoint.read(members["weight"]), float(getattr(module, "embed_scale", 1.0)))
 
     def _read(self, module: nn.Module, member: str, checkpoint: Checkpoint, name: str) -> Tensor:
         shape = checkpoint.tensors[name].shape
+        dtype = _dtype(module, member, self.dtype)
         if self._column_major(module, member):
             # Decoding multiplies one row by a matrix, which MKL does 1.2 to 1.6 times faster if the matrix is laid out
             # [in, out] in memory. The shape stays [out, in].
             tensor = torch.empty(tuple(reversed(shape)), dtype=self.dtype).t()
             return checkpoint.read_into(name, tensor)
-        tensor = checkpoint.read_into(name, torch.empty(tuple(shape), dtype=self.dtype))
+        tensor = checkpoint.read_into(name, torch.empty(tuple(shape), dtype=dtype))
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def _column_major(self, module: nn.Module, member: str) -> bool:
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
         return on_cpu and member == "weight" and isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def _dtype(module: nn.Module, member: str, computed: torch.dtype) -> torch.dtype:
+    """`computed`, or the dtype that the family's code keeps this tensor in: fp32 for the biases of some routers."""
+    empty = module._buffers.get(member, module._parameters.get(member))
+    return computed if empty is None else empty.dtype
+
+
+def _inputs(module: Any, shape: tuple[int, ...]) -> int:
+    """Inputs of each expert of a projection of this shape."""
+    return shape[1] if module.is_transposed else shape[2]
 
 
 def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
@@ -257,16 +279,18 @@ def _avoid_copying_head(model: PreTrainedModel) -> None:
 
 
 def _tie(model: PreTrainedModel, parameter: str, source: str, precision: Precision) -> None:
-    """Let `parameter`, the head's weight, be that of the embedding, in whatever form this was loaded."""
-    head_name, _, _ = parameter.rpartition(".")
-    embedding = model.get_submodule(source.rpartition(".")[0])
-    bias = getattr(model.get_submodule(head_name), "bias", None)
-    if isinstance(embedding, StoredEmbedding):
-        model.set_submodule(head_name, StoredLinear(embedding.weight, bias))
-    elif isinstance(embedding, nn.Embedding):
+    """Let `parameter` be the tensor `source`, in whatever form this was loaded."""
+    owner = parameter.rpartition(".")[0]
+    origin: Any = model.get_submodule(source.rpartition(".")[0])
+    if origin is model.get_input_embeddings() and not isinstance(origin, nn.Embedding):
+        bias: Any = getattr(model.get_submodule(owner), "bias", None)
+        stored = isinstance(origin, StoredEmbedding)
+        head = StoredLinear(origin.get_parameter("weight"), bias) if stored else precision.tied_head(origin, bias)
+        model.set_submodule(owner, head)
+    elif type(origin) is type(model.get_submodule(owner)) or isinstance(origin, nn.Embedding):
         set_tensor(model, parameter, model.get_parameter(source))
     else:
-        model.set_submodule(head_name, precision.tied_head(embedding, bias))
+        model.set_submodule(owner, origin)
 
 
 def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> None:

@@ -12,7 +12,6 @@ from lowmem.measure.variants import Variant
 from lowmem.models.quantization import BNB, INT8, Quantization, parse_quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.goal import Goal
-from lowmem.planning.model_bytes import is_linear, linear_shape
 from lowmem.planning.planner import plan
 from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.request import QuantizeRequest
@@ -40,16 +39,17 @@ def peaks(
 def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:
     """The spec of the checkpoint that quantizing `spec` yields."""
     stored = parse_quantization(request.method.config(request.options))
-    tensors = tuple(_stored(spec, tensor, stored, request) for tensor in spec.tensors)
+    tensors = tuple(_stored(tensor, stored, request) for tensor in spec.tensors)
     return replace(spec, tensors=tensors, quantization=stored.method, stored=stored)
 
 
-def _stored(spec: ModelSpec, tensor: Tensor, stored: Quantization, request: QuantizeRequest) -> Tensor:
-    if not is_linear(tensor):
+def _stored(tensor: Tensor, stored: Quantization, request: QuantizeRequest) -> Tensor:
+    if tensor.role != "linear":
         return tensor
-    rows, columns = linear_shape(spec, tensor)
+    _, rows, columns = tensor.matrices
     own = stored.method in (BNB, INT8)
-    return Tensor(
+    return replace(
+        tensor,
         name=tensor.name if own else tensor.name.removesuffix(".weight") + ".qweight",
         dtype=("uint8" if stored.bits == 4 else "int8") if own else "int32",
         shape=stored.qweight_shape(rows, columns),

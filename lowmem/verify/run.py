@@ -15,7 +15,7 @@ from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.machine.rates import Unmeasured
 from lowmem.measure.compare import workspace
 from lowmem.messages import msg
-from lowmem.models.describe import MANIFEST
+from lowmem.models.model_files import MANIFEST
 from lowmem.models.source import local_folder
 from lowmem.offload.estimate import estimate_speed, largest_file
 from lowmem.planning.plan import Plan

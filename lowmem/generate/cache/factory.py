@@ -18,12 +18,15 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
 from lowmem.errors import Unsupported
-from lowmem.generate.cache.full import DummyLayer, FullLayer
+from lowmem.generate.cache.full import FullLayer
+from lowmem.generate.cache.state import HybridLayer, StateLayer
 from lowmem.messages import msg
 from lowmem.planning.cache import bits_of
 
@@ -33,7 +36,7 @@ def make_cache(
 ) -> Cache:
     """An empty cache for at most `rows` sequences of `capacity` tokens, with the layer types that `config` names.
 
-    Sliding-window layers remain transformers' own and stay in the dtype of the computation, since they are small.
+    Layers of bounded size (sliding windows, recurrent states) stay in the dtype of the computation, since they are small.
     Memory is allocated during the first forward pass.
 
     Args:
@@ -65,7 +68,7 @@ def make_cache(
 
     buffers, prefetcher = DequantizeBuffers(), LayerPrefetcher()
 
-    def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin:
+    def layer(kind: str, arguments: dict[str, Any]) -> CacheLayerMixin | LinearAttentionCacheLayerMixin:
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
         if known is DynamicLayer:
             if cache_type == "ram":
@@ -73,9 +76,13 @@ def make_cache(
             if cache_type == "same":
                 return FullLayer(rows, capacity)
             return PackedLayer(rows, capacity, bits_of(cache_type), pads or (0,) * rows, buffers)
-        if known in (DynamicSlidingWindowLayer, DummyLayer) and known is not None:
-            return known(**arguments)
-        raise _unsupported(config)
+        if known is LinearAttentionLayer:
+            return StateLayer(**arguments)
+        if known is LinearAttentionAndFullAttentionLayer:
+            return HybridLayer(rows, capacity, **arguments)
+        if known is None:
+            raise _unsupported(config)
+        return known(**arguments)
 
     return Cache(layers=[layer(*described) for described in layer_kinds(decoder)])
 
@@ -88,16 +95,10 @@ def layer_kinds(decoder: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     return list(zip(kinds, arguments, strict=True))
 
 
-def check_supported(model: Any) -> None:
-    """Raise `Unsupported` for models with a recurrent state instead of keys and values."""
-    if getattr(model, "_is_stateful", False):
-        raise _unsupported(model.config)
-
-
 def _unsupported(config: Any) -> Unsupported:
     return Unsupported(
         msg(
-            "{model_type!r} models keep more state than keys and values, which this cache cannot hold.",
+            "{model_type!r} models keep a state of a kind that this cache cannot hold.",
             model_type=config.model_type,
         ),
         msg("Turn the KV cache off (slow), or choose another model."),

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lowmem.generate.cache.storage import new_store
 
-# A layer that reads another layer's keys. transformers 5.15, which Colab has, omits such layers instead.
+# The cache layer of a layer without a cache. transformers 5.15, which Colab has, omits such layers instead.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lowmem.generate.cache.argument import cache_argument
-from lowmem.models.config import read_shape
+from lowmem.models.cache_argument import cache_argument
+from lowmem.models.meta_model import context_limit
 
 _ALIBI = frozenset({"bloom", "mpt"})
 _GROWING = frozenset({"dynamic", "longrope"})
@@ -92,16 +92,10 @@ def key_rotations(model: Any) -> tuple[Rotation, ...] | None:
     return _known[model]
 
 
-def context_limit(config: Any) -> int:
-    """The model's context length in tokens, whatever its family calls it (BLOOM and MPT have their own names)."""
-    decoder = config.get_text_config(decoder=True)
-    return int(getattr(decoder, "max_position_embeddings", None) or read_shape(decoder.to_dict()).context)
-
-
 def position_limit(config: Any) -> int:
     """Upper bound (exclusive) of the position ids for which the model's rotation frequencies are constant."""
     decoder = config.get_text_config(decoder=True)
-    limit = context_limit(config)
+    limit = context_limit(decoder)
     rope = getattr(decoder, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     for kind in kinds:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
 from lowmem.messages import msg
-from lowmem.models.describe import MANIFEST
+from lowmem.models.model_files import MANIFEST
 
 VERSION = 2
 """Version 1 calls the parity check "proof"."""

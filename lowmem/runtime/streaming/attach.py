@@ -20,7 +20,7 @@ from lowmem.generate.decoding import decoder_blocks
 from lowmem.kernels import bnb_linear, packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
 from lowmem.messages import msg
-from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Entry
 from lowmem.models.matching import by_module, match_names
 from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, Quantization
@@ -87,9 +87,10 @@ def stream(
 
 
 def can_map(checkpoint: Checkpoint, blocks: Mapping[int, Names], dtype: torch.dtype) -> bool:
-    """Whether these weights can be used in place: all must be stored in the compute dtype."""
-    stored = (checkpoint.tensors[name].dtype for names in blocks.values() for name in names.values())
-    return all(TORCH_DTYPES[kind] == dtype for kind in stored)
+    """Whether these weights can be used in place: all must be stored in one piece, in the compute dtype."""
+    stored = [checkpoint.tensors[name] for names in blocks.values() for name in names.values()]
+    whole = all(isinstance(entry, Entry) and len(entry.extents) == 1 for entry in stored)
+    return whole and all(TORCH_DTYPES[entry.dtype] == dtype for entry in stored)
 
 
 def _source(files: list[BlockFile], placement: Placement, device: torch.device, dtype: torch.dtype) -> Source:

@@ -6,14 +6,15 @@ direct I/O needs no copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lowmem.machine.direct_io import CHUNK_BYTES, PAGE
-from lowmem.models.checkpoint import TORCH_DTYPES, Entry
+from lowmem.models.checkpoint import TORCH_DTYPES, Converted, Entry, Extent
 
 GAP_BYTES = 1 << 16
 """A smaller gap between two tensors of a block is read along with them."""
@@ -32,20 +33,37 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A stored tensor and the parameter of a module that it fills; `position` is its first byte in the buffer."""
+    """A stored tensor and the parameter of a module that it fills.
+
+    `positions`: the first byte in the buffer of each extent of `entry`, or of those of its sources.
+    """
 
     module: nn.Module
     member: str
-    entry: Entry
-    position: int
+    entry: Entry | Converted
+    positions: tuple[int, ...]
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The stored tensor within `buffer` (uint8), a view unless its bytes are not aligned to its dtype."""
-        dtype = TORCH_DTYPES[self.entry.dtype]
-        raw = buffer[self.position : self.position + self.entry.nbytes]
-        if raw.data_ptr() % dtype.itemsize:
-            raw = raw.clone()
-        return raw.view(dtype).view(self.entry.shape)
+        """The tensor within `buffer` (uint8): a view if it is one extent whose bytes are aligned to its dtype."""
+        places = iter(self.positions)
+        if isinstance(self.entry, Entry):
+            return _tensor(self.entry, buffer, places)
+        return self.entry.convert([_tensor(source, buffer, places) for source in self.entry.sources])
+
+
+def _tensor(entry: Entry, buffer: Tensor, places: Iterator[int]) -> Tensor:
+    dtype = TORCH_DTYPES[entry.dtype]
+    parts = [buffer[place : place + extent.nbytes] for place, extent in zip(places, entry.extents, strict=False)]
+    raw = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(entry.shape)
+
+
+def extents(entry: Entry | Converted) -> tuple[Extent, ...]:
+    """Everything that is read for a tensor."""
+    sources = (entry,) if isinstance(entry, Entry) else entry.sources
+    return tuple(extent for source in sources for extent in source.extents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +80,36 @@ class BlockFile:
         return sum(weight.entry.nbytes for weight in self.weights)
 
 
-Member = tuple[nn.Module, str, Entry]
+Member = tuple[nn.Module, str, Entry | Converted]
 
 
 def block_file(index: int, members: Iterable[Member]) -> BlockFile:
     """Lay out one block from (module, member, where it is stored)."""
-    weights: list[Weight] = []
+    listed = list(members)
+    places: dict[Extent, int] = {}
     reads: list[Read] = []
     position = 0
-    for run in _runs(sorted(members, key=lambda m: (str(m[2].file), m[2].offset))):
-        start = run[0][2].offset // PAGE * PAGE
-        end = max(entry.offset + entry.nbytes for _, _, entry in run)
-        weights += [Weight(module, member, entry, position + entry.offset - start) for module, member, entry in run]
-        reads += _reads(run[0][2].file, start, end, position)
+    for run in _runs(sorted({extent for _, _, entry in listed for extent in extents(entry)})):
+        file, start = run[0].file, run[0].offset // PAGE * PAGE
+        end = max(extent.offset + extent.nbytes for extent in run)
+        places |= {extent: position + extent.offset - start for extent in run}
+        reads += _reads(file, start, end, position)
         position += -(-end // PAGE) * PAGE - start
+    weights = [
+        Weight(module, member, entry, tuple(places[extent] for extent in extents(entry)))
+        for module, member, entry in listed
+    ]
     return BlockFile(index, tuple(weights), tuple(reads), position)
 
 
-def _runs(ordered: list[Member]) -> list[list[Member]]:
-    """Group tensors that are adjacent in a file."""
-    runs: list[list[Member]] = []
-    for member in ordered:
-        entry, last = member[2], runs[-1][-1][2] if runs else None
-        if last is None or last.file != entry.file or entry.offset - last.offset - last.nbytes > GAP_BYTES:
+def _runs(ordered: list[Extent]) -> list[list[Extent]]:
+    """Group extents that are adjacent in a file."""
+    runs: list[list[Extent]] = []
+    for extent in ordered:
+        last = runs[-1][-1] if runs else None
+        if last is None or last.file != extent.file or extent.offset - last.offset - last.nbytes > GAP_BYTES:
             runs.append([])
-        runs[-1].append(member)
+        runs[-1].append(extent)
     return runs
 
 

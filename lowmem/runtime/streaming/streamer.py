@@ -19,7 +19,7 @@ from lowmem.kernels.stored_layers import StoredLinear, StoredNf4, StoredPacked, 
 from lowmem.machine.direct_io import Shard
 from lowmem.models.checkpoint import TORCH_DTYPES
 from lowmem.models.modules import set_tensor
-from lowmem.runtime.streaming.blocks import BlockFile, Weight
+from lowmem.runtime.streaming.blocks import BlockFile, Weight, extents
 from lowmem.runtime.streaming.ring import Check, Ring, nothing
 
 log = logging.getLogger("lowmem.offload")
@@ -180,9 +180,9 @@ class Mapped:
             pages = {path: torch.frombuffer(shard.map(), dtype=torch.uint8) for path, shard in self._shards.items()}
         for block in blocks:
             for weight in block.weights:
-                start = weight.entry.offset
-                at = Weight(weight.module, weight.member, weight.entry, start)
-                assign(weight, at.view(pages[weight.entry.file]), dtype)
+                (extent,) = extents(weight.entry)
+                at = Weight(weight.module, weight.member, weight.entry, (extent.offset,))
+                assign(weight, at.view(pages[extent.file]), dtype)
 
     def acquire(self, index: int, _check: Check = nothing, /) -> None:
         for file in self._files[index]:

@@ -1,0 +1,128 @@
+"""What planning knows of a model's inside: what each layer caches, and how much memory a forward pass takes.
+
+Plain data. `meta_model.py` derives it from the family's own code, `derive.py` asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lowmem.models.tensors import DTYPE_BYTES, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one layer keeps of a sequence.
+
+    Args:
+        heads: KV heads, 0 for a layer without keys and values.
+        key_dim, value_dim: numbers per head and token.
+        window: the most tokens it keeps, 0 for all of them.
+        state: numbers of a fixed size per sequence, in the dtype of the computation.
+        state_bytes: the same for states of a dtype of their own.
+    """
+
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int = 0
+    state: int = 0
+    state_bytes: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per token."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+    @property
+    def kind(self) -> str:
+        """ "full", "sliding", "state" or "none"."""
+        if self.heads:
+            return "sliding" if self.window else "full"
+        return "state" if self.state or self.state_bytes else "none"
+
+    def fixed_bytes(self, dtype: str) -> int:
+        """Bytes of the states of one sequence."""
+        return self.state * DTYPE_BYTES[dtype] + self.state_bytes
+
+
+Term = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes alive at once in a forward pass over T new tokens that see C tokens, as a maximum over its operations.
+
+    Each term (a, b, c, d) is what is alive after one operation, a T + b T C + c C + d, for one sequence. Terms that are
+    never the largest are left out.
+
+    Args:
+        first: of a pass that begins a sequence, where C is T.
+        later: of a pass that continues one.
+    """
+
+    first: tuple[Term, ...]
+    later: tuple[Term, ...]
+
+    def bytes(self, tokens: int, context: int, batch: int) -> int:
+        """Args:
+        tokens: T, of each of `batch` sequences.
+        context: C, the most that they see.
+        """
+        terms = self.first if context <= tokens else self.later
+        return int(batch * max((value(term, tokens, context) for term in terms), default=0))
+
+
+def value(term: Term, tokens: int, context: int) -> float:
+    a, b, c, d = term
+    return a * tokens + b * tokens * context + c * context + d
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """A model as the family's own code builds it from config.json; the fields are those of `ModelSpec`."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    tied: bool
+    encoder: bool
+    cached: bool
+    caches: tuple[LayerCache, ...]
+    activations: tuple[tuple[str, Activations], ...]
+    tensors: tuple[Tensor, ...]
+    experts: int = 0
+    experts_per_token: int = 0
+
+    def shape(self) -> dict[str, Any]:
+        """All fields, as arguments of `ModelSpec`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Anatomy:
+        return cls(
+            **{
+                **found,
+                "caches": tuple(LayerCache(**one) for one in found["caches"]),
+                "activations": tuple(
+                    (dtype, Activations(_terms(one["first"]), _terms(one["later"])))
+                    for dtype, one in found["activations"]
+                ),
+                "tensors": tuple(Tensor(**{**one, "shape": tuple(one["shape"])}) for one in found["tensors"]),
+            }
+        )
+
+
+def _terms(found: Sequence[Sequence[float]]) -> tuple[Term, ...]:
+    return tuple((a, b, c, d) for a, b, c, d in found)

@@ -1,0 +1,125 @@
+"""The anatomy of a model, from where it is known: derived before, or derived now.
+
+Deriving needs torch. A process that has not loaded it leaves that to a child process of a few seconds; what it found is
+kept below `settings().home`, by the content of what it was derived from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import CorruptModel, LowMemError, Unsupported
+from lowmem.messages import msg
+from lowmem.models.anatomy import Anatomy
+from lowmem.models.tensors import Tensor
+from lowmem.settings import settings
+from lowmem.version import __version__
+
+TIMEOUT_SECONDS = 120
+
+
+def derive(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | None, dtype: str = "") -> Anatomy:
+    """The anatomy of the model that a config.json and the tensors of its files describe.
+
+    Args:
+        name: of the model, for messages.
+        stored: the tensors of its files; None for every parameter, stored in `dtype`.
+
+    Raises:
+        UnsafeModel, Unsupported, CorruptModel: see `meta_model.anatomy`.
+    """
+    tensors = None if stored is None else tuple(stored)
+    _check(config, name, tensors)
+    what = json.dumps([config, tensors and [astuple(tensor) for tensor in tensors], dtype], sort_keys=True, default=str)
+    versions = f"{__version__} {importlib.metadata.version('transformers')}"
+    key = hashlib.sha256(f"{versions} {what}".encode()).hexdigest()[:32]
+    if (known := _derived_here.get(key) or _known(key)) is None:
+        known = _derived(config, name, tensors, dtype)
+        _remember(key, known)
+    _derived_here[key] = known
+    return known
+
+
+_derived_here: dict[str, Anatomy] = {}
+
+
+def _check(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | None) -> None:
+    """Refuse what is no model before anything is built of its numbers."""
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise CorruptModel(
+            msg("config.json of {name} has no model_type.", name=name), msg("Check that this is a transformers model.")
+        )
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for key, value in part.items():
+            if isinstance(value, int) and not isinstance(value, bool) and not -(2**40) < value < 2**40:
+                raise CorruptModel(
+                    msg("config.json of {owner} has {key} = {value!r}.", owner=name, key=key, value=str(value)[:40]),
+                    msg("Fetch the model again."),
+                )
+        layers = next(
+            (part[key] for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if key in part), 0
+        )
+        if stored is not None and isinstance(layers, int) and layers > len(stored):
+            raise CorruptModel(
+                msg(
+                    "config.json of {name} names {layers:,} layers, but the files hold only {tensors:,} tensors.",
+                    name=name,
+                    layers=layers,
+                    tensors=len(stored),
+                ),
+                msg("Fetch the model again."),
+            )
+
+
+def _path(key: str) -> Path:
+    return settings().home / "anatomy" / f"{key}.json"
+
+
+def _known(key: str) -> Anatomy | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return Anatomy.from_json(json.loads(_path(key).read_text(encoding="utf-8")))
+    return None
+
+
+def _remember(key: str, found: Anatomy) -> None:
+    path = _path(key)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found.to_json()), encoding="utf-8")
+        part.replace(path)
+
+
+def _derived(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | None, dtype: str) -> Anatomy:
+    if "torch" in sys.modules:
+        from lowmem.models.meta_model import anatomy
+
+        return anatomy(config, name, stored, dtype)
+    command = [sys.executable, "-m", "lowmem.models.meta_model"]
+    try:
+        done = subprocess.run(
+            command, input=pickle.dumps((dict(config), name, stored, dtype)), capture_output=True, timeout=TIMEOUT_SECONDS,
+            check=True,
+        )  # fmt: skip
+        result = pickle.loads(done.stdout)
+    except (subprocess.SubprocessError, pickle.UnpicklingError, EOFError) as error:
+        raise Unsupported(
+            msg("The inside of {name} could not be examined: {error}", name=name, error=type(error).__name__),
+            msg("Choose another model."),
+        ) from error
+    if isinstance(result, LowMemError):
+        raise result
+    assert isinstance(result, Anatomy)
+    return result
