@@ -5,8 +5,9 @@ Plain data. `meta_model.py` derives it from the family's own code, `derive.py` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
@@ -107,22 +108,58 @@ class Anatomy:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON, with what repeats from block to block written once."""
+        kinds = list(dict.fromkeys(self.caches))
+        return self.shape() | {
+            "caches": {
+                "kinds": [[getattr(kind, field.name) for field in fields(LayerCache)] for kind in kinds],
+                "layers": [kinds.index(cache) for cache in self.caches],
+            },
+            "activations": [[dtype, one.first, one.later] for dtype, one in self.activations],
+            "tensors": _rows(self.tensors),
+        }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Anatomy:
+        kinds = [LayerCache(*kind) for kind in found["caches"]["kinds"]]
+        activations = (
+            (dtype, Activations(_terms(first), _terms(later))) for dtype, first, later in found["activations"]
+        )
         return cls(
             **{
                 **found,
-                "caches": tuple(LayerCache(**one) for one in found["caches"]),
-                "activations": tuple(
-                    (dtype, Activations(_terms(one["first"]), _terms(one["later"])))
-                    for dtype, one in found["activations"]
-                ),
-                "tensors": tuple(Tensor(**{**one, "shape": tuple(one["shape"])}) for one in found["tensors"]),
+                "caches": tuple(kinds[index] for index in found["caches"]["layers"]),
+                "activations": tuple(activations),
+                "tensors": tuple(_tensors(found["tensors"])),
             }
         )
 
 
 def _terms(found: Sequence[Sequence[float]]) -> tuple[Term, ...]:
     return tuple((a, b, c, d) for a, b, c, d in found)
+
+
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _rows(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """[name with * for the block, blocks, everything else] of tensors that are alike in several blocks."""
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for tensor in tensors:
+        block = _BLOCK.search(tensor.name)
+        pattern = _BLOCK.sub("*", tensor.name, count=1)
+        about = (tensor.dtype, tensor.shape, tensor.nbytes, tensor.role, tensor.transposed, tensor.wide)
+        rows.setdefault((pattern, *about), []).extend([int(block.group())] if block else [])
+    return [[pattern, blocks, *about] for (pattern, *about), blocks in rows.items()]
+
+
+def _tensors(rows: Sequence[Sequence[Any]]) -> Iterator[Tensor]:
+    """The tensors block by block, after those outside that came before the first block."""
+    ordered: list[tuple[int, int, Tensor]] = []
+    begun = 0
+    for number, (pattern, blocks, dtype, shape, *about) in enumerate(rows):
+        begun = begun or len(blocks)
+        for block in blocks or [-1 if not begun else 1 << 40]:
+            name = pattern.replace("*", str(block), 1) if blocks else pattern
+            ordered.append((block, number, Tensor(name, dtype, tuple(shape), *about)))
+    yield from (tensor for _, _, tensor in sorted(ordered, key=lambda found: found[:2]))

@@ -25,7 +25,7 @@ class Entry:
         parameters: as published.
         use: "chat", "completion" or "code".
         quality: rank for automatic choice: higher answers better (0-100, our judgement of public evaluations).
-        stored_head: the file also holds the output embedding of a tied model.
+        more_bytes: of the weight files besides the parameters: a copy of a tied embedding, causal masks.
         config: the fields of its config.json that determine its shape.
         dtype: dtype of the stored weights.
     """
@@ -39,7 +39,7 @@ class Entry:
     config: dict[str, Any] = field(hash=False, repr=False)
     dtype: str = "bf16"
     gated: bool = False
-    stored_head: bool = False
+    more_bytes: int = 0
 
     @property
     def chat(self) -> bool:
@@ -86,8 +86,7 @@ def synthetic(
 def _spec(entry: Entry) -> ModelSpec:
     source = ModelSource(entry.ref, entry.label, licence=entry.licence, gated=entry.gated)
     spec = _assemble(entry.config, source, entry.dtype, entry.chat)
-    twice = sum(tensor.nbytes for tensor in spec.tensors if tensor.role == "embedding") if entry.stored_head else 0
-    return replace(spec, size_on_disk=spec.size_on_disk + twice)
+    return replace(spec, size_on_disk=spec.size_on_disk + entry.more_bytes)
 
 
 def _assemble(config: dict[str, Any], source: ModelSource, dtype: str, chat: bool = False) -> ModelSpec:
@@ -127,6 +126,8 @@ def _gpt2(layers: int, hidden: int, heads: int) -> dict[str, Any]:
 
 
 _APACHE = "apache-2.0"
+_MASK = 4 * 1024 * 1024
+"""Bytes of the causal mask that GPT-2 stores in every layer."""
 
 # Arguments of _config: layers, hidden, intermediate, heads, kv heads, vocabulary, context.
 CATALOG: tuple[Entry, ...] = (
@@ -168,11 +169,11 @@ CATALOG: tuple[Entry, ...] = (
     ),
     Entry(
         "Qwen/Qwen3-0.6B", "Qwen3-0.6B", _APACHE, 596_049_920, "chat", 42,
-        _config("qwen3", 28, 1024, 3072, 16, 8, 151_936, 40_960, head_dim=128), stored_head=True,
+        _config("qwen3", 28, 1024, 3072, 16, 8, 151_936, 40_960, head_dim=128), more_bytes=2 * 151_936 * 1024,
     ),
     Entry(
         "Qwen/Qwen3-1.7B", "Qwen3-1.7B", _APACHE, 1_720_574_976, "chat", 60,
-        _config("qwen3", 28, 2048, 6144, 16, 8, 151_936, 40_960, head_dim=128), stored_head=True,
+        _config("qwen3", 28, 2048, 6144, 16, 8, 151_936, 40_960, head_dim=128), more_bytes=2 * 151_936 * 2048,
     ),
     Entry(
         "Qwen/Qwen3-4B", "Qwen3-4B", _APACHE, 4_022_468_096, "chat", 82,
@@ -221,11 +222,11 @@ CATALOG: tuple[Entry, ...] = (
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B-Chat", _APACHE, 1_100_048_384, "chat", 32,
         _config("llama", 22, 2048, 5632, 32, 4, 32_000, 2048, tied=False),
     ),
-    Entry("distilbert/distilgpt2", "distilgpt2", _APACHE, 81_912_576, "completion", 5, _gpt2(6, 768, 12), dtype="fp32"),
-    Entry("openai-community/gpt2", "gpt2", "mit", 124_439_808, "completion", 8, _gpt2(12, 768, 12), dtype="fp32"),
+    Entry("distilbert/distilgpt2", "distilgpt2", _APACHE, 81_912_576, "completion", 5, _gpt2(6, 768, 12), "fp32", more_bytes=6 * _MASK),
+    Entry("openai-community/gpt2", "gpt2", "mit", 124_439_808, "completion", 8, _gpt2(12, 768, 12), "fp32", more_bytes=12 * _MASK),
     Entry(
         "openai-community/gpt2-medium", "gpt2-medium", "mit", 354_823_168, "completion", 12,
-        _gpt2(24, 1024, 16), dtype="fp32",
+        _gpt2(24, 1024, 16), "fp32", more_bytes=24 * _MASK,
     ),
 )  # fmt: skip
 """Smallest family first, smallest member first."""

@@ -6,6 +6,7 @@ kept below `settings().home`, by the content of what it was derived from.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,6 @@ from lowmem.messages import msg
 from lowmem.models.anatomy import Anatomy
 from lowmem.models.tensors import Tensor
 from lowmem.settings import settings
-from lowmem.version import __version__
 
 TIMEOUT_SECONDS = 120
 
@@ -40,15 +40,26 @@ def derive(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | None
     """
     tensors = None if stored is None else tuple(stored)
     _check(config, name, tensors)
-    what = json.dumps([config, tensors and [astuple(tensor) for tensor in tensors], dtype], sort_keys=True, default=str)
-    versions = f"{__version__} {importlib.metadata.version('transformers')}"
-    key = hashlib.sha256(f"{versions} {what}".encode()).hexdigest()[:32]
-    if (known := _derived_here.get(key) or _known(key)) is None:
-        known = _derived(config, name, tensors, dtype)
-        _remember(key, known)
-    _derived_here[key] = known
-    return known
+    key = key_of(config, tensors, dtype)
+    if (found := _derived_here.get(key) or _shipped().get(key) or _kept(key)) is None:
+        found = _derived(config, name, tensors, dtype)
+        _keep(key, found)
+    _derived_here[key] = found
+    return found
 
+
+def key_of(config: Mapping[str, Any], stored: tuple[Tensor, ...] | None, dtype: str) -> str:
+    """What identifies the input of a derivation."""
+    tensors = stored and [astuple(tensor) for tensor in stored]
+    content = json.dumps([FORMAT, config, tensors, dtype], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+FORMAT = 1
+"""Of anatomies as JSON; a new number makes those that were kept be derived anew."""
+
+SHIPPED = Path(__file__).with_name("anatomies.json")
+"""Anatomies of the catalog's models, written by `python -m lowmem.models.anatomies`."""
 
 _derived_here: dict[str, Anatomy] = {}
 
@@ -83,17 +94,27 @@ def _check(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | No
             )
 
 
+@functools.cache
+def _shipped() -> dict[str, Anatomy]:
+    try:
+        found = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    return {key: Anatomy.from_json(one) for key, one in found.items()}
+
+
 def _path(key: str) -> Path:
-    return settings().home / "anatomy" / f"{key}.json"
+    release = importlib.metadata.version("transformers")
+    return settings().home / "anatomy" / f"{key}-{release}.json"
 
 
-def _known(key: str) -> Anatomy | None:
+def _kept(key: str) -> Anatomy | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         return Anatomy.from_json(json.loads(_path(key).read_text(encoding="utf-8")))
     return None
 
 
-def _remember(key: str, found: Anatomy) -> None:
+def _keep(key: str, found: Anatomy) -> None:
     path = _path(key)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ FIRST = ((1, 1), (2, 2), (3, 3))
 LATER = ((1, 3), (1, 5), (2, 5), (2, 10))
 """(new tokens, tokens they see) of the passes that are followed, times `PROBE_TOKENS`."""
 
-PROBE_TOKENS = 32
+PROBE_TOKENS = 8
 
 UNBOUNDED = 131_072
 """The context of a model that has no limit of its own, such as one whose layers are all recurrent."""
@@ -67,6 +67,7 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     """
     parsed = read_config(config, name)
     encoder = _checked_encoder(parsed, name)
+    _check_numbers(parsed.get_text_config(decoder=True), name)
     try:
         model = _encoder(parsed) if encoder else modules.build(parsed)
         halves = _encoder(parsed, torch.bfloat16) if encoder else modules.build(parsed, torch.bfloat16)
@@ -133,9 +134,24 @@ def read_config(config: Mapping[str, Any], name: str) -> Any:
             return modules.text_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     except Exception as error:
         raise CorruptModel(
-            msg("config.json of {name} cannot be read: {error}", name=name, error=first_line(error)),
+            msg("config.json of {name} cannot be read: {error}", name=name, error=_reason(error)),
             msg("Fetch the model again."),
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first two lines: transformers names the field in the first and what is wrong with it in the second."""
+    return " ".join(str(error).split("\n")[:2])[:200] or type(error).__name__
+
+
+def _check_numbers(config: Any, name: str) -> None:
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        value = getattr(config, key, None)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CorruptModel(
+                msg("config.json of {owner} has {key} = {value!r}.", owner=name, key=key, value=str(value)[:40]),
+                msg("Fetch the model again."),
+            )
 
 
 def is_encoder(config: Any) -> bool:
@@ -268,10 +284,10 @@ def _passes(
             caches = tuple(map(_layer_cache, Pass(halves).run(32, 32).layers))
     found = []
     for name, one in (("fp32", model), ("half", halves)):
-        with shallow(one, [cache.kind for cache in caches]):
+        with shallow(one, caches):
             followed = Pass(one, cached=bool(caches))
             # Layers that loop over the tokens make every pass longer: theirs are short.
-            scale = 8 if len(followed.live(32, 32)) == len(followed.live(64, 64)) else 1
+            scale = 32 if len(followed.live(8, 8)) == len(followed.live(16, 16)) else 1
             first = terms([(probe, followed.live(*probe)) for probe in probes(FIRST, scale)])
             later = terms([(probe, followed.live(*probe)) for probe in probes(LATER, scale)]) if caches else first
         found.append((name, Activations(first, later)))
@@ -299,16 +315,20 @@ def _layer_cache(layer: Any) -> LayerCache:
 
 
 @contextmanager
-def shallow(model: PreTrainedModel, kinds: Sequence[str]) -> Iterator[None]:
-    """Leave out blocks that only repeat: of each kind, two remain. Followed passes take the same memory, and less time."""
+def shallow(model: PreTrainedModel, caches: Sequence[LayerCache]) -> Iterator[None]:
+    """Keep the first blocks only, up to the last that differs from all before: the memory of a pass is the same."""
     name = _blocks(model).removesuffix(".")
-    if len(kinds) < 5 or not name:
+    blocks: Any = dict(model.named_modules()).get(name)
+    if blocks is None or len(blocks) != len(caches):
         yield
         return
-    blocks: Any = model.get_submodule(name)
-    kept = [number for number, kind in enumerate(kinds) if kinds[:number].count(kind) < 2]
+    kinds = [
+        (cache, tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
+        for block, cache in zip(blocks, caches, strict=True)
+    ]
+    count = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
     parent, _, member = name.rpartition(".")
-    setattr(model.get_submodule(parent), member, nn.ModuleList(blocks[number] for number in kept))
+    setattr(model.get_submodule(parent), member, blocks[:count])
     try:
         yield
     finally:
