@@ -167,8 +167,7 @@ def test_gguf_header(tmp_path: Path) -> None:
     assert (spec.tied, spec.has_chat_template, spec.name) == (True, True, "toy")
     assert [(t.name, t.dtype, t.shape, t.nbytes) for t in spec.tensors] == [
         ("model.embed_tokens.weight", "fp16", (3, 64), 384),
-        ("model.layers.0.self_attn.q_proj.weight", "q4_1", (3, 64), 120),
-        ("blk.0.strange.weight", "fp16", (3, 64), 384),
+        ("model.layers.0.self_attn.q_proj.weight", "q4_1", (64, 64), 120),
     ]
     assert is_local(str(tmp_path / "toy.gguf"))
     assert local_folder(str(tmp_path / "toy.gguf")) is None

@@ -74,9 +74,11 @@ def _check(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | No
         if not isinstance(part, Mapping):
             continue
         for key, value in part.items():
-            if isinstance(value, int) and not isinstance(value, bool) and not -(2**40) < value < 2**40:
+            number = isinstance(value, int) and not isinstance(value, bool)
+            sizes = key in ("num_hidden_layers", "hidden_size", "vocab_size")
+            if (number and not -(2**40) < value < 2**40) or (sizes and not (number and value > 0)):
                 raise CorruptModel(
-                    msg("config.json of {owner} has {key} = {value!r}.", owner=name, key=key, value=str(value)[:40]),
+                    msg("config.json of {owner} has {key} = {value!r}.", owner=name, key=key, value=_short(value)),
                     msg("Fetch the model again."),
                 )
         layers = next(
@@ -92,6 +94,10 @@ def _check(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | No
                 ),
                 msg("Fetch the model again."),
             )
+
+
+def _short(value: object) -> str:
+    return f"10^{len(hex(value)) * 1.204:.0f}" if isinstance(value, int) and value > 2**64 else str(value)[:40]
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
 from lowmem.messages import msg
+from lowmem.models.anatomy import Anatomy
 from lowmem.models.derive import derive
 from lowmem.models.files import Files, Ranged, fingerprint, read_object
 from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
@@ -93,6 +94,17 @@ def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any]
     )
 
 
+def _in_gguf(anatomy: Anatomy, stored: tuple[Tensor, ...]) -> Anatomy:
+    """With the dtypes and sizes that the tensors of a GGUF file have there."""
+    known = {tensor.name: tensor for tensor in stored}
+    tensors = (
+        dataclasses.replace(tensor, dtype=known[tensor.name].dtype, nbytes=known[tensor.name].nbytes)
+        for tensor in anatomy.tensors
+        if tensor.name in known
+    )
+    return dataclasses.replace(anatomy, tensors=tuple(tensors))
+
+
 def describe_gguf(file: Ranged, source: ModelSource) -> ModelSpec:
     """The spec of a GGUF file: tensors under their names in transformers, with the size of their packed bytes.
 
@@ -110,7 +122,7 @@ def describe_gguf(file: Ranged, source: ModelSource) -> ModelSpec:
     licence = source.licence or str(gguf.metadata.get("general.license") or "")
     return ModelSpec(
         source=dataclasses.replace(source, licence=licence),
-        **derive(gguf.config(), source.name, gguf.tensors).shape(),
+        **_in_gguf(derive(gguf.config(), source.name, None, "fp16"), gguf.tensors).shape(),
         size_on_disk=file.size,
         has_chat_template=gguf.has_chat_template,
     )

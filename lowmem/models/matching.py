@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -70,6 +70,7 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
                 # Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
                 found = (part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors)
                 parts |= {owner + part: f"{layer}{part}" for part in found}
+    _tie_missing_head(model, {target.name for target in targets})
     tied = set(tied_parameters(model))
     matched: dict[str, str] = {}
     for target in targets:
@@ -77,7 +78,23 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
             matched[target.name] = target.add_to(checkpoint.tensors)
     matched |= {name: stored for name, stored in parts.items() if f"{name.rpartition('.')[0]}.weight" not in tied}
     _check(model, checkpoint, matched, tied)
-    return matched
+    order = {name.rpartition(".")[0]: number for number, name in enumerate(model.state_dict())}
+    return dict(sorted(matched.items(), key=lambda found: _place(order, found[0])))
+
+
+def _place(order: Mapping[str, int], name: str) -> int:
+    """Where the module of a tensor stands in the model; parts of packed weights may be named as if they were modules."""
+    owner = name.rpartition(".")[0]
+    return order.get(owner, order.get(owner.rpartition(".weight")[0], len(order)))
+
+
+def _tie_missing_head(model: PreTrainedModel, found: Collection[str]) -> None:
+    """Tie the output head to the embedding where the files hold no head, whatever config.json says."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and f"{names[id(head)]}.weight" not in found and f"{names[id(embedding)]}.weight" in found:
+        model.all_tied_weights_keys[f"{names[id(head)]}.weight"] = f"{names[id(embedding)]}.weight"
+        model.config.get_text_config().tie_word_embeddings = True
 
 
 def packed_layer(name: str, packed: Collection[str]) -> str | None:

@@ -46,9 +46,7 @@ from lowmem.models.tensors import DTYPE_BYTES, Tensor
 
 FIRST = ((1, 1), (2, 2), (3, 3))
 LATER = ((1, 3), (1, 5), (2, 5), (2, 10))
-"""(new tokens, tokens they see) of the passes that are followed, times `PROBE_TOKENS`."""
-
-PROBE_TOKENS = 8
+"""(new tokens, tokens they see) of the passes that are followed, in units of up to 256 tokens."""
 
 UNBOUNDED = 131_072
 """The context of a model that has no limit of its own, such as one whose layers are all recurrent."""
@@ -67,7 +65,6 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     """
     parsed = read_config(config, name)
     encoder = _checked_encoder(parsed, name)
-    _check_numbers(parsed.get_text_config(decoder=True), name)
     try:
         model = _encoder(parsed) if encoder else modules.build(parsed)
         halves = _encoder(parsed, torch.bfloat16) if encoder else modules.build(parsed, torch.bfloat16)
@@ -76,7 +73,10 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
             msg("transformers cannot build this model: {error}", error=first_line(error)),
             msg("Choose a causal language model of a known family."),
         ) from error
-    tensors = _held(model, halves, stored, dtype)
+    if encoder:  # exported with whatever its files hold
+        tensors = _held(model, halves, None, next((tensor.dtype for tensor in stored or ()), dtype or "fp32"))
+    else:
+        tensors = _held(model, halves, stored, dtype)
     decoder = model.config.get_text_config(decoder=True)
     caches, passes, cached = _passes(model, halves, encoder)
     heads = _number(decoder, "num_attention_heads") or 1
@@ -142,16 +142,6 @@ def read_config(config: Mapping[str, Any], name: str) -> Any:
 def _reason(error: Exception) -> str:
     """The first two lines: transformers names the field in the first and what is wrong with it in the second."""
     return " ".join(str(error).split("\n")[:2])[:200] or type(error).__name__
-
-
-def _check_numbers(config: Any, name: str) -> None:
-    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        value = getattr(config, key, None)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CorruptModel(
-                msg("config.json of {owner} has {key} = {value!r}.", owner=name, key=key, value=str(value)[:40]),
-                msg("Fetch the model again."),
-            )
 
 
 def is_encoder(config: Any) -> bool:
@@ -273,7 +263,8 @@ def _passes(
     model: PreTrainedModel, halves: PreTrainedModel, encoder: bool
 ) -> tuple[tuple[LayerCache, ...], tuple[tuple[str, Activations], ...], bool]:
     """What the layers cache, what forward passes take in fp32 and in half precision, and whether a cache is taken."""
-    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    decoder = model.config.get_text_config(decoder=True)
+    layers = int(decoder.num_hidden_layers)
     caches: tuple[LayerCache, ...] = ()
     for one in (model, halves):
         nn.Module.to(one, "meta")  # buffers too
@@ -287,15 +278,15 @@ def _passes(
         with shallow(one, caches):
             followed = Pass(one, cached=bool(caches))
             # Layers that loop over the tokens make every pass longer: theirs are short.
-            scale = 32 if len(followed.live(8, 8)) == len(followed.live(16, 16)) else 1
-            first = terms([(probe, followed.live(*probe)) for probe in probes(FIRST, scale)])
-            later = terms([(probe, followed.live(*probe)) for probe in probes(LATER, scale)]) if caches else first
+            looping = len(followed.live(8, 8)) != len(followed.live(16, 16))
+            unit = min(8 if looping else 256, max(1, context_limit(decoder) // 10))
+            first = terms([(probe, followed.live(*probe)) for probe in probes(FIRST, unit)])
+            later = terms([(probe, followed.live(*probe)) for probe in probes(LATER, unit)]) if caches else first
         found.append((name, Activations(first, later)))
     return caches or (LayerCache(),) * layers, tuple(found), bool(caches)
 
 
-def probes(shares: Sequence[tuple[int, int]], scale: int) -> list[tuple[int, int]]:
-    unit = PROBE_TOKENS * scale
+def probes(shares: Sequence[tuple[int, int]], unit: int) -> list[tuple[int, int]]:
     return [(tokens * unit, context * unit) for tokens, context in shares]
 
 
