@@ -83,7 +83,7 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
         Unsupported: the exporter cannot trace it. MissingDependency: onnxscript is not installed. Cancelled.
     """
     yield Step(0, 3, msg("Tracing the model"))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = text_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     with quiet():
         # Traced in fp16, the model keeps its norms in fp32; a conversion afterwards would not.
         dtype = torch.float16 if options.precision == "fp16" else torch.float32

@@ -53,7 +53,10 @@ class LazyModel:
                     self.readers[name] = self.readers[source]
 
     def _fill(self, name: str, read: Reader, dtype: torch.dtype) -> None:
-        shape = self.model.get_parameter(name).shape
+        owner, _, member = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        empty = module._parameters.get(member, module._buffers.get(member))
+        shape = torch.Size() if empty is None else empty.shape
         if shape.numel() < LARGE:
             set_tensor(self.model, name, read())
         else:

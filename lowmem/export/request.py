@@ -119,10 +119,16 @@ def estimate(
 
     Raises:
         BadInput: the model is an exported graph.
+        Unsupported: no graph can be written of the model.
     """
     if spec.exported:
         raise BadInput(
             msg("{model} is already an exported graph.", model=spec.name), msg("Choose the model it was exported from.")
+        )
+    if reason := exported.impossible(spec):
+        raise Unsupported(
+            msg("{model} cannot be exported. {reason}", model=spec.name, reason=reason),
+            msg("Run it with torch, or quantize it."),
         )
     generic = why_generic(spec, options, refusal)
     caution = exported.caution(spec, options.precision, fused=not generic)

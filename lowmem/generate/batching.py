@@ -70,7 +70,7 @@ def run_batches(
     """
     waiting = sorted(_encoded(tokenizer, prompts, options, context, raw), key=lambda prompt: -len(prompt.ids))
     options = replace(options, seed=resolve_seed(options.seed))
-    most, padded = batch_size or LARGEST_BATCH, cache_use(model).padded
+    most, padded = batch_size or LARGEST_BATCH, _pads(model, options)
     while waiting:
         size = _size(waiting, min(most, _together(waiting, padded)), batch_size, fits)
         done = len(prompts) - len(waiting)
@@ -115,6 +115,12 @@ def _encoded(
                 error.hint,
             ) from error
         yield _Prompt(index, text, ids, limit)
+
+
+def _pads(model: Any, options: GenerateOptions) -> bool:
+    """Whether rows of different lengths can be one batch; a window's masks mean nothing to layers that keep a state."""
+    use = cache_use(model)
+    return use.padded and not (use.states and options.window)
 
 
 def _together(waiting: Sequence[_Prompt], padded: bool) -> int:

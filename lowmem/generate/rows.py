@@ -46,7 +46,8 @@ class Rows:
         if options.use_cache and self._use.cached:
             rows = len(prompts) * options.num_return_sequences
             self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
-        self._recomputes = bool(options.window) and not isinstance(self._cache, WindowCache)
+        slides = isinstance(self._cache, WindowCache) or policy.never_grows(self._cache)
+        self._recomputes = bool(options.window) and not slides
         self._accepted = set(inspect.signature(model.forward).parameters)
         self._cache_argument = cache_argument(model)
 
@@ -56,9 +57,11 @@ class Rows:
             yield 0, self.length
         elif isinstance(self._cache, WindowCache):
             start = 0
-            for tokens in self._cache.parts(self.length, chunk):
-                yield start, start + tokens
-                start += tokens
+            for tokens in self._cache.parts(self.length, chunk if self._use.chunks else self.length):
+                # A model that cannot continue a prompt in parts continues it token by token.
+                for end in (start + tokens,) if self._use.chunks or not start else range(start + 1, start + tokens + 1):
+                    yield start, end
+                    start = end
         else:
             if self._recomputes:
                 self._look_back(self._window)

@@ -78,7 +78,12 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     else:
         tensors = _held(model, halves, stored, dtype)
     decoder = model.config.get_text_config(decoder=True)
-    caches, passes, cached = _passes(model, halves, encoder)
+    caches, passes, used = _passes(model, halves, encoder)
+    cached = any(cache.kind != "none" for cache in caches)
+    # Where the family's code takes a weight out of its layer, no other layer can take that layer's place.
+    tensors = tuple(
+        t if t.name.rpartition(".")[0] in used or t.role == "experts" else replace(t, role="other") for t in tensors
+    )
     heads = _number(decoder, "num_attention_heads") or 1
     widths = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     return Anatomy(
@@ -261,18 +266,21 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 def _passes(
     model: PreTrainedModel, halves: PreTrainedModel, encoder: bool
-) -> tuple[tuple[LayerCache, ...], tuple[tuple[str, Activations], ...], bool]:
-    """What the layers cache, what forward passes take in fp32 and in half precision, and whether a cache is taken."""
+) -> tuple[tuple[LayerCache, ...], tuple[tuple[str, Activations], ...], set[str]]:
+    """What the layers cache, what forward passes take in fp32 and in half precision, and the modules that they call."""
     decoder = model.config.get_text_config(decoder=True)
     layers = int(decoder.num_hidden_layers)
     caches: tuple[LayerCache, ...] = ()
     for one in (model, halves):
         nn.Module.to(one, "meta")  # buffers too
         one.config.pad_token_id = None  # or some families look for padding in the ids
-    if not encoder and cache_argument(model):
-        # A cache of the family's own, or states that are no layers of one, show as an error.
-        with suppress(Exception):
-            caches = tuple(map(_layer_cache, Pass(halves).run(32, 32).layers))
+    with _calls(halves) as called:
+        if not encoder and cache_argument(model):
+            # A cache of the family's own, or states that are no layers of one, show as an error.
+            with suppress(Exception):
+                caches = tuple(map(_layer_cache, Pass(halves).run(32, 32).layers))
+        if not caches:
+            Pass(halves, cached=False).run(8, 8)
     found = []
     for name, one in (("fp32", model), ("half", halves)):
         with shallow(one, caches):
@@ -283,7 +291,24 @@ def _passes(
             first = terms([(probe, followed.live(*probe)) for probe in probes(FIRST, unit)])
             later = terms([(probe, followed.live(*probe)) for probe in probes(LATER, unit)]) if caches else first
         found.append((name, Activations(first, later)))
-    return caches or (LayerCache(),) * layers, tuple(found), bool(caches)
+    return caches or (LayerCache(),) * layers, tuple(found), called
+
+
+@contextmanager
+def _calls(model: PreTrainedModel) -> Iterator[set[str]]:
+    """The names of the modules that are called meanwhile."""
+    called: set[str] = set()
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        called.add(names[id(module)])
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def probes(shares: Sequence[tuple[int, int]], unit: int) -> list[tuple[int, int]]:

@@ -44,6 +44,17 @@ def refusal(spec: ModelSpec) -> str | None:
     return None
 
 
+def impossible(spec: ModelSpec) -> str:
+    """Why no graph at all can be written of `spec`; "" if one can."""
+    if spec.encoder:
+        return ""
+    if spec.experts:
+        return msg("Which experts compute is decided while a mixture runs, and a graph is fixed before.")
+    if not spec.cached or {"state", "none"} & set(spec.layer_types):
+        return msg("Some of its layers keep no keys and values, and graphs cache nothing else.")
+    return ""
+
+
 def caution(spec: ModelSpec, precision: str, fused: bool = True) -> str:
     """The quality that `precision` costs, and a better choice; "" if the loss is small."""
     if precision != "int4" or spec.quantization or spec.exported or spec.encoder:

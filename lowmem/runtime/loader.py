@@ -25,7 +25,6 @@ from lowmem.machine.monitor import trim_heap
 from lowmem.messages import msg
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Converted
 from lowmem.models.matching import by_module, match_names, tied_parameters
-from lowmem.models.meta_model import roles
 from lowmem.models.modules import empty_model, set_tensor
 from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning.model_bytes import compute_dtype
@@ -75,7 +74,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
     yield Step(0, 0, msg("Building the empty model"))
     tokenizer = _tokenizer(folder)
     with Checkpoint(folder) as checkpoint:
-        place = _Placer(plan, device, dtype, model)
+        place = _Placer(plan, device, dtype)
         names = match_names(model, checkpoint)
         offloaded = offloaded_names(model, names, plan.placement, device) if plan.placement else {}
         streamed = {name for block in offloaded.values() for name in block}
@@ -148,13 +147,13 @@ def _fill(
 class _Placer:
     """Fills one module from the checkpoint, or makes its quantized replacement."""
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype, model: PreTrainedModel) -> None:
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.stored, self.device, self.dtype = plan.spec.stored, device, dtype
         # Next to streamed blocks, resident weights stay in their stored dtype too.
         self.as_stored = plan.placement is not None and device.type == "cpu"
         computed = compute_dtype(plan.precision, plan.place.dtypes)
         self.precision = PRECISIONS[plan.precision].dense(computed, self.stored)
-        self._roles = {name: role for name, _, role, _ in roles(model)}
+        self._roles = {tensor.name: tensor.role for tensor in plan.spec.tensors}
 
     def __call__(self, owner: str, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         if "qweight" in members or ("weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES):
@@ -200,7 +199,10 @@ class _Placer:
         if isinstance(module, Conv1D):
             weight = weight.t()
         bias = checkpoint.read(members["bias"]) if "bias" in members else None
-        return self.precision.linear(weight, bias, self.device, self.dtype)
+        layer = self.precision.linear(weight, bias, self.device, self.dtype)
+        if not hasattr(layer, "weight"):  # some families ask a layer's weight for its device or dtype
+            layer.register_buffer("weight", torch.empty(0, dtype=self.dtype, device=self.device), persistent=False)
+        return layer
 
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]

@@ -188,17 +188,17 @@ def storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 def cache_bytes(session: lowmem.Session, prompt: str, options: lowmem.GenerateOptions) -> int:
     """Bytes of keys, values and states that a generation holds. Positions and masks are not among them."""
-    model, seen = session._loaded.model, dict[int, Any]()  # type: ignore[union-attr]
+    model, latest = session._loaded.model, list[Any]()  # type: ignore[union-attr]
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.update((id(value), value) for value in kwargs.values() if isinstance(value, transformers.Cache))
+        latest[:] = [value for value in kwargs.values() if isinstance(value, transformers.Cache)]
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         answer(session, prompt, options)
     finally:
         hook.remove()
-    found = [tensor for tensor in _tensors(list(seen.values()), set()) if tensor.dtype not in (torch.int64, torch.bool)]
+    found = [tensor for tensor in _tensors(latest, set()) if tensor.dtype not in (torch.int64, torch.bool)]
     return storage_bytes(found)
 
 

@@ -263,7 +263,7 @@ class BlockLayer(WindowLayer):
         exact = (self.keys, self.values, self.first_keys, self.swapped_keys, self.first_values)
         return (*exact, *self.packed_keys.stores, *self.packed_values.stores)
 
-    def take(self, rows: Tensor) -> None:
-        super().take(rows)
+    def batch_select_indices(self, rows: Tensor) -> None:
+        super().batch_select_indices(rows)
         chosen = rows.tolist()
         self._bases = {block: [bases[row] for row in chosen] for block, bases in self._bases.items()}

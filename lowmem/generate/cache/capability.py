@@ -35,11 +35,13 @@ class CacheUse:
     cached: the model computes with a cache that is given to it.
     chunks: a prompt may be read in several passes.
     padded: rows of a batch may begin with padding.
+    states: some layers keep a state instead of keys and values.
     """
 
     cached: bool = True
     chunks: bool = True
     padded: bool = True
+    states: bool = False
 
 
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -86,7 +88,7 @@ def _measured(model: Any, kinds: Sequence[Any]) -> CacheUse:
     short = ids[half:]
     together = _logits(model, [ids, [0] * half + short], [TOKENS - 1, 1], [0, half])
     alone = _logits(model, [short], [len(short) - 1, 1])
-    return CacheUse(chunks=chunks, padded=known and _close(together, torch.cat([whole, alone])))
+    return CacheUse(states=True, chunks=chunks, padded=known and _close(together, torch.cat([whole, alone])))
 
 
 def _logits(

@@ -10,13 +10,16 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
 )
 
 from lowmem.errors import Unsupported
 from lowmem.generate.cache import factory
 from lowmem.generate.cache.block import BlockLayer, DequantizeBuffers, OrderedRing
+from lowmem.generate.cache.full import DummyLayer
 from lowmem.generate.cache.ring import Ring, Stream
 from lowmem.generate.cache.rotary import Rotation, key_rotations, position_limit
+from lowmem.generate.cache.state import StateLayer
 from lowmem.generate.cache.window import WindowCache, WindowLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
@@ -44,9 +47,10 @@ def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int
         limit = position_limit(model.config)
         check_window(options, limit)
         rotations = key_rotations(model)
-        if rotations is not None:
+        if rotations is not None and any(rotations):
             return _window_cache(model, options, rotations, rows, Stream(pads, limit))
-        capacity = min(capacity, options.window)
+        if rotations is None:
+            capacity = min(capacity, options.window)
     return factory.make_cache(model.config, rows=rows, capacity=capacity, cache_type=options.cache_type, pads=pads)
 
 
@@ -63,20 +67,32 @@ def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -
     return model.make_cache(rows, capacity)
 
 
+def never_grows(cache: Any) -> bool:
+    """Whether all layers keep states of a fixed size, so that text of any length fits without a window."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(type(layer) is StateLayer or type(layer) is DummyLayer for layer in layers)
+
+
 def recomputed_tokens(window: int) -> int:
     """How many of the latest tokens are recomputed when a cache that cannot slide is full."""
     return window - window // 4
 
 
 def _window_cache(
-    model: Any, options: GenerateOptions, rotations: Sequence[Rotation], rows: int, stream: Stream
+    model: Any, options: GenerateOptions, rotations: Sequence[Rotation | None], rows: int, stream: Stream
 ) -> Cache:
     decoder = model.config.get_text_config(decoder=True)
     described = factory.layer_kinds(decoder)
-    buffers, rings, layers = DequantizeBuffers(), dict[str, Ring](), list[WindowLayer]()
+    buffers, rings, layers = DequantizeBuffers(), dict[str, Ring](), list[Any]()
     for (kind, given), rotation in zip(described, rotations, strict=True):
         known = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
-        if known not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if known is LinearAttentionLayer:  # what it remembers does not grow: no window applies
+            layers.append(StateLayer(**given))
+            continue
+        if known is DummyLayer and known is not None:
+            layers.append(known(**given))
+            continue
+        if rotation is None or known not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unsupported(
                 msg(
                     "The {kind!r} layers of {model_type!r} models support neither a window nor a quantized cache.",

@@ -79,10 +79,10 @@ def paired_rotation(inv_freq: Tensor, head_dim: int, interleaved: bool) -> Rotat
     return Rotation(frequencies, partners, signs)
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[Rotation, ...] | None] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[Rotation | None, ...] | None] = WeakKeyDictionary()
 
 
-def key_rotations(model: Any) -> tuple[Rotation, ...] | None:
+def key_rotations(model: Any) -> tuple[Rotation | None, ...] | None:
     """The rotation of each layer of `model`; None if the model encodes positions in another way.
 
     Costs one forward pass over four tokens, once per model.
@@ -114,7 +114,7 @@ def adds_position_to_scores(config: Any) -> bool:
 
 
 @torch.inference_mode()
-def _probe(model: Any) -> tuple[Rotation, ...] | None:
+def _probe(model: Any) -> tuple[Rotation | None, ...] | None:
     decoder = model.config.get_text_config(decoder=True)
     if adds_position_to_scores(model.config):
         return None
@@ -127,9 +127,12 @@ def _probe(model: Any) -> tuple[Rotation, ...] | None:
     except (TypeError, IndexError):  # no position ids, or a table of positions that ends earlier
         return None
     shifts = positions.double().cpu()[:, None, None]
-    rotations = []
+    rotations: list[Rotation | None] = []
     for layer in cache.layers:
-        stored: Tensor = layer.keys  # type: ignore[union-attr, assignment]  # every layer has just received keys
+        stored = getattr(layer, "keys", None)
+        if stored is None:  # a layer without keys
+            rotations.append(None)
+            continue
         keys = stored.float().cpu()
         rotation = _reproducing(keys, shifts, list(_candidates(model, keys.shape[-1])), TOLERANCES[stored.dtype])
         if rotation is None:

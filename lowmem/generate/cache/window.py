@@ -146,7 +146,7 @@ class WindowLayer(CacheLayerMixin):
     def _stores(self) -> tuple[Tensor, ...]:
         return self.keys, self.values, self.first_keys, self.swapped_keys
 
-    def take(self, rows: Tensor) -> None:
+    def batch_select_indices(self, rows: Tensor) -> None:
         """Make row i what `rows[i]` was."""
         self.batch = len(rows)
         for store in self._stores() if self.is_initialized else ():
@@ -154,13 +154,14 @@ class WindowLayer(CacheLayerMixin):
 
 
 class WindowCache(Cache):
-    """The cache of a model whose layers are all `WindowLayer`s; made by `policy.make_cache`."""
+    """The cache of a model whose layers with keys and values are all `WindowLayer`s; made by `policy.make_cache`."""
 
-    def __init__(self, stream: Stream, layers: list[WindowLayer], kinds: Sequence[str], eager: bool) -> None:
+    def __init__(self, stream: Stream, layers: list[Any], kinds: Sequence[str], eager: bool) -> None:
         super().__init__(layers=list(layers))
-        self.stream, self._windows = stream, layers
-        layers[0].first = layers[-1].last = True
-        self._rings = dict(zip(kinds, (layer.ring for layer in layers), strict=True))
+        self.stream = stream
+        windows = [(kind, layer) for kind, layer in zip(kinds, layers, strict=True) if isinstance(layer, WindowLayer)]
+        windows[0][1].first = windows[-1][1].last = True
+        self._rings = {kind: layer.ring for kind, layer in windows}
         self._eager = eager
 
     def parts(self, tokens: int, chunk: int) -> Iterator[int]:
@@ -190,6 +191,6 @@ class WindowCache(Cache):
         self.batch_select_indices(torch.arange(len(self.stream.seen)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for layer in self._windows:
-            layer.take(indices)
+        for layer in self.layers:
+            layer.batch_select_indices(indices)  # type: ignore[union-attr]  # every kind of layer has it
         self.stream.select(indices.tolist())
