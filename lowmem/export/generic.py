@@ -28,6 +28,7 @@ from lowmem.messages import msg
 from lowmem.models.cache_argument import cache_argument
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.meta_model import is_encoder
+from lowmem.models.modules import text_config
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import DATA, GRAPH
 

@@ -53,6 +53,8 @@ class Int8Linear(nn.Module):
             )
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
+        # Some families ask the weight of a layer for its device and dtype.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:

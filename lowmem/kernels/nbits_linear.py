@@ -58,6 +58,7 @@ class NBitsLinear(nn.Module):
         self.out_features, self.in_features = weight.codes.shape
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
+        self.register_buffer("weight", torch.empty(0), persistent=False)  # some families ask it for its dtype
         block = block_size(group_size)
         weights = dict(
             zip(("B", "scales", "zero_points"), (part.numpy() for part in weight.blocks(block)), strict=True)

@@ -187,6 +187,7 @@ class PackedLinear(nn.Module):
             "zeros": weight.zeros.t().contiguous(),
             "scales": weight.scales.t().contiguous(),
             "bias": None if bias is None else bias.to(dtype),
+            "weight": torch.empty(0, dtype=dtype),  # some families ask it for its device and dtype
         }
         for name, tensor in held.items():
             self.register_buffer(name, None if tensor is None else tensor.to(device), persistent=False)

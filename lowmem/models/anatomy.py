@@ -38,11 +38,15 @@ class LayerCache:
         return self.heads * (self.key_dim + self.value_dim)
 
     @property
+    def has_state(self) -> bool:
+        return bool(self.state or self.state_bytes)
+
+    @property
     def kind(self) -> str:
         """ "full", "sliding", "state" or "none"."""
         if self.heads:
             return "sliding" if self.window else "full"
-        return "state" if self.state or self.state_bytes else "none"
+        return "state" if self.has_state else "none"
 
     def fixed_bytes(self, dtype: str) -> int:
         """Bytes of the states of one sequence."""

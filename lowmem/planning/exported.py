@@ -50,7 +50,7 @@ def impossible(spec: ModelSpec) -> str:
         return ""
     if spec.experts:
         return msg("Which experts compute is decided while a mixture runs, and a graph is fixed before.")
-    if not spec.cached or {"state", "none"} & set(spec.layer_types):
+    if not spec.cached or any(cache.has_state or not cache.heads for cache in spec.caches):
         return msg("Some of its layers keep no keys and values, and graphs cache nothing else.")
     return ""
 

@@ -199,10 +199,7 @@ class _Placer:
         if isinstance(module, Conv1D):
             weight = weight.t()
         bias = checkpoint.read(members["bias"]) if "bias" in members else None
-        layer = self.precision.linear(weight, bias, self.device, self.dtype)
-        if not hasattr(layer, "weight"):  # some families ask a layer's weight for its device or dtype
-            layer.register_buffer("weight", torch.empty(0, dtype=self.dtype, device=self.device), persistent=False)
-        return layer
+        return self.precision.linear(weight, bias, self.device, self.dtype)
 
     def _packed(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         layer = (members.get("qweight") or members["weight"]).rpartition(".")[0]
