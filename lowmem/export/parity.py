@@ -30,6 +30,7 @@ from lowmem.export.reference import Rounding, roundings, streamed_model
 from lowmem.machine.monitor import release_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.meta_model import context_limit
 from lowmem.models.quantization import Quantization
 from lowmem.planning.exported import PARITY_ROWS, parity_windows
 from lowmem.planning.graph_options import ExportOptions
@@ -271,7 +272,7 @@ def _windows(folder: Path) -> tuple[str, Tensor]:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     decoder = config.get_text_config(decoder=True)
-    count, length = parity_windows(decoder.vocab_size, decoder.max_position_embeddings)
+    count, length = parity_windows(decoder.vocab_size, context_limit(decoder))
     text = evaluation_text()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

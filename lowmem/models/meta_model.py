@@ -13,7 +13,7 @@ import pickle
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -296,19 +296,24 @@ def _passes(
 
 @contextmanager
 def _calls(model: PreTrainedModel) -> Iterator[set[str]]:
-    """The names of the modules that are called meanwhile."""
+    """The names of the layers that compute meanwhile. Not by hooks: some families run the hooks of layers they do not call."""
     called: set[str] = set()
-    names = {id(module): name for name, module in model.named_modules()}
+    layers = [(name, module) for name, module in model.named_modules() if not any(module.children())]
 
-    def note(module: nn.Module, _inputs: Any) -> None:
-        called.add(names[id(module)])
+    def noting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            called.add(name)
+            return forward(*args, **kwargs)
 
-    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+        return noted
+
+    for name, layer in layers:
+        layer.forward = noting(name, layer.forward)
     try:
         yield called
     finally:
-        for handle in handles:
-            handle.remove()
+        for _, layer in layers:
+            del layer.forward
 
 
 def probes(shares: Sequence[tuple[int, int]], unit: int) -> list[tuple[int, int]]:
