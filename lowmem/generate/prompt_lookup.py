@@ -36,10 +36,11 @@ def applies(options: GenerateOptions, rows: int, model: Any) -> bool:
     if options.prompt_lookup_num_tokens < 1 or rows != 1 or not options.greedy or options.repetition_penalty != 1.0:
         return False
     plain = options.use_cache and not options.window and options.cache_type == "same"
-    return plain and _is_exact(model)
+    return plain and is_exact(model)
 
 
-def _is_exact(model: Any) -> bool:
+def is_exact(model: Any) -> bool:
+    """Whether `model` computes in fp32 with nothing rounded."""
     if model.dtype != torch.float32 or not getattr(model, "exact", True):
         return False
     return not any(type(module).__module__.startswith(_ROUNDING) for module in model.modules())

@@ -13,17 +13,44 @@ FAST = ("plan", "greedy", "batch")
 """Actions of a few seconds together."""
 
 POPULAR = (
+    "apertus",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "exaone4",
+    "falcon_h1",
+    "gemma3",
     "gemma3_text",
+    "gemma3n",
+    "gemma4",
+    "gemma4_text",
+    "glm4_moe",
     "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "lfm2_moe",
     "llama",
-    "ministral",
+    "mamba2",
+    "ministral3",
     "mistral",
+    "mistral3",
+    "mixtral",
+    "nemotron_h",
     "olmo2",
+    "olmoe",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl",
+    "smollm3",
 )
-"""What people load, beside every fourth type."""
+"""What people load, and one of every mechanism: experts, recurrent layers, shared keys, vision towers, buffers."""
 
 
 @pytest.fixture(scope="module", params=POPULAR)

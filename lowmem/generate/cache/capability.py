@@ -22,11 +22,12 @@ from transformers.cache_utils import (
 from lowmem.errors import Unsupported
 from lowmem.generate.cache import factory
 from lowmem.generate.cache.full import DummyLayer
+from lowmem.generate.prompt_lookup import is_exact
 from lowmem.models.cache_argument import cache_argument
 
 TOKENS = 6
-TOLERANCE = 0.05
-"""Relative error of logits. A state that is lost, or padding that is read, changes them by half or more."""
+TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.05
+"""Relative error of logits, in fp32 and where weights or activations are rounded. A state that is lost changes them more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +76,20 @@ def cache_use(model: Any) -> CacheUse:
 def _measured(model: Any, kinds: Sequence[Any]) -> CacheUse:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = [(17 * number + 5) % vocabulary for number in range(TOKENS)]
-    half = TOKENS // 2
+    half, exact = TOKENS // 2, is_exact(model)
     whole = _logits(model, [ids], [TOKENS], cached=False)
     try:
         # Layers of other kinds choose or compress what they attend to, which so short a text does not show.
         known = all(kind in (*_PLAIN, *_STATES) for kind in kinds)
-        chunks = known and _close(_logits(model, [ids], [half, TOKENS - half]), whole)
-        if not chunks and not _close(_logits(model, [ids], [TOKENS - 1, 1]), whole):
+        chunks = known and _close(_logits(model, [ids], [half, TOKENS - half]), whole, exact)
+        if not chunks and not _close(_logits(model, [ids], [TOKENS - 1, 1]), whole, exact):
             return NONE
     except (Unsupported, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return NONE  # a cache of its own
     short = ids[half:]
     together = _logits(model, [ids, [0] * half + short], [TOKENS - 1, 1], [0, half])
     alone = _logits(model, [short], [len(short) - 1, 1])
-    return CacheUse(states=True, chunks=chunks, padded=known and _close(together, torch.cat([whole, alone])))
+    return CacheUse(states=True, chunks=chunks, padded=known and _close(together, torch.cat([whole, alone]), exact))
 
 
 def _logits(
@@ -110,5 +111,5 @@ def _logits(
     return logits.float()
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= TOLERANCE * other.norm())
+def _close(one: Tensor, other: Tensor, exact: bool) -> bool:
+    return bool((one - other).norm() <= (TOLERANCE if exact else ROUNDED_TOLERANCE) * other.norm())
