@@ -38,6 +38,7 @@ import pytest  # noqa: E402
 from lowmem.machine.device import CPU, Device  # noqa: E402
 from lowmem.machine.hardware import Hardware  # noqa: E402
 from lowmem.machine.memory_limits import share_budget_with  # noqa: E402
+from lowmem.models import derive  # noqa: E402
 from lowmem.units import GB, MB  # noqa: E402
 
 
@@ -111,6 +112,7 @@ def _own_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     real = request.node.get_closest_marker("real") is not None
     home = request.getfixturevalue("demo_home") if real else tmp_path / "lowmem-home"
     monkeypatch.setenv("LOWMEM_HOME", str(home))
+    monkeypatch.setattr(derive, "IN_PROCESS", True)
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_less_ram_moves_blocks_to_the_disk_and_slows_down() -> None:
 
 
 def test_a_quantized_cache_comes_before_offloading() -> None:
-    found = plan_described(LLAMA7B, describe_machine(vram="6G"))
+    found = plan_described(LLAMA7B, describe_machine(vram="5.8G"))
     assert (found.plan.precision, found.plan.cache_type, found.plan.placement) == ("nf4", "int8", None)
     assert found.plan.reason == "4-bit (bitsandbytes NF4) fits with its KV cache in int8."
 

@@ -19,6 +19,7 @@ from lowmem.generate.cache.block import BlockLayer, pack, quantize, unpack
 from lowmem.generate.cache.packed import PackedLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.rows import Rows
+from lowmem.models.anatomy import LayerCache
 from lowmem.offload.run import BlockPlacement, plan_for, run
 from lowmem.planning.cache import BLOCK, block_bytes
 from lowmem.planning.goal import Goal
@@ -129,12 +130,8 @@ def test_bytes_are_what_the_planner_says(bits: int, share: float) -> None:
     assert isinstance(layer, PackedLayer)
     packed = sum(store.nbytes for side in layer._sides for store in side.packed.stores)
 
-    class Spec:
-        kv_heads, head_dim = 2, 16
-
-    assert packed == 4096 // BLOCK * block_bytes(Spec, bits)  # type: ignore[arg-type]
-    wide = {"kv_heads": 3, "head_dim": 64}
-    assert block_bytes(type("Spec", (), wide), bits) <= share * BLOCK * 2 * 3 * 64 * 2  # type: ignore[arg-type]
+    assert packed == 4096 // BLOCK * block_bytes(LayerCache(2, 16, 16), bits)
+    assert block_bytes(LayerCache(3, 64, 64), bits) <= share * BLOCK * 2 * 3 * 64 * 2
 
 
 def test_a_block_of_a_window_is_quantized_once_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from toys import EOS, NAMES, WINDOW, fresh, prompt, toy
-from transformers import MambaConfig, MambaForCausalLM
 
-from lowmem.errors import BadInput, Cancelled, CorruptModel, OutOfMemory, Unsupported
+from lowmem.errors import BadInput, Cancelled, CorruptModel, OutOfMemory
 from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import Tokens, decode, decoder_blocks
 from lowmem.generate.options import GenerateOptions
@@ -260,15 +259,6 @@ def test_an_empty_prompt_is_refused(prompts: list[list[int]]) -> None:
 def test_a_foreign_tokenizer_is_named() -> None:
     with pytest.raises(BadInput, match=r"token 50,000.*only 260"):
         ours(toy("llama"), [[1, 50_000]], GREEDY)
-
-
-def test_a_model_without_kv_cache_is_refused_with_the_way_out() -> None:
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
-    with pytest.raises(Unsupported, match="mamba"):
-        ours(mamba, [prompt(8)], GREEDY)
-    assert (
-        len(ours(mamba, [prompt(8)], replace(GREEDY, use_cache=False, max_new_tokens=2), eos_ids=frozenset())[0]) == 2
-    )
 
 
 @pytest.mark.gpu

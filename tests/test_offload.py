@@ -19,6 +19,7 @@ from lowmem.kernels import stored_layers as layers
 from lowmem.machine.direct_io import PAGE
 from lowmem.planning.placement import Placement, chosen, spread
 from lowmem.runtime.streaming.attach import Offloaded, apply
+from lowmem.runtime.streaming.blocks import extents
 from lowmem.runtime.streaming.transfer import Host, OnDevice
 
 DISK = Placement(("disk", "disk"))
@@ -215,8 +216,9 @@ def test_reads_are_whole_pages_and_cover_every_byte(tmp_path: Path) -> None:
         for read in block.reads:
             content[read.position : read.position + read.needed] = file[read.offset : read.offset + read.needed]
         for weight in block.weights:
-            stored = file[weight.entry.offset : weight.entry.offset + weight.entry.nbytes]
-            assert content[weight.position : weight.position + weight.entry.nbytes] == stored
+            (extent,) = extents(weight.entry)
+            stored = file[extent.offset : extent.offset + extent.nbytes]
+            assert content[weight.positions[0] : weight.positions[0] + extent.nbytes] == stored
 
 
 def test_blocks_at_home_are_spread() -> None:

@@ -1,7 +1,8 @@
 """The anatomy of a model, from where it is known: derived before, or derived now.
 
-Deriving needs torch. A process that has not loaded it leaves that to a child process of a few seconds; what it found is
-kept below `settings().home`, by the content of what it was derived from.
+Deriving takes torch, and 170 MB of what torch computes without data with: a child process of a few seconds does it, so
+that no process that plans, and none that runs a model in a budget, holds them. What it found is kept below
+`settings().home`, by the content of what it was derived from.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from lowmem.models.tensors import Tensor
 from lowmem.settings import settings
 
 TIMEOUT_SECONDS = 120
+
+IN_PROCESS = False
+"""Derive without a child process. Tests do, since it is faster."""
 
 
 def derive(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | None, dtype: str = "") -> Anatomy:
@@ -130,7 +134,7 @@ def _keep(key: str, found: Anatomy) -> None:
 
 
 def _derived(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | None, dtype: str) -> Anatomy:
-    if "torch" in sys.modules:
+    if IN_PROCESS:
         from lowmem.models.meta_model import anatomy
 
         return anatomy(config, name, stored, dtype)
