@@ -102,7 +102,7 @@ class Session:
         found = probe()
         if self._loaded is not None:
             return replace(found, runtime_bytes=self._overhead_bytes)
-        if "torch" in sys.modules and "transformers" in sys.modules:
+        if "torch" in sys.modules:  # a job imports it first
             return replace(found, runtime_bytes=max(found.process_bytes, found.runtime_bytes))
         return replace(found, runtime_bytes=found.process_bytes + found.runtime_bytes - PYTHON_BYTES)
 
