@@ -2,101 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 
 from lowmem.errors import CorruptModel
 from lowmem.messages import msg
+from lowmem.models.dequantize import dequantize_entries
+from lowmem.models.entries import TORCH_DTYPES, Converted, Entry, Extent, Joined, Source
 from lowmem.models.files import LocalFile, LocalFolder
 from lowmem.models.model_files import weight_files
+from lowmem.models.quantization import description
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.spec import CONVERSION_BYTES
-
-TORCH_DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint64": torch.uint64,
-    "uint32": torch.uint32,
-    "uint16": torch.uint16,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, shared; also of dtypes that numpy lacks."""
     flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-class Extent(NamedTuple):
-    """`nbytes` of `file` from `offset` on."""
-
-    file: Path
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor whose bytes are those of its extents, one after the other: one extent as stored, several once joined."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(extent.nbytes for extent in self.extents)
-
-    def rows(self, start: int, stop: int) -> Entry:
-        """The rows `start` to `stop` (exclusive) along the first dimension."""
-        row = self.nbytes // self.shape[0]
-        return Entry(self.dtype, (stop - start, *self.shape[1:]), tuple(self._cut(start * row, stop * row)))
-
-    def _cut(self, start: int, stop: int) -> Iterator[Extent]:
-        for file, offset, nbytes in self.extents:
-            first, last = max(start, 0), min(stop, nbytes)
-            if first < last:
-                yield Extent(file, offset + first, last - first)
-            start, stop = start - nbytes, stop - nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """A tensor that is computed from stored ones.
-
-    Args:
-        convert: the tensor of this shape and dtype, given the tensors of `sources` as stored.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[Entry, ...]
-    convert: Callable[[list[torch.Tensor]], torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(source.nbytes for source in self.sources)
-
-    def rows(self, start: int, stop: int) -> Converted:
-        shape = (stop - start, *self.shape[1:])
-        return Converted(self.dtype, shape, self.sources, lambda tensors: self.convert(tensors)[start:stop])
 
 
 class Checkpoint:
@@ -110,11 +39,13 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.tensors: dict[str, Entry | Converted] = {}
+        self.tensors: dict[str, Source] = {}
         self._files: dict[Path, _OpenFile] = {}
         try:
-            for name in weight_files(LocalFolder(folder)):
+            files = LocalFolder(folder)
+            for name in weight_files(files):
                 self._open(folder / name)
+            dequantize_entries(self.tensors, description(files) or {})
         except BaseException:
             self.close()
             raise
@@ -136,12 +67,12 @@ class Checkpoint:
         """
         return self.read_entry(self.tensors[name], dtype)
 
-    def read_entry(self, entry: Entry | Converted, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def read_entry(self, entry: Source, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`read` for a tensor of `tensors`, or for rows of one."""
-        if isinstance(entry, Converted):
+        if isinstance(entry, Converted) and (dtype is None or not entry.steps):
             tensor = entry.convert([self.read_entry(source) for source in entry.sources])
             return tensor if dtype is None else tensor.to(dtype)
-        return self._fill(entry, torch.empty(entry.shape, dtype=dtype or TORCH_DTYPES[entry.dtype]))
+        return self._into(entry, torch.empty(entry.shape, dtype=dtype or TORCH_DTYPES[entry.dtype]))
 
     def read_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` (same shape; any dtype, device or strides) and return it.
@@ -151,7 +82,25 @@ class Checkpoint:
         entry = self.tensors[name]
         if tuple(out.shape) != tuple(entry.shape):
             raise ValueError(f"{name} is {entry.shape}, the destination {tuple(out.shape)}")
-        return out.copy_(self.read_entry(entry)) if isinstance(entry, Converted) else self._fill(entry, out)
+        return self._into(entry, out)
+
+    def _into(self, entry: Source, out: torch.Tensor) -> torch.Tensor:
+        if isinstance(entry, Entry):
+            return self._fill(entry, out)
+        if isinstance(entry, Joined):
+            start, rows = 0, out if entry.parts[0].shape[1:] == entry.shape[1:] else out.flatten(0, 1)
+            for part in entry.parts:
+                self._into(part, rows[start : start + part.shape[0]])
+                start += part.shape[0]
+            return out
+        row_bytes = math.prod(entry.shape[1:]) * TORCH_DTYPES[entry.dtype].itemsize
+        step = (
+            max(1, CONVERSION_BYTES // max(1, row_bytes * entry.step)) * entry.step if entry.steps else entry.shape[0]
+        )
+        for start in range(0, entry.shape[0], step):
+            stop = min(start + step, entry.shape[0])
+            out[start:stop].copy_(self.read_entry(entry.rows(start, stop)))
+        return out
 
     def _fill(self, entry: Entry, out: torch.Tensor) -> torch.Tensor:
         stored = TORCH_DTYPES[entry.dtype]

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lowmem.models.checkpoint import Converted, Entry
+from lowmem.models.entries import Converted, Entry, Joined, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,13 @@ class Target:
     name: str
     stored: tuple[str, ...]
     shape: tuple[int, ...]
-    make: Callable[[list[Entry]], Entry | Converted] | None = None
+    make: Callable[[list[Source]], Source] | None = None
 
-    def add_to(self, tensors: dict[str, Entry | Converted]) -> str:
+    def add_to(self, tensors: dict[str, Source]) -> str:
         """The name of this tensor in `tensors`, where it is entered if it is made of others."""
         if self.make is None:
             return self.stored[0]
-        sources = [tensors[name] for name in self.stored]
-        tensors[self.name] = self.make([source for source in sources if isinstance(source, Entry)])
+        tensors[self.name] = self.make([tensors[name] for name in self.stored])
         return self.name
 
 
@@ -148,15 +147,18 @@ def _joins(converter: WeightConverter) -> bool:
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)], [(Concatenate, 0)])
 
 
-def _joined(shape: tuple[int, ...]) -> Callable[[list[Entry]], Entry]:
-    def make(sources: list[Entry]) -> Entry:
-        return Entry(sources[0].dtype, shape, tuple(chain.from_iterable(source.extents for source in sources)))
+def _joined(shape: tuple[int, ...]) -> Callable[[list[Source]], Source]:
+    def make(sources: list[Source]) -> Source:
+        stored = [source for source in sources if isinstance(source, Entry)]
+        if len(stored) == len(sources) and len({source.dtype for source in stored}) == 1:
+            return Entry(stored[0].dtype, shape, tuple(chain.from_iterable(source.extents for source in stored)))
+        return Joined(sources[0].dtype, shape, tuple(sources))
 
     return make
 
 
-def _part(number: int, count: int) -> Callable[[list[Entry]], Entry]:
-    def make(sources: list[Entry]) -> Entry:
+def _part(number: int, count: int) -> Callable[[list[Source]], Source]:
+    def make(sources: list[Source]) -> Source:
         rows = sources[0].shape[0] // count
         return sources[0].rows(number * rows, (number + 1) * rows)
 
@@ -165,8 +167,8 @@ def _part(number: int, count: int) -> Callable[[list[Entry]], Entry]:
 
 def _converted(
     shape: tuple[int, ...], convert: Callable[[list[torch.Tensor]], torch.Tensor]
-) -> Callable[[list[Entry]], Converted]:
-    def make(sources: list[Entry]) -> Converted:
+) -> Callable[[list[Source]], Converted]:
+    def make(sources: list[Source]) -> Converted:
         return Converted(sources[0].dtype, shape, tuple(sources), convert)
 
     return make

@@ -12,6 +12,7 @@ from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
 from lowmem.messages import msg
 from lowmem.models.anatomy import Anatomy
 from lowmem.models.derive import derive
+from lowmem.models.encoded import encoding
 from lowmem.models.files import Files, Ranged, fingerprint, read_object
 from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
 from lowmem.models.model_files import (
@@ -23,7 +24,7 @@ from lowmem.models.model_files import (
     other_formats,
     weight_files,
 )
-from lowmem.models.quantization import read_quantization
+from lowmem.models.quantization import Quantization, description, parse_quantization
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.spec import ModelSource, ModelSpec, Tensor
 
@@ -52,7 +53,18 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
     weights = [files.ranged(file) for file in weight_files(files)]
     stored = tuple(tensor for file in weights for tensor in read_header(file).tensors)
     check_inventory(files, stored)
-    anatomy = derive(config, source.name, stored)
+    described = description(files, config)
+    kinds = encoding({tensor.name: tensor for tensor in stored}, described or {})
+    quantization = None if described is None else parse_quantization(described)
+    anatomy = _derived(
+        {**config, "quantization_config": described} if described else config,
+        source.name,
+        stored,
+        quantization if not kinds else None,
+    )
+    if kinds and not any(tensor.packed_layer for tensor in anatomy.tensors):
+        quantization = None  # all of it is dequantized
+    detail = source.detail or (msg("{kinds}, dequantized as it is read", kinds=kinds) if kinds else "")
     if anatomy.encoder and not encoders:
         raise Unsupported(
             msg(
@@ -62,15 +74,29 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
             ),
             msg("Choose a text generation model, such as one from the list."),
         )
-    quantization = read_quantization(files, config)
     return ModelSpec(
-        source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files))),
+        source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files)), detail=detail),
         **anatomy.shape(),
         quantization=quantization.method if quantization else "",
         stored=quantization,
+        dequantized=kinds,
         size_on_disk=sum(file.size for file in weights),
         has_chat_template=has_chat_template(files),
     )
+
+
+def _derived(
+    config: dict[str, Any], name: str, stored: tuple[Tensor, ...], quantization: Quantization | None
+) -> Anatomy:
+    """The anatomy; where weights are missing because they are quantized in an unknown way, the error says so."""
+    try:
+        return derive(config, name, stored)
+    except CorruptModel as error:
+        if quantization is None or not (refusal := quantization.refusal()):
+            raise
+        raise Unsupported(
+            msg("{model} cannot be run. {refusal}", model=name, refusal=refusal), msg("Choose the original model.")
+        ) from error
 
 
 def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any]) -> ModelSpec:

@@ -9,15 +9,15 @@ from transformers import PreTrainedModel
 
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
-from lowmem.models.checkpoint import Converted, Entry
 from lowmem.models.conversions import Conversions
+from lowmem.models.entries import Source
 from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
 
 
 class Inventory(Protocol):
     """A checkpoint, or the description of one."""
 
-    tensors: dict[str, Entry | Converted]
+    tensors: dict[str, Source]
 
 
 FOLDED_SCALES = ".act.scales"

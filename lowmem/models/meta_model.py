@@ -40,7 +40,8 @@ from lowmem.messages import msg
 from lowmem.models import modules
 from lowmem.models.anatomy import Activations, Anatomy, LayerCache, Term, value
 from lowmem.models.cache_argument import cache_argument
-from lowmem.models.checkpoint import Converted, Entry, Extent
+from lowmem.models.dequantize import dequantize_entries
+from lowmem.models.entries import Entry, Extent, Source
 from lowmem.models.matching import match_names, tied_parameters
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
 
@@ -74,9 +75,9 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
             msg("Choose a causal language model of a known family."),
         ) from error
     if encoder:  # exported with whatever its files hold
-        tensors = _held(model, halves, None, next((tensor.dtype for tensor in stored or ()), dtype or "fp32"))
+        tensors = _held(model, halves, None, next((tensor.dtype for tensor in stored or ()), dtype or "fp32"), {})
     else:
-        tensors = _held(model, halves, stored, dtype)
+        tensors = _held(model, halves, stored, dtype, config.get("quantization_config") or {})
     decoder = model.config.get_text_config(decoder=True)
     caches, passes, used = _passes(model, halves, encoder)
     cached = any(cache.kind != "none" for cache in caches)
@@ -235,7 +236,11 @@ def _blocks(model: PreTrainedModel) -> str:
 
 
 def _held(
-    model: PreTrainedModel, halves: PreTrainedModel, stored: Iterable[Tensor] | None, dtype: str
+    model: PreTrainedModel,
+    halves: PreTrainedModel,
+    stored: Iterable[Tensor] | None,
+    dtype: str,
+    described: Mapping[str, Any],
 ) -> tuple[Tensor, ...]:
     known = {name: (role, transposed) for name, _, role, transposed in roles(model)}
     wide = {name for name, tensor, _, _ in roles(halves) if tensor.dtype == torch.float32}
@@ -248,13 +253,13 @@ def _held(
             for name, shape in shapes.items()
             if name not in tied and name not in buffers
         )
-    inventory = SimpleNamespace(
-        tensors={t.name: Entry(t.dtype, t.shape, (Extent(Path(), 0, t.nbytes),)) for t in stored}
-    )
+    entries: dict[str, Source] = {t.name: Entry(t.dtype, t.shape, (Extent(Path(), 0, t.nbytes),)) for t in stored}
+    dequantize_entries(entries, described)
+    inventory = SimpleNamespace(tensors=entries)
     names: dict[str, str] = match_names(model, inventory)
     found = []
     for name, source in names.items():
-        entry: Entry | Converted = inventory.tensors[source]
+        entry = entries[source]
         role, transposed = known.get(name, ("other", False))
         found.append(Tensor(name, entry.dtype, tuple(entry.shape), entry.nbytes, role, transposed, wide=name in wide))
     return tuple(found)

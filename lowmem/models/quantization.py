@@ -109,15 +109,22 @@ class Quantization:
         return (columns * 32 // self.bits, rows) if self.method == "awq" else (columns, rows * 32 // self.bits)
 
 
-def read_quantization(files: Files, config: Mapping[str, Any]) -> Quantization | None:
-    """The quantization described in config.json, or in a separate file of older tools; None if there is none."""
-    described = config.get("quantization_config")
-    if not isinstance(described, Mapping):
-        side = next((name for name in SIDE_FILES if name in files.names), None)
-        if side is None:
-            return None
-        described = {"quant_method": "awq" if side == "quant_config.json" else "gptq"} | read_object(files, side)
-    return parse_quantization(described)
+def description(files: Files, config: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+    """The `quantization_config` of config.json, or what a separate file of older tools says; None if there is neither.
+
+    Args:
+        config: the content of config.json; None to read it.
+    """
+    if config is None:
+        config = read_object(files, "config.json") if "config.json" in files.names else {}
+    for part in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part, Mapping) and isinstance(found := part.get(key), Mapping):
+                return found
+    side = next((name for name in SIDE_FILES if name in files.names), None)
+    if side is None:
+        return None
+    return {"quant_method": "awq" if side == "quant_config.json" else "gptq"} | read_object(files, side)
 
 
 def parse_quantization(described: Mapping[str, Any]) -> Quantization:

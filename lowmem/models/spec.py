@@ -61,6 +61,7 @@ class ModelSpec:
         tied: input and output embedding share one tensor.
         quantization: quantization method of the checkpoint ("gptq", "awq", ...), or "".
         stored: details of that quantization, None without one.
+        dequantized: what weights are stored as that are dequantized when they are read, such as "FP8"; "" for none.
         size_on_disk: bytes of the weight files.
         has_chat_template: the tokenizer can format a conversation.
         exported: precision of the graph of an exported model, "" for a model with weights.
@@ -86,6 +87,7 @@ class ModelSpec:
     tied: bool = False
     quantization: str = ""
     stored: Quantization | None = None
+    dequantized: str = ""
     size_on_disk: int = 0
     has_chat_template: bool = False
     exported: str = ""

@@ -13,6 +13,7 @@ DTYPE_BYTES = {
     "bf16": 2,
     "fp8": 1,
     "fp8_e5m2": 1,
+    "fp8_e8m0": 1,
     "int8": 1,
     "uint8": 1,
     "bool": 1,

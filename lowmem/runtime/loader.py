@@ -23,7 +23,8 @@ from lowmem.kernels import packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
 from lowmem.machine.monitor import trim_heap
 from lowmem.messages import msg
-from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Converted
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.entries import Converted
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.modules import empty_model, set_tensor
 from lowmem.models.spec import CODE_DTYPES
@@ -179,7 +180,7 @@ class _Placer:
     def _experts(self, module: nn.Module, checkpoint: Checkpoint, name: str) -> Iterator[nn.Module]:
         """A quantized layer for every expert of a stacked projection, read one at a time where they lie apart."""
         entry = checkpoint.tensors[name]
-        whole = checkpoint.read_entry(entry) if isinstance(entry, Converted) else None
+        whole = checkpoint.read_entry(entry) if isinstance(entry, Converted) and not entry.steps else None
         for expert in range(entry.shape[0]):
             rows = entry.rows(expert, expert + 1)
             weight = whole[expert] if whole is not None else checkpoint.read_entry(rows)[0]

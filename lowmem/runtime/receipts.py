@@ -21,6 +21,16 @@ from lowmem.units import format_bytes
 def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[str], folder: Path) -> Receipt:
     # Loading holds no cache yet, only weights and the tensor being read.
     predicted = reestimate(plan, context=1, batch=1, prefill_chunk=1).predicted
+    if plan.spec.dequantized:
+        held = plan.precision_label
+        notes = [
+            *notes,
+            msg(
+                "{kinds} weights were dequantized as they were read: they run as {held}.",
+                kinds=plan.spec.dequantized,
+                held=held,
+            ),
+        ]
     return _receipt(
         "load",
         plan,

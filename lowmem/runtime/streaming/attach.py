@@ -20,7 +20,8 @@ from lowmem.generate.decoding import decoder_blocks
 from lowmem.kernels import bnb_linear, packed_linear
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredInt8, StoredLinear, StoredNf4, StoredPacked
 from lowmem.messages import msg
-from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Entry
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.entries import Entry
 from lowmem.models.matching import by_module, match_names
 from lowmem.models.modules import set_tensor
 from lowmem.models.quantization import BNB, Quantization

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.machine.direct_io import CHUNK_BYTES, PAGE
-from lowmem.models.checkpoint import TORCH_DTYPES, Converted, Entry, Extent
+from lowmem.models.entries import TORCH_DTYPES, Converted, Entry, Extent, Joined, Source
 
 GAP_BYTES = 1 << 16
 """A smaller gap between two tensors of a block is read along with them."""
@@ -40,18 +40,19 @@ class Weight:
 
     module: nn.Module
     member: str
-    entry: Entry | Converted
+    entry: Source
     positions: tuple[int, ...]
 
     def view(self, buffer: Tensor) -> Tensor:
         """The tensor within `buffer` (uint8): a view if it is one extent whose bytes are aligned to its dtype."""
-        places = iter(self.positions)
-        if isinstance(self.entry, Entry):
-            return _tensor(self.entry, buffer, places)
-        return self.entry.convert([_tensor(source, buffer, places) for source in self.entry.sources])
+        return _tensor(self.entry, buffer, iter(self.positions))
 
 
-def _tensor(entry: Entry, buffer: Tensor, places: Iterator[int]) -> Tensor:
+def _tensor(entry: Source, buffer: Tensor, places: Iterator[int]) -> Tensor:
+    if isinstance(entry, Converted):
+        return entry.convert([_tensor(source, buffer, places) for source in entry.sources])
+    if isinstance(entry, Joined):
+        return torch.cat([_tensor(part, buffer, places).flatten() for part in entry.parts]).view(entry.shape)
     dtype = TORCH_DTYPES[entry.dtype]
     parts = [buffer[place : place + extent.nbytes] for place, extent in zip(places, entry.extents, strict=False)]
     raw = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -60,10 +61,12 @@ def _tensor(entry: Entry, buffer: Tensor, places: Iterator[int]) -> Tensor:
     return raw.view(dtype).view(entry.shape)
 
 
-def extents(entry: Entry | Converted) -> tuple[Extent, ...]:
+def extents(entry: Source) -> tuple[Extent, ...]:
     """Everything that is read for a tensor."""
-    sources = (entry,) if isinstance(entry, Entry) else entry.sources
-    return tuple(extent for source in sources for extent in source.extents)
+    if isinstance(entry, Entry):
+        return entry.extents
+    sources = entry.sources if isinstance(entry, Converted) else entry.parts
+    return tuple(extent for source in sources for extent in extents(source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class BlockFile:
         return sum(weight.entry.nbytes for weight in self.weights)
 
 
-Member = tuple[nn.Module, str, Entry | Converted]
+Member = tuple[nn.Module, str, Source]
 
 
 def block_file(index: int, members: Iterable[Member]) -> BlockFile:
