@@ -41,12 +41,14 @@ class Target:
         stored: names of the stored tensors, in the order of transformers' patterns, and within one of experts.
         shape: of the parameter.
         make: the parameter's entry in the checkpoint, given those of `stored`; None if it is the only one of `stored`.
+        joined: its elements are those of `stored`, one tensor after the other.
     """
 
     name: str
     stored: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[[list[Source]], Source] | None = None
+    joined: bool = False
 
     def add_to(self, tensors: dict[str, Source]) -> str:
         """The name of this tensor in `tensors`, where it is entered if it is made of others."""
@@ -113,7 +115,7 @@ class Conversions:
             yield from self._cut(parameter, converter, lists[0][0])
         elif _joins(converter):
             names = tuple(chain.from_iterable(zip(*lists, strict=True)))
-            yield Target(parameter, names, self._shapes[parameter], _joined(self._shapes[parameter]))
+            yield Target(parameter, names, self._shapes[parameter], _joined(self._shapes[parameter]), joined=True)
         else:
             yield from self._computed(parameter, converter, lists)
 

@@ -57,6 +57,30 @@ def count(stacked: nn.Parameter | nn.ModuleList) -> int:
     return len(stacked) if isinstance(stacked, nn.ModuleList) else stacked.shape[0]
 
 
+class Concatenated(nn.ModuleList):
+    """Layers that read the same input, as one layer with the outputs of all of them."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.cat([layer(states) for layer in self], dim=-1)
+
+
+def unstack(experts: nn.Module, name: str, pieces: int) -> None:
+    """Replace the stacked projection `name` [experts, outputs, inputs] by linear layers without weights, one an expert.
+
+    Args:
+        pieces: layers of equal size whose outputs are those of an expert, in sequence: 2 for a gate and an up projection
+            that are stacked together.
+    """
+    count, outputs, inputs = experts.get_parameter(name).shape
+
+    def layer() -> nn.Linear:
+        return nn.Linear(inputs, outputs // pieces, bias=False, device="meta")
+
+    made = [Concatenated(layer() for _ in range(pieces)) if pieces > 1 else layer() for _ in range(count)]
+    delattr(experts, name)
+    experts.add_module(name, nn.ModuleList(made))
+
+
 def _chosen(top_k_index: Tensor, experts: int) -> list[int]:
     if top_k_index.is_meta:
         return [0]  # which experts are chosen is not known, only the shapes: as if all tokens chose the same

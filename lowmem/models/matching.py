@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
-from lowmem.models.conversions import Conversions
+from lowmem.models.conversions import Conversions, Target
 from lowmem.models.entries import Source
+from lowmem.models.experts import unstack
 from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
 
 
@@ -61,12 +62,15 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
     packed = {t.rpartition(".")[0] for t, e in checkpoint.tensors.items() if _is_packed_weight(t, e.dtype)}
     layers = {name: f"{name}.weight" for name in packed}
     plain = [name for name in checkpoint.tensors if packed_layer(name, packed) is None]
+    expected = _Expected(model)
     targets = Conversions(model).targets([*plain, *layers.values()])
     parts: dict[str, str] = {}
+    held: set[str] = set()
     for target in targets:
-        for stored in target.stored:
-            if (layer := stored.removesuffix(".weight")) in packed:
-                owner = target.name.removesuffix(".weight")
+        if any(stored.removesuffix(".weight") in packed for stored in target.stored):
+            held.add(target.name)
+            for owner, stored in _layers(model, target):
+                layer = stored.removesuffix(".weight")
                 # Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
                 found = (part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors)
                 parts |= {owner + part: f"{layer}{part}" for part in found}
@@ -74,10 +78,10 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
     tied = set(tied_parameters(model))
     matched: dict[str, str] = {}
     for target in targets:
-        if target.name not in tied and not any(name.removesuffix(".weight") in packed for name in target.stored):
+        if target.name not in tied and target.name not in held:
             matched[target.name] = target.add_to(checkpoint.tensors)
     matched |= {name: stored for name, stored in parts.items() if f"{name.rpartition('.')[0]}.weight" not in tied}
-    _check(model, checkpoint, matched, tied)
+    _check(expected, checkpoint, matched, tied | held)
     order = {name.rpartition(".")[0]: number for number, name in enumerate(model.state_dict())}
     return dict(sorted(matched.items(), key=lambda found: _place(order, found[0])))
 
@@ -85,7 +89,36 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
 def _place(order: Mapping[str, int], name: str) -> int:
     """Where the module of a tensor stands in the model; parts of packed weights may be named as if they were modules."""
     owner = name.rpartition(".")[0]
-    return order.get(owner, order.get(owner.rpartition(".weight")[0], len(order)))
+    while owner and owner not in order:
+        owner = owner.rpartition(".")[0]
+    return order.get(owner, len(order))
+
+
+def _layers(model: PreTrainedModel, target: Target) -> Iterator[tuple[str, str]]:
+    """(module, stored weight) of every layer that makes up a parameter; a stack of experts is taken apart for that.
+
+    Raises:
+        Unsupported: what is stored is not a layer of the model, but part of one or several.
+    """
+    if target.make is None:
+        yield target.name.removesuffix(".weight"), target.stored[0]
+        return
+    owner, _, member = target.name.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    count, pieces = target.shape[0], len(target.stored) // target.shape[0]
+    if not target.joined or len(target.shape) != 3 or module.is_transposed or count * pieces != len(target.stored):
+        raise Unsupported(
+            msg(
+                "{layer} is quantized, but transformers' {model_type} model has no such layer.",
+                layer=target.stored[0],
+                model_type=model.config.model_type,
+            ),
+            msg("Choose the original model."),
+        )
+    unstack(module, member, pieces)
+    for number, stored in enumerate(target.stored):
+        expert, piece = divmod(number, pieces)
+        yield f"{target.name}.{expert}" + (f".{piece}" if pieces > 1 else ""), stored
 
 
 def _tie_missing_head(model: PreTrainedModel, found: Collection[str]) -> None:
@@ -109,25 +142,33 @@ def _is_packed_weight(name: str, dtype: str) -> bool:
     return name.endswith(".qweight") or (name.endswith(".weight") and dtype in CODE_DTYPES)
 
 
-def _check(model: PreTrainedModel, checkpoint: Inventory, matched: dict[str, str], tied: set[str]) -> None:
-    """Check that every parameter and every buffer that a checkpoint must hold has been found, in its shape."""
-    buffers = dict(model.named_buffers())
+class _Expected:
+    """The shapes of the parameters of a model, and of the buffers that a checkpoint must hold."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        there = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.needed = self.shapes.keys() - there
+
+
+def _check(expected: _Expected, checkpoint: Inventory, matched: dict[str, str], others: set[str]) -> None:
+    """Check that everything but `others` has been found, in its shape."""
     missing: list[str] = []
-    for name, tensor in model.state_dict().items():
-        if name in tied or f"{name.removesuffix('.weight')}.qweight" in matched:
+    for name, shape in expected.shapes.items():
+        if name in others:
             continue
         if (stored := matched.get(name)) is None:
-            if name not in buffers or buffers[name].is_meta:
+            if name in expected.needed:
                 missing.append(name)
             continue
         entry = checkpoint.tensors[stored]
-        if tuple(entry.shape) != tuple(tensor.shape) and entry.dtype not in CODE_DTYPES:
+        if tuple(entry.shape) != shape:
             raise CorruptModel(
                 msg(
                     "{name} is {shape} in the file, but config.json implies {expected}.",
                     name=stored,
                     shape=tuple(entry.shape),
-                    expected=tuple(tensor.shape),
+                    expected=shape,
                 ),
                 msg("Fetch the model again."),
             )

@@ -74,6 +74,7 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
             msg("transformers cannot build this model: {error}", error=first_line(error)),
             msg("Choose a causal language model of a known family."),
         ) from error
+    experts = _experts(model)  # before those that are stored packed are taken out of their stacks
     if encoder:  # exported with whatever its files hold
         tensors = _held(model, halves, None, next((tensor.dtype for tensor in stored or ()), dtype or "fp32"), {})
     else:
@@ -103,8 +104,8 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
         caches=caches,
         activations=passes,
         tensors=tensors,
-        experts=_experts(model),
-        experts_per_token=_number(decoder, "num_experts_per_tok") if _experts(model) else 0,
+        experts=experts,
+        experts_per_token=_number(decoder, "num_experts_per_tok") if experts else 0,
     )
 
 
