@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,26 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
 
 
-def save(name: str, folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """Write the toy quantized by `recipe`; returns the toy with the dense weights that the file stands for."""
+def save(
+    name: str, folder: Path, recipe: Recipe, recipe_of: Callable[[str], Recipe | None] | None = None
+) -> PreTrainedModel:
+    """Write the toy quantized by `recipe`; returns the toy with the dense weights that the file stands for.
+
+    Args:
+        recipe_of: the recipe of each layer instead, None to leave it dense.
+    """
     toys.save_toy(name, folder)
     file, model = folder / "model.safetensors", toys.fresh(name)
     tensors = load_file(file)
     for layer_name, layer in linears(model).items():
         transposed = isinstance(layer, Conv1D)
-        weight = round_to_nearest(layer.weight.t() if transposed else layer.weight, recipe)
+        own = recipe_of(layer_name) if recipe_of else recipe
+        if own is None:
+            continue
+        weight = round_to_nearest(layer.weight.t() if transposed else layer.weight, own)
         layer.weight.copy_(weight.dequantize().t() if transposed else weight.dequantize())
         del tensors[f"{layer_name}.weight"]
-        tensors |= {f"{layer_name}.{part}": tensor.contiguous() for part, tensor in parts_of(weight, recipe).items()}
+        tensors |= {f"{layer_name}.{part}": tensor.contiguous() for part, tensor in parts_of(weight, own).items()}
     save_file(tensors, file)
     edit_config(folder, recipe.config())
     return model

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toys
 from conftest import machine
+from families.check import held_bytes
 from packed_toys import Recipe
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -259,6 +260,59 @@ def test_the_ladder_keeps_to_what_is_stored(tmp_path: Path) -> None:
     assert (moved.precision, moved.device) == ("stored", "cpu")
     smaller = smaller_model(on_gpu)
     assert smaller is None or smaller.precision != "stored"
+
+
+# --- layers of several widths
+
+SEVERAL = {
+    "dynamic": (
+        {
+            "dynamic": {
+                r"+:.*\.down_proj": {"bits": 8},
+                r".*self_attn.*": {"group_size": 16},
+                r"-:.*\.1\.mlp\.up_proj": {},
+            }
+        },
+        lambda name: (
+            None
+            if name.endswith("1.mlp.up_proj")
+            else Recipe(bits=8)
+            if name.endswith("down_proj")
+            else Recipe(group=16 if "self_attn" in name else 32)
+        ),
+    ),
+    "extra_config": (
+        {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "extra_config": {
+                "model.layers.0.mlp.up_proj": {"bits": 8},
+                "model.layers.1.self_attn.q_proj": {"bits": 16},
+            },
+        },
+        lambda name: (
+            None
+            if name == "model.layers.1.self_attn.q_proj"
+            else Recipe(bits=8 if name == "model.layers.0.mlp.up_proj" else 4)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_layers_of_several_widths(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    described, recipe_of = SEVERAL[case]
+    reference = packed_toys.save("llama", tmp_path, Recipe(), recipe_of)
+    packed_toys.edit_config(tmp_path, Recipe().config() | described)
+    spec = read_spec(str(tmp_path))
+    assert {(one.bits, one.group_size) for one in spec.packings} >= {(4, 32), (8, 32)}
+    model = loaded(tmp_path)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NBitsLinear)}
+    codes = sum(packed_bytes(spec.stored.of(name), *_shape(layer), "fp32") for name, layer in layers.items())
+    assert held_bytes(model) + codes == weight_bytes(spec, "stored", "fp32")
+    monkeypatch.setattr(packed_linear, "cpu_kernel", lambda _: "plain")
+    monkeypatch.setattr(stored_precision, "has_int8_kernels", lambda: False)
+    torch.testing.assert_close(loaded(tmp_path)(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 # --- what cannot be run

@@ -84,6 +84,7 @@ class Source:
         return self._packed(self._stored, layer, bias)
 
     def _packed(self, stored: Quantization, layer: str, bias: Tensor | None) -> Matrix:
+        stored = stored.of(self._names[f"{layer}.qweight"].rpartition(".")[0])
         names = {part[1:]: self._names[layer + part] for part in PACKED_PARTS if self.has(layer + part)}
         shapes = {part: self._checkpoint.tensors[name].shape for part, name in names.items()}
         if len(shapes["qweight"]) != 2:

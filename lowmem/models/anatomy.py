@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
@@ -153,7 +153,8 @@ def _rows(tensors: Sequence[Tensor]) -> list[list[Any]]:
         block = _BLOCK.search(tensor.name)
         pattern = _BLOCK.sub("*", tensor.name, count=1)
         about = (tensor.dtype, tensor.shape, tensor.nbytes, tensor.role, tensor.transposed, tensor.wide)
-        rows.setdefault((pattern, *about), []).extend([int(block.group())] if block else [])
+        packing = (tensor.packing,) if tensor.packing else ()
+        rows.setdefault((pattern, *about, *packing), []).extend([int(block.group())] if block else [])
     return [[pattern, blocks, *about] for (pattern, *about), blocks in rows.items()]
 
 
@@ -163,7 +164,8 @@ def _tensors(rows: Sequence[Sequence[Any]]) -> Iterator[Tensor]:
     begun = 0
     for number, (pattern, blocks, dtype, shape, *about) in enumerate(rows):
         begun = begun or len(blocks)
+        packing = tuple(about.pop()) if isinstance(about[-1], (list, tuple)) else None  # few tensors have one
         for block in blocks or [-1 if not begun else 1 << 40]:
             name = pattern.replace("*", str(block), 1) if blocks else pattern
-            ordered.append((block, number, Tensor(name, dtype, tuple(shape), *about)))
+            ordered.append((block, number, replace(Tensor(name, dtype, tuple(shape), *about), packing=packing)))
     yield from (tensor for _, _, tensor in sorted(ordered, key=lambda found: found[:2]))

@@ -43,6 +43,7 @@ from lowmem.models.cache_argument import cache_argument
 from lowmem.models.dequantize import dequantize_entries
 from lowmem.models.entries import Entry, Extent, Source
 from lowmem.models.matching import match_names, tied_parameters
+from lowmem.models.quantization import parse_quantization
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
 
 FIRST = ((1, 1), (2, 2), (3, 3))
@@ -258,11 +259,15 @@ def _held(
     dequantize_entries(entries, described)
     inventory = SimpleNamespace(tensors=entries)
     names: dict[str, str] = match_names(model, inventory)
+    whole = parse_quantization(described) if described else None
     found = []
     for name, source in names.items():
         entry = entries[source]
         role, transposed = known.get(name, ("other", False))
-        found.append(Tensor(name, entry.dtype, tuple(entry.shape), entry.nbytes, role, transposed, wide=name in wide))
+        tensor = Tensor(name, entry.dtype, tuple(entry.shape), entry.nbytes, role, transposed, wide=name in wide)
+        if tensor.is_packed_weight and whole is not None and (layer := whole.of(source.rpartition(".")[0])) != whole:
+            tensor = replace(tensor, packing=(layer.bits, layer.group_size))
+        found.append(tensor)
     return tuple(found)
 
 

@@ -5,8 +5,9 @@ Read from `quantization_config` in config.json, or from the separate files of ol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.messages import msg
@@ -31,6 +32,21 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """Bits and group size of the layers whose names match `pattern`; None for those of the whole checkpoint."""
+
+    pattern: str
+    bits: int | None
+    group_size: int | None
+
+    def matches(self, layer: str) -> bool:
+        try:
+            return re.match(self.pattern, layer) is not None
+        except re.error:
+            return self.pattern == layer
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """How a checkpoint stores its linear layers.
 
@@ -40,6 +56,7 @@ class Quantization:
         group_size: inputs that share a scale and a zero point; -1 for a whole row.
         layout: one of `LAYOUTS`, or the unknown name.
         desc_act: act-order; inputs of a group are scattered, as listed in `g_idx`.
+        rules: layers with bits or groups of their own; the first that matches counts.
     """
 
     method: str
@@ -47,6 +64,19 @@ class Quantization:
     group_size: int = -1
     layout: str = ""
     desc_act: bool = False
+    rules: tuple[Rule, ...] = ()
+
+    def of(self, layer: str) -> Quantization:
+        """How the layer of this stored name is laid out."""
+        rule = next((rule for rule in self.rules if rule.matches(layer)), None)
+        if rule is None:
+            return self
+        bits = self.bits if rule.bits is None else rule.bits
+        return self.at((bits, self.group_size if rule.group_size is None else rule.group_size))
+
+    def at(self, packing: tuple[int, int] | None) -> Quantization:
+        """With other bits and groups, see `Tensor.packing`."""
+        return self if packing is None else replace(self, bits=packing[0], group_size=packing[1])
 
     @property
     def label(self) -> str:
@@ -59,7 +89,8 @@ class Quantization:
             if self.group_size < 0
             else msg("groups of {group_size}", group_size=self.group_size)
         )
-        return msg("{method}, {bits} bits, {groups}", method=self.method.upper(), bits=self.bits, groups=groups)
+        label = msg("{method}, {bits} bits, {groups}", method=self.method.upper(), bits=self.bits, groups=groups)
+        return msg("{label}, some layers otherwise", label=label) if self.rules else label
 
     def groups(self, inputs: int) -> int:
         """Groups in a row of `inputs` weights."""
@@ -75,20 +106,22 @@ class Quantization:
                 method=self.method,
                 layout=self.layout,
             )
-        if self.bits not in WIDTHS[self.method]:
-            widths = ", ".join(map(str, WIDTHS[self.method]))
-            return msg(
-                "It is quantized with {method} to {bits} bits; lowmem supports {widths}.",
-                method=self.method,
-                bits=self.bits,
-                widths=widths,
-            )
-        if self.group_size == 0 or self.group_size < -1:
-            return msg(
-                "It is quantized with {method} in groups of {group_size}, which is not a valid size.",
-                method=self.method,
-                group_size=self.group_size,
-            )
+        for bits in (self.bits, *(rule.bits for rule in self.rules if rule.bits is not None)):
+            if bits not in WIDTHS[self.method]:
+                widths = ", ".join(map(str, WIDTHS[self.method]))
+                return msg(
+                    "It is quantized with {method} to {bits} bits; lowmem supports {widths}.",
+                    method=self.method,
+                    bits=bits,
+                    widths=widths,
+                )
+        for size in (self.group_size, *(rule.group_size for rule in self.rules if rule.group_size is not None)):
+            if size == 0 or size < -1:
+                return msg(
+                    "It is quantized with {method} in groups of {group_size}, which is not a valid size.",
+                    method=self.method,
+                    group_size=size,
+                )
         return ""
 
     def qweight_shape(self, outputs: int, inputs: int) -> Shape:
@@ -136,6 +169,9 @@ def parse_quantization(described: Mapping[str, Any]) -> Quantization:
         return Quantization(method, bits, layout=layout.lower())
     if method == INT8:
         return _compressed(described)
+    if method.endswith("auto-round"):
+        packing = str(described.get("packing_format") or "")
+        method = "awq" if packing.endswith("awq") else "gptq" if "gptq" in packing else method
     keys = ("version", "format", "checkpoint_format") if method == "awq" else ("checkpoint_format", "format")
     default = "gemm" if method == "awq" else "gptq"
     layout = (
@@ -149,7 +185,24 @@ def parse_quantization(described: Mapping[str, Any]) -> Quantization:
         group_size=_integer(described, ("group_size", "q_group_size"), 128),
         layout=str(layout).lower(),
         desc_act=bool(described.get("desc_act")),
+        rules=tuple(_rules(described)),
     )
+
+
+def _rules(described: Mapping[str, Any]) -> Iterator[Rule]:
+    """GPTQModel's `dynamic`, by regular expression, and AutoRound's `extra_config`, by name.
+
+    What is left dense ("-:", 16 bits) needs no rule: the files tell.
+    """
+    for key in ("dynamic", "extra_config"):
+        found = described.get(key)
+        for pattern, changes in found.items() if isinstance(found, Mapping) else ():
+            if pattern.startswith("-:") or not isinstance(changes, Mapping) or changes.get("bits") == 16:
+                continue
+            bits = _integer(changes, ("bits",)) if "bits" in changes else None
+            group_size = _integer(changes, ("group_size",)) if "group_size" in changes else None
+            if (bits, group_size) != (None, None):
+                yield Rule(pattern.removeprefix("+:"), bits, group_size)
 
 
 def _compressed(described: Mapping[str, Any]) -> Quantization:

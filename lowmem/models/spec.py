@@ -121,7 +121,13 @@ class ModelSpec:
         if self.stored is None or self.stored.refusal():
             return {}
         weights = (t for t in self.tensors if t.is_packed_weight and len(t.shape) == 2)
-        return {t.packed_layer: self.stored.linear_shape((t.shape[0], t.shape[1])) for t in weights}
+        return {t.packed_layer: self.stored.at(t.packing).linear_shape((t.shape[0], t.shape[1])) for t in weights}
+
+    @property
+    def packings(self) -> set[Quantization]:
+        """How the packed layers are stored: one way, or several where layers have bits and groups of their own."""
+        stored = self.stored
+        return {stored.at(t.packing) for t in self.tensors if t.is_packed_weight} if stored is not None else set()
 
     @property
     def layer_types(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class Tensor:
         role: what computes with it, one of `ROLES`; "" in a file.
         transposed: a matrix that is stored [inputs, outputs].
         wide: held in fp32 whatever the computation's dtype is.
+        packing: (bits, group size) of a packed weight, where they are not those of the whole checkpoint.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Tensor:
     role: str = ""
     transposed: bool = False
     wide: bool = False
+    packing: tuple[int, int] | None = None
 
     @property
     def elements(self) -> int:

@@ -54,7 +54,7 @@ def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) ->
             return tensor.nbytes  # held as stored
         # All parts of a layer are counted with its weight.
         layer = _packed_shape(spec, tensor)
-        return layouts.packed_bytes(spec.stored, *layer, dtype) if layer else 0
+        return layouts.packed_bytes(spec.stored.at(tensor.packing), *layer, dtype) if layer else 0
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
     if quantized(dense, tensor):
         count, rows, columns = tensor.matrices
@@ -73,7 +73,7 @@ def _packed_shape(spec: ModelSpec, tensor: Tensor) -> tuple[int, int] | None:
     """(outputs, inputs) where `tensor` is a packed weight, None for the other parts of a packed layer."""
     if not spec.stored or not tensor.is_packed_weight:
         return None
-    return spec.stored.linear_shape((tensor.shape[0], tensor.shape[1]))
+    return spec.stored.at(tensor.packing).linear_shape((tensor.shape[0], tensor.shape[1]))
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int, dtype: str) -> int:
@@ -112,7 +112,7 @@ def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:
 def kernel_lines(plan: Plan) -> tuple[Line, ...]:
     """ONNX Runtime, where its kernels run a quantized checkpoint. Counted as weights: it is loaded with the model."""
     stored = plan.spec.stored if plan.precision == "stored" and plan.place.kind == "cpu" else None
-    if stored is None or layouts.cpu_kernel(stored) != "nbits":
+    if stored is None or all(layouts.cpu_kernel(one) != "nbits" for one in plan.spec.packings):
         return ()
     return (Line("weights", layouts.ONNX_RUNTIME_BYTES, msg("ONNX Runtime, whose kernels run the quantized layers.")),)
 

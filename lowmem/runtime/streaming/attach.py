@@ -157,6 +157,7 @@ def checked_layer(
             msg("{layer} is quantized, which is not supported for a {kind}.", layer=layer, kind=type(module).__name__),
             msg("Choose the original model."),
         )
+    stored = stored.of(layer)
     outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     shapes = {part: checkpoint.tensors[name].shape for part, name in members.items()}
     packed_linear.check_shapes(stored, layer, outputs, inputs, shapes)
