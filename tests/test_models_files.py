@@ -11,10 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toys
+from conftest import machine
+from safetensors.torch import load_file, save_file
 
 from lowmem.errors import BadInput, CorruptModel, LowMemError, ModelNotFound, UnsafeModel, Unsupported
-from lowmem.events import CancelToken
+from lowmem.events import CancelToken, drain
+from lowmem.machine.budget import MemoryBudget
 from lowmem.models import convert_gguf
 from lowmem.models.files import LocalFile
 from lowmem.models.gguf_file import TYPES, read_gguf
@@ -34,6 +38,9 @@ from lowmem.models.source import (
 from lowmem.models.spec import ModelSource
 from lowmem.models.synthetic import write_random_model
 from lowmem.models.tokenizer_files import check_tokenizer, vocabulary_size
+from lowmem.planning.goal import Goal
+from lowmem.planning.planner import plan
+from lowmem.runtime import loader
 from lowmem.settings import settings
 
 SIZES = {"layers": 2, "hidden": 16, "intermediate": 32, "heads": 4, "kv_heads": 2, "vocab": 40, "context": 64}
@@ -254,6 +261,44 @@ def test_index_that_names_a_strange_file(name: str, toy: Path) -> None:
     (toy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(CorruptModel, match="names the file"):
         read_spec(str(toy))
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    goal = Goal(context=64, precision="fp32")
+    planned = plan(read_spec(str(folder)), machine(ram_gb=16), MemoryBudget(ram=4_000_000_000), goal)
+    return drain(loader.load(planned, folder, CancelToken())).model(torch.tensor([[1, 2, 3]])).logits
+
+
+@pytest.mark.parametrize(
+    "kind", ["other name", "subfolder", "no index", "other index", "index with a head", "side by side"]
+)
+def test_weights_under_names_of_other_tools(kind: str, tmp_path: Path) -> None:
+    folder, whole = tmp_path / "m", "model.safetensors"
+    toys.save_toy("llama", folder)
+    expected, size = _logits(folder), read_spec(str(folder)).size_on_disk
+    tensors = load_file(folder / whole)
+    index = folder / "model.safetensors.index.json"
+    if kind == "other name":
+        (folder / whole).rename(folder / "gptq_model-4bit-128g.safetensors")
+    elif kind == "side by side":
+        shutil.copy(folder / whole, folder / "consolidated.safetensors")
+    else:
+        (folder / whole).unlink()
+        names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        if kind == "subfolder":
+            (folder / "weights").mkdir()
+            names = [f"weights/{name}" for name in names]
+        places = {name: names[number % 2] for number, name in enumerate(tensors)}
+        for file in names:
+            save_file({name: tensor for name, tensor in tensors.items() if places[name] == file}, folder / file)
+        if kind == "other index":
+            index = folder / "vicuna.safetensors.index.json"
+        if kind == "index with a head":
+            places |= {"output.weight": names[0]}
+        if kind != "no index":
+            index.write_text(json.dumps({"weight_map": places}))
+    assert read_spec(str(folder)).size_on_disk == pytest.approx(size, rel=0.05)
+    assert torch.equal(_logits(folder), expected)
 
 
 def test_index_that_promises_a_tensor_too_many(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _download_file(repository: Repository, file: RemoteFile, folder: Path, cance
         yield file.size
         return
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab+") as out:
             partial = _PartialFile(file, out)
             yield from partial.hash_present(cancel)

@@ -29,7 +29,7 @@ class Ranged(Protocol):
 
 
 class Files(Protocol):
-    """A flat folder of files; `owner` is its name in messages."""
+    """A folder of files; `owner` is its name in messages."""
 
     @property
     def owner(self) -> str: ...
@@ -93,13 +93,14 @@ class LocalFile:
 
 
 class LocalFolder:
-    """`Files` of a folder on disk."""
+    """`Files` of a folder on disk: those in it, and weights in folders within it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.owner = folder.name
         try:
-            self.names: Collection[str] = {entry.name for entry in folder.iterdir() if entry.is_file()}
+            found = (*folder.iterdir(), *folder.glob("*/*.safetensors"))
+            self.names: Collection[str] = {path.relative_to(folder).as_posix() for path in found if path.is_file()}
         except OSError:
             raise ModelNotFound(msg("There is no folder {folder}.", folder=folder), msg("Check the path.")) from None
 

@@ -24,6 +24,11 @@ COMPANIONS = (
 )  # fmt: skip
 """The files that a model may need beside its weights."""
 
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""What output heads are called in checkpoints."""
+
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -35,7 +40,7 @@ def model_files(files: Files) -> list[str]:
     Raises:
         The same as `weight_files`.
     """
-    beside = [name for name in (*COMPANIONS, INDEX, MANIFEST) if name in files.names]
+    beside = [name for name in (*COMPANIONS, _index(files), MANIFEST) if name in files.names]
     return beside if MANIFEST in files.names else [*beside, *weight_files(files)]
 
 
@@ -46,14 +51,16 @@ def weight_files(files: Files) -> tuple[str, ...]:
         CorruptModel: a shard listed in the index is missing.
         UnsafeModel, ModelNotFound, Unsupported: there are no safetensors weights.
     """
-    if INDEX in files.names:
-        shards = sorted(set(map(str, _weight_map(files).values())))
+    if index := _index(files):
+        shards = sorted(set(map(str, _weight_map(files, index).values())))
         # These names become paths when the shards are downloaded or opened.
-        if strange := [shard for shard in shards if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", shard)]:
+        if strange := [
+            shard for shard in shards if not (_is_shard(shard) and (shard in files.names or "/" not in shard))
+        ]:
             raise CorruptModel(
                 msg(
                     "{index} of {owner} names the file {strange!r}.",
-                    index=INDEX,
+                    index=index,
                     owner=files.owner,
                     strange=strange[0][:80],
                 ),
@@ -71,8 +78,8 @@ def weight_files(files: Files) -> tuple[str, ...]:
                 msg("Fetch the model again."),
             )
         return tuple(shards)
-    if "model.safetensors" in files.names:
-        return ("model.safetensors",)
+    if found := _without_index(files):
+        return found
     if "adapter_model.safetensors" in files.names:
         raise Unsupported(
             msg("{owner} is a LoRA adapter, not a complete model.", owner=files.owner), msg("Choose its base model.")
@@ -97,6 +104,38 @@ def weight_files(files: Files) -> tuple[str, ...]:
     )
 
 
+def _is_shard(name: str) -> bool:
+    """Whether a name in an index is that of a file in the model's folder, or in a folder within it."""
+    part = r"[A-Za-z0-9][\w.-]*"
+    return re.fullmatch(rf"({part}/)?{part}\.safetensors", name) is not None
+
+
+def _index(files: Files) -> str:
+    """The name of the index of the shards, "" without one; tools that name the weights otherwise name it after them."""
+    if INDEX in files.names or "model.safetensors" in files.names:
+        return INDEX if INDEX in files.names else ""
+    others = [name for name in files.names if name.endswith(".safetensors.index.json") and "/" not in name]
+    return others[0] if len(others) == 1 else ""
+
+
+def _without_index(files: Files) -> tuple[str, ...]:
+    """The weight files of a folder without an index: one of any name, or all shards of one name; () if it is neither."""
+    weights = sorted(
+        name
+        for name in files.names
+        if name.endswith(".safetensors") and "/" not in name and not name.startswith("adapter_")
+    )
+    shards: dict[tuple[str, int], list[str]] = {}
+    for name in weights:
+        if numbered := _SHARD.fullmatch(name):
+            shards.setdefault((numbered[1], int(numbered[3])), []).append(name)
+    complete = [tuple(found) for (_, count), found in shards.items() if len(found) == count]
+    whole = [name for name in weights if not _SHARD.fullmatch(name)]
+    if "model.safetensors" in whole or (len(whole) == 1 and not complete):
+        return ("model.safetensors" if "model.safetensors" in whole else whole[0],)
+    return complete[0] if len(complete) == 1 else ()
+
+
 def has_chat_template(files: Files) -> bool:
     """Can the tokenizer format a conversation?"""
     if {"chat_template.jinja", "chat_template.json"} & set(files.names):
@@ -106,11 +145,11 @@ def has_chat_template(files: Files) -> bool:
     )
 
 
-def _weight_map(files: Files) -> dict[str, Any]:
-    weight_map = read_object(files, INDEX).get("weight_map")
+def _weight_map(files: Files, index: str) -> dict[str, Any]:
+    weight_map = read_object(files, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptModel(
-            msg("{index} of {owner} has no weight_map.", index=INDEX, owner=files.owner), msg("Fetch the model again.")
+            msg("{index} of {owner} has no weight_map.", index=index, owner=files.owner), msg("Fetch the model again.")
         )
     return weight_map
 
@@ -120,7 +159,10 @@ def check_inventory(files: Files, tensors: tuple[Tensor, ...]) -> None:
         raise CorruptModel(
             msg("The weight files of {owner} contain no tensors.", owner=files.owner), msg("Fetch the model again.")
         )
-    if INDEX in files.names and (lost := _weight_map(files).keys() - {tensor.name for tensor in tensors}):
+    index = _index(files)
+    lost = _weight_map(files, index).keys() - {tensor.name for tensor in tensors} if index else set()
+    # Where the head is the embedding, some tools list it and store it once.
+    if lost := {name for name in lost if not name.endswith(HEADS)}:
         raise CorruptModel(
             msg("No weight file of {owner} contains {lost!r}.", owner=files.owner, lost=min(lost)[:80]),
             msg("Fetch the model again."),

@@ -201,7 +201,7 @@ def _local_model(folder: Path) -> LocalModel:
     source = record(folder)
     asked_for = str(source.get("ref") or "")
     ref = asked_for if _leads_to(asked_for, folder) else str(folder)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     return LocalModel(ref, str(source.get("name") or parse_ref(str(folder)).name), folder, size)
 
 
