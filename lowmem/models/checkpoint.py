@@ -15,11 +15,12 @@ from lowmem.errors import CorruptModel
 from lowmem.messages import msg
 from lowmem.models.dequantize import dequantize_entries
 from lowmem.models.entries import TORCH_DTYPES, Converted, Entry, Extent, Joined, Source
-from lowmem.models.files import LocalFile, LocalFolder
-from lowmem.models.model_files import weight_files
+from lowmem.models.files import LocalFile, LocalFolder, read_object
+from lowmem.models.model_files import CONFIG, weight_files
 from lowmem.models.quantization import description
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.spec import CONVERSION_BYTES
+from lowmem.models.tied_head import Place, copied_head
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -45,7 +46,9 @@ class Checkpoint:
             files = LocalFolder(folder)
             for name in weight_files(files):
                 self._open(folder / name)
-            dequantize_entries(self.tensors, description(files) or {})
+            config = read_object(files, CONFIG) if CONFIG in files.names else {}
+            self.tensors.pop(copied_head(config, self.tensors, self._place), None)
+            dequantize_entries(self.tensors, description(files, config) or {})
         except BaseException:
             self.close()
             raise
@@ -57,6 +60,12 @@ class Checkpoint:
             offset = header.offsets[tensor.name]
             extent = Extent(path, offset, tensor.nbytes)
             self.tensors[tensor.name] = Entry(tensor.dtype, tensor.shape, (extent,))
+
+    def _place(self, name: str) -> Place:
+        entry = self.tensors[name]
+        assert isinstance(entry, Entry)  # nothing has been joined yet
+        file, offset, nbytes = entry.extents[0]
+        return LocalFile(file), offset, nbytes
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor, on the CPU, in its stored dtype or converted to `dtype`.

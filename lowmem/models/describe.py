@@ -27,6 +27,7 @@ from lowmem.models.model_files import (
 from lowmem.models.quantization import Quantization, description, parse_quantization
 from lowmem.models.safetensors_header import read_header
 from lowmem.models.spec import ModelSource, ModelSpec, Tensor
+from lowmem.models.tied_head import Place, copied_head
 
 
 def describe(files: Files, source: ModelSource, encoders: bool = False) -> ModelSpec:
@@ -51,8 +52,10 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
     if MANIFEST in files.names:
         return _describe_exported(files, source, config)
     weights = [files.ranged(file) for file in weight_files(files)]
-    stored = tuple(tensor for file in weights for tensor in read_header(file).tensors)
+    stored, places = _stored(weights)
     check_inventory(files, stored)
+    copied = copied_head(config, {tensor.name: tensor for tensor in stored}, places.__getitem__)
+    stored = tuple(tensor for tensor in stored if tensor.name != copied)
     described = description(files, config)
     kinds = encoding({tensor.name: tensor for tensor in stored}, described or {})
     quantization = None if described is None else parse_quantization(described)
@@ -83,6 +86,17 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
         size_on_disk=sum(file.size for file in weights),
         has_chat_template=has_chat_template(files),
     )
+
+
+def _stored(weights: list[Ranged]) -> tuple[tuple[Tensor, ...], dict[str, Place]]:
+    """The tensors of all files, and where each is."""
+    stored: list[Tensor] = []
+    places: dict[str, Place] = {}
+    for file in weights:
+        header = read_header(file)
+        stored += header.tensors
+        places |= {tensor.name: (file, header.offsets[tensor.name], tensor.nbytes) for tensor in header.tensors}
+    return tuple(stored), places
 
 
 def _derived(

@@ -74,7 +74,7 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
                 # Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
                 found = (part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors)
                 parts |= {owner + part: f"{layer}{part}" for part in found}
-    _tie_missing_head(model, {target.name for target in targets})
+    _tie_head(model, {target.name for target in targets})
     tied = set(tied_parameters(model))
     matched: dict[str, str] = {}
     for target in targets:
@@ -121,13 +121,18 @@ def _layers(model: PreTrainedModel, target: Target) -> Iterator[tuple[str, str]]
         yield f"{target.name}.{expert}" + (f".{piece}" if pieces > 1 else ""), stored
 
 
-def _tie_missing_head(model: PreTrainedModel, found: Collection[str]) -> None:
-    """Tie the output head to the embedding where the files hold no head, whatever config.json says."""
+def _tie_head(model: PreTrainedModel, found: Collection[str]) -> None:
+    """Tie the output head to the embedding exactly where the files hold no head, whatever config.json says."""
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and f"{names[id(head)]}.weight" not in found and f"{names[id(embedding)]}.weight" in found:
-        model.all_tied_weights_keys[f"{names[id(head)]}.weight"] = f"{names[id(embedding)]}.weight"
+    if head is None or id(head) not in names or f"{names[id(embedding)]}.weight" not in found:
+        return
+    weight = f"{names[id(head)]}.weight"
+    if weight not in found:
+        model.all_tied_weights_keys[weight] = f"{names[id(embedding)]}.weight"
         model.config.get_text_config().tie_word_embeddings = True
+    elif model.all_tied_weights_keys.pop(weight, None):
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def packed_layer(name: str, packed: Collection[str]) -> str | None:

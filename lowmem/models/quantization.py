@@ -142,14 +142,8 @@ class Quantization:
         return (columns * 32 // self.bits, rows) if self.method == "awq" else (columns, rows * 32 // self.bits)
 
 
-def description(files: Files, config: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
-    """The `quantization_config` of config.json, or what a separate file of older tools says; None if there is neither.
-
-    Args:
-        config: the content of config.json; None to read it.
-    """
-    if config is None:
-        config = read_object(files, "config.json") if "config.json" in files.names else {}
+def description(files: Files, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config.json, or what a separate file of older tools says; None if there is neither."""
     for part in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(part, Mapping) and isinstance(found := part.get(key), Mapping):
