@@ -1,19 +1,17 @@
 """Converting a GGUF file to a folder of safetensors, in a child process.
 
-transformers dequantizes with torch, which takes a multiple of the model's size and does not return it to the
-system; when a child process exits, all of it is free again. Run as
+What dequantizing takes is free again when that exits. Run as
 `python -m lowmem.models.convert_gguf FILE FOLDER DTYPE`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lowmem.background import run_child
 from lowmem.errors import CorruptModel, OutOfMemory
@@ -22,17 +20,21 @@ from lowmem.messages import msg
 from lowmem.models.describe import describe_gguf
 from lowmem.models.download import ensure_room
 from lowmem.models.files import LocalFile
+from lowmem.models.gguf_file import gguf_parts, read_ggufs
 from lowmem.models.spec import DTYPE_BYTES, ModelSource
 from lowmem.units import GB, format_bytes
 
 log = logging.getLogger(__name__)
 
-_SHARD = "2GB"
+_SHARD = 2 * GB
 _EXACT_BELOW = 4 * GB
+
+NO_TOKENIZER = 3
+"""Exit status of the child."""
 
 
 def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
-    """Write the model in `gguf` to `folder` with transformers' `save_pretrained`, tokenizer and chat template included.
+    """Write the model in `gguf` to `folder` for transformers, tokenizer and chat template included.
 
     fp32 preserves the dequantized values exactly. A model larger than 4 GB in fp32 is stored in fp16, whose rounding
     error is far below that of any GGUF type.
@@ -41,7 +43,9 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
         CorruptModel, Unsupported: a file that cannot be converted.
         DiskFull, OutOfMemory, Cancelled.
     """
-    spec = describe_gguf(LocalFile(gguf), ModelSource(str(gguf), gguf.name))
+    spec = describe_gguf(
+        [LocalFile(gguf.with_name(name)) for name in gguf_parts(gguf.name)], ModelSource(str(gguf), gguf.name)
+    )
     dtype = "fp32" if spec.parameters * 4 <= _EXACT_BELOW else "fp16"
     size = spec.parameters * DTYPE_BYTES[dtype]
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +63,12 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
             ),
             msg("Close other programs, or choose a smaller model."),
         )
+    if status == NO_TOKENIZER:
+        log.error("the tokenizer of %s: %s", gguf, problem)
+        raise CorruptModel(
+            msg("{gguf} has no tokenizer that can be read.", gguf=gguf.name),
+            msg("Choose another GGUF file of this model; the log has the details."),
+        )
     if status:
         log.error("converting %s failed with status %d: %s", gguf, status, problem)
         raise CorruptModel(
@@ -68,24 +78,25 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
 
 
 def main(gguf: str, folder: str, dtype: str) -> None:
-    """The child: load, dequantize, save."""
+    """The child: dequantize one tensor after the other, and save it under its name in transformers."""
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
-    source, name = str(Path(gguf).parent), Path(gguf).name
-    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch_dtype)
-    # The weights are dequantized; with this left in place, saving and loading would look for packed ones.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder, max_shard_size=_SHARD)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
-    config = Path(folder) / "config.json"
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields.pop("_model_name_or_path", None)
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    from lowmem.models.checkpoint_writer import write_shards
+    from lowmem.models.gguf_tensors import Converter
+
+    parts = [Path(gguf).with_name(name) for name in gguf_parts(Path(gguf).name)]
+    header = read_ggufs([LocalFile(part) for part in parts])
+    converter = Converter(header, parts, {"fp32": torch.float32, "fp16": torch.float16}[dtype])
+    write_shards(Path(folder), converter.tensors(), _SHARD)
+    converter.config.save_pretrained(folder)
+    GenerationConfig.from_model_config(converter.config).save_pretrained(folder)
+    try:
+        AutoTokenizer.from_pretrained(str(parts[0].parent), gguf_file=parts[0].name).save_pretrained(folder)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(NO_TOKENIZER)
 
 
 if __name__ == "__main__":

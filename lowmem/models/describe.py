@@ -6,6 +6,7 @@ Works on folders and hub repositories, and reads configuration and headers only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
@@ -14,7 +15,7 @@ from lowmem.models.anatomy import Anatomy
 from lowmem.models.derive import derive
 from lowmem.models.encoded import encoding
 from lowmem.models.files import Files, Ranged, fingerprint, read_object
-from lowmem.models.gguf_file import MODEL_TYPES, read_gguf
+from lowmem.models.gguf_file import MODEL_TYPES, read_ggufs
 from lowmem.models.model_files import (
     CONFIG,
     MANIFEST,
@@ -137,21 +138,27 @@ def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any]
 def _in_gguf(anatomy: Anatomy, stored: tuple[Tensor, ...]) -> Anatomy:
     """With the dtypes and sizes that the tensors of a GGUF file have there."""
     known = {tensor.name: tensor for tensor in stored}
+    whole = len(stored) >= len(anatomy.tensors)  # then what is not known by name is there under another
     tensors = (
         dataclasses.replace(tensor, dtype=known[tensor.name].dtype, nbytes=known[tensor.name].nbytes)
-        for tensor in anatomy.tensors
         if tensor.name in known
+        else tensor
+        for tensor in anatomy.tensors
+        if tensor.name in known or whole
     )
     return dataclasses.replace(anatomy, tensors=tuple(tensors))
 
 
-def describe_gguf(file: Ranged, source: ModelSource) -> ModelSpec:
-    """The spec of a GGUF file: tensors under their names in transformers, with the size of their packed bytes.
+def describe_gguf(files: Sequence[Ranged], source: ModelSource) -> ModelSpec:
+    """The spec of a GGUF model: tensors under their names in transformers, with the size of their packed bytes.
+
+    Args:
+        files: all parts of a model that was split, in order.
 
     Raises:
         CorruptModel, Unsupported: see `read_gguf`; also an architecture that cannot be converted.
     """
-    gguf = read_gguf(file)
+    gguf = read_ggufs(files)
     arch = gguf.metadata.get("general.architecture")
     if arch not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
@@ -163,6 +170,6 @@ def describe_gguf(file: Ranged, source: ModelSource) -> ModelSpec:
     return ModelSpec(
         source=dataclasses.replace(source, licence=licence),
         **_in_gguf(derive(gguf.config(), source.name, None, "fp16"), gguf.tensors).shape(),
-        size_on_disk=file.size,
+        size_on_disk=sum(file.size for file in files),
         has_chat_template=gguf.has_chat_template,
     )

@@ -23,6 +23,7 @@ from lowmem.models.convert_gguf import convert
 from lowmem.models.describe import describe
 from lowmem.models.download import download
 from lowmem.models.files import LocalFolder
+from lowmem.models.gguf_file import gguf_parts
 from lowmem.models.hub import Repository
 from lowmem.models.model_files import CONFIG, model_files, weight_files
 from lowmem.models.reference import Reference, parse_ref
@@ -170,7 +171,7 @@ def _fetch_hub_gguf(reference: Reference, repository: Repository, cancel: Cancel
         yield from waiting
         if not target.exists():
             part = _part(target)
-            yield from download(repository, [name], part / "work", cancel)
+            yield from download(repository, gguf_parts(name), part / "work", cancel)
             yield from convert(part / "work" / name, part, cancel)
             shutil.rmtree(part / "work")
             _publish(part, target, spec.source, _hub_record(reference, repository))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,24 @@ MODEL_TYPES = {
     "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen2moe": "qwen2_moe", "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe", "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3", "gpt2": "gpt2",
     "falcon": "falcon", "bloom": "bloom", "stablelm": "stablelm", "starcoder2": "starcoder2", "nemotron": "nemotron",
+    "gemma": "gemma", "granite": "granite", "smollm3": "smollm3", "olmo2": "olmo2", "olmoe": "olmoe", "glm4": "glm4",
+    "exaone4": "exaone4", "seed_oss": "seed_oss", "arcee": "arcee", "cohere2": "cohere2", "command-r": "cohere",
+    "hunyuan-dense": "hunyuan_v1_dense", "gpt-oss": "gpt_oss", "lfm2": "lfm2", "minimax-m2": "minimax_m2",
 }  # fmt: skip
-"""GGUF architectures that transformers can convert -> its `model_type`."""
+"""GGUF architectures that can be converted -> `model_type` in transformers, where llama.cpp has names of its own."""
 
 _CONFIG_KEYS = {
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -57,6 +72,12 @@ _NAMES = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 
+_YARN_KEYS = {
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1_000_000
@@ -76,14 +97,71 @@ class Gguf:
     def config(self) -> dict[str, Any]:
         """The metadata as the fields of a config.json."""
         arch = self.metadata.get("general.architecture")
-        config: dict[str, Any] = {"model_type": MODEL_TYPES.get(str(arch), str(arch))}
+        config: dict[str, Any] = {"model_type": self.model_type}
         for theirs, ours in _CONFIG_KEYS.items():
             if (value := self.metadata.get(f"{arch}.{theirs}")) is not None:
                 config[ours] = value
         names = {tensor.name: tensor for tensor in self.tensors}
         if "vocab_size" not in config and (embedding := names.get("model.embed_tokens.weight")):
             config["vocab_size"] = embedding.shape[0]
+        if "num_experts" in config:
+            config["num_local_experts"] = config["num_experts"]
+        if scale := self.metadata.get(f"{arch}.logit_scale"):
+            config["logits_scaling" if arch == "granite" else "logit_scale"] = scale
+        if any(tensor.name.endswith("q_proj.bias") for tensor in self.tensors):
+            config["attention_bias"] = True
+        size = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+        rotary = self.metadata.get(f"{arch}.rope.dimension_count") or size
+        if rotary < size:
+            config["partial_rotary_factor"] = rotary / size
+        if rope := self._scaled_rope(config, str(arch)):
+            config["rope_parameters"] = rope
         return config | {"tie_word_embeddings": "lm_head.weight" not in names}
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` in transformers."""
+        arch = str(self.metadata.get("general.architecture"))
+        if arch == "llama" and self.metadata.get("llama.expert_count"):
+            return "mixtral"
+        return MODEL_TYPES.get(arch, arch)
+
+    def _scaled_rope(self, config: Mapping[str, Any], arch: str) -> dict[str, Any]:
+        """transformers' `rope_parameters` of a model whose rotary positions are scaled, {} of another."""
+        kind = self.metadata.get(f"{arch}.rope.scaling.type")
+        factor = self.metadata.get(f"{arch}.rope.scaling.factor")
+        if kind not in ("linear", "yarn") or not factor:
+            return {}
+        rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
+        for key, name in _YARN_KEYS.items() if kind == "yarn" else ():
+            if value := self.metadata.get(f"{arch}.rope.scaling.{key}"):
+                rope[name] = value
+        return rope | ({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {})
+
+
+def gguf_parts(name: str) -> list[str]:
+    """The names of all files of a GGUF model that `name` is a part of: several if it was split, else one."""
+    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name)
+    if split is None:
+        return [name]
+    return [f"{split[1]}-{number:05d}-of-{split[2]}.gguf" for number in range(1, int(split[2]) + 1)]
+
+
+def read_ggufs(files: Sequence[Ranged]) -> Gguf:
+    """`read_gguf` of a model that may be split into several files, the first of which has the metadata."""
+    parts = [read_gguf(file) for file in files]
+    count = int(parts[0].metadata.get("split.count") or 1)
+    if count != len(parts):
+        raise CorruptModel(
+            msg(
+                "{name} is one of {count} parts, but {found} are here.",
+                name=files[0].name,
+                count=count,
+                found=len(parts),
+            ),
+            msg("Keep all parts in one folder, under the names that they were published with."),
+        )
+    return Gguf(parts[0].metadata, tuple(tensor for part in parts for tensor in part.tensors))
 
 
 def read_gguf(file: Ranged) -> Gguf:
@@ -182,11 +260,6 @@ def _parse(cursor: _Cursor) -> Gguf:
     for _ in range(value_count):
         key = cursor.text()
         metadata[key] = cursor.value(cursor.number("I"))
-    if metadata.get("split.count", 1) > 1:
-        raise Unsupported(
-            msg("{name} is one of {splitcount} parts.", name=name, splitcount=metadata["split.count"]),
-            msg("Choose a GGUF in a single file."),
-        )
     entries = [_tensor(cursor) for _ in range(tensor_count)]
     alignment = int(metadata.get("general.alignment") or 32)
     start = -(-cursor.position // alignment) * alignment

@@ -18,6 +18,7 @@ from lowmem.messages import msg
 from lowmem.models import catalog, demo, hub
 from lowmem.models.describe import describe, describe_gguf
 from lowmem.models.files import LocalFile, LocalFolder, digest, fingerprint
+from lowmem.models.gguf_file import gguf_parts
 from lowmem.models.model_files import CONFIG, model_files
 from lowmem.models.reference import DEMO, Reference, parse_ref
 from lowmem.models.spec import ModelSource, ModelSpec
@@ -63,7 +64,7 @@ def read_spec(ref: str, allow_paths: bool = True, encoders: bool = False) -> Mod
         return _read_folder(folder, reference, encoders)
     if reference.kind == "gguf":
         source = ModelSource(reference.text, reference.name, fingerprint=gguf_fingerprint(reference))
-        return describe_gguf(LocalFile(reference.path), source)
+        return describe_gguf(local_parts(reference.path), source)
     if reference.kind == "folder":
         raise _no_model(reference.path)
     if reference.kind == "demo":
@@ -138,9 +139,18 @@ def is_current(source: ModelSource) -> bool:
         return False
 
 
+def local_parts(path: Path) -> list[LocalFile]:
+    """The files of a GGUF model on disk.
+
+    Raises:
+        ModelNotFound: a part is missing.
+    """
+    return [LocalFile(path.with_name(name)) for name in gguf_parts(path.name)]
+
+
 def gguf_fingerprint(reference: Reference) -> str:
     """The fingerprint of a GGUF file, before and after its conversion."""
-    return digest({"gguf": LocalFile(reference.path).identity()})
+    return digest({"gguf": "".join(part.identity() for part in local_parts(reference.path))})
 
 
 def folder_name(reference: Reference, commit: str = "") -> str:
@@ -256,8 +266,8 @@ def describe_hub(repository: hub.Repository, reference: Reference, encoders: boo
     if reference.kind != "hub_gguf":
         return describe(repository, source, encoders)
     name = gguf_in(repository, reference)
-    source = replace(source, fingerprint=fingerprint(repository, [name]))
-    return describe_gguf(repository.ranged(name), source)
+    source = replace(source, fingerprint=fingerprint(repository, gguf_parts(name)))
+    return describe_gguf([repository.ranged(part) for part in gguf_parts(name)], source)
 
 
 def _read_demo(reference: Reference) -> ModelSpec:
