@@ -102,7 +102,7 @@ class Checkpoint:
                 self._into(part, rows[start : start + part.shape[0]])
                 start += part.shape[0]
             return out
-        row_bytes = math.prod(entry.shape[1:]) * TORCH_DTYPES[entry.dtype].itemsize
+        row_bytes = 2 * math.prod(entry.shape[1:]) * TORCH_DTYPES[entry.dtype].itemsize  # and what it is computed of
         step = (
             max(1, CONVERSION_BYTES // max(1, row_bytes * entry.step)) * entry.step if entry.steps else entry.shape[0]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,27 +72,31 @@ class _Dequantize:
         if one.zeros:
             zeros = read[one.zeros]
             zeros = unpack_words(zeros.t(), one.bits).t()[: len(values)] if one.kind == WORDS else zeros
-            values.sub_(self._spread(zeros.float(), values, order))
+            self._apply(Tensor.sub_, values, zeros.float(), order)
         elif offset:
             values.sub_(offset)
-        return values.mul_(self._spread(scales.float(), values, order))
+        self._apply(Tensor.mul_, values, scales.float(), order)
+        return values
 
-    def _spread(self, scales: Tensor, values: Tensor, order: Tensor | None) -> Tensor:
-        """One scale per weight, or a shape that broadcasts to that."""
-        if scales.numel() == 1:
-            return scales.reshape(())
-        if scales.dim() == values.dim() - 1:  # one per row, or one per matrix of a stack
-            scales = scales[..., None] if scales.shape[-1] == values.shape[-2] else scales[..., None, None]
-        if scales.dim() < values.dim():
-            scales = scales.reshape(*scales.shape, *(1,) * (values.dim() - scales.dim()))
+    def _apply(
+        self, change: Callable[[Tensor, Tensor], Tensor], values: Tensor, grid: Tensor, order: Tensor | None
+    ) -> None:
+        """Change `values` in place by a scale or zero point each, given those of blocks [.., down, across]."""
+        if grid.numel() == 1:
+            change(values, grid.reshape(()))
+            return
+        if grid.dim() == values.dim() - 1 and grid.shape[-1] == values.shape[-2]:
+            grid = grid[..., None]  # one per row
+        grid = grid.reshape(*grid.shape, *(1,) * (values.dim() - grid.dim()))
         rows, columns = self.one.block
-        if scales.shape[-1] > 1 and order is not None:
-            scales = scales.index_select(-1, order)
-        elif scales.shape[-1] > 1:
-            scales = scales.repeat_interleave(columns, -1)[..., : values.shape[-1]]
-        if scales.shape[-2] > 1:
-            scales = scales.repeat_interleave(rows, -2)[..., : values.shape[-2], :]
-        return scales
+        if grid.shape[-1] > 1:
+            grid = grid.index_select(-1, order) if order is not None else grid.repeat_interleave(columns, -1)
+            grid = grid[..., : values.shape[-1]]
+        if rows == 1 or grid.shape[-2] == 1:
+            change(values, grid)
+            return
+        for number, start in enumerate(range(0, values.shape[-2], rows)):
+            change(values[..., start : start + rows, :], grid[..., number : number + 1, :])
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
