@@ -19,7 +19,9 @@ from lowmem.events import CancelToken, drain
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.source import read_spec
+from lowmem.offload.plans import place_blocks
 from lowmem.planning.goal import Goal
+from lowmem.planning.placement import Placement
 from lowmem.planning.planner import plan
 from lowmem.runtime import loader
 
@@ -193,3 +195,17 @@ def test_mxfp4_experts_of_gpt_oss(tmp_path: Path, precision: str) -> None:
     assert held_bytes(found) == predicted
     if precision == "fp32":
         torch.testing.assert_close(found(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_encoded_blocks_stream_from_disk(tmp_path: Path) -> None:
+    model = random_model(transformers.Qwen3MoeConfig(**MIXTURE))
+    described = {**FP8, "weight_block_size": [32, 32]}
+    save_experts(model, tmp_path, lambda weight: encoded_toys.fp8_blocks(weight, 32, 32), described)
+    budget, goal = MemoryBudget(ram=4_000_000_000), Goal(context=256, precision="fp32")
+    dense = plan(read_spec(str(tmp_path)), machine(ram_gb=16), budget, goal)
+    placed = place_blocks(dense, Placement(("disk", "ram")))
+    assert placed.placement is not None
+    assert not placed.placement.mapped  # there is nothing in the files that could be used in place
+    loaded_model = drain(loader.load(placed, tmp_path, CancelToken()))
+    torch.testing.assert_close(loaded_model.model(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    loaded_model.close()

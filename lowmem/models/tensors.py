@@ -77,6 +77,11 @@ class Tensor:
         return count
 
     @property
+    def decoded(self) -> bool:
+        """Whether the file stores it in fewer or more bytes than its values take: it is computed when it is read."""
+        return self.nbytes != self.elements * DTYPE_BYTES.get(self.dtype, 0)
+
+    @property
     def matrices(self) -> tuple[int, int, int]:
         """(number, outputs, inputs) of the matrices that this is: one, or that of every expert."""
         *count, first, second = self.shape

@@ -72,7 +72,9 @@ def place_blocks(plan: Plan, placement: Placement, may_map: bool = True) -> Plan
 def _may_map(plan: Plan) -> bool:
     """Whether blocks can be memory-mapped: on a CPU that computes in the stored dtype."""
     dtype = compute_dtype(plan.precision, plan.place.dtypes)
-    return plan.place.kind == "cpu" and all(tensor.dtype == dtype for tensor in plan.spec.tensors)
+    return plan.place.kind == "cpu" and all(
+        tensor.dtype == dtype and not tensor.decoded for tensor in plan.spec.tensors
+    )
 
 
 def largest_batch(plan: Plan, place: Callable[[Plan], Plan]) -> Plan:

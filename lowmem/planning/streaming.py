@@ -41,7 +41,11 @@ def device_lines(plan: Plan, placement: Placement, dtype: str) -> tuple[Line, ..
             _ring_bytes(plan.spec, streamed),
             msg("{slots} blocks in transit, as stored on disk.", slots=SLOTS),
         ),
-        Line("scratch", _tile_bytes(plan, streamed, dtype), msg("Weights dequantized or converted for computing.")),
+        Line(
+            "scratch",
+            _tile_bytes(plan, streamed, dtype) + _decoded_bytes(plan.spec, streamed),
+            msg("Weights dequantized or converted for computing."),
+        ),
     )
     # The run allocates its buffers after loading, so only the larger of the two counts.
     loading = _loading_bytes(plan, placement, dtype) - sum(line.count for line in running)
@@ -105,7 +109,9 @@ def _resident_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
     if packed or plan.place.kind != "cpu":
         return model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
     # Beside streamed blocks, matrices on a CPU stay in their stored format.
-    return tensor.nbytes if len(tensor.shape) > 1 else tensor.elements * DTYPE_BYTES[dtype]
+    if len(tensor.shape) < 2:
+        return tensor.elements * DTYPE_BYTES[dtype]
+    return tensor.elements * DTYPE_BYTES[tensor.dtype] if tensor.decoded else tensor.nbytes
 
 
 def _ring_bytes(spec: ModelSpec, streamed: tuple[int, ...]) -> int:
@@ -115,6 +121,15 @@ def _ring_bytes(spec: ModelSpec, streamed: tuple[int, ...]) -> int:
     sizes = stored_block_bytes(spec)
     # A range of a file is read in whole pages, and a buffer begins on one.
     return min(SLOTS, len(streamed)) * (max(sizes[index] for index in streamed) + 3 * PAGE)
+
+
+def _decoded_bytes(spec: ModelSpec, streamed: tuple[int, ...]) -> int:
+    """The weights of the largest streamed block that are dequantized once it has arrived."""
+    blocks = dict.fromkeys(streamed, 0)
+    for tensor in spec.tensors:
+        if spec.dequantized and tensor.decoded and (index := block_index(tensor.name)) in blocks:
+            blocks[index] += tensor.elements * DTYPE_BYTES[tensor.dtype]
+    return max(blocks.values(), default=0)
 
 
 def _tile_bytes(plan: Plan, streamed: tuple[int, ...], dtype: str) -> int:

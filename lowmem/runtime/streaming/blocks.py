@@ -54,7 +54,7 @@ def _tensor(entry: Source, buffer: Tensor, places: Iterator[int]) -> Tensor:
     if isinstance(entry, Joined):
         return torch.cat([_tensor(part, buffer, places).flatten() for part in entry.parts]).view(entry.shape)
     dtype = TORCH_DTYPES[entry.dtype]
-    parts = [buffer[place : place + extent.nbytes] for place, extent in zip(places, entry.extents, strict=False)]
+    parts = [buffer[place : place + extent.nbytes] for extent, place in zip(entry.extents, places, strict=False)]
     raw = parts[0] if len(parts) == 1 else torch.cat(parts)
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
