@@ -5,6 +5,7 @@ import pytest
 from lowmem.models.spec import CONVERSION_BYTES, Tensor
 from lowmem.quant import get
 from lowmem.quant.estimate import _copying_bytes, _rounding_bytes
+from lowmem.quant.layers import Matrices
 from lowmem.quant.request import QuantizeRequest
 
 MB = 1_000_000
@@ -21,7 +22,7 @@ def test_only_a_tensor_that_is_converted_is_held_twice(dtype: str, size: int, co
 def test_two_layers_are_at_work_beside_the_results_of_larger_ones() -> None:
     shapes = {"up_proj": (4000, 1000), "down_proj": (1000, 4000), "q_proj": (1000, 1000)}
     linears = [
-        (Tensor(f"model.layers.{block}.{name}.weight", "fp16", shape, 2 * shape[0] * shape[1]), *shape)
+        Matrices(Tensor(f"model.layers.{block}.{name}.weight", "fp16", shape, 2 * shape[0] * shape[1]), 1, *shape)
         for block in range(2)
         for name, shape in shapes.items()
     ]

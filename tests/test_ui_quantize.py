@@ -21,7 +21,7 @@ from lowmem.machine.rates import save_rate
 from lowmem.measure.rows import Row
 from lowmem.plots.weights import by_block, losses
 from lowmem.quant import METHODS
-from lowmem.quant.estimate import check_model
+from lowmem.quant.layers import check_model
 from lowmem.quant.request import QuantizeRequest
 from lowmem.settings import settings
 from lowmem.ui.html import quantize as render_quantize
@@ -182,11 +182,13 @@ def test_only_the_owner_of_a_page_starts_measuring(
 
 
 def test_a_quantized_model_or_another_family_is_refused(service: StubQuantizeService) -> None:
-    spec = service.engine.spec("demo")
+    spec, request = service.engine.spec("demo"), service.request("demo", "gptq")
     with pytest.raises(Unsupported, match="already quantized with gptq"):
-        check_model(dataclasses.replace(spec, quantization="gptq"), 64)
-    with pytest.raises(Unsupported, match="'mamba' cannot be processed block by block"):
-        check_model(dataclasses.replace(spec, model_type="mamba"), 64)
+        check_model(dataclasses.replace(spec, quantization="gptq"), request)
+    entangled = dataclasses.replace(spec, blocks=dataclasses.replace(spec.blocks, not_apart="shared"))
+    with pytest.raises(Unsupported, match="GPTQ runs one block at a time, .*: its blocks share layers"):
+        check_model(entangled, request)
+    check_model(entangled, service.request("demo", "rtn"))
 
 
 def test_results_go_below_the_outputs_and_never_over_each_other(service: StubQuantizeService) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,8 @@ from lowmem.export.graph import Graph, WeightFile
 from lowmem.export.linears import Blocks, Dense, Dynamic, rounding
 from lowmem.export.weights import Source
 from lowmem.kernels.int8_linear import largest_code
-from lowmem.models.blocks import block_layout
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.matching import match_names
-from lowmem.models.model_files import CONFIG
 from lowmem.models.modules import empty_model
 from lowmem.models.spec import ModelSpec
 from lowmem.planning.exported import HEAD_BITS, HEAD_GROUP
@@ -35,15 +32,13 @@ def write_decoder(
         CorruptModel, Unsupported: see `match_names`; or weights are NaN or infinite.
         DiskFull, Cancelled.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    model, layout = empty_model(folder), block_layout(config)
+    model = empty_model(folder)
     with Checkpoint(folder) as checkpoint, WeightFile(out / DATA) as weights:
         source = Source(checkpoint, match_names(model, checkpoint), spec.stored)
         written = graphs(options, cancel)
         for position, (name, layers) in enumerate(written.items()):
             graph = Graph(weights)
-            for step in FusedDecoder(model, layout, source, graph, layers).write(spec.layer_types, cancel):
+            for step in FusedDecoder(model, spec.blocks, source, graph, layers).write(spec.layer_types, cancel):
                 yield replace(step, done=position * step.total + step.done, total=len(written) * step.total)
             graph.save(out / name, {"model": spec.name, "precision": options.precision})
 

@@ -21,7 +21,7 @@ from lowmem.export.graph import Graph
 from lowmem.export.linears import Blocks, Linear
 from lowmem.export.weights import Matrix, Source
 from lowmem.messages import msg
-from lowmem.models.blocks import Layout
+from lowmem.models.blocks import BlockList
 from lowmem.planning.exported import FAMILIES
 from lowmem.runtime.onnx.manifest import KEEP
 
@@ -86,19 +86,19 @@ class FusedDecoder:
     present.N.key and .value.
     """
 
-    def __init__(self, model: Any, layout: Layout, source: Source, graph: Graph, layers: GraphLayers) -> None:
+    def __init__(self, model: Any, blocks: BlockList, source: Source, graph: Graph, layers: GraphLayers) -> None:
         self.config = model.config.get_text_config(decoder=True)
-        self._model, self._layout, self._source, self._graph, self._layers = model, layout, source, graph, layers
+        self._model, self._blocks, self._source, self._graph, self._layers = model, blocks, source, graph, layers
         self._heads = self.config.num_attention_heads
         self._kv_heads = self.config.num_key_value_heads
         self._head_dim = head_dim(self.config)
         self._window = getattr(self.config, "sliding_window", None)
-        self._decoder = layout.path.rpartition(".")[0]
+        self._decoder = blocks.path.rpartition(".")[0]
         self._tied = bool(self.config.tie_word_embeddings)
 
     def write(self, window_types: tuple[str, ...], cancel: CancelToken) -> Iterator[Step]:
         """All nodes, block by block. `window_types`: per layer "full" or "sliding"."""
-        total = self._layout.count + 1
+        total = len(self._blocks) + 1
         yield Step(0, total, msg("Writing the graph"), "blocks")
         self._inputs()
         embedded = self._embedding()
@@ -109,7 +109,7 @@ class FusedDecoder:
             yield Step(
                 index + 1,
                 total,
-                msg("Writing block {index} of {count}", index=index + 1, count=self._layout.count),
+                msg("Writing block {index} of {count}", index=index + 1, count=len(self._blocks)),
                 "blocks",
             )
         if self._layers.head is not None:
@@ -166,17 +166,18 @@ class FusedDecoder:
 
     def _block(self, index: int, kind: str, residual: str, branch: str) -> tuple[str, str]:
         """One block on `residual` + `branch` ("" before the first); returns both again, not yet added."""
-        prefix = f"{self._layout.path}.{index}"
-        qkv, output, up, down = self._layout.stages
+        prefix = f"{self._blocks.path}.{index}"
+        qkv, output, up, down = self._blocks[index].stages
         x, residual = self._norm(f"{prefix}.input_layernorm", residual, branch)
         branch = self._linear(prefix, output.linears, self._attention(prefix, qkv.linears, index, kind, x))[0]
         after = "post_attention_layernorm"
-        if up.source == "pre_feedforward_layernorm":  # Gemma 2 and 3 also norm what a branch adds
+        sandwiched = self._source.has(f"{prefix}.pre_feedforward_layernorm.weight")
+        if sandwiched:  # Gemma 2 and 3 also norm what a branch adds
             branch = self._norm(f"{prefix}.post_attention_layernorm", branch)[0]
-            after = up.source
+            after = "pre_feedforward_layernorm"
         x, residual = self._norm(f"{prefix}.{after}", residual, branch)
         branch = self._linear(prefix, down.linears, self._gated(prefix, up.linears, x))[0]
-        if up.source == "pre_feedforward_layernorm":
+        if sandwiched:
             branch = self._norm(f"{prefix}.post_feedforward_layernorm", branch)[0]
         return residual, branch
 
@@ -188,7 +189,9 @@ class FusedDecoder:
         """The norm of `residual` + `branch`, and that sum."""
         graph, weight = self._graph, f"{name}.weight"
         if not graph.known(weight):
-            values = self._source.tensor(weight).add_(self._layout.norm_offset)
+            values = self._source.tensor(weight)
+            if self.config.model_type.startswith("gemma"):  # whose norms add 1 to what is stored
+                values.add_(1)
             graph.weight(weight, values.numpy().astype(self._layers.dtype))
         if not branch:
             return self._rms_norm(residual, weight), residual

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lowmem.models.blocks import BlockList
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
 
 
@@ -104,6 +105,7 @@ class Anatomy:
     caches: tuple[LayerCache, ...]
     activations: tuple[tuple[str, Activations], ...]
     tensors: tuple[Tensor, ...]
+    blocks: BlockList = BlockList()  # noqa: RUF009  immutable
     experts: int = 0
     experts_per_token: int = 0
 
@@ -121,6 +123,7 @@ class Anatomy:
             },
             "activations": [[dtype, one.first, one.later] for dtype, one in self.activations],
             "tensors": _rows(self.tensors),
+            "blocks": self.blocks.to_json(),
         }
 
     @classmethod
@@ -135,6 +138,7 @@ class Anatomy:
                 "caches": tuple(kinds[index] for index in found["caches"]["layers"]),
                 "activations": tuple(activations),
                 "tensors": tuple(_tensors(found["tensors"])),
+                "blocks": BlockList.from_json(found["blocks"]),
             }
         )
 
@@ -152,7 +156,7 @@ def _rows(tensors: Sequence[Tensor]) -> list[list[Any]]:
     for tensor in tensors:
         block = _BLOCK.search(tensor.name)
         pattern = _BLOCK.sub("*", tensor.name, count=1)
-        about = (tensor.dtype, tensor.shape, tensor.nbytes, tensor.role, tensor.transposed, tensor.wide)
+        about = (tensor.dtype, tensor.shape, tensor.nbytes, tensor.role, tensor.transposed, tensor.wide, tensor.parts)
         packing = (tensor.packing,) if tensor.packing else ()
         rows.setdefault((pattern, *about, *packing), []).extend([int(block.group())] if block else [])
     return [[pattern, blocks, *about] for (pattern, *about), blocks in rows.items()]

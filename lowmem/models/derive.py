@@ -59,7 +59,7 @@ def key_of(config: Mapping[str, Any], stored: tuple[Tensor, ...] | None, dtype: 
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-FORMAT = 1
+FORMAT = 2
 """Of anatomies as JSON; a new number makes those that were kept be derived anew."""
 
 SHIPPED = Path(__file__).with_name("anatomies.json")

@@ -7,6 +7,8 @@ that experts can be held in any precision that has a linear layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 EXPERTS = "lowmem"
 """The name of this implementation in `config._experts_implementation`."""
+
+
+_OBSERVER = "lowmem_observer"
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -42,6 +47,8 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 
 def linear(experts: Any, name: str, expert: int, states: Tensor) -> Tensor:
     """What the projection `name` of one expert makes of `states` [tokens, inputs]."""
+    if observer := vars(experts).get(_OBSERVER):
+        observer(name, expert, states)
     stacked = getattr(experts, name)
     if isinstance(stacked, nn.ModuleList):
         states = stacked[expert](states)
@@ -50,6 +57,16 @@ def linear(experts: Any, name: str, expert: int, states: Tensor) -> Tensor:
     else:
         states = nn.functional.linear(states, stacked[expert])
     return states + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else states
+
+
+@contextmanager
+def observed(experts: nn.Module, observer: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Within the context, `observer` sees what every projection reads: its name, the expert, its inputs."""
+    vars(experts)[_OBSERVER] = observer
+    try:
+        yield
+    finally:
+        del vars(experts)[_OBSERVER]
 
 
 def count(stacked: nn.Parameter | nn.ModuleList) -> int:

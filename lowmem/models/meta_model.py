@@ -39,10 +39,12 @@ from lowmem.errors import CorruptModel, LowMemError, UnsafeModel, Unsupported, f
 from lowmem.messages import msg
 from lowmem.models import modules
 from lowmem.models.anatomy import Activations, Anatomy, LayerCache, Term, value
+from lowmem.models.blocks import BlockList
 from lowmem.models.cache_argument import cache_argument
 from lowmem.models.dequantize import dequantize_entries
-from lowmem.models.entries import Entry, Extent, Source
+from lowmem.models.entries import Entry, Extent, Joined, Source
 from lowmem.models.matching import match_names, tied_parameters
+from lowmem.models.meta_blocks import derive_blocks
 from lowmem.models.quantization import parse_quantization
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
 
@@ -87,6 +89,10 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     tensors = tuple(
         t if t.name.rpartition(".")[0] in used or t.role == "experts" else replace(t, role="other") for t in tensors
     )
+
+    def passed() -> object:
+        return Pass(model, cached).run(8, 8)
+
     heads = _number(decoder, "num_attention_heads") or 1
     widths = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     return Anatomy(
@@ -105,6 +111,7 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
         caches=caches,
         activations=passes,
         tensors=tensors,
+        blocks=BlockList() if encoder else derive_blocks(model, _blocks(model).removesuffix("."), passed),
         experts=experts,
         experts_per_token=_number(decoder, "num_experts_per_tok") if experts else 0,
     )
@@ -267,8 +274,14 @@ def _held(
         tensor = Tensor(name, entry.dtype, tuple(entry.shape), entry.nbytes, role, transposed, wide=name in wide)
         if tensor.is_packed_weight and whole is not None and (layer := whole.of(source.rpartition(".")[0])) != whole:
             tensor = replace(tensor, packing=(layer.bits, layer.group_size))
-        found.append(tensor)
+        found.append(replace(tensor, parts=_parts(entry)) if role == "experts" else tensor)
     return tuple(found)
+
+
+def _parts(entry: Source) -> int:
+    """Stored tensors that each expert of a projection is made of; 1 where the experts are stored as one tensor."""
+    pieces = entry.extents if isinstance(entry, Entry) else entry.parts if isinstance(entry, Joined) else ()
+    return max(1, len(pieces) // entry.shape[0])
 
 
 def _bytes(shape: tuple[int, ...], dtype: str) -> int:

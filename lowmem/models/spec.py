@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowmem.models.anatomy import Activations, LayerCache
+from lowmem.models.blocks import BlockList
 from lowmem.models.quantization import Quantization, Shape
 from lowmem.models.tensors import CODE_DTYPES, CONVERSION_BYTES, DTYPE_BYTES, PACKED_PARTS, Tensor
 
@@ -55,6 +56,7 @@ class ModelSpec:
         context: maximum number of positions.
         caches: what each layer keeps of a sequence.
         activations: memory of a forward pass, by dtype ("fp32", "half").
+        blocks: the stages of its blocks.
         cached: the model computes with a cache that is given to it.
         encoder: reads text but generates none.
         experts, experts_per_token: of a mixture, in each of its layers; 0 without.
@@ -80,6 +82,7 @@ class ModelSpec:
     context: int
     caches: tuple[LayerCache, ...] = ()
     activations: tuple[tuple[str, Activations], ...] = ()
+    blocks: BlockList = BlockList()  # noqa: RUF009  immutable
     cached: bool = True
     encoder: bool = False
     experts: int = 0

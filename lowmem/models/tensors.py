@@ -57,6 +57,7 @@ class Tensor:
         role: what computes with it, one of `ROLES`; "" in a file.
         transposed: a matrix that is stored [inputs, outputs].
         wide: held in fp32 whatever the computation's dtype is.
+        parts: tensors of the file that one of its matrices is made of: 2 where gate and up of an expert are stored apart.
         packing: (bits, group size) of a packed weight, where they are not those of the whole checkpoint.
     """
 
@@ -67,6 +68,7 @@ class Tensor:
     role: str = ""
     transposed: bool = False
     wide: bool = False
+    parts: int = 1
     packing: tuple[int, int] | None = None
 
     @property

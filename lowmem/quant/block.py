@@ -5,7 +5,7 @@ Both functions are generators of progress, (share of the block from 0 to 1, note
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,23 +19,28 @@ from lowmem.errors import CorruptModel
 from lowmem.kernels.grid import as_stored
 from lowmem.kernels.quantized import Packed, Quantized
 from lowmem.messages import msg
-from lowmem.models.blocks import Stage
+from lowmem.models.blocks import Block, Stage
 from lowmem.models.modules import set_tensor
 from lowmem.quant.activations import Activations
 from lowmem.quant.block_run import BlockRun
-from lowmem.quant.estimate import PARALLEL_LAYERS
+from lowmem.quant.estimate import PARALLEL_LAYERS, experts_at_once
+from lowmem.quant.folding import with_sources
 from lowmem.quant.hessian import Hessian
 from lowmem.quant.prepared import PreparedQuantization
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.scaling import channel_scales
-from lowmem.quant.skeleton import Call, Weights, below, empty, fill, matrix, oriented
+from lowmem.quant.skeleton import Call, Matrix, Weights, below, empty, fill
+from lowmem.quant.skeleton import matrix as matrix_of
 
 Progress = tuple[float, str]
+
+FEW_TOKENS = 64
+"""An expert that fewer tokens of the calibration text were routed to has no statistics of its own."""
 
 
 @dataclass
 class QuantizedBlock:
-    """The stored tensors of a block by their names within it, and the loss of each of its layers."""
+    """The stored tensors of a block by their names in the result, and the loss of each of its layers."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
@@ -47,36 +52,35 @@ class QuantizedBlock:
 
 
 def plain_block(
-    prepared: PreparedQuantization, block: nn.Module, owner: str, weights: Weights
+    prepared: PreparedQuantization, owner: str, weights: Weights
 ) -> Generator[Progress, None, QuantizedBlock]:
-    """Quantize without calibration; `PARALLEL_LAYERS` weights are in memory at a time.
-
-    Args:
-        block: without weights.
-        owner: its name within the model.
-    """
-    names = [name.removeprefix(f"{owner}.") for name in below(weights, owner)]
+    """Quantize the block `owner` without calibration; `PARALLEL_LAYERS` weights are in memory at a time."""
+    jobs: list[tuple[int, str, Matrix | None]] = []
+    for name in below(weights, owner):
+        found = weights.matrices(name) if name in prepared.quantized else [None]
+        jobs += [(weights.elements(name) // len(found), name, matrix) for matrix in found]
     # Largest first, so that all threads finish at about the same time.
-    names.sort(key=lambda name: -weights.elements(f"{owner}.{name}"))
+    jobs.sort(key=lambda job: -job[0])
     result, request = QuantizedBlock(), prepared.request
 
-    def quantized(name: str) -> QuantizedBlock:
+    def quantized(job: tuple[int, str, Matrix | None]) -> QuantizedBlock:
         prepared.cancel.check()
-        layer, stored = name.removesuffix(".weight"), f"{owner}.{name}"
-        if layer not in prepared.layout.linears:
-            return QuantizedBlock({name: weights.read_unquantized(stored)})
-        module, part = block.get_submodule(layer), QuantizedBlock()
-
-        def original() -> Tensor:
-            return oriented(module, weights.read(stored).to(prepared.device))
-
+        _, name, matrix = job
+        if matrix is None:
+            return QuantizedBlock({weights.output_name(name): weights.read_unquantized(name)})
+        part = QuantizedBlock()
         # No name holds the original, so that it is freed before its codes are packed.
-        part.add(layer, request.method.quantize([original()], None, request.options, prepared.cancel)[0], request)
+        part.add(
+            matrix.layer, request.method.quantize([_read(matrix)], None, request.options, prepared.cancel)[0], request
+        )
         return part
 
+    def _read(matrix: Matrix) -> Tensor:
+        return weights.read_matrix(matrix).to(prepared.device)
+
     with threads(PARALLEL_LAYERS) as pool:
-        for number, part in enumerate(pool.map(quantized, names)):
-            yield number / len(names), names[number].removesuffix(".weight")
+        for number, part in enumerate(pool.map(quantized, jobs)):
+            yield number / len(jobs), jobs[number][1].removeprefix(f"{owner}.").removesuffix(".weight")
             prepared.cancel.check()  # the threads may have finished before Stop
             result.tensors |= part.tensors
             result.losses |= part.losses
@@ -100,6 +104,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 def calibrated_block(
     prepared: PreparedQuantization,
+    kind: Block,
     block: nn.Module,
     owner: str,
     weights: Weights,
@@ -119,24 +124,19 @@ def calibrated_block(
         CorruptModel: the block computes NaN or infinite values.
     """
     partial = _PartialBlock(prepared, block, owner, weights)
-    run = BlockRun(block, call, prepared.layout, inputs, folder, prepared.cancel)
-    phases = 2 * len(prepared.layout.stages) + 1
+    run = BlockRun(block, call, kind, inputs, folder, prepared.cancel)
     try:
-        for number, stage in enumerate(prepared.layout.stages):
+        if prepared.request.options.scale_channels:
+            found = {name for name in kind.linears if partial.matrices(name)}
+            kind = with_sources(block, kind, found, run.block, run.inputs(0), prepared.cancel)
+        stages = [stage for stage in kind.stages if any(partial.matrices(name) for name in stage.linears)]
+        phases = 2 * len(stages) + 1
+        for number, stage in enumerate(stages):
             names = " + ".join(name.rpartition(".")[2] for name in stage.linears)
-            hessian = run.hessian(stage)
-            for done in run.accumulate(stage, hessian):
-                yield (2 * number + done / inputs.samples) / phases, msg("inputs of {names}", names=names)
-            yield (2 * number + 1) / phases, msg("quantizing {names}", names=names)
-            if not bool(hessian.matrix.diagonal().isfinite().all()):
-                raise CorruptModel(
-                    msg("{owner} computes NaN or infinite values.", owner=owner), msg("Choose another model.")
-                )
-            scales = partial.scale_channels(stage, hessian)
-            if scales is not None:
-                run.divide(stage, scales)
-            loss = partial.quantize(stage, hessian)
-            yield (2 * number + 2) / phases, msg("{names}: loss {loss:.2e}", names=names, loss=loss)
+            quantized = partial.experts if partial.has_experts(stage) else partial.layers
+            for share, note in quantized(stage, run, names):
+                yield (2 * number + share) / phases, note
+        partial.plain()
         for done in run.finish(outputs) if outputs else ():
             yield (phases - 1 + done / inputs.samples) / phases, msg("outputs of the block")
         return partial.result()
@@ -149,12 +149,82 @@ class _PartialBlock:
     """A block whose layers are replaced, stage by stage, by their dequantized weights."""
 
     def __init__(self, prepared: PreparedQuantization, block: nn.Module, owner: str, weights: Weights) -> None:
-        self._prepared, self._request, self._block = prepared, prepared.request, block
-        self._linears: dict[str, Quantized] = {}
-        layers = {f"{name}.weight" for name in prepared.layout.linears}
-        self._dtypes = fill(block, owner, weights, layers, prepared.device)
+        self._prepared, self._request, self._block, self._owner = prepared, prepared.request, block, owner
+        self._weights = weights
+        self._quantized: dict[Matrix, Quantized] = {}
+        self._dtypes = fill(block, owner, weights, prepared.quantized, prepared.device)
+        self._matrices = {
+            name.removeprefix(f"{owner}.").removesuffix(".weight"): weights.matrices(name)
+            for name in below(weights, owner)
+            if name in prepared.quantized
+        }
 
-    def scale_channels(self, stage: Stage, hessian: Hessian) -> Tensor | None:
+    def matrices(self, name: str) -> list[Matrix]:
+        """Of a linear layer or of a projection of experts; empty if it stays as it is."""
+        return self._matrices.get(name, [])
+
+    def has_experts(self, stage: Stage) -> bool:
+        return any(matrix.expert >= 0 for name in stage.linears for matrix in self.matrices(name))
+
+    def _view(self, matrix: Matrix) -> Tensor:
+        """The matrix [out, in] within the block."""
+        weight = self._block.get_parameter(matrix.parameter.removeprefix(f"{self._owner}."))
+        return matrix.view(weight.data, self._weights.transposed(matrix.parameter))
+
+    def layers(self, stage: Stage, run: BlockRun, names: str) -> Iterator[Progress]:
+        """Quantize the linear layers of a stage; yields progress from 0 to 2."""
+        hessian = run.hessian(stage)
+        for done in run.accumulate(stage, hessian):
+            yield done / run.samples, msg("inputs of {names}", names=names)
+        yield 1, msg("quantizing {names}", names=names)
+        self._check(hessian)
+        scales = self._scale_channels(stage, hessian)
+        if scales is not None:
+            run.divide(stage, scales)
+        loss = self._solve([matrix for name in stage.linears for matrix in self.matrices(name)], hessian)
+        yield 2, msg("{names}: loss {loss:.2e}", names=names, loss=loss)
+
+    def experts(self, stage: Stage, run: BlockRun, names: str) -> Iterator[Progress]:
+        """Quantize a projection of all experts, each by the tokens that are routed to it; yields progress from 0 to 2.
+
+        An expert that saw fewer than `FEW_TOKENS` is quantized by the inputs of all experts.
+        """
+        matrices = self.matrices(stage.linears[0])
+        columns, count = self._view(matrices[0]).shape[1], matrices[-1].expert + 1
+        at_once = experts_at_once(columns, count)
+        shared = Hessian(columns, self._prepared.device)
+        losses: list[float] = []
+        passes = range(0, count, at_once)
+        for number, first in enumerate(passes):
+            chosen = {
+                expert: Hessian(columns, self._prepared.device) for expert in range(first, min(first + at_once, count))
+            }
+            for done in run.accumulate_experts(stage, chosen, None if number else shared):
+                yield 2 * (number + done / run.samples) / len(passes), msg("inputs of {names}", names=names)
+            self._check(shared)
+            for expert, hessian in chosen.items():
+                own = hessian if hessian.tokens >= FEW_TOKENS else shared.copy()
+                losses.append(self._solve([one for one in matrices if one.expert == expert], own))
+                yield 2 * (number + 0.5) / len(passes), msg("quantizing {names}", names=names)
+        yield 2, msg("{names}: loss {loss:.2e}", names=names, loss=sum(losses) / len(losses))
+
+    def plain(self) -> None:
+        """Round what no stage has: layers that the calibration text did not reach."""
+        for matrices in self._matrices.values():
+            for matrix in matrices:
+                if matrix not in self._quantized:
+                    unit = Hessian(self._view(matrix).shape[1], self._prepared.device)
+                    unit.matrix.fill_diagonal_(1)
+                    unit.magnitude.fill_(1)
+                    self._solve([matrix], unit)
+
+    def _check(self, hessian: Hessian) -> None:
+        if not bool(hessian.matrix.diagonal().isfinite().all()):
+            raise CorruptModel(
+                msg("{owner} computes NaN or infinite values.", owner=self._owner), msg("Choose another model.")
+            )
+
+    def _scale_channels(self, stage: Stage, hessian: Hessian) -> Tensor | None:
         """Scale the input channels of a stage and fold the inverse into its source, the norm or layer before it.
 
         Returns:
@@ -162,32 +232,31 @@ class _PartialBlock:
         """
         if not (self._request.options.scale_channels and stage.source):
             return None
-        layers = [self._block.get_submodule(name) for name in stage.linears]
-        scales = channel_scales(
-            [matrix(layer) for layer in layers], hessian, self._request.options, self._prepared.cancel
-        )
-        if stage.source in self._linears:
-            self._divide_linear(stage.source, scales)
+        layers = [self._view(matrix) for name in stage.linears for matrix in self.matrices(name)]
+        scales = channel_scales(layers, hessian, self._request.options, self._prepared.cancel)
+        if source := self.matrices(stage.source):
+            self._divide_quantized(source[0], stage.source, scales)
         else:
-            self._divide_norm(stage.source, scales)
-        for layer in layers:
-            matrix(layer).mul_(scales)
+            self._divide_norm(stage, scales)
+        for name in stage.linears:
+            weight = matrix_of(self._block.get_submodule(name)).mul_(scales)
+            if not self.matrices(name):  # stays as it is, in the dtype it is stored in
+                weight.copy_(weight.to(self._dtypes[f"{name}.weight"]))
         hessian.divide(scales)
         return scales
 
-    def _divide_norm(self, name: str, divisors: Tensor) -> None:
-        norm: Any = self._block.get_submodule(name)
-        offset = self._prepared.layout.norm_offset
-        self._set(f"{name}.weight", (norm.weight.data + offset) / divisors - offset)
+    def _divide_norm(self, stage: Stage, divisors: Tensor) -> None:
+        norm: Any = self._block.get_submodule(stage.source)
+        self._set(f"{stage.source}.weight", (norm.weight.data + stage.offset) / divisors - stage.offset)
         if getattr(norm, "bias", None) is not None:
-            self._set(f"{name}.bias", norm.bias.data / divisors)
+            self._set(f"{stage.source}.bias", norm.bias.data / divisors)
 
-    def _divide_linear(self, name: str, divisors: Tensor) -> None:
+    def _divide_quantized(self, matrix: Matrix, name: str, divisors: Tensor) -> None:
         layer: Any = self._block.get_submodule(name)
-        weight, rows = self._linears[name], len(divisors)
+        weight, rows = self._quantized[matrix], len(divisors)
         scales = weight.scales.float()
         scales[-rows:] /= divisors[:, None]
-        self._place(name, replace(weight, scales=as_stored(scales).half()))
+        self._place(matrix, replace(weight, scales=as_stored(scales).half()))
         if getattr(layer, "bias", None) is not None:
             bias = layer.bias.data.clone()
             bias[-rows:] /= divisors
@@ -197,21 +266,26 @@ class _PartialBlock:
         """Set a tensor that is not quantized, rounded to the dtype it is stored in."""
         set_tensor(self._block, name, values.to(self._dtypes[name]).float())
 
-    def quantize(self, stage: Stage, hessian: Hessian) -> float:
-        """Quantize all layers of a stage; returns their mean loss."""
-        layers = [matrix(self._block.get_submodule(name)) for name in stage.linears]
-        solved = self._request.method.quantize(layers, hessian, self._request.options, self._prepared.cancel)
-        for name, weight in zip(stage.linears, solved, strict=True):
-            self._place(name, weight)
+    def _solve(self, matrices: Sequence[Matrix], hessian: Hessian) -> float:
+        """Quantize matrices that share their input; returns their mean loss."""
+        views = [self._view(matrix) for matrix in matrices]
+        solved = self._request.method.quantize(views, hessian, self._request.options, self._prepared.cancel)
+        for matrix, weight in zip(matrices, solved, strict=True):
+            self._place(matrix, weight)
         return sum(weight.loss for weight in solved) / len(solved)
 
-    def _place(self, name: str, weight: Quantized) -> None:
-        self._linears[name] = weight
-        weight.dequantize(out=matrix(self._block.get_submodule(name)))
+    def _place(self, matrix: Matrix, weight: Quantized) -> None:
+        self._quantized[matrix] = weight
+        weight.dequantize(out=self._view(matrix))
 
     def result(self) -> QuantizedBlock:
-        parameters: dict[str, Any] = dict(self._block.named_parameters())
-        result = QuantizedBlock({name: parameters[name].data.to(dtype) for name, dtype in self._dtypes.items()})
-        for name, weight in self._linears.items():
-            result.add(name, weight, self._request)
+        tensors: dict[str, Any] = dict([*self._block.named_parameters(), *self._block.named_buffers()])
+        result = QuantizedBlock(
+            {
+                self._weights.output_name(f"{self._owner}.{name}"): tensors[name].data.to(dtype)
+                for name, dtype in self._dtypes.items()
+            }
+        )
+        for matrix, weight in self._quantized.items():
+            result.add(matrix.layer, weight, self._request)
         return result

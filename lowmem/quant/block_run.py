@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.events import CancelToken
-from lowmem.models.blocks import Branch, Layout, Stage
+from lowmem.models.blocks import Block, Branch, Stage
+from lowmem.models.experts import observed
 from lowmem.quant.activations import Activations
 from lowmem.quant.hessian import Hessian
 from lowmem.quant.skeleton import Call, matrix
@@ -35,14 +36,22 @@ class BlockRun:
     """
 
     def __init__(
-        self, block: nn.Module, call: Call, layout: Layout, inputs: Activations, folder: Path, cancel: CancelToken
+        self, block: nn.Module, call: Call, kind: Block, inputs: Activations, folder: Path, cancel: CancelToken
     ) -> None:
-        self._block, self._call, self._layout, self._inputs = block, call, layout, inputs
+        self._block, self._call, self._kind, self._inputs = block, call, kind, inputs
         self._folder, self._cancel = folder, cancel
         self._replayed: dict[Branch, tuple[Activations, list[Tensor]]] = {}
         parameter = next(block.parameters())
         self._device = parameter.device
         self._sample = 0
+
+    @property
+    def samples(self) -> int:
+        return self._inputs.samples
+
+    def inputs(self, index: int) -> Tensor:
+        """The block's inputs for sample `index`."""
+        return self._inputs.read(index, self._device)
 
     def hessian(self, stage: Stage) -> Hessian:
         """An empty Hessian for the stage's inputs."""
@@ -50,7 +59,7 @@ class BlockRun:
 
     def accumulate(self, stage: Stage, hessian: Hessian) -> Iterator[int]:
         """Run every sample up to `stage` and add its inputs to `hessian`; yields the index of each sample."""
-        branch = next((branch for branch in self._layout.branches if branch.output in stage.linears), None)
+        branch = next((branch for branch in self._kind.branches if branch.output in stage.linears), None)
         store = self._store(branch, self._width(stage)) if branch else None
 
         def reached(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -70,6 +79,39 @@ class BlockRun:
         if branch and store:
             self._replayed[branch] = (store, [])
         hessian.finish()
+
+    def accumulate_experts(self, stage: Stage, chosen: dict[int, Hessian], shared: Hessian | None) -> Iterator[int]:
+        """Run every sample up to a projection of experts and add the inputs of each of `chosen` to its Hessian.
+
+        Args:
+            shared: to which the inputs of all experts are added.
+        """
+        owner, _, projection = stage.linears[0].rpartition(".")
+        experts = self._block.get_submodule(owner)
+
+        def observe(name: str, expert: int, states: Tensor) -> None:
+            self._cancel.check()
+            if name != projection:
+                return
+            if expert in chosen:
+                chosen[expert].add(states)
+            if shared is not None:
+                shared.add(states)
+
+        def reached(*_: object) -> None:
+            raise _Reached
+
+        handle = experts.register_forward_hook(reached)
+        try:
+            with observed(experts, observe):
+                for index in range(self._inputs.samples):
+                    with suppress(_Reached):
+                        self._forward(index)
+                    yield index
+        finally:
+            handle.remove()
+        for hessian in (*chosen.values(), *((shared,) if shared is not None else ())):
+            hessian.finish()
 
     def _width(self, stage: Stage) -> int:
         return matrix(self._block.get_submodule(stage.linears[0])).shape[1]
@@ -99,12 +141,17 @@ class BlockRun:
     @torch.no_grad()
     def _forward(self, index: int) -> Tensor:
         self._sample = index
-        hidden = self._inputs.read(index, self._device)
         with ExitStack() as stack:
             for branch, (store, divisors) in self._replayed.items():
                 stack.enter_context(self._replaying(branch, store, divisors))
             stack.enter_context(_stoppable(self._block, self._cancel))
-            return self._block(hidden, *self._call.args, **self._call.kwargs)
+            return self.block(self.inputs(index))
+
+    @torch.no_grad()
+    def block(self, hidden: Tensor) -> Tensor:
+        """What the block makes of hidden states."""
+        result = self._block(hidden, *self._call.args, **self._call.kwargs)
+        return result if isinstance(result, Tensor) else result[0]
 
     @contextmanager
     def _replaying(self, branch: Branch, store: Activations, divisors: list[Tensor]) -> Iterator[None]:
@@ -116,7 +163,7 @@ class BlockRun:
             for scales in divisors:
                 inputs /= scales
             result = output(inputs)
-            return (result, None) if branch.in_tuple else result
+            return result if branch.nones < 0 else (result, *[None] * branch.nones)
 
         with _forwarding(self._block.get_submodule(branch.module), replay):
             yield

@@ -6,15 +6,15 @@ Bytes are counted; for seconds see `seconds`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem.errors import BadInput, Unsupported
 from lowmem.messages import msg
-from lowmem.models.blocks import FAMILIES
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning.model_bytes import activation_bytes
 from lowmem.planning.placement import block_index
 from lowmem.quant.calibration import Calibration
+from lowmem.quant.layers import Matrices, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 from lowmem.units import GB, MB, MiB, format_bytes
 
@@ -33,8 +33,11 @@ LIBRARIES_BYTES = 50 * MB
 PARALLEL_LAYERS = 2
 """Layers that methods without calibration work on at the same time."""
 
-PACKED = 32
-"""Inputs and outputs of a packed layer come in multiples of this, so that words are full at every bit width."""
+SHARD_TENSORS = 5000
+"""Most tensors of one file: its header has room for no more."""
+
+EXPERTS_BYTES = 512 * MB
+"""fp32 bytes of the Hessians of experts that are collected at a time."""
 
 _SOLVER_COPIES = 7  # target, weight, codes, values, gradient, and two temporaries
 _ROUNDING_BYTES = 16 * MB  # the rows that methods without calibration work on, in all their copies
@@ -100,28 +103,25 @@ def estimate_quantization(
         seconds: the time, see `Estimate`.
     """
     method, options, calibration = request.method, request.options, request.calibration
-    linears = [(tensor, *tensor.matrices[1:]) for tensor in spec.tensors if tensor.role == "linear"]
-    quantized = sum(method.layer_bytes(rows, columns, options) for _, rows, columns in linears)
-    outside = [tensor for tensor in spec.tensors if tensor.role != "linear"]
-    unquantized = sum(map(_unquantized_bytes, outside))
-    shards = math.ceil((quantized + unquantized) / SHARD_BYTES)
+    matrices = quantized_matrices(spec, options)
+    quantized = sum(one.count * method.layer_bytes(one.rows, one.columns, options) for one in matrices)
+    names = {one.tensor.name for one in matrices}
+    rest = [tensor for tensor in spec.tensors if tensor.name not in names]
+    unquantized = sum(map(_unquantized_bytes, rest))
+    # Every layer is stored as four tensors at most.
+    stored_tensors = len(rest) + 4 * sum(one.count for one in matrices)
+    shards = max(math.ceil((quantized + unquantized) / SHARD_BYTES), math.ceil(stored_tensors / SHARD_TENSORS))
     output = quantized + unquantized + shards * HEADER_BYTES
-    copying = max((_copying_bytes(tensor) for tensor in outside), default=0)
-    block = sum(rows * columns for _, rows, columns in linears) // max(1, spec.layers)
-    largest = max((rows * columns for _, rows, columns in linears), default=0)
-    packing = 6 * largest  # codes in 32 bits, and the words
+    copying = max((_copying_bytes(tensor) for tensor in rest), default=0)
     if method.calibrated:
-        widest = max((columns for _, _, columns in linears), default=0)
-        solving = method.matrices * 4 * widest * widest + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
-        forward = activation_bytes(spec, calibration.length, calibration.length, 1, "fp32")
-        working = 5 * block + max(solving, packing, forward) + CONVERSION_BYTES + LIBRARIES_BYTES
-        temporary = _activation_file_bytes(spec, calibration)
+        working, temporary = _calibrating_bytes(spec, request, matrices), _activation_file_bytes(spec, calibration)
     else:
-        working, temporary = _rounding_bytes(request, linears), 0
+        working, temporary = _rounding_bytes(request, matrices), 0
+    weights = sum(one.elements for one in matrices)
     return Estimate(
         original_bytes=spec.size_on_disk,
         output_bytes=output,
-        quantized_weights=sum(rows * columns for _, rows, columns in linears),
+        quantized_weights=weights,
         quantized_bytes=quantized,
         ram_bytes=runtime_bytes + max(copying, working),
         disk_bytes=output + temporary,
@@ -130,17 +130,65 @@ def estimate_quantization(
     )
 
 
-def _rounding_bytes(request: QuantizeRequest, linears: list[tuple[Tensor, int, int]]) -> int:
+def _by_block(matrices: Sequence[Matrices]) -> list[list[Matrices]]:
+    found: dict[int | None, list[Matrices]] = {}
+    for one in matrices:
+        found.setdefault(block_index(one.tensor.name), []).append(one)
+    return list(found.values())
+
+
+def _calibrating_bytes(spec: ModelSpec, request: QuantizeRequest, matrices: Sequence[Matrices]) -> int:
+    """Most bytes of a block with calibration: weights in fp32 and codes, and what solving or a forward pass takes."""
+    method, length = request.method, request.calibration.length
+    block = max((sum(one.elements for one in block) for block in _by_block(matrices)), default=0)
+    largest = max((one.rows * one.columns for one in matrices), default=0)
+    packing = 6 * largest  # codes in 32 bits, and the words
+    hessians = max((method.matrices * _square(one) + _expert_bytes(one) for one in matrices), default=0)
+    solving = hessians + _SOLVER_COPIES * min(ROWS_BYTES, 4 * largest)
+    forward = activation_bytes(spec, length, length, 1, "fp32")
+    return 5 * block + max(solving, packing, forward) + CONVERSION_BYTES + LIBRARIES_BYTES
+
+
+def _square(one: Matrices) -> int:
+    """Bytes of a Hessian."""
+    return 4 * one.columns * one.columns
+
+
+def _expert_bytes(one: Matrices) -> int:
+    """Bytes of the Hessians of the experts at a time, and of the one that all share."""
+    return (experts_at_once(one.columns, one.tensor.matrices[0]) + 1) * _square(one) if one.count > 1 else 0
+
+
+def experts_at_once(columns: int, experts: int) -> int:
+    """Experts with `columns` inputs whose Hessians are collected in one pass over the calibration text."""
+    return min(experts, max(1, EXPERTS_BYTES // (4 * columns * columns)))
+
+
+def _rounding_bytes(request: QuantizeRequest, matrices: Sequence[Matrices]) -> int:
     """Most bytes of a block without calibration: results of its larger layers, and the next `PARALLEL_LAYERS` at work."""
+    return max((_block_rounding_bytes(request, block) for block in _by_block(matrices)), default=0)
+
+
+def _block_rounding_bytes(request: QuantizeRequest, block: Sequence[Matrices]) -> int:
     method, options = request.method, request.options
-    block = [linear for linear in linears if block_index(linear[0].name) == 0]
-    at_work, results = [], []
-    for tensor, rows, columns in sorted(block, key=lambda linear: -linear[0].elements):
-        at_work.append(tensor.nbytes + method.packing_bytes(options) * rows * columns + _ROUNDING_BYTES)
-        results.append(method.layer_bytes(rows, columns, options))
-    return max(
-        (sum(results[:done]) + sum(at_work[done : done + PARALLEL_LAYERS]) for done in range(len(results))), default=0
-    )
+    done, most = 0, 0
+    ordered = sorted(block, key=lambda one: -one.rows * one.columns)
+    at_work = [
+        one.tensor.nbytes // one.count + method.packing_bytes(options) * one.rows * one.columns + _ROUNDING_BYTES
+        for one in ordered
+        for _ in range(min(one.count, PARALLEL_LAYERS))
+    ]
+    number = 0
+    for one in ordered:
+        each = method.layer_bytes(one.rows, one.columns, options)
+        alike = min(one.count, PARALLEL_LAYERS)
+        # The last of equal matrices are at work beside the results of all others.
+        for left in range(alike, 0, -1):
+            results = done + (one.count - left) * each
+            most = max(most, results + sum(at_work[number : number + PARALLEL_LAYERS]))
+            number += 1
+        done += one.count * each
+    return most
 
 
 def _copying_bytes(tensor: Tensor) -> int:
@@ -150,55 +198,18 @@ def _copying_bytes(tensor: Tensor) -> int:
 
 
 def _unquantized_bytes(tensor: Tensor) -> int:
-    return tensor.elements * min(2, DTYPE_BYTES.get(tensor.dtype, 2))
+    size = DTYPE_BYTES.get(tensor.dtype, 2)
+    return tensor.elements * (size if tensor.wide else min(2, size))
 
 
 def _activation_file_bytes(spec: ModelSpec, calibration: Calibration) -> int:
-    """Inputs and outputs of a block, and the inputs of the last layers of attention and MLP, in fp32."""
-    width = 2 * spec.hidden + spec.heads * spec.head_dim + spec.intermediate
-    return 4 * calibration.tokens * width
-
-
-def check_model(spec: ModelSpec, group_size: int) -> None:
-    """Check that `spec` can be quantized block by block in groups of `group_size`.
-
-    Raises:
-        Unsupported: it is quantized already, its family is unknown, or its layers cannot be packed.
-        BadInput: the groups do not divide a layer; the hint names sizes that do.
-    """
-    if spec.quantization:
-        raise Unsupported(
-            msg("{model} is already quantized with {quantization}.", model=spec.name, quantization=spec.quantization),
-            msg("Choose the original model."),
+    """Inputs and outputs of a block, and the inputs of the last layers of its branches, in fp32."""
+    inputs = {tensor.name: tensor.matrices[2] for tensor in spec.tensors if tensor.role == "linear"}
+    widths = [
+        sum(
+            inputs.get(f"{spec.blocks.path}.{index}.{branch.output}.weight", 0)
+            for branch in spec.blocks[index].branches
         )
-    if spec.model_type not in FAMILIES:
-        raise Unsupported(
-            msg("Models of type {model_type!r} cannot be processed block by block yet.", model_type=spec.model_type),
-            msg("These can: {families}.", families=", ".join(FAMILIES)),
-        )
-    for tensor in spec.tensors:
-        if tensor.role != "linear":
-            continue
-        _, rows, columns = tensor.matrices
-        if group_size != -1 and columns % group_size:
-            fitting = ", ".join(str(size) for size in (32, 64, 128, 256) if columns % size == 0)
-            raise BadInput(
-                msg(
-                    "Groups of {group_size} do not divide the {columns:,} inputs of {tensor}.",
-                    group_size=group_size,
-                    columns=columns,
-                    tensor=tensor.name,
-                ),
-                msg("Use {fitting} or -1.", fitting=fitting) if fitting else msg("Use -1, one group per row."),
-            )
-        if rows % PACKED or columns % PACKED:
-            raise Unsupported(
-                msg(
-                    "{tensor} has {columns:,} inputs and {rows:,} outputs; packed layers need multiples of {packed}.",
-                    tensor=tensor.name,
-                    columns=columns,
-                    rows=rows,
-                    packed=PACKED,
-                ),
-                msg("Choose another model."),
-            )
+        for index in range(len(spec.blocks))
+    ]
+    return 4 * calibration.tokens * (2 * spec.hidden + max(widths, default=0))

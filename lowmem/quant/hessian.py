@@ -44,6 +44,11 @@ class Hessian:
         self.matrix /= max(1, self.tokens)
         self.magnitude /= max(1, self.tokens)
 
+    def copy(self) -> Hessian:
+        made = Hessian(0)
+        made.matrix, made.magnitude, made.tokens = self.matrix.clone(), self.magnitude.clone(), self.tokens
+        return made
+
     def divide(self, scales: Tensor) -> None:
         """Become the Hessian of inputs whose channels are divided by `scales` [columns]."""
         self.matrix /= scales[:, None] * scales

@@ -101,13 +101,13 @@ class Pipeline:
         """Quantize all unfinished blocks; afterwards `part` holds every weight."""
         model = empty_model(self._prepared.folder)
         with Checkpoint(self._prepared.folder) as checkpoint, quick_collections():
-            weights = Weights(model, checkpoint)
+            weights = Weights(model, checkpoint, self._prepared.spec.tensors)
             shards = Shards(self._part, self._journal.shards)
             try:
                 if not self._journal.shards:
                     yield from self._begin(model, weights, shards)
                 calls = yield from self._enter(model, weights)
-                for index in range(self._journal.blocks, self._prepared.layout.count):
+                for index in range(self._journal.blocks, len(self._prepared.blocks)):
                     yield from self._block(model, weights, shards, index, calls)
                 self._journal.seconds = self._seconds()
                 shards.finish()
@@ -115,25 +115,27 @@ class Pipeline:
                 shards.close()
 
     def _begin(self, model: Any, weights: Weights, shards: Shards) -> Events:
-        """Copy the tensors outside the blocks, and embed the calibration text."""
-        for name in weights:
-            self._prepared.cancel.check()
-            if not name.startswith(f"{self._prepared.layout.path}."):
-                yield self._step(0, 0.0, msg("Copying {name}", name=name))
-                shards.add([(name, weights.read_unquantized(name))])
+        """Embed the calibration text, and copy the tensors outside the blocks."""
         if self._samples:
             yield self._step(0, 0.0, msg("Embedding the calibration text"))
             self._journal.activations = "block-0.bin"
             with self._entrance(model, weights) as entrance, self._activations() as inputs:
+                entrance.check_calls()
                 for index in range(len(self._samples)):
                     self._prepared.cancel.check()
                     inputs.write(index, entrance.hidden_states(index))
                 self._journal.checksum = inputs.checksum
+            release_memory()
+        for name in weights:
+            self._prepared.cancel.check()
+            if not name.startswith(f"{self._prepared.blocks.path}."):
+                yield self._step(0, 0.0, msg("Copying {name}", name=name))
+                shards.add([(weights.output_name(name), weights.read_unquantized(name))])
         self._commit(shards)
 
     def _enter(self, model: Any, weights: Weights) -> Generator[Step, None, list[Call]]:
         """How the model calls each block. Inputs that an earlier run left are checked first."""
-        if not self._samples or self._journal.blocks == self._prepared.layout.count:
+        if not self._samples or self._journal.blocks == len(self._prepared.blocks):
             return []
         if self._journal.blocks:
             yield self._step(self._journal.blocks, 0.0, msg("Continuing an unfinished run"))
@@ -149,7 +151,7 @@ class Pipeline:
         return [_moved(call, self._prepared.device) for call in calls]
 
     def _entrance(self, model: Any, weights: Weights) -> Entrance:
-        return Entrance(model, self._prepared.layout, weights, self._samples)
+        return Entrance(model, self._prepared.blocks, weights, self._samples)
 
     def _activations(self, name: str = "") -> Activations:
         calibration = self._prepared.request.calibration
@@ -157,14 +159,14 @@ class Pipeline:
         return Activations(path, calibration.samples, calibration.length, self._prepared.spec.hidden)
 
     def _block(self, model: Any, weights: Weights, shards: Shards, index: int, calls: list[Call]) -> Events:
-        owner = f"{self._prepared.layout.path}.{index}"
+        owner = f"{self._prepared.blocks.path}.{index}"
         module = model.get_submodule(owner)
         if self._samples:
             block = yield from self._steps(index, self._calibrated(module, owner, weights, index, calls[index]))
         else:
-            block = yield from self._steps(index, plain_block(self._prepared, module, owner, weights))
-        shards.add((f"{owner}.{name}", tensor) for name, tensor in block.tensors.items())
-        self._journal.losses |= {f"{owner}.{name}": loss for name, loss in block.losses.items()}
+            block = yield from self._steps(index, plain_block(self._prepared, owner, weights))
+        shards.add(block.tensors.items())
+        self._journal.losses |= block.losses
         self._journal.blocks = index + 1
         self._commit(shards)
         (self._part / f"block-{index}.bin").unlink(missing_ok=True)
@@ -175,12 +177,13 @@ class Pipeline:
         self, module: nn.Module, owner: str, weights: Weights, index: int, call: Call
     ) -> Generator[Progress, None, QuantizedBlock]:
         """Quantize a block whose inputs are in a file; its outputs become the next block's inputs."""
-        following = "" if index + 1 == self._prepared.layout.count else f"block-{index + 1}.bin"
+        following = "" if index + 1 == len(self._prepared.blocks) else f"block-{index + 1}.bin"
         with ExitStack() as files:
             inputs = files.enter_context(self._activations())
             outputs = files.enter_context(self._activations(following)) if following else None
+            kind = self._prepared.blocks[index]
             block = yield from calibrated_block(
-                self._prepared, module, owner, weights, call, inputs, outputs, self._part
+                self._prepared, kind, module, owner, weights, call, inputs, outputs, self._part
             )
             self._journal.activations, self._journal.checksum = following, outputs.checksum if outputs else 0
         return block
@@ -201,13 +204,13 @@ class Pipeline:
             yield self._step(
                 index,
                 share,
-                msg("Block {index} of {count}, {note}", index=index + 1, count=self._prepared.layout.count, note=note),
+                msg("Block {index} of {count}, {note}", index=index + 1, count=len(self._prepared.blocks), note=note),
             )
         return steps.result
 
     def _step(self, index: int, share: float, note: str) -> Step:
         """Progress of `share` (0 to 1) within block `index`, with the time left once there is enough to extrapolate."""
-        count, done = self._prepared.layout.count, index + share
+        count, done = len(self._prepared.blocks), index + share
         here = done - self._first_block
         if here >= 0.5:
             left = (time.monotonic() - self._started) / here * (count - done)

@@ -16,14 +16,13 @@ from lowmem.events import CancelToken
 from lowmem.machine.hardware import disk_free_bytes, probe
 from lowmem.machine.monitor import release_memory
 from lowmem.messages import msg
-from lowmem.models.blocks import Layout, block_layout
-from lowmem.models.files import LocalFolder, read_object
-from lowmem.models.model_files import CONFIG
+from lowmem.models.blocks import BlockList
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
 from lowmem.quant.calibration import Samples, token_samples
-from lowmem.quant.estimate import Estimate, check_model, estimate_quantization
+from lowmem.quant.estimate import Estimate, estimate_quantization
 from lowmem.quant.journal import part_of
+from lowmem.quant.layers import check_model, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 from lowmem.units import format_bytes
 from lowmem.version import __version__
@@ -31,14 +30,17 @@ from lowmem.version import __version__
 
 @dataclass(frozen=True)
 class PreparedQuantization:
-    """A request whose model is in `folder`, with the model's shape and the predicted cost."""
+    """A request whose model is in `folder`, with the model's shape and the predicted cost.
+
+    `quantized` names the parameters that are quantized.
+    """
 
     folder: Path
     request: QuantizeRequest
     device: torch.device
     cancel: CancelToken
-    layout: Layout
     spec: ModelSpec
+    quantized: frozenset[str]
     estimate: Estimate
 
     @classmethod
@@ -46,16 +48,19 @@ class PreparedQuantization:
         """Describe the model and check that it can be quantized as requested.
 
         Raises:
-            Unsupported: it is quantized already, its family is unknown, or its layers cannot be packed.
-            BadInput: the groups do not divide its layers.
+            Unsupported, BadInput: see `check_model`.
         """
-        layout = block_layout(read_object(LocalFolder(folder), CONFIG))
         spec = read_spec(str(folder))
-        check_model(spec, request.options.group_size)
+        check_model(spec, request)
         hardware = probe()
         device = torch.device(hardware.device.key if hardware.device.kind == "cuda" else "cpu")
         estimate = estimate_quantization(spec, request, hardware.runtime_bytes)
-        return cls(folder, request, device, cancel, layout, spec, estimate)
+        quantized = frozenset(one.tensor.name for one in quantized_matrices(spec, request.options))
+        return cls(folder, request, device, cancel, spec, quantized, estimate)
+
+    @property
+    def blocks(self) -> BlockList:
+        return self.spec.blocks
 
     def check_room(self) -> None:
         """Check that the quantization fits on the disk and in the memory budget.

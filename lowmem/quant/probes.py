@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from lowmem.events import CancelToken, drain, until_receipt
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.rates import rate
-from lowmem.models.blocks import block_layout
+from lowmem.models.blocks import Block, Branch, Stage
 from lowmem.models.synthetic import write_random_model
 from lowmem.quant.activations import Activations
 from lowmem.quant.base import Method
@@ -31,6 +31,17 @@ from lowmem.settings import settings
 
 PLAIN_MODEL: dict[str, Any] = {"layers": 8, "hidden": 1024, "intermediate": 4096, "heads": 16, "vocab": 8192}
 """Its 151 million parameters are quantized to measure a method without calibration."""
+
+LLAMA = Block(
+    (
+        Stage(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Stage(("self_attn.o_proj",)),
+        Stage(("mlp.gate_proj", "mlp.up_proj")),
+        Stage(("mlp.down_proj",)),
+    ),
+    (Branch("self_attn", "self_attn.o_proj", 1), Branch("mlp", "mlp.down_proj", -1)),
+)
+"""The block that is measured."""
 
 TOKENS = 1024
 """For a Hessian; how many does not matter."""
@@ -98,7 +109,6 @@ def calibration_rate(
     config._attn_implementation = "sdpa"
     block = LlamaDecoderLayer(config, 0).to(device).eval()
     weights = sum(parameter.numel() for parameter in block.parameters() if parameter.dim() == 2)
-    layout = block_layout({"model_type": "llama", **shape})
     states, places = _random(1, tokens, hidden, device=device), torch.arange(tokens, device=device)[None]
     call = Call((), {"position_embeddings": LlamaRotaryEmbedding(config).to(device)(states, places)})
     with _scratch() as scratch:
@@ -107,8 +117,8 @@ def calibration_rate(
             inputs.write(index, states)
 
         def pass_through() -> None:
-            run = BlockRun(block, call, layout, inputs, scratch, CancelToken())
-            for stage in layout.stages:
+            run = BlockRun(block, call, LLAMA, inputs, scratch, CancelToken())
+            for stage in LLAMA.stages:
                 for _ in run.accumulate(stage, run.hessian(stage)):
                     pass
             for _ in run.finish(outputs):

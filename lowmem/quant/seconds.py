@@ -8,14 +8,14 @@ with the Hessian, and with their cube, its factors, is counted in addition. Impo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lowmem.machine import rates
 from lowmem.machine.rates import Again, saved_rate
-from lowmem.models import blocks
 from lowmem.models.spec import ModelSpec
-from lowmem.planning.placement import block_index
 from lowmem.quant.base import RATIOS, SAMPLED_ROWS
+from lowmem.quant.layers import quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 
 STRIP = 512
@@ -42,9 +42,11 @@ def quantize_seconds(spec: ModelSpec, request: QuantizeRequest, device: str = "c
         work = f"quantizing with {method.name} {options} on {device}"
         seconds = spec.parameters / saved_rate(work, again, lambda: _probes().plain_rate(request))
     else:
-        block = _calibrating(spec, request, device, again)
-        solving = (_solving(stage, request, device, again) for stage in _stages(spec))
-        seconds = spec.layers * (block + sum(solving))
+        seconds = sum(
+            blocks
+            * (_calibrating(spec, weights, request, device, again) + _solving_all(stages, request, device, again))
+            for blocks, weights, stages in _kinds(spec, request)
+        )
     return seconds * rates.correction(action(request))
 
 
@@ -53,25 +55,36 @@ def action(request: QuantizeRequest) -> str:
     return f"quantize {request.method.name}"
 
 
-def _stages(spec: ModelSpec) -> list[Stage]:
-    """The stages of the first block."""
-    first = [tensor for tensor in spec.tensors if tensor.role == "linear" and block_index(tensor.name) == 0]
-    found = []
-    for stage in blocks.stages(spec.model_type):
-        names = tuple(f".{name}.weight" for name in stage.linears)
-        shapes = [tensor.matrices[1:] for tensor in first if tensor.name.endswith(names)]
-        if shapes:
-            found.append((shapes[0][1], tuple(rows for rows, _ in shapes)))
-    return found
+def _kinds(spec: ModelSpec, request: QuantizeRequest) -> Iterator[tuple[int, float, list[tuple[int, Stage]]]]:
+    """Of each kind of block: how many there are, weights that a token passes through, and stages with their number."""
+    found = {matrices.tensor.name: matrices for matrices in quantized_matrices(spec, request.options)}
+    chosen = spec.experts_per_token / max(1, spec.experts)
+    for number, kind in enumerate(spec.blocks.kinds):
+        prefix = f"{spec.blocks.path}.{spec.blocks.layers.index(number)}"
+        weights, stages = 0.0, []
+        for stage in kind.stages:
+            names = [name for one in stage.linears for name in (f"{prefix}.{one}", f"{prefix}.{one}.weight")]
+            matrices = [found[name] for name in names if name in found]
+            if not matrices:
+                continue
+            first = matrices[0]
+            experts = first.tensor.matrices[0]
+            rows = tuple(one.rows for one in matrices for _ in range(one.tensor.parts))
+            stages.append((experts, (first.columns, rows)))
+            weights += first.columns * sum(rows) * (experts * chosen if experts > 1 else 1)
+        yield spec.blocks.layers.count(number), weights, stages
 
 
-def _calibrating(spec: ModelSpec, request: QuantizeRequest, device: str, again: Again) -> float:
+def _calibrating(spec: ModelSpec, weights: float, request: QuantizeRequest, device: str, again: Again) -> float:
     """Seconds to run the calibration text through a block and to collect the Hessians of its inputs."""
     length, samples = request.calibration.length, request.calibration.samples
-    weights = sum(columns * sum(rows) for columns, rows in _stages(spec))
     shape = (spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim)
     work = f"calibrating a block of {' x '.join(map(str, shape))} with {length} tokens on {device}"
     return samples * weights / saved_rate(work, again, lambda: _probes().calibration_rate(*shape, length, device))
+
+
+def _solving_all(stages: list[tuple[int, Stage]], request: QuantizeRequest, device: str, again: Again) -> float:
+    return sum(number * _solving(stage, request, device, again) for number, stage in stages)
 
 
 def _solving(stage: Stage, request: QuantizeRequest, device: str, again: Again) -> float:

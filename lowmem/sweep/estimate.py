@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from lowmem.errors import LowMemError
@@ -14,6 +15,7 @@ from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.goal import Goal
 from lowmem.planning.planner import plan
 from lowmem.quant.estimate import estimate_quantization
+from lowmem.quant.layers import Matrices, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 
 Peaks = dict[str, int]
@@ -39,19 +41,26 @@ def peaks(
 def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:
     """The spec of the checkpoint that quantizing `spec` yields."""
     stored = parse_quantization(request.method.config(request.options))
-    tensors = tuple(_stored(tensor, stored, request) for tensor in spec.tensors)
+    matrices = {one.tensor.name: one for one in quantized_matrices(spec, request.options)}
+    tensors = tuple(
+        found
+        for tensor in spec.tensors
+        for found in (_stored(matrices[tensor.name], stored, request) if tensor.name in matrices else (tensor,))
+    )
     return replace(spec, tensors=tensors, quantization=stored.method, stored=stored)
 
 
-def _stored(tensor: Tensor, stored: Quantization, request: QuantizeRequest) -> Tensor:
-    if tensor.role != "linear":
-        return tensor
-    _, rows, columns = tensor.matrices
+def _stored(matrices: Matrices, stored: Quantization, request: QuantizeRequest) -> Iterator[Tensor]:
+    """The packed weights of a linear layer, or of all experts."""
+    rows, columns, tensor = matrices.rows, matrices.columns, matrices.tensor
     own = stored.method in (BNB, INT8)
-    return replace(
-        tensor,
-        name=tensor.name if own else tensor.name.removesuffix(".weight") + ".qweight",
-        dtype=("uint8" if stored.bits == 4 else "int8") if own else "int32",
-        shape=stored.qweight_shape(rows, columns),
-        nbytes=request.method.layer_bytes(rows, columns, request.options),
-    )
+    layer = tensor.name.removesuffix(".weight")
+    for number in range(matrices.count):
+        expert = f".{number}" if tensor.role == "experts" else ""
+        yield replace(
+            tensor,
+            name=f"{layer}{expert}.{'weight' if own else 'qweight'}",
+            dtype=("uint8" if stored.bits == 4 else "int8") if own else "int32",
+            shape=stored.qweight_shape(rows, columns),
+            nbytes=request.method.layer_bytes(rows, columns, request.options),
+        )

@@ -14,7 +14,8 @@ from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.messages import msg
 from lowmem.quant import DEFAULT, usable
-from lowmem.quant.estimate import Estimate, check_model, estimate_quantization
+from lowmem.quant.estimate import Estimate, estimate_quantization
+from lowmem.quant.layers import check_model
 from lowmem.quant.request import QuantizeRequest, output_folder
 from lowmem.quant.run import known_seconds, measured, quantize_isolated
 from lowmem.ui.service.engine import Engine
@@ -75,7 +76,7 @@ class QuantizeService:
             Unsupported, BadInput: the model cannot be quantized so.
         """
         spec = self.engine.spec(request.model)
-        check_model(spec, request.options.group_size)
+        check_model(spec, request)
         # The work runs in a new process, which holds less than this one.
         return estimate_quantization(spec, request, runtime_bytes(), known_seconds(spec, request))
 
