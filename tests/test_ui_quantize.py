@@ -186,7 +186,7 @@ def test_a_quantized_model_or_another_family_is_refused(service: StubQuantizeSer
     with pytest.raises(Unsupported, match="already quantized with gptq"):
         check_model(dataclasses.replace(spec, quantization="gptq"), request)
     entangled = dataclasses.replace(spec, blocks=dataclasses.replace(spec.blocks, not_apart="shared"))
-    with pytest.raises(Unsupported, match="GPTQ runs one block at a time, .*: its blocks share layers"):
+    with pytest.raises(Unsupported, match=r"GPTQ runs one block at a time, .*: its blocks share layers"):
         check_model(entangled, request)
     check_model(entangled, service.request("demo", "rtn"))
 

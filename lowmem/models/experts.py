@@ -89,6 +89,8 @@ def unstack(experts: nn.Module, name: str, pieces: int) -> None:
             that are stacked together.
     """
     count, outputs, inputs = experts.get_parameter(name).shape
+    if experts.is_transposed:
+        outputs, inputs = inputs, outputs
 
     def layer() -> nn.Linear:
         return nn.Linear(inputs, outputs // pieces, bias=False, device="meta")

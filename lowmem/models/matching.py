@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
@@ -74,6 +76,11 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
                 # Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
                 found = (part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors)
                 parts |= {owner + part: f"{layer}{part}" for part in found}
+    for name, experts in _stacked_layers(model, packed).items():
+        held.add(name)
+        for number, layer in enumerate(experts):
+            found = (part for part in (".weight", *PACKED_PARTS) if f"{layer}{part}" in checkpoint.tensors)
+            parts |= {f"{name}.{number}{part}": f"{layer}{part}" for part in found}
     _tie_head(model, {target.name for target in targets})
     tied = set(tied_parameters(model))
     matched: dict[str, str] = {}
@@ -84,6 +91,20 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
     _check(expected, checkpoint, matched, tied | held)
     order = {name.rpartition(".")[0]: number for number, name in enumerate(model.state_dict())}
     return dict(sorted(matched.items(), key=lambda found: _place(order, found[0])))
+
+
+def _stacked_layers(model: PreTrainedModel, packed: Collection[str]) -> dict[str, list[str]]:
+    """Stacked projection -> its packed experts, named `projection.0` and so on: those of models that no file stores apart."""
+    stacked = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    found: dict[str, list[str]] = defaultdict(list)
+    for layer in sorted(packed, key=dot_natural_key):
+        name, _, number = layer.rpartition(".")
+        if number.isdigit() and name in stacked:
+            found[name].append(layer)
+    for name in found:
+        owner, _, member = name.rpartition(".")
+        unstack(model.get_submodule(owner), member, 1)
+    return found
 
 
 def _place(order: Mapping[str, int], name: str) -> int:

@@ -270,12 +270,22 @@ def _held(
     found = []
     for name, source in names.items():
         entry = entries[source]
-        role, transposed = known.get(name, ("other", False))
-        tensor = Tensor(name, entry.dtype, tuple(entry.shape), entry.nbytes, role, transposed, wide=name in wide)
+        shape = tuple(entry.shape)
+        role, transposed = known.get(name) or (_packed_role(name, known) if len(shape) == 2 else "other", False)
+        tensor = Tensor(name, entry.dtype, shape, entry.nbytes, role, transposed, wide=name in wide)
         if tensor.is_packed_weight and whole is not None and (layer := whole.of(source.rpartition(".")[0])) != whole:
             tensor = replace(tensor, packing=(layer.bits, layer.group_size))
         found.append(replace(tensor, parts=_parts(entry)) if role == "experts" else tensor)
     return tuple(found)
+
+
+def _packed_role(name: str, known: Mapping[str, tuple[str, bool]]) -> str:
+    """The role of a tensor that is no parameter of the model: a part of a packed layer, perhaps of one expert."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in known:
+            return known[name][0]
+    return "other"
 
 
 def _parts(entry: Source) -> int:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
 from lowmem.models.blocks import BlockList
-from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Converted, Entry
+from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Entry
 from lowmem.models.conversions import Conversions
 from lowmem.models.matching import by_module, match_names
 from lowmem.models.modules import set_tensor
@@ -104,7 +104,7 @@ class Weights:
         if matrix.expert < 0:
             return matrix.view(self.read(matrix.parameter), transposed)
         entry = self._checkpoint.tensors[self._stored[matrix.parameter]]
-        if isinstance(entry, Converted):
+        if not isinstance(entry, Entry):
             return matrix.view(self._whole(matrix.parameter), transposed)
         count = entry.shape[0] * matrix.parts
         rows = Entry(entry.dtype, (count, entry.shape[1] // matrix.parts, *entry.shape[2:]), entry.extents)
