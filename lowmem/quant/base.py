@@ -148,6 +148,10 @@ class Method(ABC):
     def config(self, options: Any) -> dict[str, Any]:
         """`quantization_config` of config.json, as transformers and vLLM read it."""
 
+    def skipping(self, layers: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
+        """What `config` says of linear layers of the blocks that stay as they are; names are relative to the block."""
+        return {}
+
     def serving(self, options: Any) -> str:  # noqa: ARG002
         """How to serve the folder with vLLM, a paragraph of the model card; "" where nothing is known."""
         return ""

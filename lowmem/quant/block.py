@@ -40,10 +40,14 @@ FEW_TOKENS = 64
 
 @dataclass
 class QuantizedBlock:
-    """The stored tensors of a block by their names in the result, and the loss of each of its layers."""
+    """The stored tensors of a block by their names in the result, and the loss of each of its layers.
+
+    `shared` counts the experts that were quantized by the statistics of all.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    shared: int = 0
 
     def add(self, layer: str, weight: Quantized | Packed, request: QuantizeRequest) -> None:
         self.losses[layer] = weight.loss
@@ -152,6 +156,7 @@ class _PartialBlock:
         self._prepared, self._request, self._block, self._owner = prepared, prepared.request, block, owner
         self._weights = weights
         self._quantized: dict[Matrix, Quantized] = {}
+        self._shared: set[int] = set()
         self._dtypes = fill(block, owner, weights, prepared.quantized, prepared.device)
         self._matrices = {
             name.removeprefix(f"{owner}.").removesuffix(".weight"): weights.matrices(name)
@@ -203,7 +208,10 @@ class _PartialBlock:
                 yield 2 * (number + done / run.samples) / len(passes), msg("inputs of {names}", names=names)
             self._check(shared)
             for expert, hessian in chosen.items():
-                own = hessian if hessian.tokens >= FEW_TOKENS else shared.copy()
+                seen = hessian.tokens >= FEW_TOKENS
+                if not seen:
+                    self._shared.add(expert)
+                own = hessian if seen else shared.copy()
                 losses.append(self._solve([one for one in matrices if one.expert == expert], own))
                 yield 2 * (number + 0.5) / len(passes), msg("quantizing {names}", names=names)
         yield 2, msg("{names}: loss {loss:.2e}", names=names, loss=sum(losses) / len(losses))
@@ -284,7 +292,8 @@ class _PartialBlock:
             {
                 self._weights.output_name(f"{self._owner}.{name}"): tensors[name].data.to(dtype)
                 for name, dtype in self._dtypes.items()
-            }
+            },
+            shared=len(self._shared),
         )
         for matrix, weight in self._quantized.items():
             result.add(matrix.layer, weight, self._request)

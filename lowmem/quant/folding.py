@@ -106,6 +106,9 @@ def _norms(block: nn.Module, kind: Block, run: Run, inputs: Tensor) -> dict[str,
 def _candidates(block: nn.Module, stage: Stage, norm: str, before: Collection[str]) -> Iterator[_Candidate]:
     width = matrix(block.get_submodule(stage.linears[0])).shape[1]
     if norm:
+        weight: Any = block.get_submodule(norm).weight
+        if len(weight) != width:  # a norm of each head
+            return
         yield from (_Candidate(norm), _Candidate(norm, 1.0))
         return
     for name in before:

@@ -8,6 +8,8 @@ group of each input). Symmetric layers are stored as v1 ("gptq"), whose zero poi
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowmem.quant.base import Method
@@ -56,6 +58,9 @@ class GptqFormat(Method):
             "damp_percent": 0.0,
             "meta": self.meta(options),
         }
+
+    def skipping(self, layers: Sequence[str]) -> dict[str, Any]:
+        return {"dynamic": {rf"-:.*\.{re.escape(layer)}$": {} for layer in layers}}
 
     def serving(self, options: Any) -> str:
         if options.bits not in VLLM_BITS:

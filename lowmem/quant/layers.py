@@ -45,6 +45,15 @@ def quantized_matrices(spec: ModelSpec, options: Options) -> list[Matrices]:
     return [matrices for matrices in _candidates(spec) if matrices.divided_by(options.group_size)]
 
 
+def wide_layers(spec: ModelSpec, options: Options) -> list[str]:
+    """Names, relative to their block, of linear layers that stay as they are: routers, and those that fit no packed words."""
+    quantized = {matrices.tensor.name for matrices in quantized_matrices(spec, options)}
+    prefix = f"{spec.blocks.path}."
+    rest = (t.name for t in spec.tensors if t.role == "linear" and t.name not in quantized)
+    inner = (name.removeprefix(prefix).partition(".")[2].removesuffix(".weight") for name in rest)
+    return sorted(set(inner))
+
+
 def _candidates(spec: ModelSpec) -> list[Matrices]:
     """The linear layers and experts of all blocks that fit packed words; routers choose experts and stay exact."""
     return [m for m in _matrices(spec) if m.packable and not (m.tensor.role == "linear" and m.rows == spec.experts)]

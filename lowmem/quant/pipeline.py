@@ -29,6 +29,7 @@ from lowmem.quant.activations import Activations
 from lowmem.quant.block import Progress, QuantizedBlock, calibrated_block, plain_block
 from lowmem.quant.calibration import Samples
 from lowmem.quant.journal import Journal, check_output, opened, publish
+from lowmem.quant.layers import wide_layers
 from lowmem.quant.prepared import PreparedQuantization
 from lowmem.quant.receipts import quantize_receipt, write_model_card
 from lowmem.quant.request import QuantizeRequest
@@ -82,7 +83,8 @@ def quantize_folder(
             ) from error
         finally:
             torch.set_num_threads(threads)
-        write_companions(folder, part, request.method, request.options)
+        wide = wide_layers(prepared.spec, request.options)
+        write_companions(folder, part, request.method, request.options, wide)
         receipt = quantize_receipt(prepared, part, journal, meter.peak, resumed)
         write_model_card(prepared, part, receipt)
         publish(part, out)
@@ -167,6 +169,7 @@ class Pipeline:
             block = yield from self._steps(index, plain_block(self._prepared, owner, weights))
         shards.add(block.tensors.items())
         self._journal.losses |= block.losses
+        self._journal.shared += block.shared
         self._journal.blocks = index + 1
         self._commit(shards)
         (self._part / f"block-{index}.bin").unlink(missing_ok=True)

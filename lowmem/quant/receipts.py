@@ -10,9 +10,9 @@ from lowmem.events import Receipt
 from lowmem.fields import arguments
 from lowmem.messages import msg
 from lowmem.models.source import record
-from lowmem.quant.base import Options
 from lowmem.quant.card import write_card
 from lowmem.quant.journal import Journal
+from lowmem.quant.layers import wide_layers
 from lowmem.quant.prepared import PreparedQuantization
 from lowmem.quant.request import QuantizeRequest, changed
 
@@ -41,7 +41,7 @@ def quantize_receipt(
         predicted={"ram": prepared.estimate.ram_bytes},
         measured={"ram": peak["ram"]},
         disk_bytes=sum(file.stat().st_size for file in part.glob("*.safetensors")),
-        notes=tuple(_notes(options, resumed)),
+        notes=tuple(_notes(prepared, journal, resumed)),
         snippet=_snippet(prepared.request),
         details={
             "method": method.name,
@@ -58,7 +58,16 @@ def quantize_receipt(
     )
 
 
-def _notes(options: Options, resumed: int) -> Iterator[str]:
+def _notes(prepared: PreparedQuantization, journal: Journal, resumed: int) -> Iterator[str]:
+    options = prepared.request.options
+    if wide := wide_layers(prepared.spec, options):
+        yield msg("These layers stay as they are: {layers}.", layers=", ".join(wide))
+    if journal.shared:
+        yield msg(
+            "{shared:,} of {experts:,} experts saw too little of the calibration text and share the statistics of all.",
+            shared=journal.shared,
+            experts=len(prepared.blocks) * prepared.spec.experts,
+        )
     if options.bits == 2:
         yield msg("2 bits are experimental: most models of this size produce nonsense.")
     if resumed:

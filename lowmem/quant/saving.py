@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from lowmem.quant.base import Method, Options
 QUANTIZE_CONFIG = "quantize_config.json"
 
 
-def write_companions(source: Path, folder: Path, method: Method, options: Options) -> None:
-    """Copy tokenizer and configuration from `source` to `folder`, and add how the weights are quantized."""
+def write_companions(source: Path, folder: Path, method: Method, options: Options, wide: Sequence[str]) -> None:
+    """Copy tokenizer and configuration from `source` to `folder`, and add how the weights are quantized.
+
+    Args:
+        wide: linear layers of the blocks that are not quantized, see `Method.skipping`.
+    """
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    quantization = method.config(options)
+    quantization = method.config(options) | (method.skipping(wide) if wide else {})
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     config.pop("torch_dtype", None)

@@ -83,6 +83,9 @@ class Awq(base.Method):
             "meta": self.meta(options),
         }
 
+    def skipping(self, layers: Sequence[str]) -> dict[str, Any]:
+        return {"modules_to_not_convert": list(layers)}
+
     def serving(self, options: AwqOptions) -> str:
         return vllm(options.group_size)
 

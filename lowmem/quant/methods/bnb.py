@@ -118,5 +118,8 @@ class BitsAndBytes(base.Method):
             "llm_int8_skip_modules": ["lm_head"],
         }
 
+    def skipping(self, layers: Sequence[str]) -> dict[str, Any]:
+        return {"llm_int8_skip_modules": ["lm_head", *layers]}
+
 
 METHOD = BitsAndBytes()

@@ -6,6 +6,7 @@ range that this processor multiplies exactly, so that a stored model equals one 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,9 @@ class Int8Dynamic(base.Method):
             },
             "ignore": ["lm_head"],
         }
+
+    def skipping(self, layers: Sequence[str]) -> dict[str, Any]:
+        return {"ignore": ["lm_head", *(rf"re:.*\.{re.escape(layer)}$" for layer in layers)]}
 
 
 METHOD = Int8Dynamic()
