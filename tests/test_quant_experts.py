@@ -21,6 +21,7 @@ from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.experts import Joined
 from lowmem.models.matching import match_names
 from lowmem.models.modules import empty_model
+from lowmem.models.source import read_spec
 from lowmem.quant import block
 from lowmem.quant.calibration import Calibration
 
@@ -138,3 +139,8 @@ def test_blocks_that_cannot_be_run_apart_are_refused_for_calibration_only(tmp_pa
         next(events(folder, tmp_path / "out", "gptq"))
     assert not (tmp_path / "out.part").exists()
     quantize(folder, tmp_path / "out", "rtn")
+
+
+def test_a_router_that_is_a_linear_layer_and_also_chooses_is_no_layer_to_replace(tmp_path: Path) -> None:
+    spec = read_spec(str(zoo.save("phimoe", tmp_path)))
+    assert {t.role for t in spec.tensors if t.name.endswith("router.weight")} == {"other"}

@@ -222,7 +222,7 @@ def roles(model: PreTrainedModel) -> list[tuple[str, torch.Tensor, str, bool]]:
             if tensor is None or prefix + member not in kept:
                 continue
             role, transposed = "other", False
-            if member == "weight" and tensor.dim() == 2 and isinstance(module, (nn.Linear, Conv1D)):
+            if member == "weight" and tensor.dim() == 2 and is_linear(module):
                 role, transposed = "linear" if inside else "head", isinstance(module, Conv1D)
             elif is_table(module) and member == "weight":
                 role = "embedding"
@@ -230,6 +230,11 @@ def roles(model: PreTrainedModel) -> list[tuple[str, torch.Tensor, str, bool]]:
                 role, transposed = "experts", module.is_transposed
             found.append((prefix + member, tensor, role, transposed))
     return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else: some routers are linear layers that also choose."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_table(module: nn.Module) -> bool:
