@@ -18,7 +18,7 @@ from lowmem.errors import Unsupported
 from lowmem.events import Receipt, Step, drain, until_receipt
 from lowmem.kernels.packing import from_gptq
 from lowmem.models.checkpoint import Checkpoint
-from lowmem.models.experts import Joined
+from lowmem.models.experts import Concatenated
 from lowmem.models.matching import match_names
 from lowmem.models.modules import empty_model
 from lowmem.models.source import read_spec
@@ -67,7 +67,7 @@ def test_packed_experts_become_layers_of_the_model(mixture: Path, tmp_path: Path
         names = match_names(model, checkpoint)
     experts: Any = model.get_submodule("model.layers.0.mlp.experts")
     assert isinstance(experts.gate_up_proj, nn.ModuleList)
-    assert isinstance(experts.gate_up_proj[0], Joined)
+    assert isinstance(experts.gate_up_proj[0], Concatenated)
     assert names["model.layers.0.mlp.experts.gate_up_proj.3.1.qweight"].endswith(
         "block_sparse_moe.experts.3.w3.qweight"
     )

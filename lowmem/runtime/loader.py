@@ -164,13 +164,12 @@ class _Placer:
         role = self._roles.get(f"{owner}.weight", "")
         if role == "embedding" and self.precision.covers_embeddings:
             return self._embedding(module, checkpoint, members)
-        covered = role == "linear" or (role == "head" and self.precision.covers_embeddings)
+        covered = role in ("linear", "experts") or (role == "head" and self.precision.covers_embeddings)
         if covered and isinstance(module, (nn.Linear, Conv1D)) and self.precision.quantizes(_shape(module)[1]):
             return self._quantized(module, checkpoint, members)
         for member, name in members.items():
-            if self._roles.get(f"{owner}.{member}") == "experts" and self.precision.quantizes(
-                _inputs(module, checkpoint.tensors[name].shape)
-            ):
+            stacked = self._roles.get(f"{owner}.{member}") == "experts" and len(checkpoint.tensors[name].shape) == 3
+            if stacked and self.precision.quantizes(_inputs(module, checkpoint.tensors[name].shape)):
                 del module._parameters[member]
                 module.add_module(member, nn.ModuleList(self._experts(module, checkpoint, name)))
             else:
