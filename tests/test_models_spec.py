@@ -48,19 +48,87 @@ def test_catalog_bytes_are_those_of_the_published_files(ref: str, size: int) -> 
     assert 0 <= size - find(ref).spec().size_on_disk < 100_000
 
 
+@pytest.mark.parametrize(
+    ("ref", "parameters", "digits"),
+    [
+        # Of all files, as the hub and evaluations list them, to as many digits as they give: what sees, hears and
+        # predicts several tokens included.
+        ("Qwen/Qwen3.5-0.8B", 0.87e9, 2),
+        ("Qwen/Qwen3.5-4B", 4.66e9, 3),
+        ("Qwen/Qwen3.5-9B", 9.65e9, 3),
+        ("Qwen/Qwen3.6-35B-A3B", 36e9, 2),
+        ("Qwen/Qwen3.8-27B", 27_781_427_952, 11),
+        ("LiquidAI/LFM2.5-1.2B-Instruct", 1.17e9, 3),
+        ("LiquidAI/LFM2.5-8B-A1B", 8.47e9, 3),
+        ("google/gemma-4-E2B-it", 5.1e9, 2),
+        ("google/gemma-4-E4B-it", 8.0e9, 2),
+        ("google/gemma-4-12B-it", 11.95e9, 4),
+        ("mistralai/Ministral-3-3B-Instruct-2512-BF16", 3.85e9, 3),
+        ("ibm-granite/granite-4.1-8b", 8.79e9, 3),
+    ],
+)
+def test_files_of_2026_hold_the_published_parameters(ref: str, parameters: float, digits: int) -> None:
+    held = find(ref).spec().size_on_disk / 2
+    assert f"{held:.{digits - 1}e}" == f"{parameters:.{digits - 1}e}"
+
+
+def test_gpt_oss_is_stored_in_mxfp4() -> None:
+    """Of a weight of an expert 4 bits and 1/32 of a byte; of everything else 16 bits."""
+    spec = find("openai/gpt-oss-20b").spec()
+    experts = [tensor for tensor in spec.tensors if tensor.role == "experts" and len(tensor.shape) == 3]
+    packed = sum(tensor.elements for tensor in experts)
+    assert spec.size_on_disk == packed // 2 + packed // 32 + 2 * (spec.parameters - packed)
+    assert spec.parameters == 20_914_757_184
+
+
+@pytest.mark.parametrize(
+    ("ref", "experts", "per_token", "active"),
+    [
+        ("openai/gpt-oss-20b", 32, 4, 3.6e9),
+        ("google/gemma-4-26B-A4B-it", 128, 8, 3.8e9),
+        ("Qwen/Qwen3.6-35B-A3B", 256, 8, 3e9),
+        ("LiquidAI/LFM2.5-8B-A1B", 32, 4, 1.5e9),
+    ],
+)
+def test_a_token_reads_the_chosen_experts_of_a_mixture(ref: str, experts: int, per_token: int, active: float) -> None:
+    spec = find(ref).spec()
+    assert (spec.experts, spec.experts_per_token) == (experts, per_token)
+    read = sum(share * tensor.elements for tensor, share in read_per_token(spec))
+    assert read == pytest.approx(active, rel=0.15)  # some are published without the output head
+
+
+def test_of_embeddings_for_every_layer_a_token_reads_a_row() -> None:
+    """The effective parameters of Gemma 4 E2B are 2.3e9 of 4.6e9 (its model card)."""
+    spec = find("google/gemma-4-E2B-it").spec()
+    assert sum(share * tensor.elements for tensor, share in read_per_token(spec)) == pytest.approx(2.3e9, rel=0.02)
+
+
+def test_a_description_that_is_not_verified_says_so() -> None:
+    assert "not yet checked" in find("google/gemma-4-12B-it").spec().source.caution
+    assert find("Qwen/Qwen3.5-4B").spec().source.caution == ""
+
+
+def test_a_rank_without_a_source_is_below_those_with_one() -> None:
+    """Of models with as many parameters or fewer that chat."""
+    ranked = [entry for entry in CATALOG if entry.rank_source and entry.chat]
+    for entry in CATALOG:
+        peers = [other.quality for other in ranked if 0.8 < other.parameters / entry.parameters < 1.25]
+        assert entry.rank_source or entry.quality < min(peers, default=100)
+
+
 def test_catalog_names_are_unique_and_every_field_is_set() -> None:
     assert len({entry.ref for entry in CATALOG}) == len({entry.label for entry in CATALOG}) == len(CATALOG)
     for entry in CATALOG:
         assert entry.licence
         assert 0 < entry.quality <= 100
-        assert entry.use in ("chat", "completion", "code")
+        assert entry.use in ("chat", "completion")
         spec = entry.spec()
         assert (spec.gated, spec.licence, spec.has_chat_template) == (entry.gated, entry.licence, entry.chat)
-        assert spec.parameters < 8.5e9
+        assert spec.parameters < 35e9
 
 
 def test_quality_grows_with_size_within_a_family() -> None:
-    for family in ("SmolLM2", "Qwen3", "Llama-3.2", "gpt2"):
+    for family in ("SmolLM2", "Qwen3-", "Qwen3.5", "LFM2.5", "gemma-4", "granite", "Llama-3.2", "gpt2"):
         members = sorted((e for e in CATALOG if e.label.startswith(family)), key=lambda e: e.parameters)
         assert len(members) > 1
         assert [e.quality for e in members] == sorted(e.quality for e in members)

@@ -154,6 +154,8 @@ def _print(plan: Plan, as_json: bool, more: Mapping[str, object] | None = None) 
     backend = " (ONNX Runtime)" if plan.backend == "onnx" else ""
     print(f"{plan.spec.name} in {plan.precision} on {plan.device}{backend}, {plan.context:,} tokens of context")
     print(plan.reason)
+    if plan.spec.source.caution:
+        print(plan.spec.source.caution)
     for estimate in plan.estimates:
         peak, limit = format_bytes(estimate.peak), format_bytes(estimate.limit)
         print(f"\n{estimate.memory.upper()}  {peak} of {limit}  ({estimate.verdict})")
@@ -192,6 +194,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "batch": plan.batch,
         "verdict": plan.verdict,
         "reason": plan.reason,
+        "caution": plan.spec.source.caution,
         "predicted": plan.predicted,
         "budgets": {
             b.memory: {"limit": b.limit, **{key: b.share(key) for key in dict.fromkeys(line.key for line in b.lines)}}

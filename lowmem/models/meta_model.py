@@ -113,7 +113,7 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
         tensors=tensors,
         blocks=BlockList() if encoder else derive_blocks(model, _blocks(model).removesuffix("."), passed),
         experts=experts,
-        experts_per_token=_number(decoder, "num_experts_per_tok") if experts else 0,
+        experts_per_token=_experts_per_token(decoder) if experts else 0,
     )
 
 
@@ -208,6 +208,12 @@ def context_limit(decoder: Any) -> int:
 def _experts(model: PreTrainedModel) -> int:
     counts = (parameter.shape[0] for _, parameter, role, _ in roles(model) if role == "experts")
     return max(counts, default=0)
+
+
+def _experts_per_token(decoder: Any) -> int:
+    """How many experts a token is sent to, whatever its family calls it."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+    return next((count for name in names if (count := _number(decoder, name))), 0)
 
 
 def roles(model: PreTrainedModel) -> list[tuple[str, torch.Tensor, str, bool]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lowmem.messages import msg
 from lowmem.models.anatomy import Activations, LayerCache
 from lowmem.models.blocks import BlockList
 from lowmem.models.quantization import Quantization, Shape
@@ -32,6 +33,7 @@ class ModelSource:
             described from the catalog is resolved when it is fetched.
         detail: what the weights were converted from, such as "from Q4_1"; "" for an original checkpoint.
         licence, gated: from the hub or the catalog, "" and False when unknown.
+        verified: False for a description that has not been compared with the model's files.
     """
 
     ref: str
@@ -42,6 +44,12 @@ class ModelSource:
     detail: str = ""
     licence: str = ""
     gated: bool = False
+    verified: bool = True
+
+    @property
+    def caution(self) -> str:
+        """That the files may differ from the description, "" when it is verified."""
+        return "" if self.verified else msg("From public sources, not yet checked against the hub's files.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Plans for a described machine (`machine.described`): what would run there, how fast, and what to install.
 
-A token reads every weight once, so its time is read_per_token from bytes and bandwidths. Between the specified bandwidth of a card
+A token reads every weight once, so its time follows from bytes and bandwidths. Between the specified bandwidth of a card
 and what a model gets lies a factor that depends on kernels, host and driver; it is given as a range, from which the range of
 tokens per second follows:
 
@@ -28,8 +28,8 @@ from lowmem.models.spec import ModelSpec
 from lowmem.planning import cache, offloading
 from lowmem.planning.fallback import quantized_kv
 from lowmem.planning.goal import Goal
-from lowmem.planning.model_bytes import compute_dtype, tensor_bytes
-from lowmem.planning.placement import Placement, all_resident, read_per_token, stored_block_bytes
+from lowmem.planning.model_bytes import bytes_per_token, compute_dtype
+from lowmem.planning.placement import Placement, all_resident, stored_block_bytes
 from lowmem.planning.plan import Declined, Plan
 from lowmem.planning.planner import DEFAULT_GOAL, title
 from lowmem.planning.planner import plan as make_plan
@@ -193,10 +193,8 @@ def _pass_seconds(plan: Plan, end: int) -> tuple[float, str]:
 
 def _read_bytes(plan: Plan, end: int) -> int:
     """Bytes of device memory that a pass reads: matrices in the form they are held in, and at the slow end a full cache."""
-    spec, dtype = plan.spec, compute_dtype(plan.precision, plan.place.dtypes)
-    weights = sum(
-        int(share * tensor_bytes(spec, tensor, plan.precision, dtype)) for tensor, share in read_per_token(spec)
-    )
+    dtype = compute_dtype(plan.precision, plan.place.dtypes)
+    weights = bytes_per_token(plan.spec, plan.precision, dtype)
     return weights + (cache.plan_bytes(plan, dtype) if end == SLOW else 0)
 
 

@@ -81,14 +81,14 @@ def other_memory(plan: Plan) -> Plan | None:
 
 
 def smaller_model(plan: Plan) -> Plan | None:
-    """The largest smaller chat model of the catalog that fits and needs less memory; else the smallest one."""
-    smaller: Plan | None = None
-    for entry in sorted(recommended(), key=lambda entry: -entry.parameters):
-        if entry.parameters < 0.8 * plan.spec.parameters:
-            smaller = _for_model(plan, entry.spec())
-            if smaller.verdict != "over" and smaller.main.peak < plan.main.peak:
-                break
-    return smaller
+    """The best smaller chat model of the catalog that fits and needs less memory; else the smallest one."""
+    entries = [entry for entry in recommended() if entry.parameters < 0.8 * plan.spec.parameters]
+    for entry in entries:
+        smaller = _for_model(plan, entry.spec())
+        if smaller.verdict != "over" and smaller.main.peak < plan.main.peak:
+            return smaller
+    smallest = min(entries, key=lambda entry: entry.parameters, default=None)
+    return _for_model(plan, smallest.spec()) if smallest else None
 
 
 def _for_model(plan: Plan, spec: ModelSpec) -> Plan:

@@ -12,6 +12,7 @@ from lowmem.messages import msg
 from lowmem.models.quantization import BNB
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
 from lowmem.planning import cache
+from lowmem.planning.placement import read_per_token
 from lowmem.planning.plan import Line, Plan
 from lowmem.precisions import PRECISIONS, Precision
 from lowmem.units import MB
@@ -46,6 +47,11 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
         # A packed output head cannot be indexed, so a tied embedding is held twice.
         total += dense.linear_bytes(spec.vocab, spec.hidden)
     return total
+
+
+def bytes_per_token(spec: ModelSpec, precision: str, dtype: str) -> int:
+    """Bytes of weights that one token reads; see `read_per_token`. Arguments as for `weight_bytes`."""
+    return sum(int(share * tensor_bytes(spec, tensor, precision, dtype)) for tensor, share in read_per_token(spec))
 
 
 def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:

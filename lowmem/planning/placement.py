@@ -98,9 +98,15 @@ def read_per_token(spec: ModelSpec) -> list[tuple[Tensor, float]]:
     Of an embedding a token reads one row, unless that is the output head as well; of experts it reads the chosen ones.
     """
     chosen = spec.experts_per_token / spec.experts if spec.experts and spec.experts_per_token else 1.0
-    shares = {"embedding": 1.0 if spec.tied else 0.0, "experts": chosen}
+    head = (spec.vocab, spec.hidden) if spec.tied else ()
+
+    def share(tensor: Tensor) -> float:
+        if tensor.role == "embedding":
+            return float(tensor.shape == head)  # there may be others, such as one for every layer
+        return chosen if tensor.role == "experts" else 1.0
+
     matrices = (tensor for tensor in spec.tensors if tensor.role != "other" or tensor.packed_layer)
-    return [(tensor, share) for tensor in matrices if (share := shares.get(tensor.role, 1.0))]
+    return [(tensor, read) for tensor in matrices if (read := share(tensor))]
 
 
 def stored_block_bytes(spec: ModelSpec) -> list[int]:

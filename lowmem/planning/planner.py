@@ -18,7 +18,7 @@ from lowmem.planning.estimate import reestimate
 from lowmem.planning.fallback import fall_back
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
-from lowmem.planning.model_bytes import weight_bytes
+from lowmem.planning.model_bytes import bytes_per_token, compute_dtype
 from lowmem.planning.plan import BACKENDS, Declined, Plan
 from lowmem.planning.precision import available, candidates, device_of, storage_refusal
 from lowmem.precisions import PRECISIONS
@@ -28,7 +28,7 @@ COMFORTABLE_CONTEXT = 8192
 """The automatic context grows up to this as long as the plan fits comfortably."""
 
 CPU_WEIGHTS_CEILING = 2 * GB
-"""Every token reads all weights once. At the 20 GB/s of ordinary dual-channel memory this is ten
+"""Every token reads these once: all weights, of a mixture the chosen experts'. At the 20 GB/s of ordinary dual-channel memory this is ten
 tokens per second, about reading speed; a larger model fits many machines but is too slow to use."""
 
 GRAPH_PRECISIONS = tuple(key for key, precision in PRECISIONS.items() if "onnx" in precision.backends)
@@ -186,8 +186,14 @@ def _draft(
     return reestimate(draft)
 
 
-def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal) -> Plan:
-    """The plan in the first precision that fits, or in the smallest if none does."""
+def _plan_model(
+    spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal: Goal, *, comfortable: bool = False
+) -> Plan:
+    """The plan in the first precision that fits, or in the smallest if none does.
+
+    Args:
+        comfortable: prefer the first that fits with room to spare.
+    """
     if goal.precision != "auto":
         # A named precision runs on torch unless only graphs have it.
         on_torch = "torch" in PRECISIONS[goal.precision].backends and not spec.exported and goal.backend != "onnx"
@@ -202,6 +208,8 @@ def _plan_model(spec: ModelSpec, hardware: Hardware, budget: MemoryBudget, goal:
         )
     drafts = [_draft(spec, hardware, budget, goal, *choice) for choice in _choices(spec, hardware, budget, goal)]
     fitting = [draft for draft in drafts if draft.verdict != "over"]
+    if comfortable:
+        fitting = [draft for draft in fitting if draft.verdict == "fits"] or fitting
     if not fitting:
         chosen = min(drafts, key=lambda d: d.main.peak)
         return replace(
@@ -216,7 +224,7 @@ def _declined(drafts: Iterable[Plan], chosen: Plan) -> tuple[Declined, ...]:
 
 
 def _why_not(draft: Plan, chosen: Plan) -> str:
-    if draft.verdict == "over":
+    if draft.verdict == "over" or (draft.verdict != "fits" and chosen.verdict == "fits"):
         return draft.sentence()
     if chosen.backend == "onnx" and draft.backend == "torch" and draft.precision in (chosen.precision, "int8"):
         return msg(
@@ -282,11 +290,15 @@ def _recommend(choices: Sequence[ModelSpec], hardware: Hardware, budget: MemoryB
         raise BadInput(msg("There is no model to choose from."), msg("Name one: a hub id, a folder or a .gguf file."))
     declined: list[Declined] = []
     for spec in choices:
-        draft = _plan_model(spec, hardware, budget, goal)
+        draft = _plan_model(spec, hardware, budget, goal, comfortable=True)
         refusal = _too_slow(draft) or ("" if draft.verdict == "fits" else draft.sentence())
         if not refusal:
             return _with_context(draft, goal, tuple(declined))
         declined.append(Declined(title(draft), refusal))
+    if goal.device == "auto" and hardware.gpus:
+        on_cpu = _recommend(choices, hardware, budget, replace(goal, device=hardware.cpu.key))
+        if on_cpu.verdict == "fits":
+            return replace(on_cpu, reason=msg("No model fits the GPU. {reason}", reason=on_cpu.reason))
     drafts = [_plan_model(spec, hardware, budget, goal) for spec in choices]
     least = min(drafts, key=lambda d: d.main.peak)
     smallest = fall_back(replace(least, reason=""))
@@ -306,7 +318,7 @@ def _too_slow(plan: Plan) -> str:
     weights = (
         exported.graph_bytes(plan.spec, plan.precision)
         if plan.backend == "onnx"
-        else weight_bytes(plan.spec, plan.precision, plan.place.dtypes[0])
+        else bytes_per_token(plan.spec, plan.precision, compute_dtype(plan.precision, plan.place.dtypes))
     )
     if weights <= CPU_WEIGHTS_CEILING:
         return ""

@@ -117,13 +117,13 @@ def setup_card(plan: Plan, *, recommended: bool, download: int, disk_free: int) 
     if download:
         free = msg("{size} free on disk", size=format_bytes(disk_free))
         fetch = join(", ", (msg("Download {size}", size=format_bytes(download)), free))
-    licence = f" · {plan.spec.licence}" if plan.spec.licence else ""
+    notes = " · ".join(filter(None, (fetch, plan.spec.licence, plan.spec.source.caution)))
     over = why(plan) if plan.verdict == "over" else ""
     detail = f' <small class="lm-muted">{escape(plan.spec.source.detail)}</small>' if plan.spec.source.detail else ""
     return (
         f'<section class="lm-card" data-verdict="{plan.verdict}"><p class="lm-eyebrow">{escape(eyebrow)}</p>'
         f'<h2 class="lm-model">{escape(plan.spec.name)}{detail}</h2><p class="lm-reason">{escape(plan.reason)}</p>'
-        f"{parts.facts(facts)}{over}{parts.small(fetch + licence)}</section>"
+        f"{parts.facts(facts)}{over}{parts.small(notes)}</section>"
     )
 
 
