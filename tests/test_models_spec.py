@@ -97,6 +97,14 @@ def test_a_token_reads_the_chosen_experts_of_a_mixture(ref: str, experts: int, p
     assert read == pytest.approx(active, rel=0.15)  # some are published without the output head
 
 
+def test_the_memory_of_a_pass_does_not_grow_with_the_experts() -> None:
+    """An expert's matrix is a view of the parameter that holds all, which takes no memory."""
+    config = {**LLAMA, "model_type": "qwen3_moe", "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    few, many = (derived({**config, "num_experts": count}) for count in (8, 512))
+    constant = [max(term[3] for term in dict(found.activations)["half"].first) for found in (few, many)]
+    assert constant[1] == pytest.approx(constant[0], abs=1000)
+
+
 def test_of_embeddings_for_every_layer_a_token_reads_a_row() -> None:
     """The effective parameters of Gemma 4 E2B are 2.3e9 of 4.6e9 (its model card)."""
     spec = find("google/gemma-4-E2B-it").spec()

@@ -461,8 +461,10 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for tensor in _pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+        # What a result shares with an argument is older: a view of a parameter, such as one of many experts, takes nothing.
+        older = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            if tensor.untyped_storage()._cdata not in older:
                 self._add(tensor.untyped_storage())
         self.history.append(self._alive)
         return result
@@ -476,6 +478,10 @@ class _Live(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self._alive -= self._sizes.pop(key)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 def terms(runs: Sequence[tuple[tuple[int, int], list[int]]]) -> tuple[Term, ...]:
