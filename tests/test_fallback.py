@@ -147,10 +147,19 @@ _TINY = {
 }  # fmt: skip
 
 
+_TINY_WHERE_NAMED = {
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "top_k_experts": 2, "global_head_dim": 32, "num_global_key_value_heads": 1,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": toys.VOCABULARY,
+}  # fmt: skip
+
+
 @functools.cache
 def _toy_folder(entry: Entry, root: Path) -> Path:
     """A model with the entry's architecture, layers and tying, 64 numbers wide."""
-    wanted = {**entry.config, **_TINY, "max_position_embeddings": 256, "n_positions": 256}
+    named = {key: value for key, value in _TINY_WHERE_NAMED.items() if entry.config.get(key)}
+    wanted = {**entry.config, **_TINY, **named, "max_position_embeddings": 256, "n_positions": 256}
     kind = wanted.pop("model_type")
     config = transformers.AutoConfig.for_model(kind, **wanted)
     folder = root / entry.ref.replace("/", "--")

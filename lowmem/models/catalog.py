@@ -18,7 +18,6 @@ from lowmem.models.derive import derive
 from lowmem.models.reference import DEMO
 from lowmem.models.spec import ModelSource, ModelSpec
 
-
 RANKING = "whatmodel.sh"
 """Where ranks come from: one scale of 0 to 100, fitted to all public evaluations of 732 models (November 2026)."""
 
@@ -97,9 +96,7 @@ def synthetic(
 
 @functools.cache
 def _spec(entry: Entry) -> ModelSpec:
-    source = ModelSource(
-        entry.ref, entry.label, licence=entry.licence, gated=entry.gated, verified=entry.verified
-    )
+    source = ModelSource(entry.ref, entry.label, licence=entry.licence, gated=entry.gated, verified=entry.verified)
     spec = _assemble(entry.config, source, entry.dtype, entry.chat)
     return replace(spec, size_on_disk=spec.size_on_disk + entry.more_bytes)
 
@@ -164,10 +161,13 @@ def _gemma4(
     ) | {"sliding_window": window, **more}  # fmt: skip
 
 
-def _gemma4_small(*args: int, local: int, shared: int, wide: bool) -> dict[str, Any]:
+def _gemma4_small(
+    layers: int, hidden: int, intermediate: int, kv_heads: int, *, local: int, shared: int, wide: bool
+) -> dict[str, Any]:
     """With embeddings for each layer; the last `shared` layers use the keys and values of earlier ones."""
     return _gemma4(
-        *args, 512, local=local, max_position_embeddings=131_072, num_kv_shared_layers=shared, use_double_wide_mlp=wide,
+        layers, hidden, intermediate, 8, kv_heads, 512, local=local, max_position_embeddings=131_072,
+        num_kv_shared_layers=shared, use_double_wide_mlp=wide,
         hidden_size_per_layer_input=256, vocab_size_per_layer_input=262_144,
     )  # fmt: skip
 
@@ -262,11 +262,11 @@ CATALOG: tuple[Entry, ...] = (
     ),
     Entry(
         "google/gemma-4-E2B-it", "gemma-4-E2B-it", _APACHE, 4_628_569_344, "chat", 47.1,
-        _gemma4_small(35, 1536, 6144, 8, 1, local=4, shared=20, wide=True), more_bytes=2 * 494_609_635,
+        _gemma4_small(35, 1536, 6144, 1, local=4, shared=20, wide=True), more_bytes=2 * 494_609_635,
     ),
     Entry(
         "google/gemma-4-E4B-it", "gemma-4-E4B-it", _APACHE, 7_463_013_376, "chat", 52.8,
-        _gemma4_small(42, 2560, 10_240, 8, 2, local=5, shared=18, wide=False), more_bytes=2 * 533_143_114,
+        _gemma4_small(42, 2560, 10_240, 2, local=5, shared=18, wide=False), more_bytes=2 * 533_143_114,
     ),
     Entry(
         "google/gemma-4-12B-it", "gemma-4-12B-it", _APACHE, 11_907_350_272, "chat", 62,
