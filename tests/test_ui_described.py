@@ -14,6 +14,7 @@ from gradio_client.exceptions import AppError
 from ui_stub import StubEngine
 
 from lowmem.messages import LANGUAGE
+from lowmem.models.catalog import CATALOG
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.parts.another_machine import AnotherMachine
@@ -109,7 +110,7 @@ def test_what_does_not_fit_there_says_so_without_a_command(panel: AnotherMachine
 
 def test_the_table_is_one_click_with_two_files(panel: AnotherMachine) -> None:
     table, files, table_file, drawing = panel.show_table(16)
-    assert table.count("<tr>") == 26
+    assert table.count("<tr>") == 1 + len(CATALOG)
     assert "fp16 · " in table
     assert files.visible
     assert Path(table_file.value["path"] if isinstance(table_file.value, dict) else table_file.value).suffix == ".csv"
