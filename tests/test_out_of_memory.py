@@ -154,7 +154,7 @@ def test_the_worker_and_the_command_line_name_it(monkeypatch: pytest.MonkeyPatch
     *_, ended = answer(Session(), Call(exhausted), CancelToken())
     assert isinstance(ended, Ended)
     with pytest.raises(OutOfMemory, match="Memory ran out"):
-        ended.raise_error()
+        ended.raise_failure()
     monkeypatch.setattr(generate.Session, "load", exhausted)
     monkeypatch.setattr("lowmem.cli.plan.measure_runtime_bytes", lambda: 0)
     assert main(["generate", "demo", "--prompt", "Hello"]) == 3
