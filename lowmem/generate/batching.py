@@ -68,7 +68,7 @@ def run_batches(
         OutOfMemory: a single prompt does not fit.
         Cancelled: completions so far have been yielded.
     """
-    waiting = sorted(_encoded(tokenizer, prompts, options, context, raw), key=lambda prompt: -len(prompt.ids))
+    waiting = sorted(_encoded(tokenizer, prompts, options, context, raw, cancel), key=lambda prompt: -len(prompt.ids))
     options = replace(options, seed=resolve_seed(options.seed))
     most, padded = batch_size or LARGEST_BATCH, _pads(model, options)
     while waiting:
@@ -96,13 +96,13 @@ def run_batches(
 
 
 def _encoded(
-    tokenizer: Any, prompts: Sequence[str], options: GenerateOptions, context: int, raw: bool
+    tokenizer: Any, prompts: Sequence[str], options: GenerateOptions, context: int, raw: bool, cancel: CancelToken
 ) -> Iterator[_Prompt]:
     if not prompts:
         raise BadInput(msg("There are no prompts."), msg("Write one prompt per line."))
     for index, text in enumerate(prompts):
         try:
-            ids = encode_prompt(tokenizer, text, raw)
+            ids = encode_prompt(tokenizer, text, raw, cancel)
             limit, _ = check_length(len(ids), options.max_new_tokens, context)
         except BadInput as error:
             raise BadInput(

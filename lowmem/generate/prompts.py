@@ -9,14 +9,18 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lowmem.errors import BadInput
+from lowmem.events import CancelToken
 from lowmem.generate.chat import ROLES, ChatMessage
+from lowmem.generate.templates import render
 from lowmem.generate.tokens import token_ids, with_special
 from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.prompts")
 
 
-def encode_prompt(tokenizer: Any, prompt: str | Sequence[ChatMessage], raw: bool = False) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: str | Sequence[ChatMessage], raw: bool = False, cancel: CancelToken | None = None
+) -> list[int]:
     """Token ids of the prompt that the model is to continue.
 
     A conversation is rendered with the tokenizer's chat template, and so is a plain text (as a single user message)
@@ -29,12 +33,14 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[ChatMessage], raw: bool
 
     Raises:
         BadInput: an empty prompt, a malformed message, or one that the template rejects.
+        CorruptModel: the template fails, or exceeds its time or memory.
+        Cancelled: while the template was rendered.
     """
     messages = [_message(m) for m in ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
     _check_messages(messages)
     if tokenizer.chat_template and not raw:
         # The template includes the special tokens.
-        ids = token_ids(tokenizer, _templated(tokenizer, messages))
+        ids = token_ids(tokenizer, _templated(tokenizer, messages, cancel))
     else:
         ids = with_special(tokenizer, prompt if isinstance(prompt, str) else _layout(messages))
     if not ids:
@@ -98,9 +104,9 @@ def _layout(messages: Sequence[dict[str, str]]) -> str:
     return "\n".join([*lines, "Assistant:"])
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def _templated(tokenizer: Any, messages: list[dict[str, str]], cancel: CancelToken | None) -> str:
     try:
-        return _render(tokenizer, messages)
+        return render(tokenizer, messages, cancel)
     except TemplateError as error:
         refusal = error
     folded = _without_system(messages)
@@ -110,17 +116,13 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> str:
             refusal,
         )
         try:
-            return _render(tokenizer, folded)
+            return render(tokenizer, folded, cancel)
         except TemplateError as error:
             refusal = error
     raise BadInput(
         msg("The model's chat template rejects this conversation: {refusal}.", refusal=refusal),
         msg("Alternate user and assistant messages, starting with the user."),
     ) from refusal
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -210,7 +210,7 @@ class Session:
         try:
             yield from self._ensure_backend(options, cancel, force)
             loaded, plan = self._resident()
-            ids = encode_prompt(loaded.tokenizer, prompt, raw)
+            ids = encode_prompt(loaded.tokenizer, prompt, raw, cancel)
             check_window(options, plan.spec.context)
             room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
             wanted, options = options, replace(options, max_new_tokens=room)
