@@ -51,7 +51,7 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
         )
     config = read_object(files, CONFIG)
     if MANIFEST in files.names:
-        return _describe_exported(files, source, config)
+        return _describe_exported(files, source, config, encoders)
     weights = [files.ranged(file) for file in weight_files(files)]
     stored, places = _stored(weights)
     check_inventory(files, stored)
@@ -69,15 +69,7 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
     if kinds and not any(tensor.packed_layer for tensor in anatomy.tensors):
         quantization = None  # all of it is dequantized
     detail = source.detail or (msg("{kinds}, dequantized as it is read", kinds=kinds) if kinds else "")
-    if anatomy.encoder and not encoders:
-        raise Unsupported(
-            msg(
-                "{name} is an encoder ({model_type}): it reads text but does not generate any.",
-                name=source.name,
-                model_type=anatomy.model_type,
-            ),
-            msg("Choose a text generation model, such as one from the list."),
-        )
+    _check_generates(anatomy, source.name, encoders)
     return ModelSpec(
         source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files)), detail=detail),
         **anatomy.shape(),
@@ -87,6 +79,22 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
         size_on_disk=sum(file.size for file in weights),
         has_chat_template=has_chat_template(files),
     )
+
+
+def _check_generates(anatomy: Anatomy, name: str, encoders: bool) -> None:
+    """
+    Raises:
+        Unsupported: an encoder, and `encoders` does not accept them.
+    """
+    if anatomy.encoder and not encoders:
+        raise Unsupported(
+            msg(
+                "{name} is an encoder ({model_type}): it reads text but does not generate any.",
+                name=name,
+                model_type=anatomy.model_type,
+            ),
+            msg("Choose a text generation model, such as one from the list."),
+        )
 
 
 def _stored(weights: list[Ranged]) -> tuple[tuple[Tensor, ...], dict[str, Place]]:
@@ -114,7 +122,7 @@ def _derived(
         ) from error
 
 
-def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any]) -> ModelSpec:
+def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any], encoders: bool) -> ModelSpec:
     """A folder written by `lowmem.export`: the tensors of the original model, the size on disk of the graphs."""
     manifest = read_object(files, MANIFEST)
     try:
@@ -125,10 +133,12 @@ def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any]
             msg("{manifest} of {owner} is damaged.", manifest=MANIFEST, owner=files.owner),
             msg("Export the model again."),
         ) from None
+    anatomy = derive(config, source.name, stored or None, "fp32")
+    _check_generates(anatomy, source.name, encoders)
     licence = str(manifest.get("licence") or "")
     return ModelSpec(
         source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files)), licence=licence),
-        **derive(config, source.name, stored or None, "fp32").shape(),
+        **anatomy.shape(),
         size_on_disk=size,
         has_chat_template=has_chat_template(files),
         exported=precision,
