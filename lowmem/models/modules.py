@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -49,7 +50,7 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal model of a configuration, with its parameters on the meta device."""
-    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+    with _one_at_a_time, _EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS)
@@ -66,18 +67,49 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Creates uninitialized tensors, which is what layers make their parameters of, on the meta device at once.
+_one_at_a_time = threading.Lock()
+"""transformers sets torch's default dtype while it builds a model: two threads would restore each other's."""
 
-    `init_empty_weights` moves a parameter there once it exists. Until then its memory is mapped, though never touched,
-    and a process that may not map the 500 MB of a large embedding could not build the model.
+_here = threading.local()
+"""`modes`: how many `_EmptyOnMeta` are active in this thread."""
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Parameters that this thread makes are on the meta device; buffers keep their values.
+
+    Uninitialized tensors, which is what layers make their parameters of, are created there at once: until a parameter
+    is registered its memory is mapped, though never touched, and a process that may not map the 500 MB of a large
+    embedding could not build the model. Other parameters are moved when they are registered.
+
+    accelerate's `init_empty_weights` patches `nn.Module` for all threads: a model that another one builds meanwhile
+    would lose its weights.
     """
+
+    def __enter__(self) -> Any:
+        _here.modes = getattr(_here, "modes", 0) + 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _here.modes -= 1
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
+
+
+def _moved(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """What is registered instead of a parameter; None for the parameter itself."""
+    if parameter is None or parameter.is_meta or not getattr(_here, "modes", 0):
+        return None
+    moved = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    moved.__dict__.update(parameter.__dict__)
+    return moved
+
+
+register_module_parameter_registration_hook(_moved)  # type: ignore[arg-type]  # declared to return nothing
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
