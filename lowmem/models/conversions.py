@@ -63,6 +63,7 @@ class Conversions:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._built = _AsBuilt(model.config, dict(model.named_parameters()))
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -136,7 +137,7 @@ class Conversions:
         patterns = converter.source_patterns[: len(lists)]
         names = tuple(chain.from_iterable(lists))
         for name in self._siblings(parameter, converter):
-            convert = _Convert(self._model, converter, parameter, name, patterns, [len(one) for one in lists])
+            convert = _Convert(self._built, converter, parameter, name, patterns, [len(one) for one in lists])
             yield Target(name, names, self._shapes[name], _converted(self._shapes[name], convert))
 
 
@@ -177,10 +178,21 @@ def _converted(
 
 
 @dataclass(frozen=True)
+class _AsBuilt:
+    """What transformers' operations ask of a model, as it was before lowmem's layers took the place of its own."""
+
+    config: Any
+    parameters: dict[str, torch.Tensor]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self.parameters[name]
+
+
+@dataclass(frozen=True)
 class _Convert:
     """Runs transformers' own operations; `counts` sources belong to each of `patterns`."""
 
-    model: PreTrainedModel
+    model: _AsBuilt
     converter: WeightConverter
     parameter: str
     name: str

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
@@ -83,7 +83,18 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     else:
         tensors = _held(model, halves, stored, dtype, config.get("quantization_config") or {})
     decoder = model.config.get_text_config(decoder=True)
-    caches, passes, used = _passes(model, halves, encoder)
+    try:
+        caches, passes, used = _passes(model, halves, encoder)
+    except Exception as error:
+        raise Unsupported(
+            msg(
+                "{name} ({model_type}) cannot read text alone: {error}",
+                name=name,
+                model_type=parsed.model_type,
+                error=first_line(error),
+            ),
+            msg("Choose a text generation model, such as one from the list."),
+        ) from error
     cached = any(cache.kind != "none" for cache in caches)
     # Where the family's code takes a weight out of its layer, no other layer can take that layer's place.
     tensors = tuple(
@@ -181,7 +192,7 @@ def _checked_encoder(config: Any, name: str) -> bool:
         )
     if is_encoder(config):
         return True
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not modules.writes_text(config):
         raise Unsupported(
             msg("{name} ({model_type}) does not generate text.", name=name, model_type=config.model_type),
             msg("Choose a text generation model, such as one from the list."),
@@ -420,9 +431,10 @@ class Pass:
             inputs |= {"use_cache": True, cache_argument(self._model): cache}
         with torch.inference_mode():
             if context > tokens:
-                self._model(input_ids=_ids(context - tokens), **inputs)
+                with _FirstExpert():
+                    self._model(input_ids=_ids(context - tokens), **inputs)
             ids = _ids(tokens)
-            with mode or nullcontext():
+            with mode or nullcontext(), _FirstExpert():
                 self._model(input_ids=ids, **inputs)
         return cache
 
@@ -448,6 +460,19 @@ def _unseen(layer: Any) -> None:
             return update(*args, **kwargs)
 
     layer.update = quietly
+
+
+class _FirstExpert(TorchFunctionMode):
+    """As if all tokens chose the first expert, where a family's own loop over experts asks which were chosen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen: torch.Tensor | None = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if chosen is not None and chosen.is_meta and len(args) == 1 and not kwargs:
+            if func in (torch.nonzero, torch.Tensor.nonzero):
+                return torch.zeros(1, chosen.dim(), dtype=torch.long)
+            if func is torch.where:
+                return tuple(chosen.new_empty(chosen.shape[-1], dtype=torch.long) for _ in chosen.shape)
+        return func(*args, **(kwargs or {}))
 
 
 class _Live(TorchDispatchMode):

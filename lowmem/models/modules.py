@@ -13,8 +13,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -50,11 +53,40 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal model of a configuration, with its parameters on the meta device."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     with _one_at_a_time, _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    if not causal:
+        _remove_towers(model)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS)
     return model.eval().requires_grad_(False)
+
+
+def writes_text(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a model of this configuration that continues text, perhaps text with images."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return True
+    found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return isinstance(found, type) and issubclass(found, GenerationMixin)
+
+
+def _remove_towers(model: PreTrainedModel) -> None:
+    """Remove what a vision-language model does not read text with: towers of their own configuration, and projectors.
+
+    What remains is the model of the text's configuration, the embedding, the head, and the modules that contain them.
+    """
+    text = model.config.get_text_config(decoder=True)
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    halves = [module for module in models if module.config is text]
+    towers = {module for module in models if module.config not in (model.config, text)}
+    kept = {module for half in halves for module in half.modules()}
+    kept |= {model.get_input_embeddings(), model.get_output_embeddings()}
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if child in towers or kept.isdisjoint(child.modules()):
+                setattr(module, name, None)
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
 """Every toy through every action, and the matrix of the results in docs/families.md.
 
-    python -m tests.families [TYPE ...] [--actions greedy,batch] [--jobs 2] [--fresh]
+    python -m tests.families [TYPE ...] [--actions greedy,batch] [--jobs 2] [--fresh] [--keep]
 
 Finished cells are in build/families: a stopped run goes on, and cells that other code has run are run again.
 """
@@ -48,12 +48,17 @@ def _row(kind: str) -> dict[str, dict[str, str]]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def _good(cell: str) -> bool:
+    return not cell.startswith(("WRONG", "CRASH"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.families", description="Fill the matrix of families.")
     parser.add_argument("types", nargs="*", metavar="TYPE", help="all types by default")
     parser.add_argument("--actions", default=",".join(matrix.ACTIONS), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes at once")
     parser.add_argument("--fresh", action="store_true", help="run finished cells again")
+    parser.add_argument("--keep", action="store_true", help="keep cells that other code has run, but WRONG and CRASH")
     arguments = parser.parse_args()
     types, actions = arguments.types or list(zoo.TYPES), arguments.actions.split(",")
     if unknown := sorted({*types} - {*zoo.TYPES}) + sorted({*actions} - {*matrix.ACTIONS}):
@@ -64,7 +69,8 @@ def main() -> None:
 
     def fill(kind: str) -> None:
         row = _row(kind)
-        todo = [name for name in actions if arguments.fresh or row.get(name, {}).get("code") != code]
+        done = {name for name, cell in row.items() if cell["code"] == code or (arguments.keep and _good(cell["cell"]))}
+        todo = [name for name in actions if arguments.fresh or name not in done]
         started = time.perf_counter()
         found = runner.run(kind, todo) if todo else {}
         row = {**_row(kind), **{name: {"cell": cell, "code": code} for name, cell in found.items()}}

@@ -238,12 +238,13 @@ def greedy(case: Case) -> None:
 
 
 def batch(case: Case) -> None:
-    """Prompts of three lengths at once are answered as alone."""
+    """Prompts of three lengths at once are answered as alone, before and after."""
     session, prompts = case.session, case.reference.prompts
     alone = [answer(session, prompt) for prompt in prompts]
     events = session.batch(prompts, GREEDY, raw=True, batch_size=len(prompts))
     together = {event.index: event.text for event in events if isinstance(event, lowmem.Completion)}
     equal([together[number] for number in range(len(prompts))], alone, "the prompt alone")
+    equal([answer(session, prompts[0])], alone[:1], "the text before the batch")
 
 
 def int8(case: Case) -> None:

@@ -34,6 +34,7 @@ _WITH_IMAGES: dict[str, str] = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_M
 _ENCODER = "an encoder that transformers can also build as a decoder: no such checkpoint generates text"
 _HALF = "the decoder of an encoder-decoder: it does not generate without the encoder's output"
 _AUDIO = "speech or music, not text"
+_IMAGE = "does not read text without an image"
 _DRAFT = "a draft head: it reads the hidden states and the cache of the model that it drafts for"
 
 
@@ -50,16 +51,30 @@ EXCLUDED: dict[str, str] = {
     **_all("bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr", _HALF),
     **_all("moshi moss_transcribe_diarize musicgen musicgen_melody whisper", _AUDIO),
     **_all("gemma4_assistant gemma4_unified_assistant", _DRAFT),
-    "git": "captions images: every text is read behind an image",
-    "got_ocr2": "reads images: every text is read behind an image",
+    **_all("blip git got_ocr2 idefics kosmos-2 kosmos-2.5", _IMAGE),
+    **_all("pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder florence2", "an encoder-decoder"),
+    "diffusion_gemma": "a diffusion model: it does not write token by token",
+    "evolla": "reads proteins, and transformers 5.24 cannot build it from a configuration",
+    "pi0": "moves robots",
     "blt": "its patches of bytes come from a second model, and transformers 5.24 cannot generate with it",
     "reformer": "its axial positions accept texts of one length only",
     "xlnet": "a permutation model, which transformers generates with by padding every step",
 }
 """Types of the causal mapping that are no causal text models, each with the reason."""
 
-ADDED = ("mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm")
-"""Types outside the causal mapping whose checkpoints people run as text."""
+
+def _without_causal_text() -> set[str]:
+    """Vision-language types whose text model is no type of the causal mapping."""
+    found = set()
+    for kind in _WITH_IMAGES.keys() - _CAUSAL.keys():
+        text = CONFIG_MAPPING[kind].sub_configs.get("text_config")
+        if text is None or (text is not transformers.AutoConfig and text.model_type not in _CAUSAL):
+            found.add(kind)
+    return found
+
+
+ADDED = {"llava", "mistral3", "smolvlm"} | _without_causal_text()
+"""Types outside the causal mapping whose checkpoints people run as text; a few of those whose text is a causal type."""
 
 TYPES: tuple[str, ...] = tuple(sorted({*_CAUSAL, *ADDED} - EXCLUDED.keys()))
 
@@ -182,7 +197,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "n_output_layers": 2,
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
     },
-    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+    # Vision-language models: fields without a default, or with one of another kind.
+    "chameleon": {"vocabulary_map": {"<image>": 201}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 16]},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
+    "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}},
+    **_all("qwen2_5_omni_thinker qwen3_omni_moe_thinker", {"vision_start_token_id": 202}),
+    "molmo2_vision": {"image_size": [32, 32]},
+    "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     # Towers with sizes of their own, as small as they allow.
     "gemma4_vision": {"position_embedding_size": 32},
     "gemma4_audio": {"subsampling_conv_channels": [16, 8], "output_proj_dims": 96},
@@ -234,7 +258,18 @@ def _small(cls: type[transformers.PreTrainedConfig], exceptions: dict[str, Any])
             exceptions = {field: value for field, value in exceptions.items() if field != name}
     if "kv_lora_rank" in known:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latents are expanded to every head
-    return cls(**{**values, **_layer_kinds(default, known), **exceptions})
+    return cls(**{**values, **_layer_kinds(default, known), **_rotation(default, values), **exceptions})
+
+
+def _rotation(default: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Rotation by three positions (time, height, width): their shares of a head's rotated pairs."""
+    rope = getattr(default, "rope_parameters", None) or {}
+    if "mrope_section" not in {*rope, *getattr(default, "ignore_keys_at_rope_validation", ())}:
+        return {}
+    width = values.get("qk_rope_head_dim") or values.get("head_dim") or 16
+    pairs = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    share = pairs * 3 // 8
+    return {"rope_parameters": {**rope, "mrope_section": [share, share, pairs - 2 * share]}}
 
 
 def _fields(cls: type) -> set[str]:
