@@ -1,11 +1,16 @@
-"""Running blocking work so that Stop interrupts it: an iterator in a thread, a command in a child process, a lock.
+"""Background work that Stop interrupts: calls and iterators in threads, a command in a child process, a lock.
 
 A blocked socket or a child process cannot check a `CancelToken`; the functions here do, five times a second.
+
+Threads are reused. Near a cap on memory a new thread may get none, and CPython's `Thread.start` waits for ever for a thread that
+died of MemoryError before it said that it runs. So a process starts its threads before its cap tightens (`keep_idle`), and a
+start that gets no answer is OutOfMemory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import queue
@@ -15,73 +20,239 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import TypeVar, cast
+from queue import SimpleQueue
+from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
+from lowmem.errors import OutOfMemory
 from lowmem.events import CancelToken, Step
+from lowmem.messages import msg
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 TICK_SECONDS = 0.2
+START_SECONDS = 5.0
+"""Time for a new thread to say that it runs; on a busy machine it takes milliseconds."""
+
+_RETRY_SECONDS = 0.01
 _QUEUED = 64
 
 
+_Call = tuple[Future[Any], Callable[[], Any]]
+_Calls = SimpleQueue[_Call | None]
+
+
+class _Helper(threading.Thread):
+    """Runs calls, one after the other, for as long as the process lives."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="lowmem-helper")
+        self._started = _Running()
+        self.calls: _Calls = SimpleQueue()
+
+    def run(self) -> None:
+        # Idle before the result is there: whoever waits for that finds this thread afterwards.
+        _serve(self.calls, lambda: _idle.append(self))
+
+
+class _Running(threading.Event):
+    """What `Thread.start` waits for."""
+
+    def wait(self, timeout: float | None = START_SECONDS) -> bool:
+        if not super().wait(timeout):
+            raise _no_thread()
+        return True
+
+
+_idle: list[_Helper] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # a fork has none of its parent's threads
+
+
+def _helper() -> _Helper:
+    with contextlib.suppress(IndexError):
+        return _idle.pop()
+    helper = _Helper()
+    try:
+        helper.start()
+    except RuntimeError as error:  # no memory for its stack
+        raise _no_thread() from error
+    return helper
+
+
+def _no_thread() -> OutOfMemory:
+    return OutOfMemory(
+        msg("There is no memory left for another thread."),
+        msg("Use a shorter context, fewer bits, a smaller batch or a larger budget."),
+    )
+
+
+def _serve(calls: _Calls, done: Callable[[], None] = lambda: None) -> None:
+    """Run calls until there is a None; `done` follows each. No call is lost where memory runs out."""
+    call = None
+    while True:
+        try:
+            call = call or calls.get()
+            if call is None:
+                return
+            _settle(*call, done)
+            call = None
+        except MemoryError:
+            time.sleep(_RETRY_SECONDS)
+
+
+def _settle(future: Future[T], call: Callable[[], T], done: Callable[[], None]) -> None:
+    """Give `future` the outcome of `call`. A MemoryError comes from before the call."""
+    if not future.set_running_or_notify_cancel():
+        return
+    error: BaseException | None = None
+    try:
+        result = call()
+    except BaseException as raised:
+        error = raised
+    with contextlib.suppress(MemoryError):
+        done()
+    while True:
+        try:
+            if future.done():
+                break
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+        except MemoryError:
+            time.sleep(_RETRY_SECONDS)
+    del future, call, error  # which refer to each other by the traceback
+
+
+def keep_idle(count: int) -> None:
+    """Have at least `count` threads ready for `in_background`."""
+    _idle.extend([_helper() for _ in range(count)])
+
+
+def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Call `function` in a daemon thread: an idle one, or a new one if there is none.
+
+    Raises:
+        OutOfMemory: there is no memory for a new thread.
+    """
+    future: Future[T] = Future()
+    _helper().calls.put((future, functools.partial(function, *args, **kwargs)))
+    return future
+
+
+class ThreadPool(Executor):
+    """Threads that share a queue of calls; all of them run from the start.
+
+    Args:
+        prepare: is called in every thread first.
+
+    Raises:
+        OutOfMemory: there is no memory for a new thread.
+    """
+
+    def __init__(self, count: int, prepare: Callable[[], None] = lambda: None) -> None:
+        self._calls: _Calls = SimpleQueue()
+        self._threads: list[Future[None]] = []
+        try:
+            for _ in range(count):
+                self._threads.append(in_background(_prepare_and_serve, prepare, self._calls))
+        except BaseException:
+            self.shutdown(wait=False)
+            raise
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((future, functools.partial(fn, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads once they have run what was submitted. Idempotent."""
+        while cancel_futures:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            if call is not None:
+                call[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+        if wait:
+            wait_for(self._threads)
+
+
+def _prepare_and_serve(prepare: Callable[[], None], calls: _Calls) -> None:
+    prepare()
+    _serve(calls)
+
+
 def interruptible(items: Iterable[T], cancel: CancelToken, seconds: float = math.inf) -> Iterator[T]:
-    """Yield `items`, which a daemon thread produces; raises `Cancelled` within a tick, even while waiting for the next.
+    """Yield `items`, which a background thread produces; raises `Cancelled` within a tick, even while waiting for the next.
 
     Raises:
         TimeoutError: the iterator has not ended after `seconds`.
+        OutOfMemory: there is no memory for a new thread.
     """
     deadline = time.monotonic() + seconds
-    results: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(_QUEUED)
+    results: queue.Queue[T | _End] = queue.Queue(_QUEUED)
     stop = threading.Event()
-    threading.Thread(target=_pump, args=(items, results, stop), daemon=True, name="lowmem-io").start()
+    producer = in_background(_pump, items, results, stop)
     try:
         while True:
             cancel.check()
             if time.monotonic() > deadline:
                 raise TimeoutError
             try:
-                kind, item = results.get(timeout=TICK_SECONDS)
+                item = results.get(timeout=TICK_SECONDS)
             except queue.Empty:
-                continue
-            if kind == "end":
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield cast(T, item)
+                if not producer.done():  # it has no end to put in the queue where memory has run out
+                    continue
+                item = _END
+            if isinstance(item, _End):
+                return producer.result()
+            yield item
     finally:
         stop.set()
 
 
-def _pump(
-    items: Iterable[T], results: queue.Queue[tuple[str, T | BaseException | None]], stop: threading.Event
-) -> None:
-    def put(kind: str, item: T | BaseException | None = None) -> None:
+class _End:
+    """The end of a queue of results."""
+
+
+_END = _End()
+
+
+def _pump(items: Iterable[T], results: queue.Queue[T | _End], stop: threading.Event) -> None:
+    def put(item: T | _End) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
-                results.put((kind, item), timeout=TICK_SECONDS)
+                results.put(item, timeout=TICK_SECONDS)
                 return
 
     try:
         for item in items:
-            put("item", item)
+            put(item)
             if stop.is_set():
                 break
-    except BaseException as error:
-        put("error", error)
-    else:
-        put("end")
     finally:
+        put(_END)
         if isinstance(items, Generator):
             items.close()
 
 
 def stoppable(call: Callable[[], T], cancel: CancelToken) -> T:
     """Return the result of a blocking call; raises `Cancelled` within a tick when Stop is pressed."""
-    return next(interruptible((call() for _ in range(1)), cancel))
+    cancel.check()
+    running = in_background(call)
+    while not running.done():
+        wait_for([running], TICK_SECONDS)
+        cancel.check()
+    return running.result()
 
 
 @contextlib.contextmanager

@@ -14,10 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from lowmem.events import Step
+from lowmem.background import ThreadPool, in_background, stoppable
+from lowmem.errors import OutOfMemory
+from lowmem.events import CancelToken, Step
 from lowmem.machine.budget import MemoryBudget
+from lowmem.machine.cap import READY_THREADS
 from lowmem.machine.direct_io import Shard
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.monitor import PeakMeter
 from lowmem.units import MB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a cap")
@@ -122,3 +126,78 @@ def test_a_file_of_weights_larger_than_the_budget_can_be_mapped(tmp_path):
     with path.open("wb") as file:
         file.truncate(2 * BUDGET)
     assert peak(mapping_weights, path=str(path)) < BUDGET
+
+
+def fill() -> list[mmap.mmap]:
+    """Hold memory until less than 1 MB can be mapped."""
+    blocks: list[mmap.mmap] = []
+    for size in (16 * MB, MB, MB // 4):
+        with suppress(OSError):
+            while True:
+                blocks.append(mapped(size))
+                touch(blocks[-1])
+    time.sleep(0.1)
+    return blocks[:-2]
+
+
+def metering() -> Iterator[Step]:
+    yield Step(0, 0, "")
+    filled = fill()
+    for _ in range(50):
+        with PeakMeter(MemoryBudget(2 * BUDGET)) as meter:
+            meter.check()
+    assert meter.peak["ram"] > 0.9 * BUDGET
+    del filled
+
+
+def working_in_the_background(count: int) -> Iterator[Step]:
+    yield Step(0, 0, "")
+    filled = fill()
+    for _ in range(50):
+        assert stoppable(lambda: 1, CancelToken()) == 1
+    done = threading.Event()
+    running = [in_background(done.wait) for _ in range(count)]
+    done.set()
+    assert all(one.result() for one in running)
+    del filled
+
+
+def mapping_in_a_pool() -> Iterator[Step]:
+    yield Step(0, 0, "")
+    filled = fill()
+    for _ in range(50):
+        with ThreadPool(READY_THREADS) as pool:
+            assert list(pool.map(abs, range(-9, 0))) == list(range(9, 0, -1))
+    del filled
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"), [(metering, {}), (working_in_the_background, {"count": 2}), (mapping_in_a_pool, {})]
+)
+def test_actions_within_a_megabyte_of_the_cap_start_no_threads(job, arguments):
+    assert 0.95 * BUDGET < peak(job, **arguments) < 1.01 * BUDGET
+
+
+def test_a_thread_too_many_near_the_cap_is_out_of_memory():
+    started = time.monotonic()
+    with pytest.raises(OutOfMemory):
+        peak(working_in_the_background, count=READY_THREADS + 1)
+    assert time.monotonic() - started < 20
+
+
+def thread_without_memory() -> Iterator[Step]:
+    """Its stack is there, but nothing else."""
+    yield Step(0, 0, "")
+    busy = [in_background(time.sleep, 60) for _ in range(READY_THREADS)]
+    bootstrap = threading.Thread._bootstrap
+    threading.Thread._bootstrap = lambda self: None  # as one that died of MemoryError
+    try:
+        in_background(abs, 1)
+    finally:
+        threading.Thread._bootstrap = bootstrap
+        del busy
+
+
+def test_a_thread_that_dies_before_it_runs_is_out_of_memory():
+    with pytest.raises(OutOfMemory, match="another thread"):
+        peak(thread_without_memory)

@@ -13,13 +13,13 @@ threads; sessions release the GIL.
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowmem.background import in_background, keep_idle
 from lowmem.errors import MissingDependency
 from lowmem.kernels.layouts import NBITS, block_size
 from lowmem.kernels.onnx_model import one_node
@@ -34,8 +34,6 @@ MOST_PARTS = 4
 
 THREADED_WORK = 64_000_000
 """Multiplications worth a second thread: about 0.2 ms of them."""
-
-_threads = ThreadPoolExecutor(thread_name_prefix="nbits")
 
 
 class NBitsLinear(nn.Module):
@@ -68,6 +66,7 @@ class NBitsLinear(nn.Module):
             (columns, _session(attributes, {name: array[columns] for name, array in weights.items()}))
             for columns in _columns(self.out_features, self.in_features)
         ]
+        keep_idle(torch.get_num_threads() - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:
@@ -91,7 +90,7 @@ class NBitsLinear(nn.Module):
             y[span, columns] = _run(session, x[span])
 
         first, *others = itertools.product(self._parts, spans)
-        running = [_threads.submit(share, job) for job in others]
+        running = [in_background(share, job) for job in others]
         share(first)
         for future in running:
             future.result()

@@ -2,7 +2,7 @@
 
 Without one, a process notices an exceeded budget only when it looks, and a machine without spare RAM swaps or has the
 kernel kill something first. Linux enforces RLIMIT_DATA on private writable memory when it is mapped, not when it is
-touched, see setrlimit(2). A thread sets the limit 50 times a second to
+touched, see setrlimit(2). The sampler's thread sets the limit 50 times a second to
 
     budget - pages of mapped files - RSS of the processes that share the budget + reserve
 
@@ -17,12 +17,11 @@ import functools
 import os
 import sys
 import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lowmem.machine import gpu
+from lowmem.background import keep_idle
+from lowmem.machine import gpu, sampler
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.memory_limits import other_processes_bytes
 from lowmem.messages import msg
@@ -32,7 +31,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-INTERVAL_SECONDS = 0.02
+READY_THREADS = 2
+"""Background threads that start before the cap tightens: what an action uses at once."""
 
 
 def can_cap() -> bool:
@@ -50,7 +50,7 @@ def cap_note() -> str:
 
 
 class MemoryCap:
-    """Keeps this process's memory below a budget, from a thread of its own.
+    """Keeps this process's memory below a budget; the sampler calls `update`.
 
     Not beside CUDA, whose driver maps host memory by the gigabyte: there only the GPU's own share is capped.
 
@@ -64,13 +64,10 @@ class MemoryCap:
         self._fresh = 0  # bytes mapped under the cap that have no pages yet
         self._set = -1
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, daemon=True, name="lowmem-cap").start()
 
-    def _watch(self) -> None:
-        while True:
-            with suppress(MemoryError, OSError):  # at the cap even a file cannot be read; the next turn may
-                self.update()
-            time.sleep(INTERVAL_SECONDS)
+    def look(self, tick: int) -> None:
+        if tick % 2:
+            self.update()
 
     def update(self) -> None:
         """Set the limit for what is in use now."""
@@ -101,7 +98,10 @@ def cap_memory(budget: MemoryBudget) -> None:
     """Cap this process's RAM, or move or lift the cap."""
     global _cap
     if can_cap() and (_cap is not None or budget.ram is not None):
-        _cap = _cap or MemoryCap()
+        if _cap is None:
+            keep_idle(READY_THREADS)
+            _cap = MemoryCap()
+            sampler.watch(_cap.look)
         _cap.limit = budget.ram
         _cap.update()
 

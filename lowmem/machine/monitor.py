@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import mmap
 import sys
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lowmem.errors import OutOfMemory
-from lowmem.machine import gpu, memory_limits
+from lowmem.machine import gpu, memory_limits, sampler
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.memory_limits import process_bytes
@@ -55,7 +54,6 @@ def snapshot() -> Snapshot:
 
 
 _MEMORY_NAMES = {"ram": "RAM", "vram": msg("GPU memory")}
-_SAMPLE_SECONDS = 0.01
 _lock = threading.RLock()
 _open: list[PeakMeter] = []  # running meters, innermost last; they share the kernel's single high-water mark
 
@@ -74,8 +72,7 @@ class PeakMeter:
         self._limits = budget.as_dict()
         self._peak: dict[str, int] = {}
         self._exact = False
-        self._done = threading.Event()
-        self._sampler: threading.Thread | None = None
+        self._sampled = False
         self.exceeded = ""
         """The limit that was exceeded, as a sentence with its numbers; "" if none was."""
 
@@ -101,33 +98,31 @@ class PeakMeter:
             )
 
     def __enter__(self) -> PeakMeter:
+        if self._limits:
+            sampler.start()  # which may fail
         with _lock:
             _share_peaks()  # before the reset, or the outer meters lose their peaks
             self._exact = _reset_peaks()
             _open.append(self)
         self._note(_in_use())
-        if self._limits or not self._exact:
-            self._sampler = threading.Thread(target=self._watch, name="lowmem-peak-meter", daemon=True)
-            self._sampler.start()
+        self._sampled = bool(self._limits) or not self._exact
+        if self._sampled:
+            sampler.watch(self._look)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._done.set()
-        if self._sampler is not None:
-            self._sampler.join()
+        if self._sampled:
+            sampler.unwatch(self._look)
         self._note(_in_use())
         with _lock:
             _share_peaks()
             _open.remove(self)
 
-    def _watch(self) -> None:
-        for tick in itertools.count(1):
-            if self._done.wait(_SAMPLE_SECONDS):
-                return
-            # Asking torch for GPU memory takes 0.1 ms and holds the GIL.
-            self._sample(vram=tick % 10 == 0)
+    def _look(self, tick: int) -> None:
+        # Asking torch for GPU memory takes 0.1 ms and holds the GIL.
+        self._sample(vram=tick % 10 == 0)
 
     def _sample(self, *, vram: bool = True) -> None:
         used = _in_use(vram=vram and "vram" in self._limits)

@@ -5,8 +5,8 @@ Both functions are generators of progress, (share of the block from 0 to 1, note
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.background import ThreadPool
 from lowmem.errors import CorruptModel
 from lowmem.kernels.grid import as_stored
 from lowmem.kernels.quantized import Packed, Quantized
@@ -92,13 +93,13 @@ def plain_block(
 
 
 @contextmanager
-def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+def threads(count: int) -> Iterator[ThreadPool]:
     """A pool whose threads divide torch's among them, so that reading, rounding and packing of layers overlap.
 
     Leaving the context cancels what has not started.
     """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "lowmem-quant", torch.set_num_threads, (max(1, before // count),))
+    pool = ThreadPool(count, functools.partial(torch.set_num_threads, max(1, before // count)))
     try:
         yield pool
     finally:

@@ -6,12 +6,13 @@ never exceed the budget. A cell that still runs out of memory is tried once more
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from lowmem.background import in_background
 from lowmem.errors import Cancelled, LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Step, drain
 from lowmem.machine.budget import MemoryBudget
@@ -73,7 +74,7 @@ class LocalPool:
         self.budget, self.workers, self.threads, self.cancel = budget, workers, threads, cancel
         self._running: dict[str, MemoryBudget] = {}
         self._alone: set[str] = set()
-        self._threads: list[threading.Thread] = []
+        self._cells: list[Future[None]] = []
         self._reports: SimpleQueue[Report | BaseException] = SimpleQueue()
 
     def start(self, task: Task) -> bool:
@@ -83,9 +84,7 @@ class LocalPool:
             return False
         budget = allotment if self._fits(allotment) else self.budget
         self._running[task.cell.name] = budget
-        thread = threading.Thread(target=self._work, args=(task, budget), daemon=True, name="lowmem-cell")
-        self._threads.append(thread)
-        thread.start()
+        self._cells.append(in_background(self._work, task, budget))
         return True
 
     def _allotment(self, task: Task) -> MemoryBudget:
@@ -145,5 +144,4 @@ class LocalPool:
 
     def close(self) -> None:
         """Wait for the processes, which end when the token is set."""
-        for thread in self._threads:
-            thread.join(CLOSING_SECONDS)
+        wait(self._cells, CLOSING_SECONDS)

@@ -124,9 +124,15 @@ def _factorize(hessian: Tensor, dampening: float, cancel: CancelToken) -> tuple[
     """Dampen H until it is positive definite in fp32: what was added to its diagonal, and the factor U."""
     diagonal = hessian.diagonal().clone()
     floor = FLOOR * float(diagonal.mean()) or 1.0
+    threads = torch.get_num_threads()
+
+    def solve() -> Tensor | None:
+        torch.set_num_threads(threads)  # in the thread that Stop interrupts
+        return inverse_factor(hessian)
+
     while True:
         hessian.diagonal().copy_(diagonal * (1 + dampening) + floor)
-        factor = stoppable(lambda: inverse_factor(hessian), cancel)
+        factor = stoppable(solve, cancel)
         if factor is not None or dampening > _MOST_DAMPENING:
             break
         dampening = max(2 * dampening, 0.01)

@@ -5,14 +5,16 @@ Blocks are needed in a cycle: after the last comes the first again.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from lowmem.background import ThreadPool
 from lowmem.machine.direct_io import Shard, page_aligned
 from lowmem.models.checkpoint import as_bytes
 from lowmem.planning.placement import SLOTS
@@ -52,7 +54,8 @@ class Ring:
         self._filling: deque[_Slot] = deque()
         self._lent: dict[int, _Slot] = {}
         self._next = 0
-        self._readers = ThreadPoolExecutor(READERS, "lowmem-reader")
+        self._readers = ThreadPool(READERS)
+        self._end_readers = weakref.finalize(self, self._readers.shutdown, cancel_futures=True)
         self.bytes_read = 0
 
     def acquire(self, index: int, check: Check = nothing) -> Tensor:
@@ -85,7 +88,7 @@ class Ring:
 
     def close(self) -> None:
         """Stop reading and free the buffers. Idempotent."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._end_readers()
         self._free.clear()
         self._filling.clear()
         self._lent.clear()
