@@ -117,7 +117,7 @@ class StubSession:
             for index in range(options.num_return_sequences):
                 finish = "length" if number == options.max_new_tokens else None
                 yield Chunk(word + " ", index, prompt_tokens, number, self.plan.context, 0.42, 645.0, 29.8, finish)
-        yield self._receipt("generate", number)
+        yield self._receipt("generate", number, snippet=f"session.generate({prompt!r})")
 
     def batch(
         self,
@@ -133,12 +133,12 @@ class StubSession:
             self._pause(cancel)
             yield Step(index, len(prompts), "Answering", "prompts")
             yield Completion(index, prompt, f"An answer to {prompt}", new_tokens=7)
-        yield self._receipt("batch", 7 * len(prompts))
+        yield self._receipt("batch", 7 * len(prompts), snippet=f"session.batch({prompts!r})")
 
     def _pause(self, cancel: CancelToken | None) -> None:
         (cancel or CancelToken()).wait(4 * self.delay)
 
-    def _receipt(self, action: str, tokens: int, notes: tuple[str, ...] = ()) -> Receipt:
+    def _receipt(self, action: str, tokens: int, notes: tuple[str, ...] = (), snippet: str = "") -> Receipt:
         assert self.plan is not None
         measured = {memory: int(peak * 0.968) for memory, peak in self.plan.predicted.items()}
         speed = (
@@ -153,7 +153,7 @@ class StubSession:
             self.plan.predicted,
             measured,
             notes=notes,
-            snippet=f"import lowmem\n\nsession = lowmem.load({self.plan.spec.ref!r})\n",
+            snippet=f"import lowmem\n\nsession = lowmem.load({self.plan.spec.ref!r})\n{snippet}",
             **speed,
         )
         return self.last_receipt

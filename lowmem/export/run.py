@@ -23,10 +23,10 @@ from lowmem.runtime.onnx.manifest import discard
 from lowmem.settings import settings
 
 
-def output_folder(name: str, options: ExportOptions) -> Path:
-    """A new folder below `settings().outputs`, named after the model and its format."""
+def output_folder(name: str, options: ExportOptions, root: Path | None = None) -> Path:
+    """A new folder below `root`, by default `settings().outputs`, named after the model and its format."""
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
-    first = settings().outputs / f"{short}-{options.format}-{options.precision}"
+    first = (root or settings().outputs) / f"{short}-{options.format}-{options.precision}"
     names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in range(1, 1000))
     return next(folder for folder in names if not folder.exists())
 

@@ -61,6 +61,10 @@ class MemoryBudget:
         vram = None if found.vram is None else min(self.limit("vram"), found.vram)
         return MemoryBudget(min(self.limit("ram"), found.limit("ram")), vram)
 
+    def within(self, ceiling: MemoryBudget) -> MemoryBudget:
+        """This budget, lowered to `ceiling` where it is above that or sets no limit."""
+        return MemoryBudget(**{m: min(self.limit(m), ceiling.limit(m)) for m in {*self.as_dict(), *ceiling.as_dict()}})
+
     def for_child_process(self) -> MemoryBudget:
         """What a child process may use while this process keeps the RAM it holds."""
         if self.ram is None:

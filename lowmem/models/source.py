@@ -90,9 +90,10 @@ def is_local(ref: str) -> bool:
     return (reference.kind == "gguf" and reference.path.is_file()) or find_folder(reference) is not None
 
 
-def local_models() -> list[LocalModel]:
-    """Models in `settings().models` and `settings().outputs`, sorted by name."""
-    found = [_local_model(folder) for root in (settings().models, settings().outputs) for folder in _models_in(root)]
+def local_models(*others: Path) -> list[LocalModel]:
+    """Models in `settings().models`, `settings().outputs` and other folders of models, sorted by name."""
+    roots = dict.fromkeys((settings().models, settings().outputs, *others))
+    found = [_local_model(folder) for root in roots for folder in _models_in(root)]
     return sorted(found, key=lambda model: model.name.lower())
 
 

@@ -13,7 +13,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (this machine only)")
     parser.add_argument("--share", action="store_true", help="also through a public link, behind a password")
     parser.add_argument("--auth", metavar="USER:PASS", help="require this sign-in")
-    parser.add_argument("--budget", metavar="SIZE", help="memory to use on the computing device, such as 4G")
+    parser.add_argument("--budget", metavar="SIZE", help="the most memory of the computing device for all, such as 4G")
     parser.add_argument("--model", metavar="REF", help="model to propose: a hub id, a folder, a .gguf file")
     parser.add_argument("--lang", choices=languages(), help="language of the page (default: that of each browser)")
     parser.add_argument("--listed-only", action="store_true", help="visitors run the listed models and no others")

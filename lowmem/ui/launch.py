@@ -12,12 +12,14 @@ from starlette.middleware import Middleware
 
 from lowmem.errors import BadInput, MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
+from lowmem.machine.budget import MemoryBudget
 from lowmem.messages import msg
 from lowmem.settings import settings
 from lowmem.ui.language import Languages, Page
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.ui.service.lane import SEATS
 from lowmem.ui.service.rate_limits import VisitorLimits
 from lowmem.ui.theme import CSS, HEAD, theme
 from lowmem.units import parse_bytes
@@ -28,6 +30,8 @@ VISITOR, OWNER = "lowmem", "owner"
 ZEROGPU_BUDGET = "6G"  # what loads within a visitor's few seconds
 UPLOAD_LIMIT = "2mb"
 MEASURE_AFTER_SECONDS = 6.0
+THREADS = SEATS + 64
+"""Every action that waits in a lane holds one, and what returns at once must find another."""
 
 
 def launch_options(*, public: bool = False) -> dict[str, Any]:
@@ -41,6 +45,7 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "run_history": False,
         "enable_monitoring": False,
         "max_file_size": UPLOAD_LIMIT,
+        "max_threads": THREADS,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
         "app_kwargs": {"middleware": [Middleware(Languages), *([Middleware(VisitorLimits)] if public else [])]},
@@ -70,7 +75,7 @@ def serve(
         share: also through a public link; without `auth` a password is made up and printed.
         auth: "user:password", for everybody who may use the page.
         host, port: where to listen; this machine only by default.
-        budget: memory that may be used on the computing device, such as "4G".
+        budget: the most memory that anybody's work may use on the computing device, such as "4G".
         model: the model that is proposed first.
         listed_only: visitors may run the listed models only; always so where `HF_TOKEN` could be spent on others.
         lang: the language of the page, whatever language the browser requests.
@@ -93,9 +98,11 @@ def serve(
     owner = OWNER if len(sign_ins) > 1 else ""
     if demo is None or budget or model or public:
         access = Access(public, owner, any_model=not (listed_only or here.hub_token))
-        small = ZEROGPU_BUDGET if here.host == "zerogpu" else ""
-        cap = parse_bytes(budget or small) if budget or small else None
-        demo = build_ui(Engine(access=access), budget_bytes=cap, model=model or AUTO)
+        engine = Engine(access=access)
+        if budget:
+            engine.ceiling = MemoryBudget.parse(**{"vram" if engine.hardware().gpus else "ram": budget})
+        first = parse_bytes(ZEROGPU_BUDGET) if here.host == "zerogpu" and not budget else None
+        demo = build_ui(engine, budget_bytes=first, model=model or AUTO)
     demo.language = lang or demo.language
     # Sharpens the prediction; waits, because a child that imports torch would delay the first page.
     measuring = threading.Timer(MEASURE_AFTER_SECONDS, measure_runtime_bytes)

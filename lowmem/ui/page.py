@@ -18,6 +18,9 @@ from lowmem.ui.parts.worker import StopTokens
 from lowmem.ui.service.engine import AUTO, Engine
 from lowmem.ui.service.services import Services
 
+MOST_EVENTS = 1000
+"""In gradio's queue, where an event only waits for a thread: those that wait for the model have a place in a `Lane`."""
+
 # Gradio opens the sidebar over the whole of a phone's screen.
 SETTLE = """() => {
     const toggle = document.querySelector('#sidebar.open .toggle-button');
@@ -70,5 +73,5 @@ def build_ui(
         )
         demo.load(None, js=SETTLE, **QUICK)
         demo.unload(stop_tokens.leave)
-    demo.queue(max_size=32)
+    demo.queue(max_size=MOST_EVENTS)
     return demo

@@ -32,7 +32,6 @@ from lowmem.quant import DEFAULT
 from lowmem.quant.request import QuantizeRequest
 from lowmem.sweep.grid import make_grid
 from lowmem.ui.api.json import as_json, batch_so_far, each_event, text_so_far
-from lowmem.ui.parts.event_settings import ENGINE
 from lowmem.ui.parts.failures import bounded
 from lowmem.ui.service.described import DescribedRequest
 from lowmem.ui.service.engine import AUTO, Choice
@@ -59,10 +58,11 @@ def plan_for(services: Services, request: DescribedRequest) -> Json:
     return as_json(found.plan) | as_dict(found)
 
 
-def what_runs(services: Services, ram: str = "") -> Json:
+def what_runs(services: Services, ram: str = "", *, cancel: CancelToken) -> Events:
     """What runs on 4, 6, 8, 12, 16 and 24 GB of GPU memory: {"cells": one for each model and size, "csv": the same}."""
+    cancel.check()
     cells = services.described.what_runs(ram)
-    return {"cells": [cell.as_dict() for cell in cells], "csv": to_csv(cells)}
+    yield {"cells": [cell.as_dict() for cell in cells], "csv": to_csv(cells)}
 
 
 def load(services: Services, choice: Choice, force: bool = False, *, cancel: CancelToken) -> Events:
@@ -87,7 +87,7 @@ def machine(services: Services) -> Json:
         "line": engine.hardware().line(),
         "hardware": asdict(engine.hardware()),
         "now": asdict(engine.snapshot()),
-        "resident": as_json(resident) if resident else None,
+        "resident": as_json(resident) | {"model": engine.resident_ref} if resident else None,
         "busy": engine.busy,
     }
 
@@ -394,21 +394,18 @@ def benchmark(
 
 # --- the table
 
-QUICK: Json = {"concurrency_limit": None}
-ALONE: Json = {"concurrency_limit": 1}
-
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An endpoint, named after its function.
 
     Args:
-        queue: what it waits for, as `gr.api` takes it.
+        lane: what its events wait for, an attribute of the engine; "" where nothing waits.
         view: batches of events -> what the caller gets, for functions that return events.
     """
 
     run: Callable[..., Any]
-    queue: Json
+    lane: str = ""
     view: Callable[[Iterator[list[Any]]], Iterator[Json]] = each_event
 
     @property
@@ -417,15 +414,15 @@ class Endpoint:
 
 
 ENDPOINTS = (
-    *(Endpoint(run, QUICK) for run in (plan, plan_for, models, machine, receipt, stored, delete)),
-    *(Endpoint(run, QUICK) for run in (estimate_quantize, estimate_export, offload_plan)),
-    *(Endpoint(run, ALONE) for run in (what_runs, push)),
-    Endpoint(generate, ENGINE, text_so_far),
-    Endpoint(chat, ENGINE, text_so_far),
-    Endpoint(batch, ENGINE, batch_so_far),
-    *(Endpoint(run, ENGINE) for run in (load, unload, quantize, compare, sweep, inspect_weights, offload)),
-    *(Endpoint(run, ENGINE) for run in (offload_compare, perplexity, hidden_states, recall, compare_strategies)),
-    *(Endpoint(run, ENGINE) for run in (export, benchmark, verify)),
+    *(Endpoint(run) for run in (plan, plan_for, models, machine, receipt, stored, delete, push, unload)),
+    *(Endpoint(run) for run in (estimate_quantize, estimate_export, offload_plan)),
+    Endpoint(what_runs, "planning"),
+    Endpoint(generate, "lane", text_so_far),
+    Endpoint(chat, "lane", text_so_far),
+    Endpoint(batch, "lane", batch_so_far),
+    *(Endpoint(run, "lane") for run in (load, quantize, compare, sweep, inspect_weights, offload)),
+    *(Endpoint(run, "lane") for run in (offload_compare, perplexity, hidden_states, recall, compare_strategies)),
+    *(Endpoint(run, "lane") for run in (export, benchmark, verify)),
 )
 
 RENAMED = {

@@ -17,6 +17,7 @@ from lowmem.messages import join
 from lowmem.ui.api.arguments import RENAMED_ARGUMENTS, described
 from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED, Endpoint
 from lowmem.ui.api.json import Json, as_json
+from lowmem.ui.parts.event_settings import UNLIMITED
 from lowmem.ui.parts.failures import explain
 from lowmem.ui.parts.worker import pump
 from lowmem.ui.service.services import Services
@@ -30,12 +31,12 @@ POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 def publish(services: Services) -> None:
     """Add every endpoint, by its name and its earlier one, to the Blocks that is being built."""
     for endpoint in ENDPOINTS:
-        gr.api(_served(endpoint, services), api_name=endpoint.name, **endpoint.queue)
+        gr.api(_served(endpoint, services), api_name=endpoint.name, **UNLIMITED)
     by_name = {endpoint.name: endpoint for endpoint in ENDPOINTS}
     for old, new in RENAMED.items():
         served = _served(by_name[new], services, renamed=_renaming(f"/{old}", f"/{new}"))
         served.__name__ = old
-        gr.api(served, api_name=old, **by_name[new].queue)
+        gr.api(served, api_name=old, **UNLIMITED)
 
 
 def _renaming(old: str, new: str) -> str:
@@ -60,6 +61,8 @@ def _served(endpoint: Endpoint, services: Services, renamed: str = "") -> Callab
             token = CancelToken()
             values = {one.name: _value(one.name, hints[one.name], bound.arguments, token) for one in parameters}
             result = endpoint.run(services, **values)
+            if endpoint.lane:
+                result = services.engine.in_turn(result, token, endpoint.lane)
             found = endpoint.view(pump(result, token)) if streams else iter([as_json(result)])
             yield from ({**one, "renamed": note} if note else one for one in found)
         except Exception as error:

@@ -10,8 +10,8 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 QUICK: dict[str, Any] = PRIVATE | {"queue": False}
 """Handlers that return at once; they run while the queue is busy, but cannot show a toast."""
 
-ENGINE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "engine"}
-"""Everything that runs a model, endpoints included: one at a time, from one queue."""
+UNLIMITED: dict[str, Any] = {"concurrency_limit": None}
+"""In gradio's queue nothing waits: what must not run at the same time waits in a `Lane`, which is fair."""
 
-HEAVY: dict[str, Any] = PRIVATE | ENGINE
+HEAVY: dict[str, Any] = PRIVATE | UNLIMITED
 """Buttons of the page that run a model."""

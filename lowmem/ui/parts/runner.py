@@ -118,6 +118,8 @@ class Runner:
                 if started is None:
                     return
                 events, view = started
+                if self.queue is HEAVY:
+                    events = self.engine.in_turn(events, token)
                 for gathered in pump(events, token):
                     if updates := self._updates(gathered, view):
                         yield updates

@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from lowmem.machine.budget import MemoryBudget
+from lowmem.errors import NotAllowed
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware
-from lowmem.messages import msg
+from lowmem.messages import msg, translate
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
 from lowmem.ui.names import name
@@ -75,7 +76,7 @@ class Sidebar:
         gr.Timer(TICK_SECONDS).tick(self.refresh, self.seen, self.outputs, **QUICK)
 
     def _build_sliders(self, hardware: Hardware, cap_bytes: int | None) -> None:
-        most = {memory: limit / GB for memory, limit in MemoryBudget.detect(hardware).as_dict().items()}
+        most = {memory: limit / GB for memory, limit in self.engine.bounded(UNLIMITED).as_dict().items()}
         main = "vram" if "vram" in most else "ram"
         sizes = ZEROGPU_PRESETS_GB if hardware.host == "zerogpu" else PRESETS_GB
         presets = [size for size in sizes if size < most[main]]
@@ -135,10 +136,13 @@ class Sidebar:
         return self.after(ended.then(self._unload, **HEAVY))
 
     def _unload(self) -> None:
-        self.engine.unload()
+        try:
+            self.engine.unload()
+        except NotAllowed as error:  # the queue is full
+            gr.Warning(translate(error.message))
 
 
 def resident_key(engine: Engine) -> str:
     """Names the resident plan, "" for none."""
     plan = engine.resident
-    return f"{plan.spec.ref} {plan.precision} {plan.device} {plan.context} {plan.cache_type}" if plan else ""
+    return f"{engine.resident_ref} {plan.precision} {plan.device} {plan.context} {plan.cache_type}" if plan else ""

@@ -1,24 +1,49 @@
 """Permissions on a page: the owner may do everything, visitors nothing that costs the owner accounts or memory.
 
-People are identified by the name they signed in with, from gradio's context of the running event,
-which `worker.pump` carries into the engine's thread; without a context nobody is the owner.
+The owner is known by the name of the sign-in; visitors share one, so each is known by address and page. Both are in
+gradio's context of the running event, which `worker.pump` carries into the engine's thread; without a context nobody is
+the owner.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 from gradio.context import LocalContext
 
 from lowmem.errors import NotAllowed
 from lowmem.generate.options import GenerateOptions
 from lowmem.messages import msg
+from lowmem.settings import settings
+from lowmem.ui.service.rate_limits import address_of
 
 MOST_TOKENS = 4096
 UNBOUNDED = 1_000_000
 """New tokens of an unbounded generation: more than anybody waits for."""
 
 MOST_PROMPTS = 100
+
+
+class Visitor(NamedTuple):
+    """Who sends a request.
+
+    Args:
+        address: of the browser or program; "" for the page's owner.
+        page: the open page, or the client of `gradio_client`: a random number that only its maker knows.
+    """
+
+    address: str = ""
+    page: str = ""
+
+
+OWNER = Visitor()
+
+VISITORS = "visitors"
+"""The folder below `settings().outputs` with a folder of results for each visitor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +59,38 @@ class Access:
     public: bool = False
     owner: str = ""
     any_model: bool = True
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(16), repr=False)
+
+    @property
+    def visitor(self) -> Visitor:
+        """Who sends the current request: `OWNER`, or a visitor.
+
+        All tools of MCP share one client, so each of their requests is a visitor of its own.
+        """
+        if self.owned:
+            return OWNER
+        request = LocalContext.request.get(None)
+        if request is None or request.request is None:
+            return Visitor("-", secrets.token_hex(16))
+        address = address_of(request.request.scope) or "-"
+        known = request.session_hash and request.headers.get("x-gradio-user") != "mcp"
+        return Visitor(address, str(request.session_hash) if known else secrets.token_hex(16))
+
+    @property
+    def results(self) -> Path:
+        """Where results of the current request go: of visitors, into a folder whose name only its maker learns."""
+        visitor = self.visitor
+        if visitor == OWNER:
+            return settings().outputs
+        name = hashlib.blake2b("\n".join(visitor).encode(), digest_size=16, key=self._secret).hexdigest()
+        return settings().outputs / VISITORS / name
+
+    def is_private(self, path: Path | None) -> bool:
+        """Whether `path` is a result of another visitor."""
+        if path is None or self.owned:
+            return False
+        path, everyone = path.resolve(), (settings().outputs / VISITORS).resolve()
+        return path.is_relative_to(everyone) and not path.is_relative_to(self.results.resolve())
 
     @property
     def owned(self) -> bool:
@@ -120,4 +177,5 @@ def _is_listed(ref: str) -> bool:
     from lowmem.models.catalog import find
     from lowmem.models.source import local_models
 
-    return find(ref) is not None or ref in [model.ref for model in local_models()]
+    made_here = Path(ref).is_relative_to(settings().outputs / VISITORS)
+    return made_here or find(ref) is not None or ref in [model.ref for model in local_models()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lowmem.datasets import texts
 from lowmem.errors import BadInput
@@ -14,6 +15,7 @@ from lowmem.measure.variants import parse_variants
 from lowmem.messages import msg
 from lowmem.quant import all_methods
 from lowmem.sweep.grid import MAX_CELLS, Grid
+from lowmem.sweep.table import default_folder
 from lowmem.ui.service.engine import Engine
 
 MOST_VARIANTS = 12
@@ -86,7 +88,13 @@ class CompareService:
         for model in grid.models:
             self.engine.spec(model)  # refuses models that this visitor may not name
         budget = self.engine.child_budget(budget)
-        return self.engine.noted(sweep(grid, workers=workers, budget=budget, cancel=cancel))
+        return self.engine.noted(sweep(grid, self._table_folder(grid), workers=workers, budget=budget, cancel=cancel))
+
+    def _table_folder(self, grid: Grid) -> Path | None:
+        """Among the visitor's own results; None for the owner's usual one."""
+        if self.engine.access.owned:
+            return None
+        return self.engine.access.results / default_folder(grid, texts.evaluation_text(grid.text)).name
 
     def _check(self, text: str, options: MeasureOptions) -> None:
         if self.engine.public and options.tokens > LARGEST_TEXT_TOKENS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +23,8 @@ from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.precisions import PRECISIONS
 from lowmem.settings import settings
-from lowmem.ui.service.access import Access
+from lowmem.ui.service.access import Access, Visitor
+from lowmem.ui.service.lane import Lane
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +38,8 @@ E = TypeVar("E")
 
 AUTO = "auto"
 HARDWARE_SECONDS = 3.0  # a slider fires many events; the machine does not change between them
+
+MOST_RECEIPTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,27 @@ class Engine:
     Args:
         session: makes the session on first use.
         access: who may do what; on a public page only models below lowmem's own folders may be named by path.
+        ceiling: the budget that the owner set for this page; every other budget is lowered to it.
+
+    Attributes:
+        lane, planning: the queues in front of what runs a model, and of long work that only plans.
     """
 
-    def __init__(self, session: Callable[[], Session] | None = None, *, access: Access | None = None) -> None:
-        self.access = access or Access()
+    def __init__(
+        self,
+        session: Callable[[], Session] | None = None,
+        *,
+        access: Access | None = None,
+        ceiling: MemoryBudget = UNLIMITED,
+    ) -> None:
+        self.access, self.ceiling = access or Access(), ceiling
+        self.lane, self.planning = Lane(), Lane()
         self._make_session = session or _real_session
         self._session: Session | None = None
         self._lock, self._measuring = threading.Lock(), threading.Lock()
         self._hardware: tuple[float, Hardware] | None = None
         self._specs: dict[tuple[str, bool], ModelSpec] = {}
-        self._noted: tuple[Receipt, Receipt | None] | None = None
+        self._receipts: OrderedDict[Visitor, Receipt] = OrderedDict()
 
     @property
     def public(self) -> bool:
@@ -141,7 +156,8 @@ class Engine:
 
         known = [(entry.label, entry.ref) for entry in CATALOG]
         refs = {ref for _, ref in known}
-        return known + [(model.name, model.ref) for model in local_models() if model.ref not in refs]
+        here = local_models(self.access.results)
+        return known + [(model.name, model.ref) for model in here if model.ref not in refs]
 
     def spec(self, ref: str, *, encoders: bool = False) -> ModelSpec:
         """The model behind a reference; each is read once.
@@ -183,7 +199,7 @@ class Engine:
         spec = None if choice.model in ("", AUTO) else self.spec(choice.model)
         context = min(choice.context, spec.context) if spec and spec.context else choice.context
         goal = Goal(context=context, precision=choice.precision, device=choice.device, cache_type=choice.cache_type)
-        return self._plan(spec, choice.budget.bounded(hardware), goal)
+        return self._plan(spec, self.bounded(choice.budget), goal)
 
     def _plan(self, spec: ModelSpec | None, budget: MemoryBudget, goal: Goal) -> Plan:
         from lowmem.models.choices import choices, shortage
@@ -217,10 +233,22 @@ class Engine:
         """The model whose process died since the last load."""
         return getattr(self._session, "lost", None)
 
+    @property
+    def resident_ref(self) -> str:
+        """The resident model's reference as the current visitor may see it: of another visitor's result, its name."""
+        plan = self.resident
+        if plan is None:
+            return ""
+        return plan.spec.name if self.access.is_private(plan.spec.source.folder) else plan.spec.ref
+
+    def bounded(self, budget: MemoryBudget) -> MemoryBudget:
+        """A visitor's budget, within the owner's and the machine's."""
+        return budget.within(self.ceiling).bounded(self.hardware())
+
     def set_budget(self, budget: MemoryBudget) -> None:
         """Hold the resident model to another budget, if the owner asks; a visitor's takes effect with the next load."""
         if self.resident is not None and self.access.owned:
-            self.session.set_budget(budget.bounded(self.hardware()))
+            self.session.set_budget(self.bounded(budget))
 
     @property
     def busy(self) -> str:
@@ -232,25 +260,42 @@ class Engine:
 
     @property
     def last_receipt(self) -> Receipt | None:
-        """Of the session, or of work beside it that ended later."""
-        last = self._session.last_receipt if self._session else None
-        return self._noted[0] if self._noted and self._noted[1] is last else last
+        """Of the last action of whoever sends the current request; it may contain a prompt, so nobody else sees it."""
+        return self._receipts.get(self.access.visitor)
 
     def noted(self, events: Iterator[E]) -> Iterator[E]:
-        """Pass the events of work outside the session on; its receipt becomes the last one."""
+        """Pass the events of an action on, and remember its receipt for who started it."""
+        visitor = self.access.visitor
         for event in events:
             if isinstance(event, Receipt):
-                self._noted = (event, self._session.last_receipt if self._session else None)
+                self._note(visitor, event)
             yield event
+
+    def _note(self, visitor: Visitor, receipt: Receipt) -> None:
+        self._receipts[visitor] = receipt
+        self._receipts.move_to_end(visitor)
+        if len(self._receipts) > MOST_RECEIPTS:
+            self._receipts.popitem(last=False)
+
+    def in_turn(self, events: Iterator[E], cancel: CancelToken, lane: str = "lane") -> Iterator[E | Step]:
+        """Pass events on when it is the current visitor's turn in a lane, see `Lane.in_turn`."""
+        return getattr(self, lane).in_turn(self.access.visitor, events, cancel)
 
     def load(self, plan: Plan, cancel: CancelToken, *, force: bool = False) -> Iterator[Step | Receipt]:
         if force:
             self.access.require_owner(msg("Going over the budget"))
         yield Step(0, 0, msg("Starting the engine"))
-        yield from self.session.load(plan, cancel, force=force)
+        yield from self.noted(self.session.load(plan, cancel, force=force))
 
     def unload(self) -> Receipt | None:
-        return self._session.unload() if self._session else None
+        """Unload when it is the current visitor's turn."""
+
+        def events() -> Iterator[Receipt]:
+            if self._session and (receipt := self._session.unload()):
+                yield receipt
+
+        found = list(self.in_turn(self.noted(events()), CancelToken()))
+        return next((event for event in found if isinstance(event, Receipt)), None)
 
     def estimate(self, prompt_tokens: int, options: GenerateOptions) -> Plan | None:
         """The resident plan for one more answer, None when nothing is resident."""
@@ -265,13 +310,13 @@ class Engine:
 
     def child_budget(self, budget: MemoryBudget) -> MemoryBudget:
         """The budget of a child process beside this one and its resident model."""
-        return budget.bounded(self.hardware()).for_child_process()
+        return self.bounded(budget).for_child_process()
 
     def isolated(self, job: str, arguments: dict[str, Any], cancel: CancelToken) -> Iterator[Any]:
         """Run a registered job in a child process; its value is the last event."""
         from lowmem.machine.isolated import Finished, run_isolated
 
-        for event in run_isolated(job, arguments, cancel):
+        for event in run_isolated(job, arguments, cancel, self.child_budget(UNLIMITED)):
             yield event.value if isinstance(event, Finished) else event
 
     def generate(
@@ -279,7 +324,7 @@ class Engine:
     ) -> Iterator[Step | Chunk | Receipt]:
         self.require_model()
         self.access.check_work(options)
-        return self.session.generate(prompt, options, cancel, raw=raw)
+        return self.noted(self.session.generate(prompt, options, cancel, raw=raw))
 
     def chat(
         self, messages: Sequence[ChatMessage], options: GenerateOptions, cancel: CancelToken
@@ -293,7 +338,7 @@ class Engine:
         """Answer many prompts; batch size 0 is the largest that the budget allows."""
         self.require_model()
         self.access.check_work(options, len(prompts))
-        return self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None)
+        return self.noted(self.session.batch(prompts, options, cancel, raw=raw, batch_size=batch_size or None))
 
     def require_model(self) -> None:
         if self.resident is None:

@@ -35,7 +35,7 @@ class ExportService:
         self, model: str, options: ExportOptions, budget: MemoryBudget, cancel: CancelToken
     ) -> Iterator[Step | Receipt]:
         """Write the graph and verify it; the receipt's `details["folder"]` says where."""
-        out = output_folder(self.engine.spec(model, encoders=True).name, options)
+        out = output_folder(self.engine.spec(model, encoders=True).name, options, self.engine.access.results)
         request = ExportRequest(model, out, options, self.engine.child_budget(budget), not self.engine.public)
         return self.engine.noted(export_isolated(request, cancel))
 

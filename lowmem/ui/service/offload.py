@@ -65,7 +65,7 @@ class OffloadService:
             self.engine.session,
             spec,
             goal,
-            request.budget,
+            self.engine.bounded(request.budget),
             _where(request, spec),
             maximize_batch=not request.num_return_sequences,
         )
@@ -111,7 +111,7 @@ class OffloadService:
             "disk": plan.placement.indices("disk"),
             "in_ram": plan.placement.indices("ram"),
         }
-        for event in run_isolated("measure_offload", measured, cancel):
+        for event in run_isolated("measure_offload", measured, cancel, self.engine.child_budget(UNLIMITED)):
             if isinstance(event, Step):
                 yield event
 

@@ -85,8 +85,8 @@ class QuantizeService:
         self.engine.measure(measured(request))
 
     def output(self, request: QuantizeRequest) -> Path:
-        """A new folder for the result, below `settings().outputs`."""
-        return unused(output_folder(self.engine.spec(request.model).name, request))
+        """A new folder for the result, among the visitor's own."""
+        return unused(self.engine.access.results / output_folder(self.engine.spec(request.model).name, request).name)
 
     def quantize(self, request: QuantizeRequest, cancel: CancelToken) -> Iterator[Step | Receipt]:
         """Quantize into `output(request)`; the receipt's `details["folder"]` says where that is."""

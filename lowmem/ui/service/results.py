@@ -16,8 +16,11 @@ from lowmem.ui.service.access import Access
 
 
 def new_folder(kind: str) -> Path:
-    """A new folder for the files of one action, below `settings().outputs`."""
-    folder = settings().outputs / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    """A new folder for the files of one action, below `settings().outputs`.
+
+    The page serves what is below that folder to everybody, so that its name is what keeps the files private.
+    """
+    folder = settings().outputs / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(16)}"
     folder.mkdir(parents=True)
     return folder
 

@@ -162,7 +162,8 @@ class StrategiesMode:
     def _start(self, token: CancelToken, text: str, file: str, address: str, *values: Any) -> Started:
         options = build(StrategyOptions, dict(zip(self.controls, values, strict=False)))
         plan = self.engine.resident
-        ref, precision = (plan.spec.ref, plan.precision) if plan else ("demo", "auto")
+        usable = plan is not None and not self.engine.access.is_private(plan.spec.source.folder)
+        ref, precision = (plan.spec.ref, plan.precision) if plan and usable else ("demo", "auto")
         budget = self.sidebar.budget_of(values[len(self.controls) :])
         source = TextSource(text, file, address)
         events = self.service.compare_strategies(ref, source, options, budget, token, precision)
