@@ -24,6 +24,7 @@ from lowmem.generate.options import GenerateOptions
 from lowmem.kernels.quantized import Quantized
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.device import Device
+from lowmem.measure.estimate import peaks, quantized
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.variants import parse_variant
 from lowmem.models.source import read_spec
@@ -37,7 +38,6 @@ from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.run import quantize
 from lowmem.quant.seconds import quantize_seconds
 from lowmem.runtime.session import Session
-from lowmem.sweep.estimate import peaks, quantized
 from lowmem.sweep.grid import make_grid
 from lowmem.ui import tabs
 from lowmem.ui.page import build_ui

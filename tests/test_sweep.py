@@ -26,6 +26,7 @@ from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
 from lowmem.machine.isolated import Finished
 from lowmem.measure import compare as compare_module
+from lowmem.measure.estimate import peaks, quantized
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import parse_variant
@@ -34,7 +35,6 @@ from lowmem.planning.model_bytes import weight_bytes
 from lowmem.quant import METHODS, get
 from lowmem.quant.pipeline import quantize_folder
 from lowmem.settings import settings
-from lowmem.sweep.estimate import peaks, quantized
 from lowmem.sweep.grid import MAX_CELLS, Grid, make_grid, read_grid
 from lowmem.sweep.local import LocalPool, Task
 from lowmem.sweep.run import sweep

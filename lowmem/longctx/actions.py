@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem.datasets.texts import CHARACTERS_PER_TOKEN
 from lowmem.errors import BadInput
@@ -24,6 +24,7 @@ from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, 
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
+from lowmem.planning.seconds import Work, learn_reading, or_zero, reading_seconds
 from lowmem.runtime.receipts import load_snippet
 from lowmem.runtime.session import Session
 
@@ -35,6 +36,14 @@ CURVE_POINTS = 60
 
 RECALL_DISTANCE = 2048
 """Tokens between fact and question when there is no window."""
+
+
+class _Read(NamedTuple):
+    """What `reading_seconds` are asked for."""
+
+    tokens: int
+    window: int
+    work: Work
 
 
 def hidden_states(
@@ -96,7 +105,8 @@ def hidden_states(
         windows=written.windows,
         difference=window - stride,
     )
-    yield _receipt("hidden", action, started, peak, count, details, (note,), out.stat().st_size, snippet=repeat)
+    read = _Read(sum(min(window, count - start) for start in range(0, count, stride)), window, "reading")
+    yield _receipt("hidden", action, started, peak, count, details, (note,), out.stat().st_size, repeat, read)
 
 
 def sliding_perplexity(
@@ -130,10 +140,11 @@ def sliding_perplexity(
         refuse_if_over(action, force, msg("Use a shorter window."))
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
         yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
-        return action, (total.value, total.tokens, curve.spans())
+        read = _Read(sum(part.end - part.start for part in passage.windows()), window, "scoring")
+        return action, (total.value, total.tokens, curve.spans(), read)
 
     started = time.perf_counter()
-    (action, (value, count, spans)), peak = yield from session.work(
+    (action, (value, count, spans, read)), peak = yield from session.work(
         msg("Measuring perplexity"), task, cancel, force=force
     )
     yield from spans
@@ -147,7 +158,7 @@ def sliding_perplexity(
         tokens=repr(tokens),
         force=repr(force),
     )
-    yield _receipt("perplexity", action, started, peak, count, details, snippet=repeat)
+    yield _receipt("perplexity", action, started, peak, count, details, snippet=repeat, read=read)
 
 
 def streaming_perplexity(
@@ -309,13 +320,18 @@ def _receipt(
     notes: tuple[str, ...] = (),
     disk_bytes: int = 0,
     snippet: str = "",
+    read: _Read | None = None,
 ) -> Receipt:
     seconds = time.perf_counter() - started
+    expected = 0.0
+    if read is not None:
+        expected = or_zero(reading_seconds, plan, *read)
+        learn_reading(plan, *read, seconds)
     predicted = dict(plan.predicted)
     if action != "hidden":  # the others hold logits for every token
         predicted[plan.main.memory] += LOGITS_COPIES * LOGITS_BYTES
     return replace(
-        Receipt(action, plan.spec.name, plan.precision, plan.device, seconds),
+        Receipt(action, plan.spec.name, plan.precision, plan.device, seconds, predicted_seconds=expected),
         predicted=predicted,
         measured={memory: peak[memory] for memory in predicted if memory in peak},
         prompt_tokens=tokens,

@@ -53,6 +53,11 @@ def save_rate(work: str, measured: float) -> None:
     saved_figures.save(FIGURES, _key(work), measured)
 
 
+def learn_rate(work: str, measured: float) -> None:
+    """Add a rate that a run of `work` showed to those before it."""
+    saved_figures.add(FIGURES, _key(work), measured, first=measured)
+
+
 def saved_rate(work: str, again: Again, measure: Callable[[], float]) -> float:
     """The rate of `work` on this machine, measured if it is missing or `again`.
 

@@ -12,6 +12,7 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine import rates
 from lowmem.machine.isolated import run_isolated
 from lowmem.messages import msg
+from lowmem.units import format_time_range
 
 SMALLEST_TIMED = 20_000_000
 """Parameters of the smallest model for which a machine is measured; smaller ones take about as long as measuring."""
@@ -45,6 +46,8 @@ def measured(
 
 def timed(events: Iterable[Any], action: str, predicted: float | None) -> Iterator[Any]:
     """Pass on the events of an action whose time was `predicted`; its receipt gets that, and the next estimate is corrected."""
+    if predicted and predicted >= rates.LONG_SECONDS:
+        yield Step(0, 0, msg("Expected to take {range}", range=format_time_range(predicted)))
     for event in events:
         if isinstance(event, Receipt) and predicted and not event.details.get("resumed_blocks"):
             rates.learn(action, predicted, event.seconds)

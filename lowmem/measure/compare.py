@@ -24,7 +24,10 @@ from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.fields import arguments, changed
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.hardware import probe
 from lowmem.machine.isolated import Finished, run_isolated
+from lowmem.machine.timing import timed
+from lowmem.measure.estimate import total_seconds
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.progress import share
 from lowmem.measure.rows import Row, largest_peaks
@@ -66,11 +69,25 @@ def compare(
         BadInput, ModelNotFound, Offline: the model or the text is not available.
         Cancelled: within a second; the rows so far have been yielded, and no files are left.
     """
-    cancel, started = cancel or CancelToken(), time.perf_counter()
+    cancel = cancel or CancelToken()
     spec, chosen = read_spec(ref), evaluation_text(text, cancel)
-    first = parse_variant(reference)
-    ordered = list(dict.fromkeys([first, *variants]))
+    ordered = list(dict.fromkeys([parse_variant(reference), *variants]))
+    expected = total_seconds(((spec, one) for one in ordered), options, probe(), budget, "compare")
+    repeat = _snippet(ref, ordered, text, reference, options, budget)
+    yield from timed(_compare(spec, ordered, chosen, options, budget, cancel, repeat), "compare", expected)
+
+
+def _compare(
+    spec: ModelSpec,
+    ordered: Sequence[Variant],
+    chosen: Text,
+    options: MeasureOptions,
+    budget: MemoryBudget,
+    cancel: CancelToken,
+    snippet: str,
+) -> Iterator[Step | Row | Receipt]:
     rows: list[Row] = []
+    started = time.perf_counter()
     with workspace() as work:
         comparison = Comparison(spec, work, options, budget, cancel)
         comparison.text.write_text(chosen.text, encoding="utf-8")
@@ -80,8 +97,7 @@ def compare(
             rows.append(with_perplexity_change(row, rows[0] if rows else row))
             yield rows[-1]
     notes = (*caveats(spec, chosen, ordered), *(f"{row.variant}: {row.error}" for row in rows if row.error))
-    repeat = _snippet(ref, ordered, text, reference, options, budget)
-    yield _receipt(comparison, chosen, rows, notes, time.perf_counter() - started, repeat)
+    yield _receipt(comparison, chosen, rows, notes, time.perf_counter() - started, snippet)
 
 
 @dataclass

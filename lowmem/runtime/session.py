@@ -36,6 +36,7 @@ from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv,
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
+from lowmem.planning.seconds import learn_loading, learn_speeds, loading_seconds, or_zero
 from lowmem.runtime import receipts
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ class Session:
                 refuse_if_over(action, msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits."))
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
+            learn_speeds(plan, receipt)
             self._last_receipt = receipts.with_prompt(receipt, plan, prompt, wanted, raw, force)
             yield self._last_receipt
         finally:
@@ -388,7 +390,11 @@ class Session:
                 peak = yield from self._attempt(plan, folder, cancel, force)
                 if self._capped and not force and (note := cap_note()):
                     notes.append(note)
-                return receipts.load_receipt(plan, time.perf_counter() - started, peak, notes, folder)
+                seconds = time.perf_counter() - started
+                expected = or_zero(loading_seconds, plan)
+                learn_loading(plan, seconds)
+                receipt = receipts.load_receipt(plan, seconds, peak, notes, folder)
+                return replace(receipt, predicted_seconds=expected)
             except Exception as error:
                 # The planner chose the graph, so its failure is no reason to refuse the model.
                 why = str(error) if isinstance(error, LowMemError) else msg("The graph could not be written.")

@@ -25,13 +25,13 @@ from lowmem.fields import build
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import probe
 from lowmem.measure.compare import Comparison, workspace
+from lowmem.measure.estimate import peaks
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.measure.variants import Variant, parse_variant
 from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.sweep.estimate import peaks
 from lowmem.sweep.local import MARGIN, Report, Task, allotment
 from lowmem.version import __version__
 

@@ -17,11 +17,11 @@ from lowmem.errors import Cancelled, LowMemError, OutOfMemory
 from lowmem.events import CancelToken, Step, drain
 from lowmem.machine.budget import MemoryBudget
 from lowmem.measure.compare import Comparison
+from lowmem.measure.estimate import Peaks
 from lowmem.measure.options import MeasureOptions
 from lowmem.measure.rows import Row
 from lowmem.messages import msg
 from lowmem.models.spec import ModelSpec
-from lowmem.sweep.estimate import Peaks
 from lowmem.sweep.grid import Cell
 
 MARGIN = 1 / 8

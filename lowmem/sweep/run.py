@@ -14,12 +14,13 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.fields import arguments, changed
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
+from lowmem.machine.timing import timed
 from lowmem.measure.compare import caveats, with_perplexity_change
+from lowmem.measure.estimate import peaks, total_seconds
 from lowmem.measure.rows import Row, largest_peaks
 from lowmem.messages import msg
 from lowmem.models.source import read_spec
 from lowmem.models.spec import ModelSpec
-from lowmem.sweep.estimate import peaks
 from lowmem.sweep.grid import Cell, Grid
 from lowmem.sweep.local import MARGIN, LocalPool, Report, Task
 from lowmem.sweep.table import Table, default_folder, opened, ordered
@@ -69,7 +70,7 @@ def sweep(
         MissingDependency: Ray is requested but not installed.
         Cancelled: within a second; the table is kept, and the same call continues from it.
     """
-    cancel, started = cancel or CancelToken(), time.perf_counter()
+    cancel = cancel or CancelToken()
     text = evaluation_text(grid.text, cancel)
     specs = {model: read_spec(model) for model in grid.models}
     hardware = probe()
@@ -81,9 +82,7 @@ def sweep(
         pool = _pool(run, workers, ray, inner)
         try:
             yield from run.rows_so_far()
-            yield from run.drive(pool, cancel)
-            table.finish()
-            yield run.receipt(time.perf_counter() - started, pool.note())
+            yield from timed(run.measured(pool, cancel), "sweep", run.seconds() if not ray else None)
         finally:
             inner.set()
             pool.close()
@@ -137,6 +136,18 @@ class _Run:
             if cell not in self.pending and (row := self.table.row(cell)):
                 self.rows.append(row)
                 yield row
+
+    def seconds(self) -> float | None:
+        """The estimated time of the pending cells."""
+        cells = ((self.specs[cell.model], cell.variant) for cell in self.pending)
+        return total_seconds(cells, self.grid.options, self.hardware, self.budget, "sweep")
+
+    def measured(self, pool: Pool, cancel: CancelToken) -> Iterator[Step | Row | Receipt]:
+        """Run the pending cells and finish the table."""
+        started = time.perf_counter()
+        yield from self.drive(pool, cancel)
+        self.table.finish()
+        yield self.receipt(time.perf_counter() - started, pool.note())
 
     def drive(self, pool: Pool, cancel: CancelToken) -> Iterator[Step | Row]:
         """Run the pending cells. A model's cells wait until its reference has finished or failed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowmem.models.model_files import MANIFEST
 from lowmem.models.source import local_folder
 from lowmem.offload.estimate import estimate_speed, largest_file
 from lowmem.planning.plan import Plan
+from lowmem.planning.seconds import learn_verifying, or_zero, verifying_seconds
 from lowmem.runtime.onnx.manifest import read_manifest
 from lowmem.runtime.session import Session
 from lowmem.verify import actions, claims
@@ -64,7 +65,10 @@ def verify(
     for claim in claims.fits(found, resident.budget):
         found.append(claim)
         yield claim
-    yield _receipt(resident, found, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    expected = or_zero(verifying_seconds, resident)
+    learn_verifying(resident, seconds)
+    yield replace(_receipt(resident, found, seconds), predicted_seconds=expected)
 
 
 def _measure(

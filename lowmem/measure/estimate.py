@@ -1,22 +1,27 @@
-"""Estimates the peak memory of a cell, so that cells can run in parallel. Pure arithmetic, imports no torch."""
+"""Estimates the peak memory and the time of making and measuring a variant. Pure arithmetic, imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lowmem.errors import LowMemError
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
+from lowmem.machine.rates import Unmeasured, correction
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.variants import Variant
+from lowmem.measure.windows import cut
 from lowmem.models.quantization import BNB, INT8, Quantization, parse_quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.goal import Goal
+from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
+from lowmem.planning.seconds import loading_seconds, reading_seconds, writing_seconds
 from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.layers import Matrices, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
+from lowmem.quant.seconds import quantize_seconds
 
 Peaks = dict[str, int]
 """Bytes by memory: "ram" and, if a GPU is used, "vram"."""
@@ -36,6 +41,50 @@ def peaks(
     except LowMemError:
         return None
     return measuring | {"ram": max(measuring["ram"], making.ram_bytes)}
+
+
+def seconds(
+    spec: ModelSpec, variant: Variant, options: MeasureOptions, hardware: Hardware, budget: MemoryBudget
+) -> float:
+    """The estimated time of making and measuring `variant`.
+
+    Raises:
+        Unmeasured: this machine has not done such work yet.
+        LowMemError: it cannot be planned.
+    """
+    goal = Goal(context=options.prompt_tokens + options.new_tokens, precision=variant.precision or "stored")
+    if variant.precision:
+        return _measuring_seconds(plan(spec, hardware, budget, goal), options)
+    request = variant.request(spec.ref)
+    made = plan(quantized(spec, request), hardware, budget, goal)
+    return quantize_seconds(spec, request) + _measuring_seconds(made, options)
+
+
+def total_seconds(
+    cells: Iterable[tuple[ModelSpec, Variant]],
+    options: MeasureOptions,
+    hardware: Hardware,
+    budget: MemoryBudget,
+    action: str,
+) -> float | None:
+    """The estimated time of all `cells`, corrected by earlier runs of `action`; None where one cannot be estimated.
+
+    Cells that run side by side take as long together as one after the other: they share the cores.
+    """
+    try:
+        found = sum(seconds(spec, variant, options, hardware, budget) for spec, variant in cells)
+    except (LowMemError, Unmeasured):
+        return None
+    return found * correction(action)
+
+
+def _measuring_seconds(plan: Plan, options: MeasureOptions) -> float:
+    window = min(options.window, plan.spec.context)
+    stride = min(options.stride, max(1, window // 2)) if window < options.window else options.stride
+    read = sum(part.end - part.start for part in cut(options.tokens, window, stride))
+    answer = reading_seconds(plan, options.prompt_tokens, options.prompt_tokens)
+    answer += writing_seconds(plan, options.new_tokens)
+    return loading_seconds(plan) + reading_seconds(plan, read, window, "scoring") + options.runs * answer
 
 
 def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:
