@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.cache_utils import DynamicCache
 
 from lowmem.datasets.texts import evaluation_text
 from lowmem.errors import is_out_of_memory
@@ -29,6 +30,7 @@ from lowmem.export.linears import as_dtype
 from lowmem.export.reference import Rounding, roundings, streamed_model
 from lowmem.machine.monitor import release_memory
 from lowmem.messages import msg
+from lowmem.models.cache_argument import cache_argument
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.meta_model import context_limit
 from lowmem.models.quantization import Quantization
@@ -173,8 +175,9 @@ def _rounded(
         if PREFILL not in found:
             return logits, logits[:, -STEPS:]
         reader = _stoppable(streamed_model(folder, checkpoint, stored, found[PREFILL]), cancel)
-        cache = reader(input_ids=windows[:, :first], use_cache=True, logits_to_keep=1).past_key_values
-        return logits, main(input_ids=windows[:, first:], past_key_values=cache).logits.float()
+        cached = {cache_argument(main): DynamicCache(config=main.config), "use_cache": True}
+        reader(input_ids=windows[:, :first], logits_to_keep=1, **cached)
+        return logits, main(input_ids=windows[:, first:], **cached).logits.float()
 
 
 def _compared(
