@@ -17,11 +17,12 @@ import pytest
 from lowmem.background import ThreadPool, in_background, stoppable
 from lowmem.errors import OutOfMemory
 from lowmem.events import CancelToken, Step
+from lowmem.machine import cap, sampler
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.cap import READY_THREADS
 from lowmem.machine.direct_io import Shard
 from lowmem.machine.isolated import Finished, run_isolated
-from lowmem.machine.monitor import PeakMeter
+from lowmem.machine.monitor import PeakMeter, trim_heap
 from lowmem.units import MB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a cap")
@@ -201,3 +202,54 @@ def thread_without_memory() -> Iterator[Step]:
 def test_a_thread_that_dies_before_it_runs_is_out_of_memory():
     with pytest.raises(OutOfMemory, match="another thread"):
         peak(thread_without_memory)
+
+
+def mapping_while_the_heap_shrinks() -> Iterator[Step]:
+    """What the heap gives back in the moment of a mapping does not count as mapped and still to be filled."""
+    yield Step(0, 0, "")
+    sampler.unwatch(cap._cap.look)  # as on a busy machine, where ticks come late
+    small = [bytearray(b"x") * 100_000 for _ in range(600)]
+    last = bytearray(b"x") * 100_000
+    cap.update_cap()
+    del small
+    block = mapped(60 * MB)
+    touch(block)
+    trim_heap()
+    touch(mapped(int(0.95 * (BUDGET - held()))))
+    del last
+
+
+def test_a_heap_that_shrinks_beside_a_new_mapping_leaves_the_budget_whole():
+    assert 0.9 * BUDGET < peak(mapping_while_the_heap_shrinks) < 1.01 * BUDGET
+
+
+def ending_threads() -> Iterator[Step]:
+    """Their stacks stay mapped for the next ones."""
+    yield Step(0, 0, "")
+    done = threading.Event()
+    running = [threading.Thread(target=done.wait) for _ in range(4)]
+    for thread in running:
+        thread.start()
+    time.sleep(0.1)
+    done.set()
+    for thread in running:
+        thread.join()
+    time.sleep(0.1)
+    touch(mapped(int(0.95 * (BUDGET - held()))))
+
+
+def test_stacks_of_ended_threads_do_not_count():
+    assert 0.9 * BUDGET < peak(ending_threads) < 1.01 * BUDGET
+
+
+def padding() -> Iterator[Step]:
+    """Mapped for good, and never filled: as packed weights are padded."""
+    yield Step(0, 0, "")
+    padded = mapped(100 * MB)
+    cap.settle()
+    touch(mapped(int(0.95 * (BUDGET - held()))))
+    del padded
+
+
+def test_what_was_never_filled_does_not_count_in_the_next_action():
+    assert 0.9 * BUDGET < peak(padding) < 1.01 * BUDGET

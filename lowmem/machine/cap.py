@@ -17,6 +17,7 @@ import functools
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,12 +78,19 @@ class MemoryCap:
                 self._apply(resource.RLIM_INFINITY)
                 return
             memory = _memory()
-            before, self._before = self._before or memory, memory
-            mapped, untouched = memory.mapped - before.mapped, memory.untouched - before.untouched
+            before = self._before or memory
+            # The stack of a thread that ended stays mapped, for the next one.
+            self._before = memory = memory._replace(threads=max(memory.threads, before.threads))
+            stacks = _stack_bytes() * (memory.threads - before.threads)
+            mapped, untouched = memory.mapped - before.mapped - stacks, memory.untouched - before.untouched - stacks
             # What the heap gave back is untouched, too, but it was not mapped just now.
             self._fresh = max(0, self._fresh + min(untouched, max(0, mapped)))
-            reserve = memory.stacks + memory.untouched - self._fresh
+            reserve = memory.untouched - self._fresh
             self._apply(max(0, self.limit - other_processes_bytes() - memory.files + reserve))
+
+    def settle(self) -> None:
+        self._before, self._fresh = None, 0
+        self.update()
 
     def _apply(self, limit: int) -> None:
         if limit != self._set:
@@ -106,6 +114,19 @@ def cap_memory(budget: MemoryBudget) -> None:
         _cap.update()
 
 
+def settle() -> None:
+    """Call between actions: what has no pages now, like the padding of packed weights, will have none."""
+    if _cap is not None:
+        _cap.settle()
+
+
+def update_cap() -> None:
+    """Look at the memory in use now, if there is a cap."""
+    if _cap is not None:
+        with suppress(MemoryError, OSError):
+            _cap.update()
+
+
 def cap_gpu_memory(budget: MemoryBudget) -> None:
     """Limit what torch may allocate on the first GPU, as on a GPU of that size. Torch must be loaded; starts CUDA."""
     torch = gpu.loaded_torch()
@@ -118,23 +139,18 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class _Memory(NamedTuple):
-    """Bytes of this process: private writable ones, those of them without pages, and pages of mapped files.
-
-    Stacks of threads, of which a few pages are ever used, are counted apart.
-    """
+    """Bytes of this process: private writable ones, those of them without pages, and pages of mapped files; its threads."""
 
     mapped: int
     untouched: int
     files: int
-    stacks: int
+    threads: int
 
 
 def _memory() -> _Memory:
     """See proc_pid_statm(5)."""
     _, resident, files, _, _, mapped, _ = (_PAGE * int(pages) for pages in Path("/proc/self/statm").read_text().split())
-    threads = Path("/proc/self/task").stat().st_nlink - 2
-    stacks = _stack_bytes() * (threads - 1)
-    return _Memory(mapped - stacks, mapped - stacks - (resident - files), files, stacks)
+    return _Memory(mapped, mapped - (resident - files), files, Path("/proc/self/task").stat().st_nlink - 2)
 
 
 @functools.cache

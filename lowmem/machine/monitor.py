@@ -19,6 +19,7 @@ from types import TracebackType
 from lowmem.errors import OutOfMemory
 from lowmem.machine import gpu, memory_limits, sampler
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.machine.cap import update_cap
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.memory_limits import process_bytes
 from lowmem.messages import msg
@@ -212,7 +213,10 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
+            # A cap that looks before and after does not take the pages that are given back for a new mapping.
+            update_cap()
             trim(0)
+            update_cap()
 
 
 class HeapTrimmer:

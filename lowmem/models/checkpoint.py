@@ -118,7 +118,8 @@ class Checkpoint:
             return out
         rows = out if out.dim() else out.view(1)
         row_bytes = max(1, entry.nbytes // max(1, rows.shape[0]))
-        step = max(1, CONVERSION_BYTES // row_bytes)
+        # Equal chunks: while the first is mapped, the result is there, too.
+        step = max(1, math.ceil(rows.shape[0] / max(1, math.ceil(entry.nbytes / CONVERSION_BYTES))))
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step]
             chunk = torch.empty(part.shape, dtype=stored)

@@ -12,9 +12,18 @@ from lowmem.messages import msg
 from lowmem.models.anatomy import Activations, LayerCache
 from lowmem.models.blocks import BlockList
 from lowmem.models.quantization import Quantization, Shape
-from lowmem.models.tensors import CODE_DTYPES, CONVERSION_BYTES, DTYPE_BYTES, PACKED_PARTS, Tensor
+from lowmem.models.tensors import CODE_DTYPES, CONVERSION_BYTES, DTYPE_BYTES, PACKED_PARTS, Tensor, conversion_bytes
 
-__all__ = ["CODE_DTYPES", "CONVERSION_BYTES", "DTYPE_BYTES", "PACKED_PARTS", "ModelSource", "ModelSpec", "Tensor"]
+__all__ = [
+    "CODE_DTYPES",
+    "CONVERSION_BYTES",
+    "DTYPE_BYTES",
+    "PACKED_PARTS",
+    "ModelSource",
+    "ModelSpec",
+    "Tensor",
+    "conversion_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)

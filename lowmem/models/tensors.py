@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lowmem.units import MB
@@ -27,7 +28,13 @@ DTYPE_BYTES = {
 """Bytes per element of unpacked dtypes. For GGUF tensors, whose dtype is a type name such as "q4_1", see `nbytes`."""
 
 CONVERSION_BYTES = 64 * MB
-"""Stored bytes that a checkpoint converts to another dtype or layout at a time: what that takes besides the result."""
+"""Most stored bytes that a checkpoint converts to another dtype or layout at a time: what that takes besides the result."""
+
+
+def conversion_bytes(stored: int) -> int:
+    """Bytes of each of the equal chunks in which a tensor of `stored` bytes is converted."""
+    return math.ceil(stored / max(1, math.ceil(stored / CONVERSION_BYTES)))
+
 
 PACKED_PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",

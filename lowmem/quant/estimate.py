@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem.messages import msg
-from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor
+from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor, conversion_bytes
 from lowmem.planning.model_bytes import activation_bytes
 from lowmem.planning.placement import block_index
 from lowmem.quant.calibration import Calibration
@@ -29,6 +29,9 @@ ROWS_BYTES = 64 * MB
 
 LIBRARIES_BYTES = 50 * MB
 """What running a block adds to the process: LAPACK, the family's code, leftovers of the tokenizer (measured)."""
+
+PIPELINE_BYTES = 18 * MB
+"""What any quantization adds to the process: its modules, the family's code and an empty model (measured)."""
 
 PARALLEL_LAYERS = 2
 """Layers that methods without calibration work on at the same time."""
@@ -116,14 +119,14 @@ def estimate_quantization(
     if method.calibrated:
         working, temporary = _calibrating_bytes(spec, request, matrices), _activation_file_bytes(spec, calibration)
     else:
-        working, temporary = _rounding_bytes(request, matrices), 0
+        working, temporary = _rounding_bytes(request, matrices) + PIPELINE_BYTES, 0
     weights = sum(one.elements for one in matrices)
     return Estimate(
         original_bytes=spec.size_on_disk,
         output_bytes=output,
         quantized_weights=weights,
         quantized_bytes=quantized,
-        ram_bytes=runtime_bytes + max(copying, working),
+        ram_bytes=runtime_bytes + max(copying + PIPELINE_BYTES, working),
         disk_bytes=output + temporary,
         seconds=seconds,
         limit=request.budget.ram,
@@ -194,7 +197,7 @@ def _block_rounding_bytes(request: QuantizeRequest, block: Sequence[Matrices]) -
 def _copying_bytes(tensor: Tensor) -> int:
     """A tensor as the result stores it, and the part of the original that is being converted, if it is."""
     converted = DTYPE_BYTES.get(tensor.dtype, 4) > 2
-    return _unquantized_bytes(tensor) + (min(tensor.nbytes, CONVERSION_BYTES) if converted else 0)
+    return _unquantized_bytes(tensor) + (conversion_bytes(tensor.nbytes) if converted else 0)
 
 
 def _unquantized_bytes(tensor: Tensor) -> int:

@@ -22,7 +22,7 @@ from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
-from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note
+from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note, settle
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.machine.memory_limits import other_processes_bytes
 from lowmem.machine.monitor import PeakMeter, outside_heap, release_memory, trim_heap
@@ -366,6 +366,7 @@ class Session:
 
     def _meter(self, plan: Plan, force: bool) -> PeakMeter:
         trim_heap()  # else what an earlier, longer action has freed is charged to this one
+        settle()
         return PeakMeter(UNLIMITED if force else plan.budget)
 
     def _drop(self) -> None:
