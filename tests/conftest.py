@@ -106,11 +106,20 @@ def demo_home() -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="session")
+def anatomies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where derived anatomies are kept, by content, so that a model's own process need not derive those of earlier tests."""
+    return tmp_path_factory.mktemp("anatomies")
+
+
 @pytest.fixture(autouse=True)
-def _own_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests marked `real` share the demo model's home; every other test starts from an empty one."""
+def _own_home(request: pytest.FixtureRequest, tmp_path: Path, anatomies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked `real` share the demo model's home; every other test starts from one with nothing but anatomies."""
     real = request.node.get_closest_marker("real") is not None
     home = request.getfixturevalue("demo_home") if real else tmp_path / "lowmem-home"
+    if not real:
+        home.mkdir()
+        (home / "anatomy").symlink_to(anatomies, target_is_directory=True)
     monkeypatch.setenv("LOWMEM_HOME", str(home))
     monkeypatch.setattr(derive, "IN_PROCESS", True)
 

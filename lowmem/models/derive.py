@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def _keep(key: str, found: Anatomy) -> None:
     path = _path(key)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")  # two processes may derive the same model
         part.write_text(json.dumps(found.to_json()), encoding="utf-8")
         part.replace(path)
 
