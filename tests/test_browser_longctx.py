@@ -106,7 +106,7 @@ def test_a_text_from_an_address_and_why_one_cannot_be_had(
     read("/page")
     page.wait_for_selector("#long-perplexity-notice :text('127.0.0.1 is not on the public network.')")
     visit.shot("refused")
-    monkeypatch.setattr(sources, "_is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr(sources, "is_public", lambda ip: ip == "127.0.0.1")
     for path, sentence in (
         ("/missing", "returned status 404."),
         ("/huge", "The text is larger than the 4.00 MB allowed."),

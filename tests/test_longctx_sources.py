@@ -74,7 +74,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def public(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The server, as if it stood in the public network; nothing else on this machine does."""
-    monkeypatch.setattr(sources, "_is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr(sources, "is_public", lambda ip: ip == "127.0.0.1")
     Handler.asked.clear()
     return server
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import ipaddress
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from lowmem.background import interruptible
+from lowmem.datasets.addresses import is_public
 from lowmem.datasets.texts import NAMES, Text, evaluation_text
 from lowmem.errors import BadInput, Offline
 from lowmem.events import CancelToken
@@ -139,7 +139,7 @@ def _check_public(address: str) -> None:
         raise Offline(
             msg("{host} cannot be found.", host=host[:100]), msg("Check the URL, or paste the text.")
         ) from None
-    if not all(_is_public(str(entry[4][0])) for entry in found):
+    if not all(is_public(str(entry[4][0])) for entry in found):
         raise _not_public(host)
 
 
@@ -147,13 +147,8 @@ def _check_peer(event: str, info: Mapping[str, Any]) -> None:
     """Check the connected peer too, before a byte is sent: the name may resolve differently the second time."""
     if event == "connection.connect_tcp.complete":
         peer = str(info["return_value"].get_extra_info("server_addr")[0])
-        if not _is_public(peer):
+        if not is_public(peer):
             raise _not_public(peer)
-
-
-def _is_public(ip: str) -> bool:
-    found = ipaddress.ip_address(ip)
-    return found.is_global and not found.is_multicast
 
 
 def _check_answer(address: str, answer: httpx.Response) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowmem.errors import CorruptModel, ModelNotFound
+from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel
 from lowmem.messages import msg
 
 MAX_TEXT = 64 * 2**20
@@ -105,7 +105,7 @@ class LocalFolder:
             raise ModelNotFound(msg("There is no folder {folder}.", folder=folder), msg("Check the path.")) from None
 
     def read(self, name: str) -> bytes:
-        path = self.folder / name
+        path = self._path(name)
         if path.stat().st_size > MAX_TEXT:
             raise CorruptModel(
                 msg(
@@ -119,10 +119,26 @@ class LocalFolder:
         return path.read_bytes()
 
     def ranged(self, name: str) -> LocalFile:
-        return LocalFile(self.folder / name)
+        return LocalFile(self._path(name))
 
     def identity(self, name: str) -> str:
         return self.ranged(name).identity()
+
+    def _path(self, name: str) -> Path:
+        """Raises `UnsafeModel` for a link that leaves the folder: what it leads to may end up in a result that is shared.
+
+        The links of Hugging Face's cache lead from `snapshots/<commit>` to `blobs`.
+        """
+        path, folder = self.folder / name, self.folder.resolve()
+        inside = [folder]
+        if folder.parent.name == "snapshots":
+            inside.append(folder.parent.parent / "blobs")
+        if not any(path.resolve().is_relative_to(allowed) for allowed in inside):
+            raise UnsafeModel(
+                msg("{name} of {owner} is a link to a file outside of the folder.", name=name, owner=self.owner),
+                msg("Replace the link by the file itself."),
+            )
+        return path
 
 
 def read_object(files: Files, name: str) -> dict[str, Any]:
