@@ -25,16 +25,21 @@ def format_bytes(count: int | float) -> str:
     return Message("{size:.0f} B", size=count)
 
 
+LARGEST_SIZE = 2**62
+
+
 def parse_bytes(text: str | int | float) -> int:
     """`"4G" -> 4_000_000_000`; also K, M, T, their binary forms (`4Gi`), and plain bytes.
 
     Raises:
         BadInput: not a size.
     """
-    if isinstance(text, (int, float)):
+    if isinstance(text, (int, float)) and 0 <= text < LARGEST_SIZE:
         return int(text)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    text = text if isinstance(text, str) else "This number"  # too many digits to write
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?\s*", text[:60].upper())
     if not match or match[2] == "I":
+        text = text[:40]
         raise BadInput(msg("{text!r} is not a size.", text=text), msg("Write it like 4G, 512M or 1.5G."))
     return int(float(match[1]) * _SUFFIXES[match[2]])
 

@@ -14,7 +14,7 @@ from lowmem.errors import BadInput, OutOfMemory, is_out_of_memory
 from lowmem.events import CancelToken, Completion, Step
 from lowmem.generate.cache.capability import cache_use
 from lowmem.generate.decoding import decode, no_check, resolve_seed
-from lowmem.generate.options import GenerateOptions
+from lowmem.generate.options import LARGEST_BATCH, GenerateOptions
 from lowmem.generate.prompts import check_length, encode_prompt
 from lowmem.generate.text import SequenceText, advance, eos_ids
 from lowmem.machine.monitor import release_memory
@@ -22,7 +22,7 @@ from lowmem.messages import msg
 
 log = logging.getLogger("lowmem.batching")
 
-LARGEST_BATCH = 64
+
 DEFAULT_BATCH = 8
 TOKENS_PER_STEP = 8
 """Tokens per sequence between two progress steps."""
@@ -60,7 +60,8 @@ def run_batches(
     Args:
         context: tokens that fit the model, see `stream`.
         check: called before every forward pass; may raise.
-        batch_size: most prompts per batch; by default the largest power of two that `fits`.
+        batch_size: most prompts per batch, fewer where they do not fit; by default the largest power of two that `fits`.
+        fits: may raise where a single prompt does not fit.
         raw: complete the texts without the chat template, see `encode_prompt`.
 
     Raises:
@@ -72,8 +73,12 @@ def run_batches(
     options = replace(options, seed=resolve_seed(options.seed))
     most, padded = batch_size or LARGEST_BATCH, _pads(model, options)
     while waiting:
-        size = _size(waiting, min(most, _together(waiting, padded)), batch_size, fits)
+        wanted = min(most, _together(waiting, padded))
+        size = _size(waiting, wanted, batch_size, fits)
         done = len(prompts) - len(waiting)
+        if batch_size is not None and size < wanted:
+            most = size
+            yield Step(done, len(prompts), lowered(wanted, size), "prompts")
         try:
             yield from _run_batch(model, tokenizer, waiting[:size], options, cancel, check, (done, len(prompts)))
             waiting = waiting[size:]
@@ -93,6 +98,11 @@ def run_batches(
             msg("Out of memory with {size} prompts at a time: continuing with {most}.", size=size, most=most),
             "prompts",
         )
+
+
+def lowered(wanted: int, size: int) -> str:
+    """The note for a batch size that the budget does not allow."""
+    return msg("{wanted} prompts at a time do not fit the budget: {size} at a time.", wanted=wanted, size=size)
 
 
 def _encoded(
@@ -130,12 +140,15 @@ def _together(waiting: Sequence[_Prompt], padded: bool) -> int:
 
 
 def _size(waiting: Sequence[_Prompt], most: int, batch_size: int | None, fits: Fits | None) -> int:
-    if batch_size is not None:
-        return most
+    longest = len(waiting[0].ids)
     if fits is None:
-        return min(most, DEFAULT_BATCH)
+        return min(most, batch_size or DEFAULT_BATCH)
+    if batch_size is not None or most == 1:
+        while not fits(longest, most) and most > 1:
+            most //= 2
+        return most
     size = 1
-    while size < most and fits(len(waiting[0].ids), min(2 * size, most)):
+    while size < most and fits(longest, min(2 * size, most)):
         size *= 2
     return min(size, most)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lowmem.fields import option
 from lowmem.messages import msg
 
+LARGEST_BATCH = 64
+"""Prompts at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import atexit
 import json
-import queue
 import threading
 import time
-from contextlib import suppress
+from concurrent.futures import wait
 from typing import Any
 
 from jinja2 import TemplateError
 
+from lowmem.background import in_background
 from lowmem.errors import CorruptModel, LowMemError
 from lowmem.events import CancelToken
 from lowmem.generate.template_process import MEMORY_BYTES, SECONDS
@@ -44,7 +44,6 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: Child | None = None
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         atexit.register(self.end)
 
     def render(self, template: str, values: dict[str, Any], cancel: CancelToken) -> str:
@@ -104,8 +103,6 @@ class TemplateProcess:
                 ),
                 msg("Close other programs."),
             ) from error
-        self._lines = queue.SimpleQueue()
-        threading.Thread(target=_read, args=(child, self._lines), daemon=True, name="lowmem-template").start()
         try:
             self._line(START_SECONDS, cancel)
         except _Ended:
@@ -125,25 +122,17 @@ class TemplateProcess:
         return answer
 
     def _line(self, seconds: float, cancel: CancelToken) -> bytes:
+        assert self._child is not None
+        line = in_background(self._child.output.readline)
         deadline = time.monotonic() + seconds
-        while True:
+        while not line.done():
             cancel.check()
-            try:
-                line = self._lines.get(timeout=TICK_SECONDS)
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    raise _Ended from None
-                continue
-            if not line.endswith(b"\n"):  # the end of the process may cut a line anywhere
+            if time.monotonic() > deadline:
                 raise _Ended
-            return line
-
-
-def _read(child: Child, lines: queue.SimpleQueue[bytes]) -> None:
-    with suppress(OSError, ValueError):  # the pipe was closed
-        while line := child.output.readline():
-            lines.put(line)
-    lines.put(b"")
+            wait([line], TICK_SECONDS)
+        if not line.result().endswith(b"\n"):  # the end of the process may cut a line anywhere
+            raise _Ended
+        return line.result()
 
 
 _process = TemplateProcess()

@@ -19,7 +19,7 @@ from lowmem.background import stoppable
 from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step, WithResult
 from lowmem.generate.chat import ChatMessage
-from lowmem.generate.options import GenerateOptions
+from lowmem.generate.options import LARGEST_BATCH, GenerateOptions
 from lowmem.generate.window_limits import check_window, context_of
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.cap import cap_gpu_memory, cap_memory, cap_note, settle
@@ -46,6 +46,8 @@ T = TypeVar("T")
 E = TypeVar("E")
 
 log = logging.getLogger("lowmem.session")
+
+FEWER = msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits.")
 
 PYTHON_BYTES = 15_000_000
 """RSS of a bare interpreter: counted in `runtime_bytes`, but already held by a running process."""
@@ -217,7 +219,7 @@ class Session:
             wanted, options = options, replace(options, max_new_tokens=room)
             action = self.estimate(len(ids), options)
             if not force:
-                refuse_if_over(action, msg("Generate fewer tokens, quantize the KV cache to int8, or load fewer bits."))
+                refuse_if_over(action, FEWER)
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
             learn_speeds(plan, receipt)
@@ -239,22 +241,33 @@ class Session:
         """Answer many prompts; completions come after each batch, in order of prompt length.
 
         Args:
-            batch_size: prompts at once; None lets the budget decide.
-        """
-        from lowmem.generate.batching import run_batches
+            batch_size: prompts at once, fewer if the budget does not allow them; None lets the budget decide.
 
+        Raises:
+            BadInput: nothing loaded, no prompts, or one that is empty or too long.
+            DoesNotFit: not even a single prompt fits the budget, and `force` is off.
+        """
+        from lowmem.generate.batching import lowered, run_batches
+
+        if batch_size is not None and not 1 <= batch_size <= LARGEST_BATCH:
+            raise BadInput(
+                msg("A batch size of {size} is not possible.", size=batch_size),
+                msg("Use 1 to {most}, or leave it out for as many as the budget allows.", most=LARGEST_BATCH),
+            )
         cancel = cancel or CancelToken()
         yield from self._turn(msg("Answering {prompts:,} prompts", prompts=len(prompts)), cancel)
         try:
             yield from self._ensure_backend(options, cancel, force)
             loaded, plan = self._resident()
             check_window(options, plan.spec.context)
-            largest = batch_size or 1
+            largest, refused = 1, 0
 
             def fits(longest: int, size: int) -> bool:
-                nonlocal largest
+                nonlocal largest, refused
+                if not force:
+                    refuse_if_over(self.estimate(longest, options, 1), FEWER)
                 accepted = force or self.estimate(longest, options, size).verdict != "over"
-                largest = max(largest, size) if accepted else largest
+                largest, refused = (max(largest, size), refused) if accepted else (largest, max(refused, size))
                 return accepted
 
             started = time.perf_counter()
@@ -279,6 +292,8 @@ class Session:
             longest = max(completion.prompt_tokens for completion in done)
             action = self.estimate(longest, options, min(largest, len(prompts)))
             receipt = receipts.batch_receipt(action, time.perf_counter() - started, done, meter.peak)
+            if batch_size and refused:
+                receipt = replace(receipt, notes=(*receipt.notes, lowered(refused, largest)))
             receipt = receipts.with_prompts(
                 receipt, plan, prompts, options, raw=raw, batch_size=batch_size, force=force
             )

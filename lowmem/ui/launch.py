@@ -15,6 +15,7 @@ from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import MemoryBudget
 from lowmem.messages import msg
 from lowmem.settings import settings
+from lowmem.ui.headers import OwnResources
 from lowmem.ui.language import Languages, Page
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
@@ -48,7 +49,13 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "max_threads": THREADS,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
-        "app_kwargs": {"middleware": [Middleware(Languages), *([Middleware(VisitorLimits)] if public else [])]},
+        "app_kwargs": {
+            "middleware": [
+                Middleware(OwnResources),
+                Middleware(Languages),
+                *([Middleware(VisitorLimits)] if public else []),
+            ]
+        },
     }
 
 

@@ -21,8 +21,9 @@ def as_json(value: Any) -> Json:
         return value
     if isinstance(value, Plan):
         return _plan(value)
-    verdict = {"verdict": value.verdict, "sentence": value.sentence()} if hasattr(value, "verdict") else {}
-    return asdict(value) | verdict
+    verdict = {"verdict": value.verdict} if hasattr(value, "verdict") else {}
+    sentence = getattr(value, "sentence", None)  # a claim's is a text
+    return asdict(value) | verdict | ({"sentence": sentence()} if verdict and callable(sentence) else {})
 
 
 def _plan(plan: Plan) -> Json:

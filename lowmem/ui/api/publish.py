@@ -15,6 +15,7 @@ from lowmem.fields import build, describe
 from lowmem.machine.budget import MemoryBudget
 from lowmem.messages import join
 from lowmem.ui.api.arguments import RENAMED_ARGUMENTS, described
+from lowmem.ui.api.checks import checked
 from lowmem.ui.api.endpoints import ENDPOINTS, RENAMED, Endpoint
 from lowmem.ui.api.json import Json, as_json
 from lowmem.ui.parts.event_settings import UNLIMITED
@@ -124,11 +125,11 @@ def _value(name: str, hint: Any, arguments: dict[str, Any], token: CancelToken) 
     if hint is MemoryBudget:
         return MemoryBudget.parse(arguments["ram"], arguments["vram"])
     if not dataclasses.is_dataclass(hint):
-        return arguments[name]
+        return checked(name, hint, arguments[name])
     kind: Any = hint
     if name == "options":
-        return build(kind, arguments[name] or {})
+        return build(kind, checked(name, dict | None, arguments[name]) or {})
     types = get_type_hints(kind)
     values = {key: _value(key, types[key], arguments, token) for key in types}
-    checked = {one.name: values.pop(one.name) for one in describe(kind)}
-    return dataclasses.replace(build(kind, checked), **values) if checked else kind(**values)
+    options = {one.name: values.pop(one.name) for one in describe(kind)}
+    return dataclasses.replace(build(kind, options), **values) if options else kind(**values)
