@@ -10,12 +10,14 @@ start that gets no answer is OutOfMemory.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
 import queue
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -280,6 +282,30 @@ def locked(target: Path, cancel: CancelToken, note: str) -> Iterator[Iterator[St
         lock.release()
 
 
+_SUPERVISOR = """
+import os, signal, subprocess, sys, threading
+
+def end_with_parent():
+    os.read(0, 1)  # returns once the other end of the pipe is closed, which a killed process does too
+    os.killpg(0, signal.SIGKILL) if hasattr(os, "killpg") else (child.kill(), os._exit(1))
+
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+threading.Thread(target=end_with_parent, daemon=True).start()
+status = child.wait()
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+"""Runs a command that knows nothing of its parent, and ends it with the parent."""
+
+
+def end_with_parent() -> None:
+    """In a child on Linux: let the kernel kill this process when the thread that started it ends, see prctl(2)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def run_child(
     command: Sequence[str],
     note: str,
@@ -290,7 +316,7 @@ def run_child(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Generator[Step, None, tuple[int, str]]:
-    """Run `command` without output; Stop kills it and all of its children.
+    """Run `command` without output; Stop, and the end of this process, kill it and all of its children.
 
     Args:
         watch: folder whose size in bytes, out of `total`, is the progress that is yielded.
@@ -300,8 +326,8 @@ def run_child(
     """
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", "-c", _SUPERVISOR, *command],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=log,
             env=env,
@@ -314,6 +340,8 @@ def run_child(
                 cancel.wait(TICK_SECONDS)
         finally:
             _kill(child)
+            assert child.stdin is not None  # a pipe
+            child.stdin.close()
         log.seek(0)
         lines = log.read().decode("utf-8", "replace").strip().splitlines()
     return child.returncode, lines[-1][:300] if lines else ""

@@ -35,6 +35,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from lowmem.background import end_with_parent
 from lowmem.errors import CorruptModel, LowMemError, UnsafeModel, Unsupported, first_line
 from lowmem.messages import msg
 from lowmem.models import modules
@@ -537,6 +538,7 @@ def _rounded(term: Sequence[float]) -> Term:
 
 def main() -> None:
     """The anatomy, or the error, of what standard input describes, both pickled; for `derive.py`."""
+    end_with_parent()
     arguments = pickle.load(sys.stdin.buffer)
     try:
         with redirect_stdout(sys.stderr):
