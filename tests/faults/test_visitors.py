@@ -190,6 +190,8 @@ def test_quick_endpoints_answer_while_everything_waits(page: tuple[str, gr.Block
             str(job.exception()) for job in jobs if job.done() or job.exception(60)
         )
         assert sum(job.exception(60) is None for job in jobs) == 6
+        notes = [frame.get("note", "") for job in jobs for frame in job.outputs()]
+        assert any(note.startswith("Waiting: place ") for note in notes)
     finally:
         engine.stub.delay = 0.001
 

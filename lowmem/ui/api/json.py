@@ -59,7 +59,7 @@ def each_event(frames: Iterator[list[Any]]) -> Iterator[Json]:
 
 
 def text_so_far(frames: Iterator[list[Any]]) -> Iterator[Json]:
-    """All text up to now, last of all with the receipt."""
+    """All text up to now, last of all with the receipt; before the first text, a note such as the place in the queue."""
     answers: dict[int, str] = {}
     latest: Json = {}
     for events in frames:
@@ -75,6 +75,8 @@ def text_so_far(frames: Iterator[list[Any]]) -> Iterator[Json]:
                 }
             elif isinstance(event, Receipt):
                 latest = latest | {"receipt": event.as_dict()}
+            elif isinstance(event, Step) and not answers:
+                latest = {"text": "", "answers": [], "note": event.note}
         if latest:
             yield latest
 
