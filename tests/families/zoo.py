@@ -21,9 +21,13 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 LAYERS = 4
-WIDTH = 0.2
-TIED = 0.02
-"""Width of tied embeddings: a wide one makes the last token the best next one, whatever the layers say."""
+WIDTH, EMBEDDING, TIED = 0.1, 1.0, 0.02
+"""Standard deviations of matrices, embeddings and tied embeddings.
+
+A layer adds to its input about as much as it finds there: were it much more, roundings would grow from layer to layer
+until they choose other experts and other tokens to attend to. A tied embedding is narrow, or the last token were the
+best next one whatever the layers say.
+"""
 CONTEXT = 512
 WINDOW = 16
 """Tokens that sliding layers see: fewer than the prompts have."""
@@ -158,7 +162,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "dots1": {"layer_types": _ALTERNATING},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": {"layer_types": _RECURRENT},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "laguna": {"layer_types": _ALTERNATING, "num_attention_heads_per_layer": [6, 6, 6, 6]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
@@ -182,6 +185,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     # The only number of experts or heads that the family allows.
     "dots3_note_text": {"num_key_value_heads": 6, "head_dim": 24, "per_layer_config": {}},
     "zaya": {"num_experts_per_tok": 1},
+    # Checkpoints scale attention by head_dim; the default does not, so that small errors choose other tokens.
+    **_all("granite granitemoe granitemoeshared", {"attention_multiplier": 0.25}),
+    "granitemoehybrid": {"attention_multiplier": 0.25, "layer_types": _RECURRENT},
+    # Its mixer weighs experts within 2 % of the best alike, and others not at all: a rounding would halve an expert.
+    "phimoe": {"router_jitter_noise": 0.5},
     # One field under a name that means something else elsewhere.
     "mamba2": {"num_heads": 12},
     "longcat_flash": {"head_dim": 8},  # of the rotated part
@@ -301,9 +309,10 @@ def model(kind: str) -> transformers.PreTrainedModel:
     toy = getattr(transformers, architecture(kind))._from_config(config(kind), dtype=torch.float32)
     tied = bool(getattr(toy.config.get_text_config(), "tie_word_embeddings", False))
     generator = torch.Generator().manual_seed(seed)
+    embedding = toy.get_input_embeddings().weight
     with torch.no_grad():
         for name, parameter in toy.named_parameters():
-            width = TIED if tied and parameter is toy.get_input_embeddings().weight else WIDTH
+            width = WIDTH if parameter is not embedding else TIED if tied else EMBEDDING
             parameter.copy_(_weights(name, parameter, generator, width))
         for buffer in persistent_buffers(toy):
             if buffer.is_floating_point():
