@@ -9,6 +9,7 @@ import transformers
 from lowmem.events import CancelToken
 from lowmem.generate.cache import capability, factory
 from lowmem.generate.cache.capability import CacheUse, cache_use
+from lowmem.generate.cache.full import FullLayer
 from lowmem.generate.cache.state import HybridLayer, StateLayer
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
@@ -89,12 +90,47 @@ def test_states_follow_their_rows() -> None:
 
 
 def test_a_hybrid_layer_has_both() -> None:
-    layer = HybridLayer(rows=2, capacity=4)
+    layer = HybridLayer(FullLayer(rows=2, capacity=4))
     layer.update(torch.ones(2, 1, 3, 2), torch.ones(2, 1, 3, 2))
     layer.update_recurrent_state(torch.arange(4.0).view(2, 2))
     assert layer.get_seq_length() == 3
     layer.batch_select_indices(torch.tensor([1]))
-    assert (layer.batch, layer.states()[0].tolist()) == (1, [[2, 3]])
+    assert (layer.attention.batch, layer.states()[0].tolist()) == (1, [[2, 3]])
+
+
+FALCON_H1 = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8,
+}  # fmt: skip
+
+
+def test_the_attention_of_a_hybrid_layer_has_a_window_and_a_quantized_cache() -> None:
+    model = toy(transformers.FalconH1Config(**FALCON_H1))
+    whole = tokens(model, [PROMPT])
+    assert tokens(model, [PROMPT], window=40) == whole
+    assert tokens(model, [PROMPT], cache_type="int8") == whole
+    narrow = tokens(model, [PROMPT], window=12, unbounded=True)
+    assert tokens(model, [PROMPT], window=12, unbounded=True, prefill_chunk=6) == narrow
+
+
+def test_positions_are_passed_where_the_first_layer_counts_no_tokens() -> None:
+    config = transformers.BambaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_indices=[1, 3], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+    )  # fmt: skip
+    model = toy(config)
+    assert cache_use(model).cached
+    assert tokens(model, [PROMPT]) == tokens(model, [PROMPT], use_cache=False)
+    assert tokens(model, [PROMPT], window=40) == tokens(model, [PROMPT])
+
+
+def test_a_family_with_a_cache_of_its_own_runs_without() -> None:
+    config = transformers.xLSTMConfig(
+        vocab_size=60, hidden_size=64, embedding_dim=64, num_hidden_layers=2, num_heads=2, num_blocks=2
+    )
+    model = toy(config)
+    assert not cache_use(model).cached
+    assert len(tokens(model, [PROMPT])[0]) == 8
 
 
 def test_the_state_of_a_batch_takes_what_the_plan_says() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.generate.cache import factory, policy
-from lowmem.generate.cache.capability import cache_use
+from lowmem.generate.cache.capability import cache_use, position_inputs
 from lowmem.generate.cache.packed import set_pads
 from lowmem.generate.cache.window import WindowCache
 from lowmem.generate.options import GenerateOptions
@@ -86,6 +86,8 @@ class Rows:
         elif any(first > self._begin for first in self._first):
             # Without padding, pass neither mask nor positions: the model then takes its fast causal path.
             inputs.update(self._padding(start, end))
+        elif self._use.states:
+            inputs.update(position_inputs(self.model, start - self._begin, end - self._begin))
         return self.model(**inputs).logits[:, -1].float()
 
     @property

@@ -5,6 +5,7 @@ Some continue a prompt only token by token, some ignore padding only in their fi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +107,18 @@ def _logits(
         if any(pads):
             places = torch.arange(start + tokens)
             inputs["attention_mask"] = (places >= torch.tensor(pads)[:, None]).long().to(model.device)
+        elif cached:
+            inputs |= position_inputs(model, start, start + tokens)
         logits = model(input_ids=ids[:, start : start + tokens], **inputs).logits[:, -1]
         start += tokens
     return logits.float()
+
+
+def position_inputs(model: Any, start: int, end: int) -> dict[str, Tensor]:
+    """Positions as an argument of `forward`: some families count tokens by their first layer, which may keep a state."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(start, end, device=model.device)[None]}
 
 
 def _close(one: Tensor, other: Tensor, exact: bool) -> bool:

@@ -79,7 +79,7 @@ def make_cache(
         if known is LinearAttentionLayer:
             return StateLayer(**arguments)
         if known is LinearAttentionAndFullAttentionLayer:
-            return HybridLayer(rows, capacity, **arguments)
+            return HybridLayer(layer("full_attention", {}), **arguments)
         if known is None:
             raise _unsupported(config)
         return known(**arguments)

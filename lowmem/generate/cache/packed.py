@@ -133,5 +133,6 @@ class _Side:
 def set_pads(cache: Any, pads: Sequence[int]) -> None:
     """Set the padding of the rows of an empty `cache`, where its layers need to know it."""
     for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, PackedLayer):
-            layer.pads = list(pads)
+        attention = getattr(layer, "attention", layer)
+        if isinstance(attention, PackedLayer):
+            attention.pads = list(pads)

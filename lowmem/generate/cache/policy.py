@@ -19,12 +19,15 @@ from lowmem.generate.cache.block import BlockLayer, DequantizeBuffers, OrderedRi
 from lowmem.generate.cache.full import DummyLayer
 from lowmem.generate.cache.ring import Ring, Stream
 from lowmem.generate.cache.rotary import Rotation, key_rotations, position_limit
-from lowmem.generate.cache.state import StateLayer
+from lowmem.generate.cache.state import HybridLayer, StateLayer
 from lowmem.generate.cache.window import WindowCache, WindowLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
 from lowmem.messages import msg
 from lowmem.planning.cache import bits_of
+
+_HYBRID = tuple(DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind in ("hybrid", "hybrid_sliding"))
+_ATTENDING = (DynamicLayer, DynamicSlidingWindowLayer, *_HYBRID)
 
 
 def make_cache(model: Any, options: GenerateOptions, *, rows: int, capacity: int, pads: Sequence[int]) -> Cache:
@@ -92,7 +95,7 @@ def _window_cache(
         if known is DummyLayer and known is not None:
             layers.append(known(**given))
             continue
-        if rotation is None or known not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if rotation is None or known not in _ATTENDING:
             raise Unsupported(
                 msg(
                     "The {kind!r} layers of {model_type!r} models support neither a window nor a quantized cache.",
@@ -101,7 +104,7 @@ def _window_cache(
                 ),
                 msg("Turn off the window and choose an unquantized KV cache."),
             )
-        native = known is DynamicSlidingWindowLayer
+        native = "sliding_window" in given
         packed = not native and options.cache_type not in ("same", "ram")  # a window is small: it stays on the device
         if kind not in rings:
             make = OrderedRing if packed else Ring
@@ -109,8 +112,11 @@ def _window_cache(
                 Ring(stream, 0, given["sliding_window"]) if native else make(stream, options.sinks, options.window)
             )
         ring = rings[kind]
-        if isinstance(ring, OrderedRing):
-            layers.append(BlockLayer(ring, rows, rotation, bits_of(options.cache_type), buffers))
-        else:
-            layers.append(WindowLayer(ring, rows, rotation, native))
+        layer = (
+            BlockLayer(ring, rows, rotation, bits_of(options.cache_type), buffers)
+            if isinstance(ring, OrderedRing)
+            else WindowLayer(ring, rows, rotation, native)
+        )
+        states = {"number_of_states": given["number_of_states"]} if "number_of_states" in given else {}
+        layers.append(HybridLayer(layer, **states) if known in _HYBRID else layer)
     return WindowCache(stream, layers, [kind for kind, _ in described], model.config._attn_implementation == "eager")

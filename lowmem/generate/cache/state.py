@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
-
-from lowmem.generate.cache.full import FullLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 
 class StateLayer(LinearAttentionLayer):
@@ -52,27 +50,39 @@ class StateLayer(LinearAttentionLayer):
         return [state for state in held if state is not None]
 
 
-class HybridLayer(StateLayer, FullLayer):  # type: ignore[override]  # as transformers' own hybrid layers
-    """Keys and values of every token, and a state: layers that attend and recur side by side."""
+class HybridLayer(StateLayer, CacheLayerMixin):  # type: ignore[override]  # as transformers' own hybrid layers
+    """A state, and keys and values: layers that attend and recur side by side.
 
-    def __init__(self, rows: int, capacity: int, number_of_states: int = 1) -> None:
-        FullLayer.__init__(self, rows, capacity)
+    Args:
+        attention: the layer for keys and values, of any kind.
+    """
+
+    def __init__(self, attention: Any, number_of_states: int = 1) -> None:
+        CacheLayerMixin.__init__(self)
         StateLayer.__init__(self, number_of_states)
+        self.attention, self.is_sliding = attention, attention.is_sliding
 
-    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:  # type: ignore[override]
-        """Called with keys and values by position, with states by name."""
-        if keys_and_values:
-            FullLayer.lazy_initialization(self, *keys_and_values)
-        else:
-            StateLayer.lazy_initialization(self, **states)
+    def update(self, *keys_and_values: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        seen: tuple[Tensor, Tensor] = self.attention.update(*keys_and_values, **more)
+        return seen
+
+    def get_seq_length(self) -> int:
+        return int(self.attention.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        sizes: tuple[int, int] = self.attention.get_mask_sizes(query_length)
+        return sizes
 
     def get_max_length(self) -> int:
-        return FullLayer.get_max_length(self)
+        return int(self.attention.get_max_length())
 
     def reset(self) -> None:
         StateLayer.reset(self)
-        FullLayer.reset(self)
+        self.attention.reset()
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        StateLayer.reorder_cache(self, beam_idx)
-        FullLayer.reorder_cache(self, beam_idx)
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        StateLayer.reorder_cache(self, indices)
+        self.attention.batch_select_indices(indices)

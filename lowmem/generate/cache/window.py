@@ -159,10 +159,11 @@ class WindowCache(Cache):
     def __init__(self, stream: Stream, layers: list[Any], kinds: Sequence[str], eager: bool) -> None:
         super().__init__(layers=list(layers))
         self.stream = stream
-        windows = [(kind, layer) for kind, layer in zip(kinds, layers, strict=True) if isinstance(layer, WindowLayer)]
+        attentions = [(kind, getattr(layer, "attention", layer)) for kind, layer in zip(kinds, layers, strict=True)]
+        windows = [(kind, layer) for kind, layer in attentions if isinstance(layer, WindowLayer)]
         windows[0][1].first = windows[-1][1].last = True
         self._rings = {kind: layer.ring for kind, layer in windows}
-        self._eager = eager
+        self._states, self._eager = any(not isinstance(layer, WindowLayer) for layer in layers), eager
 
     def parts(self, tokens: int, chunk: int) -> Iterator[int]:
         """Split the next `tokens` into passes of at most `chunk`."""
@@ -175,7 +176,7 @@ class WindowCache(Cache):
         """Begin a pass over `tokens` tokens; returns the model inputs for masks and position ids."""
         self.stream.begin(tokens)
         inputs: dict[str, Any] = {}
-        if not self.stream.aligned:
+        if self._states or not self.stream.aligned:  # some families count tokens by their first layer
             inputs["position_ids"] = self.stream.positions().to(device)
         masks = {kind: self._shaped(ring.mask(), device, dtype) for kind, ring in self._rings.items()}
         if any(mask is not None for mask in masks.values()):
