@@ -24,6 +24,7 @@ class LayerCache:
         window: the most tokens it keeps, 0 for all of them.
         state: numbers of a fixed size per sequence, in the dtype of the computation.
         state_bytes: the same for states of a dtype of their own.
+        index: numbers per token for choosing the tokens that are attended to (DeepSeek's sparse attention).
     """
 
     heads: int = 0
@@ -32,11 +33,12 @@ class LayerCache:
     window: int = 0
     state: int = 0
     state_bytes: int = 0
+    index: int = 0
 
     @property
     def numbers(self) -> int:
         """Numbers per token."""
-        return self.heads * (self.key_dim + self.value_dim)
+        return self.heads * (self.key_dim + self.value_dim) + self.index
 
     @property
     def has_state(self) -> bool:

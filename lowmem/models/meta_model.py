@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
@@ -87,6 +88,11 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     try:
         caches, passes, used = _passes(model, halves, encoder)
     except Exception as error:
+        if type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise Unsupported(
+                msg("The inside of {name} could not be examined: {error}", name=name, error=first_line(error)),
+                msg("Choose another model."),
+            ) from error
         raise Unsupported(
             msg(
                 "{name} ({model_type}) cannot read text alone: {error}",
@@ -384,9 +390,11 @@ def _layer_cache(layer: Any) -> LayerCache:
     if keys is not None and values is not None and keys.dim() == 4:
         window = int(getattr(layer, "sliding_window", 0) or 0)
         found = LayerCache(keys.shape[1], keys.shape[-1], values.shape[-1], window)
+    index = getattr(layer, "indexer_keys", None)
     states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
     return replace(
         found,
+        index=0 if index is None else index.shape[-1],
         state=sum(state.numel() for state in states if state is not None and state.dtype == torch.bfloat16),
         state_bytes=sum(state.nbytes for state in states if state is not None and state.dtype != torch.bfloat16),
     )
@@ -432,10 +440,10 @@ class Pass:
             inputs |= {"use_cache": True, cache_argument(self._model): cache}
         with torch.inference_mode():
             if context > tokens:
-                with _FirstExpert():
+                with _Assumed():
                     self._model(input_ids=_ids(context - tokens), **inputs)
             ids = _ids(tokens)
-            with mode or nullcontext(), _FirstExpert():
+            with mode or nullcontext(), _Assumed():
                 self._model(input_ids=ids, **inputs)
         return cache
 
@@ -454,21 +462,30 @@ def _unseen(layer: Any) -> None:
     """Do not count what a layer with every token allocates: the caches that run have room for all tokens beforehand."""
     if getattr(type(layer), "update", None) is not DynamicLayer.update:
         return
-    update = layer.update
+    for name in ("update", "update_indexer"):
+        if hasattr(layer, name):
+            setattr(layer, name, _uncounted(getattr(layer, name)))
 
+
+def _uncounted(update: Callable[..., Any]) -> Callable[..., Any]:
     def quietly(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
             return update(*args, **kwargs)
 
-    layer.update = quietly
+    return quietly
 
 
-class _FirstExpert(TorchFunctionMode):
-    """As if all tokens chose the first expert, where a family's own loop over experts asks which were chosen."""
+class _Assumed(TorchFunctionMode):
+    """Answers what a family's code asks of values that are not there.
+
+    All tokens choose the first expert, where the code loops over those that were chosen. What it asks of masks is so: it asks whether they hide nothing.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         chosen: torch.Tensor | None = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if chosen is not None and chosen.is_meta and len(args) == 1 and not kwargs:
+            if func is torch.Tensor.__bool__:
+                return True
             if func in (torch.nonzero, torch.Tensor.nonzero):
                 return torch.zeros(1, chosen.dim(), dtype=torch.long)
             if func is torch.where:

@@ -45,7 +45,7 @@ def _layer_bytes(layer: LayerCache, tokens: int, dtype: str, cache_type: str, wi
     size, fixed = DTYPE_BYTES[dtype], layer.fixed_bytes(dtype)
     # A window also keeps the sinks' keys in fp32, unrotated, so that they can be rotated to new positions.
     copies = 2 * 4 * layer.heads * layer.key_dim * sinks if window else 0
-    if cache_type in ("same", "ram") or layer.window or not layer.heads:
+    if cache_type in ("same", "ram") or layer.window or layer.index or not layer.heads:
         return fixed + copies + layer.numbers * size * min(tokens, layer.window or tokens)
     exact = (
         layer.heads
@@ -110,7 +110,7 @@ def dequantized_bytes(plan: Plan, dtype: str) -> int:
     """The buffer for one dequantized layer, which all layers share."""
     if plan.cache_type in ("same", "none", "ram"):
         return 0
-    largest = max((layer.numbers for layer in plan.spec.caches if not layer.window), default=0)
+    largest = max((layer.numbers for layer in plan.spec.caches if not layer.window and not layer.index), default=0)
     return largest * DTYPE_BYTES[dtype] * (plan.cached_tokens + BLOCK) * plan.batch
 
 

@@ -112,7 +112,8 @@ def _candidates(block: nn.Module, stage: Stage, norm: str, before: Collection[st
         yield from (_Candidate(norm), _Candidate(norm, 1.0))
         return
     for name in before:
-        if matrix(block.get_submodule(name)).shape[0] >= width:
+        module = _submodule(block, name)  # None for a projection of stacked experts
+        if module is not None and matrix(module).shape[0] >= width:
             yield _Candidate(name)
 
 

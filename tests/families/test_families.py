@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,25 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("action", FAST)
 def test_the_toy_runs(case: check.Case, action: str) -> None:
+    assert check.outcome(case, action) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("kind", "action"),
+    [
+        ("axk2", "awq"),  # a stage before stacked experts
+        ("axk2", "plan"),  # keys of an indexer in the cache
+        ("bamba", "window"),  # the first layer counts no tokens
+        ("biogpt", "plan"),  # asks whether its mask hides anything
+        ("dbrx", "plan"),  # loops over the experts that were chosen
+        ("falcon_h1", "packed"),  # a state beside keys and values
+        ("qwen3_vl_moe", "int8"),  # stacked experts that are stored transposed
+        ("xlstm", "greedy"),  # a cache of its own
+    ],
+)
+def test_what_few_families_need(kind: str, action: str, tmp_path: Path) -> None:
+    case = check.Case(kind, tmp_path)
+    zoo.save(kind, case.folder)
     assert check.outcome(case, action) == "ok"
 
 

@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 
 from lowmem.errors import Unsupported
 from lowmem.generate.cache.full import FullLayer
+from lowmem.generate.cache.indexed import IndexedLayer
 from lowmem.generate.cache.state import HybridLayer, StateLayer
 from lowmem.messages import msg
 from lowmem.planning.cache import bits_of
@@ -80,6 +81,8 @@ def make_cache(
             return StateLayer(**arguments)
         if known is LinearAttentionAndFullAttentionLayer:
             return HybridLayer(layer("full_attention", {}), **arguments)
+        if kind == "indexed_attention":
+            return IndexedLayer(rows, capacity)
         if known is None:
             raise _unsupported(config)
         return known(**arguments)
