@@ -58,7 +58,7 @@ def job(ref: str, bits: int, group: int, allow_paths: bool = True) -> Generator[
         for number, tensor in enumerate(chosen):
             yield Step(number, len(chosen), msg("Rounding block {number}", number=number + 1))
             weight = checkpoint.read(tensor.name).float()
-            weight = weight.t().contiguous() if spec.model_type == "gpt2" else weight
+            weight = weight.t().contiguous() if tensor.transposed else weight
             rounded = method.quantize([weight], None, options, CancelToken())[0]
             losses.append(rounded.loss)
             if number == len(chosen) // 2:

@@ -77,6 +77,7 @@ def test_the_toy_runs(case: check.Case, action: str) -> None:
         ("bamba", "window"),  # the first layer counts no tokens
         ("biogpt", "plan"),  # asks whether its mask hides anything
         ("dbrx", "plan"),  # loops over the experts that were chosen
+        ("emu3", "plan"),  # a configuration that must name a padding token
         ("falcon_h1", "packed"),  # a state beside keys and values
         ("qwen3_vl_moe", "int8"),  # stacked experts that are stored transposed
         ("xlstm", "greedy"),  # a cache of its own
