@@ -20,10 +20,13 @@ def quantize_events(
     options: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
     *,
+    embedding_bits: int = 16,
     budget: MemoryBudget = UNLIMITED,
     cancel: CancelToken | None = None,
     restart: bool = False,
 ) -> Iterator[Step | Receipt]:
     text = changed(calibration or Calibration())
-    request = QuantizeRequest.validated(str(folder), method, options, text, out=out, budget=budget, restart=restart)
+    request = QuantizeRequest.validated(
+        str(folder), method, options, text, embedding_bits, out=out, budget=budget, restart=restart
+    )
     return quantize_folder(folder, request, cancel)

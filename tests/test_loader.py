@@ -12,7 +12,8 @@ from conftest import machine
 
 from lowmem.errors import BadInput, Cancelled, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Step, drain
-from lowmem.kernels.int8_linear import Int8Embedding, Int8Linear
+from lowmem.kernels.int8_linear import Int8Linear
+from lowmem.kernels.packed_rows import PackedEmbedding, PackedHead
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
@@ -63,7 +64,7 @@ def test_int8_stays_close_and_quantizes_every_linear_layer(folders, name):
     model = loaded(folders[name], "int8").model
     kinds = [type(module) for module in model.modules()]
     assert Int8Linear in kinds
-    assert Int8Embedding in kinds
+    assert PackedEmbedding in kinds
     assert torch.nn.Linear not in kinds
     reference, ours = toys.toy(name)(IDS).logits, model(IDS).logits
     assert torch.nn.functional.cosine_similarity(ours, reference, dim=-1).min() > 0.98
@@ -98,7 +99,8 @@ def test_a_tied_head_is_the_embedding_itself(tmp_path):
     model = loaded(folder, "fp32").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     tied = loaded(folder, "int8").model
-    assert isinstance(tied.lm_head, Int8Linear)
+    assert isinstance(tied.lm_head, PackedHead)
+    assert tied.lm_head.codes is tied.model.embed_tokens.codes
     cosine = torch.nn.functional.cosine_similarity(tied(IDS).logits, model(IDS).logits, dim=-1)
     assert cosine.min() > 0.98
 

@@ -25,7 +25,7 @@ from lowmem.machine.cap import cap_memory
 from lowmem.machine.hardware import probe
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
-from lowmem.quant.request import QuantizeRequest
+from lowmem.quant.request import EMBEDDING_BITS, QuantizeRequest
 from lowmem.quant.run import quantize
 from lowmem.units import format_bytes, format_seconds
 
@@ -41,6 +41,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--method", choices=quant.METHODS, default=quant.DEFAULT, help=f"default {quant.DEFAULT}")
     parser.add_argument("--bits", choices=[str(bits) for bits in BITS], help="bits per weight")
     parser.add_argument("--group-size", metavar="N", help="weights that share a scale; -1 is a whole row")
+    parser.add_argument(
+        "--embedding-bits",
+        choices=[str(bits) for bits in EMBEDDING_BITS],
+        default=EMBEDDING_BITS[0],
+        help=f"bits of embedding and output head, default {EMBEDDING_BITS[0]}; 16 leaves them as other programs read them",
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--sym", dest="symmetric", action="store_true", default=None, help="no zero points")
     kind.add_argument("--asym", dest="symmetric", action="store_false", default=None, help="a zero point per group")
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         args.method,
         explicit_options(args, [option for option, _ in _method_options().values()]),
         explicit_options(args, describe(Calibration)),
+        args.embedding_bits,
         hardware=hardware,
         out=args.out,
         budget=budget(args).bounded(hardware) if args.ram else UNLIMITED,
@@ -88,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             "original": format_bytes(details["original_bytes"]),
             "quantized": format_bytes(receipt.disk_bytes),
             "relative loss": f"{details['loss']:.2e}",
+            "bits of all": f"{details['bits_per_parameter']:.2f}",
         }
         for cells in (row.keys(), row.values()):
             print("  ".join(cell.rjust(13) for cell in cells))

@@ -71,22 +71,3 @@ class Int8Linear(nn.Module):
             scale.clamp_min_(torch.finfo(x.dtype).tiny)
             y = torch.ops.quantized.linear_dynamic(x / scale, self._packed, False).mul_(scale)
         return y if self.bias is None else y.add_(self.bias)
-
-
-class Int8Embedding(nn.Module):
-    """An embedding in int8 with one fp32 scale per row, times `factor` (Gemma's): ids [...] -> float32 [..., hidden]."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, weight: Tensor, factor: float = 1.0) -> None:
-        super().__init__()
-        codes, scales = quantize_rows(weight, largest_code())
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
-        self.factor = factor
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = self.codes[ids].float() * self.scales[ids].unsqueeze(-1)
-        return rows if self.factor == 1.0 else rows * self.factor

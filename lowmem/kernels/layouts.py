@@ -32,6 +32,12 @@ SMALLEST_BLOCK = 16
 NF4_BLOCK = 64
 """Weights that share a scale in bitsandbytes' NF4."""
 
+ROWS_GROUP = 32
+"""Columns of a packed table that share a scale in 4 and 6 bits."""
+
+ROWS_AT_WORK_BYTES = 2_000_000
+"""fp32 bytes of the rows of a packed table that are quantized at a time."""
+
 SESSION_BYTES = 40_000
 """What an inference session of one node holds besides its weights (onnxruntime 1.32, measured over 200)."""
 
@@ -96,6 +102,17 @@ def nbits_bytes(outputs: int, inputs: int, bits: int, block: int) -> int:
 def int8_bytes(rows: int, columns: int) -> int:
     """FBGEMM packs columns in blocks of 512, and per row keeps a scale, a zero point and an offset."""
     return rows * (math.ceil(columns / 512) * 512 + 12)
+
+
+def rows_group(columns: int, bits: int) -> int:
+    """Columns that share a scale in a packed table (`models.packed_rows`): in 8 bits the row, else 32 where they divide it."""
+    return columns if bits == 8 else math.gcd(columns, ROWS_GROUP)
+
+
+def rows_bytes(rows: int, columns: int, bits: int) -> int:
+    """A packed table: codes, and a scale for every group, in fp32 for whole rows and in fp16 for parts."""
+    scales = columns // rows_group(columns, bits) * (4 if bits == 8 else 2)
+    return rows * (columns * bits // 8 + scales)
 
 
 def bnb8_bytes(rows: int, columns: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lowmem.errors import LowMemError
+from lowmem.kernels.layouts import rows_bytes, rows_group
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.hardware import Hardware
 from lowmem.machine.rates import Unmeasured, correction
@@ -19,7 +20,7 @@ from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
 from lowmem.planning.seconds import loading_seconds, reading_seconds, writing_seconds
 from lowmem.quant.estimate import estimate_quantization
-from lowmem.quant.layers import Matrices, quantized_matrices
+from lowmem.quant.layers import Matrices, packed_tables, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 from lowmem.quant.seconds import quantize_seconds
 
@@ -91,9 +92,19 @@ def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:
     """The spec of the checkpoint that quantizing `spec` yields."""
     stored = parse_quantization(request.method.config(request.options))
     matrices = {one.tensor.name: one for one in quantized_matrices(spec, request.options)}
+    bits = request.embedding_bits
+    tables = {
+        table.name: replace(
+            table,
+            dtype="fp32",
+            nbytes=rows_bytes(table.shape[0], table.shape[1], bits),
+            packing=(bits, rows_group(table.shape[1], bits)),
+        )
+        for table in packed_tables(spec, bits)
+    }
     tensors = tuple(
         found
-        for tensor in spec.tensors
+        for tensor in (tables.get(tensor.name, tensor) for tensor in spec.tensors)
         for found in (_stored(matrices[tensor.name], stored, request) if tensor.name in matrices else (tensor,))
     )
     return replace(spec, tensors=tensors, quantization=stored.method, stored=stored)

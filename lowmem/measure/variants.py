@@ -17,10 +17,11 @@ from lowmem.precisions import PRECISIONS
 from lowmem.quant import get
 from lowmem.quant.base import Options
 from lowmem.quant.calibration import Calibration
-from lowmem.quant.request import QuantizeRequest
+from lowmem.quant.request import EMBEDDING_BITS, QuantizeRequest, checked_embedding_bits
 
 _ALIASES = {"int8_dynamic": "int8", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _CALIBRATION = tuple(field.name for field in fields(Calibration))
+EMBEDDING = "embedding_bits"
 _NUMBERS = ("bits", "group_size")
 
 
@@ -45,7 +46,7 @@ class Variant:
     @property
     def options(self) -> dict[str, Any]:
         """Fields of the method's `Options`."""
-        more = {name: value for name, value in self.settings if name not in _CALIBRATION}
+        more = {name: value for name, value in self.settings if name not in (*_CALIBRATION, EMBEDDING)}
         return {"bits": self.bits, "group_size": self.group} | more
 
     @property
@@ -57,7 +58,8 @@ class Variant:
         """The quantization of `model` to `out`; the variant's settings are valid."""
         method = get(self.method)
         options, calibration = method.Options(**self.options), Calibration(**self.calibration)
-        return QuantizeRequest(model, method, options, calibration, out, budget)
+        bits = dict(self.settings).get(EMBEDDING, EMBEDDING_BITS[0])
+        return QuantizeRequest(model, method, options, calibration, bits, out, budget)
 
 
 def parse_variant(text: str) -> Variant:
@@ -85,7 +87,8 @@ def make_variant(method: str, settings: Mapping[str, Any]) -> Variant:
     Raises:
         BadInput: an unknown method or option, or an invalid value.
     """
-    given = {name: value for name, value in settings.items() if name not in _CALIBRATION}
+    given = {name: value for name, value in settings.items() if name not in (*_CALIBRATION, EMBEDDING)}
+    embedding = checked_embedding_bits(settings.get(EMBEDDING, EMBEDDING_BITS[0]))
     options = build(get(method).Options, given)
     options.check()
     calibration = build(Calibration, {name: settings[name] for name in _CALIBRATION if name in settings})
@@ -94,7 +97,11 @@ def make_variant(method: str, settings: Mapping[str, Any]) -> Variant:
             msg("There is no calibration text {text!r}.", text=calibration.text[:40]),
             msg("Choose one of {names}.", names=", ".join(NAMES)),
         )
-    non_default = (*_non_default(options, _NUMBERS), *(_non_default(calibration) if get(method).calibrated else ()))
+    non_default = (
+        *_non_default(options, _NUMBERS),
+        *(_non_default(calibration) if get(method).calibrated else ()),
+        *(((EMBEDDING, embedding),) if embedding != EMBEDDING_BITS[0] else ()),
+    )
     name = ":".join(
         [method, str(options.bits), str(options.group_size), *(f"{key}={_format(v)}" for key, v in non_default)]
     )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.models.encoded import MXFP4, NVFP4, WORDS, Encoded, encoded
+from lowmem.models.encoded import MXFP4, NVFP4, ROWS, WORDS, Encoded, encoded
 from lowmem.models.entries import Converted, Source
+from lowmem.models.packed_rows import dequantize_rows
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of a code of 4 bits (E2M1)."""
@@ -27,6 +28,12 @@ def dequantize_entries(tensors: dict[str, Source], described: Mapping[str, Any])
             del tensors[name]
         dtype = "bf16" if one.kind == MXFP4 else "fp32"  # exact: a value of 4 bits and a power of 2
         tensors[one.name] = Converted(dtype, one.shape, tuple(sources), _Dequantize(one), _steps(one, sources))
+
+
+def packed_rows(entry: Source) -> Encoded | None:
+    """The packed table that a tensor of a checkpoint is computed of, None if it is not stored as one."""
+    one = entry.convert.one if isinstance(entry, Converted) and isinstance(entry.convert, _Dequantize) else None
+    return one if one is not None and one.kind == ROWS else None
 
 
 def _steps(one: Encoded, sources: list[Any]) -> tuple[int, ...]:
@@ -55,6 +62,8 @@ class _Dequantize:
         one = self.one
         read = dict(zip(one.parts, parts, strict=True))
         codes, scales = read[one.codes], read[one.scales[0]]
+        if one.kind == ROWS:
+            return dequantize_rows(codes, scales, one.bits)
         if one.kind == MXFP4:
             values = _mxfp4(codes, scales)
             return values if one.name + "_packed" == one.codes else values.transpose(-1, -2)

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lowmem.errors import CorruptModel
+from lowmem.messages import msg
 from lowmem.models.quantization import INT8, parse_quantization
 
-FP8, INTEGERS, WORDS, MXFP4, NVFP4 = "FP8", "INT8", "packed integers", "MXFP4", "NVFP4"
+FP8, INTEGERS, WORDS, MXFP4, NVFP4, ROWS = "FP8", "INT8", "packed integers", "MXFP4", "NVFP4", "packed rows"
 
 FP8_DTYPES = ("fp8", "fp8_e5m2")
 
@@ -24,6 +26,12 @@ BLOCK = 128
 
 FP4_BLOCK = 16
 """Codes, two a byte, that `_blocks` of MXFP4 stores in a row of bytes."""
+
+
+PACKED_ROWS = "packed_rows"
+"""The entry of `quantization_config` for tables of lowmem's own: name of the weight -> {"bits": 8, 6 or 4}."""
+
+ROW_BITS = (8, 6, 4)
 
 
 class Stored(Protocol):
@@ -86,7 +94,8 @@ def encoded(tensors: Mapping[str, Stored], described: Mapping[str, Any]) -> list
 
 def encoding(tensors: Mapping[str, Stored], described: Mapping[str, Any]) -> str:
     """The kinds of encoded weights among `tensors` for a person, such as "FP8"; "" without any."""
-    return ", ".join(sorted({one.label for one in encoded(tensors, described)}))
+    found = (one for one in encoded(tensors, described) if one.kind != ROWS)  # which run from their codes
+    return ", ".join(sorted({one.label for one in found}))
 
 
 def _find(tensors: Mapping[str, Stored], described: Mapping[str, Any], packed: bool) -> Iterator[Encoded]:
@@ -96,6 +105,8 @@ def _find(tensors: Mapping[str, Stored], described: Mapping[str, Any], packed: b
             *stacked, rows, blocks, nbytes = shape
             name = codes.removesuffix("_blocks")
             yield Encoded(name, MXFP4, codes, (scales,), (*stacked, 2 * blocks * nbytes, rows), bits=4)
+        elif codes.endswith("_codes") and (scales := f"{codes.removesuffix('_codes')}_scales") in tensors:
+            yield _rows(codes.removesuffix("_codes"), tensor, scales, tensors[scales].shape[-1], described)
         elif codes.endswith("_packed"):
             yield from _packed(codes.removesuffix("_packed"), codes, tensors, described)
         elif dtype in FP8_DTYPES and (scales := _first(tensors, codes, "_scale_inv", "_scale")):
@@ -106,6 +117,21 @@ def _find(tensors: Mapping[str, Stored], described: Mapping[str, Any], packed: b
         elif dtype == "int8" and not packed and (scales := _first(tensors, codes, "_scale")):
             zeros, block = _first(tensors, codes, "_zero_point"), _block(shape, tensors[scales].shape, described)
             yield Encoded(codes, INTEGERS, codes, (scales,), shape, zeros=zeros, block=block)
+
+
+def _rows(name: str, codes: Stored, scales: str, groups: int, described: Mapping[str, Any]) -> Encoded:
+    """A table of lowmem's own, see `packed_rows`; `quantization_config` says how wide its codes are."""
+    tables = described.get(PACKED_ROWS)
+    about = tables.get(name) if isinstance(tables, Mapping) else None
+    bits = about.get("bits") if isinstance(about, Mapping) else None
+    if bits not in ROW_BITS or codes.dtype != ("int8" if bits == 8 else "uint8"):
+        raise CorruptModel(
+            msg("config.json does not say in how many bits {name} is stored.", name=name),
+            msg("Quantize the model again."),
+        )
+    rows, width = codes.shape
+    columns = width * 8 // bits
+    return Encoded(name, ROWS, f"{name}_codes", (scales,), (rows, columns), bits=bits, block=(1, columns // groups))
 
 
 def _packed(name: str, codes: str, tensors: Mapping[str, Stored], described: Mapping[str, Any]) -> Iterator[Encoded]:

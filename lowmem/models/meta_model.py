@@ -43,7 +43,7 @@ from lowmem.models import modules
 from lowmem.models.anatomy import Activations, Anatomy, LayerCache, Term, value
 from lowmem.models.blocks import BlockList
 from lowmem.models.cache_argument import cache_argument
-from lowmem.models.dequantize import dequantize_entries
+from lowmem.models.dequantize import dequantize_entries, packed_rows
 from lowmem.models.entries import Entry, Extent, Joined, Source
 from lowmem.models.matching import match_names, tied_parameters
 from lowmem.models.meta_blocks import derive_blocks
@@ -304,6 +304,8 @@ def _held(
         tensor = Tensor(name, entry.dtype, shape, entry.nbytes, role, transposed, wide=name in wide)
         if tensor.is_packed_weight and whole is not None and (layer := whole.of(source.rpartition(".")[0])) != whole:
             tensor = replace(tensor, packing=(layer.bits, layer.group_size))
+        elif table := packed_rows(entry):
+            tensor = replace(tensor, packing=(table.bits, table.block[1]))
         found.append(replace(tensor, parts=_parts(entry)) if role == "experts" else tensor)
     return tuple(found)
 

@@ -65,7 +65,8 @@ class Tensor:
         transposed: a matrix that is stored [inputs, outputs].
         wide: held in fp32 whatever the computation's dtype is.
         parts: tensors of the file that one of its matrices is made of: 2 where gate and up of an expert are stored apart.
-        packing: (bits, group size) of a packed weight, where they are not those of the whole checkpoint.
+        packing: (bits, group size) of a packed weight, where they are not those of the whole checkpoint; of a packed table
+            always.
     """
 
     name: str
@@ -89,6 +90,11 @@ class Tensor:
     def decoded(self) -> bool:
         """Whether the file stores it in fewer or more bytes than its values take: it is computed when it is read."""
         return self.nbytes != self.elements * DTYPE_BYTES.get(self.dtype, 0)
+
+    @property
+    def packed_rows(self) -> bool:
+        """Whether it is a table of `models.packed_rows`, which is held in memory as it is stored."""
+        return self.packing is not None and self.decoded and self.role in ("embedding", "head")
 
     @property
     def matrices(self) -> tuple[int, int, int]:

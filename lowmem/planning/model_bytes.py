@@ -42,10 +42,6 @@ def weight_bytes(spec: ModelSpec, precision: str, dtype: str) -> int:
     total = 0
     for tensor in spec.tensors:
         total += tensor_bytes(spec, tensor, precision, dtype)
-    dense = PRECISIONS[precision].dense(dtype, spec.stored)
-    if dense.covers_embeddings and spec.tied:
-        # A packed output head cannot be indexed, so a tied embedding is held twice.
-        total += dense.linear_bytes(spec.vocab, spec.hidden)
     return total
 
 
@@ -61,6 +57,8 @@ def tensor_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) ->
         # All parts of a layer are counted with its weight.
         layer = _packed_shape(spec, tensor)
         return layouts.packed_bytes(spec.stored.at(tensor.packing), *layer, dtype) if layer else 0
+    if tensor.packed_rows:
+        return tensor.nbytes  # held as stored
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
     if quantized(dense, tensor):
         count, rows, columns = tensor.matrices
@@ -134,22 +132,19 @@ def loading_peak(spec: ModelSpec, precision: str, dtype: str) -> int:
         final = tensor_bytes(spec, tensor, precision, dtype)
         peak = max(peak, finished + final + _temporary_bytes(spec, tensor, precision, dtype))
         finished += final
-    dense = PRECISIONS[precision].dense(dtype, spec.stored)
-    if dense.covers_embeddings and spec.tied:
-        # Packing the head copies the embedding's codes.
-        finished += dense.linear_bytes(spec.vocab, spec.hidden)
-        peak = max(peak, finished + spec.vocab * spec.hidden)
     return max(peak, finished)
 
 
 def _temporary_bytes(spec: ModelSpec, tensor: Tensor, precision: str, dtype: str) -> int:
-    if spec.stored and spec.stored.method == BNB and tensor.packed_layer:
+    if tensor.packed_rows or (spec.stored and spec.stored.method == BNB and tensor.packed_layer):
         return 0
     if layer := _packed_shape(spec, tensor):
         return layouts.repacking_bytes(*layer)
     dense = PRECISIONS[precision].dense(dtype, spec.stored)
     if quantized(dense, tensor):
         count, rows, columns = tensor.matrices
+        if tensor.role == "embedding":  # read and quantized some rows at a time
+            return 6 * layouts.ROWS_AT_WORK_BYTES
         source = tensor.elements // count * DTYPE_BYTES.get(tensor.dtype, 4)
         return source + dense.temporary_bytes(rows, columns, dtype)
     return min(tensor.elements * DTYPE_BYTES.get(tensor.dtype, 4), CONVERSION_BYTES)

@@ -105,7 +105,7 @@ def _quantization_state_bytes(plan: Plan, placement: Placement) -> int:
 
 
 def _resident_bytes(plan: Plan, tensor: Tensor, dtype: str) -> int:
-    packed = plan.precision == "stored" and tensor.packed_layer
+    packed = (plan.precision == "stored" and tensor.packed_layer) or tensor.packed_rows
     if packed or plan.place.kind != "cpu":
         return model_bytes.tensor_bytes(plan.spec, tensor, plan.precision, dtype)
     # Beside streamed blocks, matrices on a CPU stay in their stored format.

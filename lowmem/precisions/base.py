@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from lowmem.models.spec import DTYPE_BYTES
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from lowmem.kernels.packed_rows import PackedRows
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Precision:
         raise NotImplementedError
 
     def embedding_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a quantized embedding."""
+        """Bytes of a quantized embedding, which a tied head shares."""
         raise NotImplementedError
 
     def temporary_bytes(self, rows: int, columns: int, dtype: str) -> int:
@@ -76,10 +79,6 @@ class Precision:
         """A layer that computes `x W^T + b`, for `weight` [out, in] as it is stored."""
         raise NotImplementedError
 
-    def embedding(self, weight: Tensor, factor: float) -> nn.Module:
-        """A layer that maps ids [...] to `factor` times their rows of `weight`: [..., hidden]."""
-        raise NotImplementedError
-
-    def tied_head(self, embedding: nn.Module, bias: Tensor | None) -> nn.Module:
-        """The output head that shares its weights with a layer made by `embedding`."""
+    def embedding(self, shape: tuple[int, int], read: Callable[[int, int], Tensor]) -> PackedRows:
+        """The table of an embedding of `shape`; `read` returns its rows from one (inclusive) to another (exclusive)."""
         raise NotImplementedError

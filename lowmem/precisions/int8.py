@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lowmem.kernels.int8_linear import Int8Linear
+    from lowmem.kernels.packed_rows import PackedRows
+
+BITS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Int8(Precision):
         return layouts.int8_bytes(outputs, inputs)
 
     def embedding_bytes(self, rows: int, columns: int) -> int:
-        return rows * (columns + 4)
+        return layouts.rows_bytes(rows, columns, BITS)
 
     def temporary_bytes(self, rows: int, columns: int, dtype: str) -> int:  # noqa: ARG002
         """The codes before they are packed, and two fp32 copies of the rows at work."""
@@ -51,13 +55,10 @@ class Int8(Precision):
     def linear(self, weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002
         return self._layer().from_weight(weight, bias)
 
-    def embedding(self, weight: Tensor, factor: float) -> nn.Module:
-        from lowmem.kernels.int8_linear import Int8Embedding
+    def embedding(self, shape: tuple[int, int], read: Callable[[int, int], Tensor]) -> PackedRows:
+        from lowmem.kernels.packed_rows import PackedRows
 
-        return Int8Embedding(weight, factor)
-
-    def tied_head(self, embedding: nn.Module, bias: Tensor | None) -> nn.Module:
-        return self._layer()(embedding.get_buffer("codes"), embedding.get_buffer("scales"), bias)
+        return PackedRows.quantized(shape, read, BITS)
 
     def _layer(self) -> type[Int8Linear]:
         from lowmem.kernels.int8_fine import FineInt8Linear

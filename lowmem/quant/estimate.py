@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowmem.kernels.layouts import ROWS_AT_WORK_BYTES, rows_bytes
 from lowmem.messages import msg
 from lowmem.models.spec import CONVERSION_BYTES, DTYPE_BYTES, ModelSpec, Tensor, conversion_bytes
 from lowmem.planning.model_bytes import activation_bytes
 from lowmem.planning.placement import block_index
 from lowmem.quant.calibration import Calibration
-from lowmem.quant.layers import Matrices, quantized_matrices
+from lowmem.quant.layers import Matrices, packed_tables, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 from lowmem.units import GB, MB, MiB, format_bytes
 
@@ -59,6 +60,7 @@ class Estimate:
         disk_bytes: the result and all temporary files.
         seconds: time it will take, see `seconds.quantize_seconds`; None if this machine was not measured.
         limit: bytes that the process may hold; None for no limit.
+        parameters: all of the model's.
     """
 
     original_bytes: int
@@ -69,6 +71,12 @@ class Estimate:
     disk_bytes: int
     seconds: float | None = None
     limit: int | None = None
+    parameters: int = 0
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Of the whole result, embedding and output head included."""
+        return 8 * self.output_bytes / max(1, self.parameters)
 
     @property
     def bits_per_quantized_weight(self) -> float:
@@ -108,14 +116,19 @@ def estimate_quantization(
     method, options, calibration = request.method, request.options, request.calibration
     matrices = quantized_matrices(spec, options)
     quantized = sum(one.count * method.layer_bytes(one.rows, one.columns, options) for one in matrices)
-    names = {one.tensor.name for one in matrices}
+    tables = packed_tables(spec, request.embedding_bits)
+    table_sizes = [rows_bytes(table.shape[0], table.shape[1], request.embedding_bits) for table in tables]
+    names = {one.tensor.name for one in matrices} | {table.name for table in tables}
     rest = [tensor for tensor in spec.tensors if tensor.name not in names]
-    unquantized = sum(map(_unquantized_bytes, rest))
+    unquantized = sum(map(_unquantized_bytes, rest)) + sum(table_sizes)
     # Every layer is stored as four tensors at most.
-    stored_tensors = len(rest) + 4 * sum(one.count for one in matrices)
+    stored_tensors = len(rest) + 2 * len(tables) + 4 * sum(one.count for one in matrices)
     shards = max(math.ceil((quantized + unquantized) / SHARD_BYTES), math.ceil(stored_tensors / SHARD_TENSORS))
     output = quantized + unquantized + shards * HEADER_BYTES
-    copying = max((_copying_bytes(tensor) for tensor in rest), default=0)
+    copying = max(
+        max((_copying_bytes(tensor) for tensor in rest), default=0),
+        max((size + 6 * ROWS_AT_WORK_BYTES for size in table_sizes), default=0),
+    )
     if method.calibrated:
         working, temporary = _calibrating_bytes(spec, request, matrices), _activation_file_bytes(spec, calibration)
     else:
@@ -130,6 +143,7 @@ def estimate_quantization(
         disk_bytes=output + temporary,
         seconds=seconds,
         limit=request.budget.ram,
+        parameters=spec.parameters,
     )
 
 

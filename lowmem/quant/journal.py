@@ -35,6 +35,7 @@ class Journal:
         shards: `Shards.state` after them.
         activations: file with the next block's inputs; "" without calibration. checksum: its CRC-32.
         shared: experts that too few tokens were routed to, which were quantized by the statistics of all.
+        tables: stored name of every weight that is a packed table, and its bits.
         losses: relative loss of every quantized layer, by name.
         seconds: time spent so far.
     """
@@ -46,6 +47,7 @@ class Journal:
     activations: str = ""
     checksum: int = 0
     losses: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, int] = field(default_factory=dict)
     shared: int = 0
     seconds: float = 0.0
 

@@ -15,6 +15,9 @@ from lowmem.quant.request import QuantizeRequest
 PACKED = 32
 """Inputs and outputs of a packed layer come in multiples of this, so that words are full at every bit width."""
 
+TABLE_COLUMNS = 4
+"""Columns of a packed table come in multiples of this, so that bytes are full at every bit width."""
+
 MOST_WIDE = 0.1
 """Most of the weights that may stay as they are because groups do not divide their inputs."""
 
@@ -64,6 +67,22 @@ def _matrices(spec: ModelSpec) -> Iterator[Matrices]:
         if tensor.role in ("linear", "experts"):
             count, rows, columns = tensor.matrices
             yield Matrices(tensor, count * tensor.parts, rows // tensor.parts, columns)
+
+
+def packed_tables(spec: ModelSpec, bits: int) -> list[Tensor]:
+    """The embeddings and the output head that are stored as packed tables of `bits` bits; none for 16.
+
+    Positions, which are few rows, stay as they are, and so does what the family's code computes in fp32.
+    """
+    if bits == 16:
+        return []
+    return [
+        tensor
+        for tensor in spec.tensors
+        if tensor.role in ("embedding", "head")
+        and 2 * tensor.shape[0] >= spec.vocab
+        and not (tensor.wide or tensor.transposed or tensor.shape[1] % TABLE_COLUMNS)
+    ]
 
 
 def check_model(spec: ModelSpec, request: QuantizeRequest) -> None:

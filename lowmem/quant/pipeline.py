@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from lowmem.errors import CorruptModel, DiskFull
 from lowmem.events import CancelToken, Receipt, Step, WithResult
+from lowmem.kernels.packed_rows import PackedRows, quantize_rows
 from lowmem.machine.monitor import PeakMeter, quick_collections, release_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.modules import empty_model
+from lowmem.models.packed_rows import CODES, SCALES, dequantize_rows
 from lowmem.quant.activations import Activations
 from lowmem.quant.block import Progress, QuantizedBlock, calibrated_block, plain_block
 from lowmem.quant.calibration import Samples
@@ -84,7 +86,7 @@ def quantize_folder(
         finally:
             torch.set_num_threads(threads)
         wide = wide_layers(prepared.spec, request.options)
-        write_companions(folder, part, request.method, request.options, wide)
+        write_companions(folder, part, request, wide, journal.tables)
         receipt = quantize_receipt(prepared, part, journal, meter.peak, resumed)
         write_model_card(prepared, part, receipt)
         publish(part, out)
@@ -128,12 +130,39 @@ class Pipeline:
                     inputs.write(index, entrance.hidden_states(index))
                 self._journal.checksum = inputs.checksum
             release_memory()
+        request, tables = self._prepared.request, self._prepared.tables
         for name in weights:
             self._prepared.cancel.check()
             if not name.startswith(f"{self._prepared.blocks.path}."):
-                yield self._step(0, 0.0, msg("Copying {name}", name=name))
-                shards.add([(weights.output_name(name), weights.read_unquantized(name))])
+                if name in tables:
+                    yield self._step(0, 0.0, msg("Packing {name}", name=name))
+                    shards.add(self._packed(weights, name))
+                    release_memory()
+                else:
+                    yield self._step(0, 0.0, msg("Copying {name}", name=name))
+                    shards.add([(weights.output_name(name), weights.read_unquantized(name))])
+        self._journal.tables = {weights.output_name(name): request.embedding_bits for name in sorted(tables)}
         self._commit(shards)
+
+    def _packed(self, weights: Weights, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The parts of a packed table, of whose original only some rows are in memory at a time."""
+
+        def read(start: int, stop: int) -> Tensor:
+            self._prepared.cancel.check()
+            return weights.read_rows(name, start, stop)
+
+        rows, columns = weights.shape(name)
+        table = PackedRows.quantized((rows, columns), read, self._prepared.request.embedding_bits)
+        stored = weights.output_name(name)
+        yield f"{stored}{CODES}", table.codes
+        yield f"{stored}{SCALES}", table.scales
+
+    def _rounded(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of the embedding as the result holds them."""
+        if name not in self._prepared.tables:
+            return rows
+        bits = self._prepared.request.embedding_bits
+        return dequantize_rows(*quantize_rows(rows, bits), bits)
 
     def _enter(self, model: Any, weights: Weights) -> Generator[Step, None, list[Call]]:
         """How the model calls each block. Inputs that an earlier run left are checked first."""
@@ -153,7 +182,7 @@ class Pipeline:
         return [_moved(call, self._prepared.device) for call in calls]
 
     def _entrance(self, model: Any, weights: Weights) -> Entrance:
-        return Entrance(model, self._prepared.blocks, weights, self._samples)
+        return Entrance(model, self._prepared.blocks, weights, self._samples, self._rounded)
 
     def _activations(self, name: str = "") -> Activations:
         calibration = self._prepared.request.calibration

@@ -22,7 +22,7 @@ from lowmem.models.spec import ModelSpec
 from lowmem.quant.calibration import Samples, token_samples
 from lowmem.quant.estimate import Estimate, estimate_quantization
 from lowmem.quant.journal import part_of
-from lowmem.quant.layers import check_model, quantized_matrices
+from lowmem.quant.layers import check_model, packed_tables, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
 from lowmem.units import format_bytes
 from lowmem.version import __version__
@@ -32,7 +32,7 @@ from lowmem.version import __version__
 class PreparedQuantization:
     """A request whose model is in `folder`, with the model's shape and the predicted cost.
 
-    `quantized` names the parameters that are quantized.
+    `quantized` names the parameters that are quantized, `tables` those that become packed tables.
     """
 
     folder: Path
@@ -41,6 +41,7 @@ class PreparedQuantization:
     cancel: CancelToken
     spec: ModelSpec
     quantized: frozenset[str]
+    tables: frozenset[str]
     estimate: Estimate
 
     @classmethod
@@ -56,7 +57,8 @@ class PreparedQuantization:
         device = torch.device(hardware.device.key if hardware.device.kind == "cuda" else "cpu")
         estimate = estimate_quantization(spec, request, hardware.runtime_bytes)
         quantized = frozenset(one.tensor.name for one in quantized_matrices(spec, request.options))
-        return cls(folder, request, device, cancel, spec, quantized, estimate)
+        tables = frozenset(tensor.name for tensor in packed_tables(spec, request.embedding_bits))
+        return cls(folder, request, device, cancel, spec, quantized, tables, estimate)
 
     @property
     def blocks(self) -> BlockList:
@@ -129,5 +131,6 @@ class PreparedQuantization:
             "model": self.spec.source.fingerprint,
             "method": self.request.method.name,
             "options": asdict(self.request.options),
+            "embedding_bits": self.request.embedding_bits,
             "calibration": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         }

@@ -53,6 +53,10 @@ def quantize_receipt(
             "bits_per_weight": prepared.estimate.bits_per_quantized_weight,  # its name in the last release
             "loss": sum(losses.values()) / max(1, len(losses)),
             "losses": losses,
+            "embedding_bits": prepared.request.embedding_bits,
+            "bits_per_parameter": 8
+            * sum(file.stat().st_size for file in part.glob("*.safetensors"))
+            / prepared.spec.parameters,
             "resumed_blocks": resumed,
         },
     )
@@ -62,6 +66,11 @@ def _notes(prepared: PreparedQuantization, journal: Journal, resumed: int) -> It
     options = prepared.request.options
     if wide := wide_layers(prepared.spec, options):
         yield msg("These layers stay as they are: {layers}.", layers=", ".join(wide))
+    if journal.tables:
+        yield msg(
+            "Embedding and output head are stored in {bits} bits, in a layout that lowmem reads.",
+            bits=prepared.request.embedding_bits,
+        )
     if journal.shared:
         yield msg(
             "{shared:,} of {experts:,} experts saw too little of the calibration text and share the statistics of all.",
@@ -83,6 +92,7 @@ def _snippet(request: QuantizeRequest) -> str:
         f"    {request.method.name!r},\n"
         f"    dict({arguments(changed(request.options))}),\n"
         f"    dict({arguments(changed(request.calibration))}),\n"
+        f"    embedding_bits={request.embedding_bits},\n"
         "    out=Path('quantized'),\n"
         f"    budget=lowmem.MemoryBudget({arguments(request.budget.as_dict())}),\n"
         ")\n"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import Unsupported
+from lowmem.errors import BadInput, Unsupported
 from lowmem.fields import build
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
@@ -17,6 +17,9 @@ from lowmem.quant import DEFAULT, get
 from lowmem.quant.base import Method, Options
 from lowmem.quant.calibration import Calibration
 from lowmem.settings import settings
+
+EMBEDDING_BITS = (8, 6, 4, 16)
+"""Bits of embedding and output head, the default first; 16 leaves them as they are, which every program can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class QuantizeRequest:
         model: "demo", a hub id, a folder or a .gguf file.
         options: an instance of `method.Options`.
         calibration: ignored by methods without calibration.
+        embedding_bits: of embedding and output head, one of `EMBEDDING_BITS`; 16 leaves them as they are.
         out: the folder to create.
         budget: for the process that quantizes, including what it holds already.
         allow_paths: whether `model` may be a path on this machine.
@@ -37,6 +41,7 @@ class QuantizeRequest:
     method: Method
     options: Options
     calibration: Calibration = Calibration()  # noqa: RUF009  immutable
+    embedding_bits: int = EMBEDDING_BITS[0]
     out: Path = Path("quantized")
     budget: MemoryBudget = UNLIMITED
     allow_paths: bool = True
@@ -49,6 +54,7 @@ class QuantizeRequest:
         method: str = DEFAULT,
         options: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
+        embedding_bits: int = EMBEDDING_BITS[0],
         *,
         hardware: Hardware | None = None,
         **rest: Any,
@@ -69,14 +75,17 @@ class QuantizeRequest:
             raise Unsupported(refusal, msg("Choose another method."))
         built: Options = build(chosen.Options, options or {})
         built.check()
-        return cls(model, chosen, built, build(Calibration, calibration or {}), **rest)
+        return cls(
+            model, chosen, built, build(Calibration, calibration or {}), checked_embedding_bits(embedding_bits), **rest
+        )
 
     @property
     def name(self) -> str:
-        """What a result is called after its model: method, bits, groups."""
+        """What a result is called after its model: method, bits, groups, and bits of the embedding if not the default."""
         options = self.options
         groups = f"-g{options.group_size}" if options.group_size > 0 else ""
-        return f"{self.method.name}-{options.bits}bit{groups}{'-sym' if options.symmetric else ''}"
+        table = f"-e{self.embedding_bits}" if self.embedding_bits != EMBEDDING_BITS[0] else ""
+        return f"{self.method.name}-{options.bits}bit{groups}{'-sym' if options.symmetric else ''}{table}"
 
     def as_dict(self) -> dict[str, Any]:
         """The request as JSON can carry it to another process; options at their default are left out."""
@@ -85,6 +94,7 @@ class QuantizeRequest:
             "method": self.method.name,
             "options": changed(self.options),
             "calibration": changed(self.calibration),
+            "embedding_bits": self.embedding_bits,
             "out": str(self.out),
             "budget": self.budget.as_dict(),
             "allow_paths": self.allow_paths,
@@ -103,6 +113,20 @@ class QuantizeRequest:
             "budget": MemoryBudget(**value["budget"]),
         }
         return cls(**{**value, **parts})
+
+
+def checked_embedding_bits(value: Any) -> int:
+    """
+    Raises:
+        BadInput: none of `EMBEDDING_BITS`.
+    """
+    found = next((bits for bits in EMBEDDING_BITS if str(bits) == str(value).strip()), None)
+    if found is None:
+        raise BadInput(
+            msg("Embedding and head cannot be stored in {bits} bits.", bits=str(value)[:20]),
+            msg("Use {bits}; 16 leaves them as they are.", bits=", ".join(map(str, EMBEDDING_BITS))),
+        )
+    return found
 
 
 def changed(options: Options | Calibration) -> dict[str, Any]:

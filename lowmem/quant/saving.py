@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem.models.encoded import PACKED_ROWS
 from lowmem.models.model_files import COMPANIONS, CONFIG
-from lowmem.quant.base import Method, Options
+from lowmem.quant.request import QuantizeRequest
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
 
-def write_companions(source: Path, folder: Path, method: Method, options: Options, wide: Sequence[str]) -> None:
+def write_companions(
+    source: Path, folder: Path, request: QuantizeRequest, wide: Sequence[str], tables: Mapping[str, int]
+) -> None:
     """Copy tokenizer and configuration from `source` to `folder`, and add how the weights are quantized.
 
     Args:
         wide: linear layers of the blocks that are not quantized, see `Method.skipping`.
+        tables: stored name of every weight that is a packed table, and its bits.
     """
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    quantization = method.config(options) | (method.skipping(wide) if wide else {})
+    method = request.method
+    quantization = method.config(request.options) | (method.skipping(wide) if wide else {})
+    if tables:
+        quantization[PACKED_ROWS] = {name: {"bits": bits} for name, bits in tables.items()}
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     config.pop("torch_dtype", None)

@@ -6,7 +6,7 @@ Knows transformers' models and safetensors names; knows nothing of quantization.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint, Entry
 from lowmem.models.conversions import Conversions
 from lowmem.models.matching import by_module, match_names
 from lowmem.models.modules import set_tensor
+from lowmem.models.tensors import CONVERSION_BYTES
 from lowmem.models.tensors import Tensor as Inventoried
 
 
@@ -127,6 +128,18 @@ class Weights:
             CorruptModel: it holds NaN or infinite values.
         """
         return checked_finite(name, self._checkpoint.read(self._stored[name]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._inventory[name].shape
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix in its stored dtype, from `start` (inclusive) to `stop` (exclusive).
+
+        Raises:
+            CorruptModel: they hold NaN or infinite values.
+        """
+        entry = self._checkpoint.tensors[self._stored[name]]
+        return checked_finite(name, self._checkpoint.read_entry(entry.rows(start, stop)))
 
     def read_unquantized(self, name: str) -> Tensor:
         """The tensor as a quantized checkpoint stores it unquantized: fp32 becomes fp16 where its range allows.
@@ -249,7 +262,16 @@ class _Reached(Exception):
 class Entrance:
     """From token ids to the inputs of the first block, with only those rows of the embeddings in memory that occur."""
 
-    def __init__(self, model: Any, blocks: BlockList, weights: Weights, samples: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: BlockList,
+        weights: Weights,
+        samples: Sequence[Sequence[int]],
+        rounded: Callable[[str, Tensor], Tensor] = lambda _, rows: rows,
+    ) -> None:
+        """`rounded` returns rows of the embedding of this name as the result will hold them."""
+        self._rounded = rounded
         self._decoder = model.base_model
         self._ids, compact = torch.unique(torch.tensor(samples), return_inverse=True)
         self._samples = compact
@@ -267,10 +289,11 @@ class Entrance:
                 continue
             yield module
             for member, name in members.items():
-                values = weights.read_unquantized(name)
-                if module is tokens:
-                    values = values[self._ids]
+                if module is tokens and member == "weight":
+                    values = self._rounded(name, _chosen_rows(weights, name, self._ids))
                     module.padding_idx = None
+                else:
+                    values = weights.read_unquantized(name)
                 set_tensor(module, member, values.float() if values.is_floating_point() else values)
 
     def check_calls(self) -> None:
@@ -325,6 +348,18 @@ class Entrance:
         """Free the memory of what was loaded."""
         for module in self._filled:
             empty(module)
+
+
+def _chosen_rows(weights: Weights, name: str, ids: Tensor) -> Tensor:
+    """The rows `ids` (in ascending order) of a large matrix, of which only some rows are in memory at a time."""
+    rows, columns = weights.shape(name)
+    step = max(1, CONVERSION_BYTES // (4 * columns))
+    parts = []
+    for start in range(0, rows, step):
+        here = ids[(ids >= start) & (ids < start + step)] - start
+        if len(here):
+            parts.append(weights.read_rows(name, start, min(start + step, rows))[here])
+    return torch.cat(parts)
 
 
 def _equal(first: Any, second: Any) -> bool:

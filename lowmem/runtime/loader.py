@@ -20,18 +20,21 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.errors import BadInput, CorruptModel, Unsupported, first_line, is_out_of_memory
 from lowmem.events import CancelToken, Step
 from lowmem.kernels import packed_linear
+from lowmem.kernels.packed_rows import PackedEmbedding, PackedHead, PackedRows
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
 from lowmem.machine.monitor import trim_heap
 from lowmem.messages import msg
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
+from lowmem.models.dequantize import packed_rows
 from lowmem.models.entries import Converted
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.modules import empty_model, set_tensor
+from lowmem.models.packed_rows import SCALES
 from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.plan import Plan
 from lowmem.planning.precision import available, storage_refusal
-from lowmem.precisions import PRECISIONS, Precision
+from lowmem.precisions import PRECISIONS
 from lowmem.runtime.streaming.attach import as_stored, can_map, checked_layer, offloaded_names, stream
 from lowmem.runtime.streaming.streamer import Streamer
 from lowmem.units import MB
@@ -81,7 +84,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
         streamed = {name for block in offloaded.values() for name in block}
         yield from _fill(model, checkpoint, {n: names[n] for n in names if n not in streamed}, place, cancel)
         streamer = _stream(model, checkpoint, offloaded, plan, device, dtype)
-    _settle(model, device, place.precision)
+    _settle(model, device)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _avoid_copying_head(model)
     _check_vocabulary(tokenizer, model, plan)
@@ -159,6 +162,8 @@ class _Placer:
     def __call__(self, owner: str, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
         if "qweight" in members or ("weight" in members and checkpoint.tensors[members["weight"]].dtype in CODE_DTYPES):
             return self._packed(module, checkpoint, members)
+        if "weight" in members and (table := packed_rows(checkpoint.tensors[members["weight"]])):
+            return self._table(module, checkpoint, members, table.bits)
         if self.as_stored:
             return self._as_stored(module, checkpoint, members)
         role = self._roles.get(f"{owner}.weight", "")
@@ -208,7 +213,23 @@ class _Placer:
         return packed_linear.stored_linear(stored, layer, parts, (outputs, inputs), self.device, self.dtype)
 
     def _embedding(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str]) -> nn.Module:
-        return self.precision.embedding(checkpoint.read(members["weight"]), float(getattr(module, "embed_scale", 1.0)))
+        entry: Any = checkpoint.tensors[members["weight"]]
+        rows = self.precision.embedding(entry.shape, lambda start, stop: checkpoint.read_entry(entry.rows(start, stop)))
+        return PackedEmbedding(rows, self.dtype, _factor(module))
+
+    def _table(self, module: nn.Module, checkpoint: Checkpoint, members: dict[str, str], bits: int) -> nn.Module:
+        """The embedding or output head of a table that is stored packed."""
+        entry: Any = checkpoint.tensors[members["weight"]]
+        codes, scales = (checkpoint.read_entry(source) for source in entry.sources)
+        if not bool(scales.isfinite().all()):
+            raise CorruptModel(
+                msg("{name} contains NaN or infinite values.", name=f"{members['weight']}{SCALES}"),
+                msg("Fetch the model again."),
+            )
+        rows = PackedRows(codes, scales, bits).to(self.device)
+        if isinstance(module, nn.Embedding):
+            return PackedEmbedding(rows, self.dtype, _factor(module))
+        return PackedHead(rows, checkpoint.read(members["bias"]) if "bias" in members else None, self.dtype)
 
     def _read(self, module: nn.Module, member: str, checkpoint: Checkpoint, name: str) -> Tensor:
         shape = checkpoint.tensors[name].shape
@@ -232,6 +253,11 @@ def _dtype(module: nn.Module, member: str, computed: torch.dtype) -> torch.dtype
     return computed if empty is None else empty.dtype
 
 
+def _factor(embedding: nn.Module) -> float:
+    """What Gemma and others multiply the rows of an embedding by."""
+    return float(getattr(embedding, "embed_scale", 1.0))
+
+
 def _inputs(module: Any, shape: tuple[int, ...]) -> int:
     """Inputs of each expert of a projection of this shape."""
     return shape[1] if module.is_transposed else shape[2]
@@ -244,14 +270,14 @@ def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def _settle(model: PreTrainedModel, device: torch.device, precision: Precision) -> None:
+def _settle(model: PreTrainedModel, device: torch.device) -> None:
     """Tie weights, move buffers to the device, and check that every tensor was filled.
 
     Raises:
         CorruptModel: a tensor was not in the files.
     """
     for parameter, source in tied_parameters(model).items():
-        _tie(model, parameter, source, precision)
+        _tie(model, parameter, source)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta and buffer.device != device:
@@ -277,15 +303,15 @@ def _avoid_copying_head(model: PreTrainedModel) -> None:
         )
 
 
-def _tie(model: PreTrainedModel, parameter: str, source: str, precision: Precision) -> None:
+def _tie(model: PreTrainedModel, parameter: str, source: str) -> None:
     """Let `parameter` be the tensor `source`, in whatever form this was loaded."""
     owner = parameter.rpartition(".")[0]
     origin: Any = model.get_submodule(source.rpartition(".")[0])
-    if origin is model.get_input_embeddings() and not isinstance(origin, nn.Embedding):
-        bias: Any = getattr(model.get_submodule(owner), "bias", None)
-        stored = isinstance(origin, StoredEmbedding)
-        head = StoredLinear(origin.get_parameter("weight"), bias) if stored else precision.tied_head(origin, bias)
-        model.set_submodule(owner, head)
+    bias: Any = getattr(model.get_submodule(owner), "bias", None)
+    if isinstance(origin, PackedEmbedding):
+        model.set_submodule(owner, PackedHead(origin.rows, bias, origin.dtype))
+    elif isinstance(origin, StoredEmbedding):
+        model.set_submodule(owner, StoredLinear(origin.get_parameter("weight"), bias))
     elif type(origin) is type(model.get_submodule(owner)) or isinstance(origin, nn.Embedding):
         set_tensor(model, parameter, model.get_parameter(source))
     else:

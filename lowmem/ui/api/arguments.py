@@ -21,6 +21,7 @@ ARGUMENTS = {
     "vram": 'GPU memory budget such as "6G"; empty for all free memory.',
     "gpu": 'a card such as "t4", "3060", "rtx-a2000" or "h100"; empty for any GPU with `vram`.',
     "force": "load even if the estimate is over the budget.",
+    "embedding_bits": "bits of embedding and output head: 8, 6 or 4, or 16 to leave them as they are.",
     "restart": "delete an unfinished quantization that cannot be resumed, and start over.",
     "prompt": "the text to continue.",
     "options": "options by name, those of the command line with underscores; the rest keep their defaults.",

@@ -186,12 +186,19 @@ class QuantizeArguments:
     options: dict | None = None
     budget: MemoryBudget = UNLIMITED
     restart: bool = False
+    embedding_bits: int = 8
 
     def request(self, services: Services) -> QuantizeRequest:
         options = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         text = {"text": self.calibration, "samples": self.samples, "length": self.sequence_length}
         return services.quantize.request(
-            self.model.strip(), self.method, options | (self.options or {}), text, self.budget, self.restart
+            self.model.strip(),
+            self.method,
+            options | (self.options or {}),
+            text,
+            self.budget,
+            self.restart,
+            self.embedding_bits,
         )
 
 

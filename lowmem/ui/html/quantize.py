@@ -25,6 +25,7 @@ def card(expected: Estimate) -> str:
             ),
         ),
         (msg("Bits per quantized weight"), Message("{bits:.2f}", bits=expected.bits_per_quantized_weight)),
+        (msg("Bits per weight, all included"), Message("{bits:.2f}", bits=expected.bits_per_parameter)),
         (msg("Peak RAM"), format_bytes(expected.ram_bytes)),
     ]
     return parts.estimate(expected, facts, "")

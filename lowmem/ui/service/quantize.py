@@ -16,7 +16,7 @@ from lowmem.messages import msg
 from lowmem.quant import DEFAULT, usable
 from lowmem.quant.estimate import Estimate, estimate_quantization
 from lowmem.quant.layers import check_model
-from lowmem.quant.request import QuantizeRequest, output_folder
+from lowmem.quant.request import EMBEDDING_BITS, QuantizeRequest, output_folder
 from lowmem.quant.run import known_seconds, measured, quantize_isolated
 from lowmem.ui.service.engine import Engine
 from lowmem.ui.service.results import unused
@@ -40,6 +40,7 @@ class QuantizeService:
         calibration: Mapping[str, Any] | None = None,
         budget: MemoryBudget = UNLIMITED,
         restart: bool = False,
+        embedding_bits: int = EMBEDDING_BITS[0],
     ) -> QuantizeRequest:
         """The validated request of a visitor, within the memory that is left.
 
@@ -47,6 +48,7 @@ class QuantizeService:
             options: fields of the method's `Options`; calibration: fields of `Calibration`.
             budget: for this process and the one that quantizes.
             restart: delete an unfinished run with other settings.
+            embedding_bits: of embedding and output head.
 
         Raises:
             BadInput, Unsupported: see `QuantizeRequest.validated`; a file that this visitor may not name.
@@ -56,6 +58,7 @@ class QuantizeService:
             method,
             options,
             calibration,
+            embedding_bits,
             hardware=self.engine.hardware(),
             budget=self.engine.child_budget(budget),
             allow_paths=not self.engine.public,

@@ -15,7 +15,7 @@ from lowmem.messages import msg
 from lowmem.quant import get
 from lowmem.quant.base import BITS
 from lowmem.quant.calibration import Calibration
-from lowmem.quant.request import QuantizeRequest
+from lowmem.quant.request import EMBEDDING_BITS, QuantizeRequest
 from lowmem.ui.html import parts
 from lowmem.ui.html import plan as render
 from lowmem.ui.language import Html
@@ -78,6 +78,13 @@ class QuantizeForm:
             info=msg("Without zero points: slightly less precise, supported by more programs."),
             elem_id="quant-symmetric",
         )
+        self.embedding = gr.Radio(
+            [(msg("{bits}, as they are", bits=bits) if bits == 16 else str(bits), bits) for bits in EMBEDDING_BITS],
+            value=EMBEDDING_BITS[0],
+            label=msg("Bits of embedding and output head"),
+            info=msg("With 16 other programs can read the result; fewer bits are read by lowmem alone."),
+            elem_id="quant-embedding",
+        )
         self._build_calibration(visible=get(first).calibrated)
         self._build_advanced(first)
         self.restart = gr.Checkbox(
@@ -97,6 +104,7 @@ class QuantizeForm:
             self.samples,
             self.length,
             self.restart,
+            self.embedding,
             *self.advanced.values(),
             *self.sidebar.limits,
         ]
@@ -181,7 +189,7 @@ class QuantizeForm:
         Raises:
             BadInput, Unsupported: a value out of range, or a method that does not run here; a missing file.
         """
-        model, method, bits, group, symmetric, text, file, samples, length, restart, *rest = values
+        model, method, bits, group, symmetric, text, file, samples, length, restart, embedding, *rest = values
         advanced, limits = rest[: len(self.advanced)], rest[len(self.advanced) :]
         own = {key: value for (owner, key), value in zip(self.advanced, advanced, strict=True) if owner == method}
         if text == OWN_FILE and not file and get(method).calibrated:
@@ -194,6 +202,7 @@ class QuantizeForm:
             calibration={"text": source, "samples": samples, "length": length},
             budget=self.sidebar.budget_of(limits),
             restart=bool(restart),
+            embedding_bits=embedding,
         )
 
 
