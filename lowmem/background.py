@@ -2,13 +2,14 @@
 
 A blocked socket or a child process cannot check a `CancelToken`; the functions here do, five times a second.
 
-Threads are reused. Near a cap on memory a new thread may get none, and CPython's `Thread.start` waits for ever for a thread that
-died of MemoryError before it said that it runs. So a process starts its threads before its cap tightens (`keep_idle`), and a
-start that gets no answer is OutOfMemory.
+Threads are reused. Near a cap on memory a new thread may get none, and `threading.Thread.start` waits for ever for a thread that
+died of MemoryError before it said that it runs. So a process starts its threads before its cap tightens (`keep_idle`), and `_thread`
+starts them, where the wait for an answer ends: without one it is OutOfMemory.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import functools
@@ -49,26 +50,28 @@ _Call = tuple[Future[Any], Callable[[], Any]]
 _Calls = SimpleQueue[_Call | None]
 
 
-class _Helper(threading.Thread):
-    """Runs calls, one after the other, for as long as the process lives."""
+class _Helper:
+    """A thread that runs calls, one after the other, for as long as the process lives.
+
+    Raises:
+        OutOfMemory: there is no memory for it.
+    """
 
     def __init__(self) -> None:
-        super().__init__(daemon=True, name="lowmem-helper")
-        self._started = _Running()
         self.calls: _Calls = SimpleQueue()
+        self._starting = _thread.allocate_lock()
+        self._starting.acquire()
+        try:
+            _thread.start_new_thread(self._run, ())
+        except (RuntimeError, MemoryError) as error:  # no memory for its stack
+            raise _no_thread() from error
+        if not self._starting.acquire(timeout=START_SECONDS):
+            raise _no_thread()
 
-    def run(self) -> None:
+    def _run(self) -> None:
+        self._starting.release()
         # Idle before the result is there: whoever waits for that finds this thread afterwards.
         _serve(self.calls, lambda: _idle.append(self))
-
-
-class _Running(threading.Event):
-    """What `Thread.start` waits for."""
-
-    def wait(self, timeout: float | None = START_SECONDS) -> bool:
-        if not super().wait(timeout):
-            raise _no_thread()
-        return True
 
 
 _idle: list[_Helper] = []
@@ -79,12 +82,7 @@ if hasattr(os, "register_at_fork"):
 def _helper() -> _Helper:
     with contextlib.suppress(IndexError):
         return _idle.pop()
-    helper = _Helper()
-    try:
-        helper.start()
-    except RuntimeError as error:  # no memory for its stack
-        raise _no_thread() from error
-    return helper
+    return _Helper()
 
 
 def _no_thread() -> OutOfMemory:

@@ -94,8 +94,10 @@ _SAYINGS = (
     "bad allocation",
     "failed to allocate memory",
     "failed to map segment",
+    "could not create a primitive\n",
 )
-"""Of torch, CUDA's libraries, C++, ONNX Runtime, and the dynamic linker, whose `mmap` failed."""
+"""Of torch, CUDA's libraries, C++, ONNX Runtime, the dynamic linker, whose `mmap` failed, and oneDNN, which maps memory for the
+code that it compiles; of "could not create a primitive descriptor ..." other reasons are likelier."""
 
 _LIBRARIES = ("onnxruntime", "safetensors", "safetensors_rust", "tokenizers")
 """Their errors derive from Exception alone."""
@@ -110,4 +112,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     known = (
         isinstance(error, (RuntimeError, OSError, ImportError)) or type(error).__module__.split(".")[0] in _LIBRARIES
     )
-    return known and any(saying in str(error).lower() for saying in _SAYINGS)
+    return known and any(saying in f"{error}\n".lower() for saying in _SAYINGS)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from lowmem import background
 from lowmem.background import ThreadPool, in_background, stoppable
 from lowmem.errors import OutOfMemory
 from lowmem.events import CancelToken, Step
@@ -190,13 +191,9 @@ def thread_without_memory() -> Iterator[Step]:
     """Its stack is there, but nothing else."""
     yield Step(0, 0, "")
     busy = [in_background(time.sleep, 60) for _ in range(READY_THREADS)]
-    bootstrap = threading.Thread._bootstrap
-    threading.Thread._bootstrap = lambda self: None  # as one that died of MemoryError
-    try:
-        in_background(abs, 1)
-    finally:
-        threading.Thread._bootstrap = bootstrap
-        del busy
+    background._Helper._run = lambda self: None  # as one that died of MemoryError
+    in_background(abs, 1)
+    del busy
 
 
 def test_a_thread_that_dies_before_it_runs_is_out_of_memory():

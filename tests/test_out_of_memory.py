@@ -49,6 +49,7 @@ def onnxruntime_error() -> Exception:
         onnxruntime_error(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("could not create a primitive"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -57,7 +58,14 @@ def test_every_library_runs_out_of_memory_in_its_own_words(error):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("bad_alloc"), OSError(errno.ENOENT, "gone"), RuntimeError("shape mismatch"), KeyError("out")]
+    "error",
+    [
+        ValueError("bad_alloc"),
+        OSError(errno.ENOENT, "gone"),
+        RuntimeError("shape mismatch"),
+        KeyError("out"),
+        RuntimeError("could not create a primitive descriptor for the matmul primitive."),
+    ],
 )
 def test_other_errors_are_not_taken_for_it(error):
     assert not is_out_of_memory(error)

@@ -360,6 +360,7 @@ def test_a_killed_sweep_goes_on_where_it_was(folder, tmp_path):
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert sorted(row["variant"] for row in rows) == ["bf16", "fp32", "int8", "rtn:4:32"]
     assert all(row["kl"] is not None for row in rows)
+    assert all(row["ram_bytes"] < 1.06 * row["predicted_ram_bytes"] for row in rows)  # a model of no size
 
 
 def test_stop_ends_real_processes_within_a_second(folder):

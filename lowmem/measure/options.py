@@ -17,6 +17,9 @@ LOGITS_BYTES = 16 * MB
 LOGITS_COPIES = 4
 """Tensors of the logits' size alive at once: log-probabilities, the reference's, their ratio, and the codes."""
 
+PROCESS_BYTES = 26 * MB
+"""What measuring adds to the process: the modules of a session, the tokenizer, the family's code and an empty model (measured)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MeasureOptions:
@@ -57,4 +60,5 @@ def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:
     memory = scoring.main.memory
     segment_bytes = min(LOGITS_BYTES, 4 * window * plan.spec.vocab)
     peaks[memory] = max(generating.main.peak, scoring.main.peak + LOGITS_COPIES * segment_bytes)
+    peaks["ram"] += PROCESS_BYTES
     return peaks

@@ -150,7 +150,11 @@ def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_pr
     logarithms = 5 * 4 * PARITY_ROWS * spec.vocab
     session = disk_bytes(spec, precision, group_size, fast_prefill) * (2 if precision == "fp16" else 1)
     compared = 2 * logits + max(2 * logits, 4 * (head + widest))
-    return max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + compared + logarithms)
+    return EXPORTER_BYTES + max(7 * largest + logits, ONNX_RUNTIME_BYTES + session + compared + logarithms)
+
+
+EXPORTER_BYTES = 36 * MB
+"""What exporting adds to the process: its modules, the family's code, an empty model, leftovers of the tokenizer (measured)."""
 
 
 def generic_bytes(spec: ModelSpec, precision: str, group_size: int = 32) -> int:

@@ -46,12 +46,14 @@ def open_session(
     saturates: bool = False,
     providers: Sequence[Any] = (),
     frugal: bool = False,
+    arena: bool = True,
 ) -> Any:
     """An inference session of the graph in `path`.
 
     Args:
         threads: threads per operator; 0 for one per core of this process.
         frugal: dequantize weights when they are needed and keep no copy, which is slow.
+        arena: allocate from blocks that double in size and are kept, which is fast; else each buffer at its own size.
         saturates: the graph's 8-bit weights would overflow AVX2's 16-bit sums.
 
     Raises:
@@ -68,6 +70,7 @@ def open_session(
     options.log_severity_level = 3
     # Allocate initializers outside the arena, which grows in powers of two and never shrinks.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    options.enable_cpu_mem_arena = arena
     if frugal:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_mem_pattern = False
@@ -140,6 +143,7 @@ class OnnxModel:
 
     Args:
         opened: opens the session of a graph, with the arguments of `open_session`.
+        arena: see `open_session`.
 
     Raises:
         CorruptModel, Unsupported, MissingDependency, OutOfMemory: on opening.
@@ -149,7 +153,9 @@ class OnnxModel:
     dtype = torch.float32
     own_threads = True
 
-    def __init__(self, folder: Path, *, threads: int = 0, opened: Callable[..., Any] = open_session) -> None:
+    def __init__(
+        self, folder: Path, *, threads: int = 0, opened: Callable[..., Any] = open_session, arena: bool = True
+    ) -> None:
         from transformers import AutoConfig, GenerationConfig
 
         self.manifest: Manifest = read_manifest(folder)
@@ -158,7 +164,8 @@ class OnnxModel:
         if (folder / "generation_config.json").is_file():
             self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         saturates = self.manifest.int8_range == _VNNI_RANGE and not has_vnni()
-        arguments: dict[str, Any] = {"threads": threads, "saturates": saturates}
+        arguments: dict[str, Any] = {"threads": threads, "saturates": saturates, "arena": arena}
+        self._arena = arena
         self.session = opened(folder / GRAPH, **arguments)
         inputs = [value.name for value in self.session.get_inputs()]
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
@@ -237,7 +244,7 @@ class OnnxModel:
         for hook in self._hooks:
             hook(self, ())
         try:
-            session.run_with_iobinding(binding.io, _returning_memory() if last else None)
+            session.run_with_iobinding(binding.io, _returning_memory() if last and self._arena else None)
         except Exception as error:
             if is_out_of_memory(error) or "alloc" in str(error).lower():
                 raise OutOfMemory(
