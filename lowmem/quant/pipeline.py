@@ -157,12 +157,12 @@ class Pipeline:
         yield f"{stored}{CODES}", table.codes
         yield f"{stored}{SCALES}", table.scales
 
-    def _rounded(self, name: str, rows: Tensor) -> Tensor:
+    def _embedded(self, weights: Weights, name: str, ids: Tensor) -> Tensor:
         """Rows of the embedding as the result holds them."""
         if name not in self._prepared.tables:
-            return rows
+            return weights.read_unquantized(name)[ids]
         bits = self._prepared.request.embedding_bits
-        return dequantize_rows(*quantize_rows(rows, bits), bits)
+        return dequantize_rows(*quantize_rows(weights.read_chosen_rows(name, ids), bits), bits)
 
     def _enter(self, model: Any, weights: Weights) -> Generator[Step, None, list[Call]]:
         """How the model calls each block. Inputs that an earlier run left are checked first."""
@@ -182,7 +182,7 @@ class Pipeline:
         return [_moved(call, self._prepared.device) for call in calls]
 
     def _entrance(self, model: Any, weights: Weights) -> Entrance:
-        return Entrance(model, self._prepared.blocks, weights, self._samples, self._rounded)
+        return Entrance(model, self._prepared.blocks, weights, self._samples, self._embedded)
 
     def _activations(self, name: str = "") -> Activations:
         calibration = self._prepared.request.calibration

@@ -141,6 +141,17 @@ class Weights:
         entry = self._checkpoint.tensors[self._stored[name]]
         return checked_finite(name, self._checkpoint.read_entry(entry.rows(start, stop)))
 
+    def read_chosen_rows(self, name: str, ids: Tensor) -> Tensor:
+        """The rows `ids` (in ascending order) of a large matrix, of which only some rows are in memory at a time."""
+        rows, columns = self.shape(name)
+        step = max(1, CONVERSION_BYTES // (4 * columns))
+        parts = []
+        for start in range(0, rows, step):
+            here = ids[(ids >= start) & (ids < start + step)] - start
+            if len(here):
+                parts.append(self.read_rows(name, start, min(start + step, rows))[here])
+        return torch.cat(parts)
+
     def read_unquantized(self, name: str) -> Tensor:
         """The tensor as a quantized checkpoint stores it unquantized: fp32 becomes fp16 where its range allows.
 
@@ -268,10 +279,12 @@ class Entrance:
         blocks: BlockList,
         weights: Weights,
         samples: Sequence[Sequence[int]],
-        rounded: Callable[[str, Tensor], Tensor] = lambda _, rows: rows,
+        embedded: Callable[[Weights, str, Tensor], Tensor] = lambda weights, name, ids: weights.read_unquantized(name)[
+            ids
+        ],
     ) -> None:
-        """`rounded` returns rows of the embedding of this name as the result will hold them."""
-        self._rounded = rounded
+        """`embedded` returns the rows `ids` of the embedding `name` as the result will hold them."""
+        self._embedded = embedded
         self._decoder = model.base_model
         self._ids, compact = torch.unique(torch.tensor(samples), return_inverse=True)
         self._samples = compact
@@ -290,7 +303,7 @@ class Entrance:
             yield module
             for member, name in members.items():
                 if module is tokens and member == "weight":
-                    values = self._rounded(name, _chosen_rows(weights, name, self._ids))
+                    values = self._embedded(weights, name, self._ids)
                     module.padding_idx = None
                 else:
                     values = weights.read_unquantized(name)
@@ -348,18 +361,6 @@ class Entrance:
         """Free the memory of what was loaded."""
         for module in self._filled:
             empty(module)
-
-
-def _chosen_rows(weights: Weights, name: str, ids: Tensor) -> Tensor:
-    """The rows `ids` (in ascending order) of a large matrix, of which only some rows are in memory at a time."""
-    rows, columns = weights.shape(name)
-    step = max(1, CONVERSION_BYTES // (4 * columns))
-    parts = []
-    for start in range(0, rows, step):
-        here = ids[(ids >= start) & (ids < start + step)] - start
-        if len(here):
-            parts.append(weights.read_rows(name, start, min(start + step, rows))[here])
-    return torch.cat(parts)
 
 
 def _equal(first: Any, second: Any) -> bool:
