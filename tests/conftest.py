@@ -113,12 +113,16 @@ def anatomies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(request: pytest.FixtureRequest, tmp_path: Path, anatomies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_home(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    anatomies: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tests marked `real` share the demo model's home; every other test starts from one with nothing but anatomies."""
     real = request.node.get_closest_marker("real") is not None
-    home = request.getfixturevalue("demo_home") if real else tmp_path / "lowmem-home"
+    home = request.getfixturevalue("demo_home") if real else tmp_path_factory.mktemp("home")
     if not real:
-        home.mkdir()
         (home / "anatomy").symlink_to(anatomies, target_is_directory=True)
     monkeypatch.setenv("LOWMEM_HOME", str(home))
     monkeypatch.setattr(derive, "IN_PROCESS", True)

@@ -31,6 +31,7 @@ from lowmem.planning.placement import Placement
 from lowmem.planning.planner import plan
 from lowmem.runtime.session import Session
 from lowmem.runtime.streaming import blocks
+from lowmem.settings import settings
 
 OPTIONS = GenerateOptions(max_new_tokens=6, greedy=True)
 
@@ -190,7 +191,7 @@ def test_stop_does_not_wait_for_a_slow_disk(session: Session, tmp_path: Path, mo
 
 def test_the_reference_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = toys.save_toy("llama", tmp_path / "toy")
-    home = tmp_path / "lowmem-home" / "spill"
+    home = settings().home / "spill"
     (home / "999999999-left").mkdir(parents=True)
     assert drain(job(str(folder), "accelerate", "An old map", 4, {}))["details"]["seconds_per_token"] > 0
     assert list(home.iterdir()) == []
