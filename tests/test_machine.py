@@ -25,6 +25,12 @@ UNLIMITED_V1 = "9223372036854771712"
 # --- this machine ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _own_home: None) -> None:
+    """A home that does not exist yet, as on first use."""
+    monkeypatch.setenv("LOWMEM_HOME", str(tmp_path / "home"))
+
+
 def test_probe_agrees_with_psutil_and_is_cheap_to_repeat() -> None:
     found = probe()
     assert found.cpu.total_bytes <= psutil.virtual_memory().total
