@@ -12,10 +12,6 @@ from lowmem.messages import msg
 
 RANGES = {
     "batch_size": (0, LARGEST_BATCH),
-    "bits": (2, 8),
-    "group_size": (-1, 65_536),
-    "samples": (1, 10_000),
-    "sequence_length": (8, 131_072),
     "window": (0, 1_000_000),
     "stride": (0, 1_000_000),
     "sinks": (0, 256),
@@ -90,7 +86,13 @@ def _number(name: str, value: Any) -> int:
     whole = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not whole or not low <= value <= high or not math.isclose(value, int(value), abs_tol=1e-9):
         raise BadInput(
-            msg("{name} is not a whole number from {low:,} to {high:,}.", name=name, low=low, high=high),
-            msg("Its description is in the list of endpoints."),
+            msg("{name} is {value}.", name=name, value=_short(value)),
+            msg("Use a whole number from {low:,} to {high:,}.", low=low, high=high),
         )
     return int(value)
+
+
+def _short(value: Any) -> str:
+    """For a sentence: Python itself refuses to write integers of more than 4,300 digits."""
+    large = isinstance(value, int) and value.bit_length() > 64
+    return f"10^{value.bit_length() * math.log10(2):.0f}" if large else repr(value)[:40]
