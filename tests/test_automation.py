@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def words_and_figures(lines: list[str]) -> tuple[list[str], list[float]]:
 @pytest.mark.real
 def test_the_documented_output_is_that_of_the_demo_model(demo_home: Path) -> None:
     measure_runtime_bytes()
+    for stored in (demo_home / "outputs").glob("sweep*"):  # its rows would be printed, not measured
+        shutil.rmtree(stored)
     with own_process.app(demo_home) as url:  # what this process holds would count against the budget
         lines = run_example(url)
     words, figures = words_and_figures(lines)
@@ -178,7 +181,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(client: Client, endpoint: str
 def test_forecasts_are_plain_numbers(client: Client) -> None:
     made = client.predict("demo", "rtn", api_name="/estimate_quantize")
     assert made["verdict"] == "fits"
-    assert 100_000_000 < made["estimate"]["output_bytes"] < 150_000_000
+    assert 80_000_000 < made["estimate"]["output_bytes"] < 100_000_000
     assert client.predict("demo", api_name="/estimate_export")["disk_bytes"] > 0
     assert "demo" in client.predict(api_name="/models")["models"]
 
