@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,10 @@ class StubEngine(Engine):
         if entry := find(ref):
             return replace(entry.spec(), has_chat_template=entry.chat)
         return super()._read_spec(ref, encoders)
+
+    def measure(self, measuring: Generator[Step, None, object]) -> None:
+        """Imaginary hardware has no speed; measuring this machine would take a minute beside every page."""
+        measuring.close()
 
     def download_bytes(self, spec: ModelSpec) -> int:
         return spec.size_on_disk if spec.ref == "demo" else 0
