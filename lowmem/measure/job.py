@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lowmem.messages import msg
 from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import compute_dtype, weight_bytes
 from lowmem.planning.plan import Plan
+from lowmem.planning.seconds import learn_reading
 from lowmem.runtime.session import Session
 from lowmem.units import format_bytes
 
@@ -118,7 +120,7 @@ def _quality(
         stride=min(options.stride, max(1, window // 2)) if window < options.window else options.stride,
     )
     figures: dict[str, Any] = {"tokens": read.scored, "window": read.window, "stride": read.stride}
-    cancel = CancelToken()  # never set: Stop kills the process
+    cancel, started = CancelToken(), time.perf_counter()  # never set: Stop kills the process
     if is_reference:
         score = yield from write_reference(loaded.model, read, reference, cancel=cancel)
         figures |= {"kl": 0.0, "agreement": 1.0}
@@ -127,6 +129,8 @@ def _quality(
         figures |= {"kl": compared.mean, "agreement": compared.agreement}
     else:
         score = yield from perplexity(loaded.model, read, cancel=cancel)
+    count = sum(part.end - part.start for part in read.windows())
+    learn_reading(plan, count, window, "scoring", time.perf_counter() - started)
     return {**figures, "perplexity": score.value}
 
 
