@@ -72,7 +72,13 @@ def views(page: Any) -> Iterator[str]:
             yield f"{tab} {name}".strip()
 
 
+SETTLED = """() => Promise.all(document.getAnimations()
+    .filter(one => one.effect.getTiming().iterations !== Infinity).map(one => one.finished.catch(() => null)))"""
+"""Colours are judged once they have stopped changing."""
+
+
 def violations(page: Any) -> list[str]:
+    page.evaluate(SETTLED)
     found = axe_playwright.Axe().run(page, options=AXE).response["violations"]
     return [
         f"{rule['id']}: {node['target'][0]} {node['html'][:160]} {node['any'][0]['message'][:160] if node['any'] else ''}"
