@@ -54,7 +54,7 @@ def measured(request: ExportRequest, cancel: CancelToken | None = None) -> Gener
     def estimate() -> float:
         return writing_seconds(spec, options, bool(why_generic(spec, options)))
 
-    return (yield from timing.measured(estimate, "measure_export", request.as_dict(), cancel))
+    return (yield from timing.measured(estimate, "measure_export", request.as_dict(), cancel, request.budget))
 
 
 def measure(**request: Any) -> Generator[Step, None, None]:

@@ -10,6 +10,7 @@ from typing import Any
 from lowmem.errors import Cancelled, LowMemError
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine import rates
+from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.isolated import run_isolated
 from lowmem.messages import msg
 from lowmem.units import format_time_range
@@ -21,9 +22,13 @@ log = logging.getLogger("lowmem.machine")
 
 
 def measured(
-    estimate: Callable[[], float], job: str, arguments: Mapping[str, Any], cancel: CancelToken | None = None
+    estimate: Callable[[], float],
+    job: str,
+    arguments: Mapping[str, Any],
+    cancel: CancelToken | None = None,
+    budget: MemoryBudget = UNLIMITED,
 ) -> Generator[Step, None, float | None]:
-    """The seconds that `estimate` returns; a child process runs `job` first to measure the rates that are missing.
+    """The seconds that `estimate` returns; a child process runs `job` first, within `budget`, to measure missing rates.
 
     Returns:
         None if they cannot be measured, which is no reason not to run what is estimated.
@@ -33,7 +38,7 @@ def measured(
     except rates.Unmeasured:
         yield Step(0, 0, msg("Measuring how fast this machine is"))
     try:
-        for event in run_isolated(job, arguments, cancel):
+        for event in run_isolated(job, arguments, cancel, budget):
             if isinstance(event, Step):
                 yield event
         return estimate()

@@ -42,7 +42,7 @@ def measured(request: QuantizeRequest, cancel: CancelToken | None = None) -> Gen
     def estimate() -> float:
         return quantize_seconds(spec, request, device())
 
-    return (yield from timing.measured(estimate, "measure_quantize", request.as_dict(), cancel))
+    return (yield from timing.measured(estimate, "measure_quantize", request.as_dict(), cancel, request.budget))
 
 
 def known_seconds(spec: ModelSpec, request: QuantizeRequest) -> float | None:
