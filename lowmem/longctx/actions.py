@@ -22,6 +22,7 @@ from lowmem.generate.window_limits import check_stride, check_token_window, chec
 from lowmem.longctx.curve import MIN_SPAN, Span, perplexity
 from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, window_plan
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
+from lowmem.measure.windows import cut, tokens_read
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.planning.seconds import Work, learn_reading, or_zero, reading_seconds
@@ -105,7 +106,7 @@ def hidden_states(
         windows=written.windows,
         difference=window - stride,
     )
-    read = _Read(sum(min(window, count - start) for start in range(0, count, stride)), window, "reading")
+    read = _Read(tokens_read(cut(count, window, stride)), window, "reading")
     yield _receipt("hidden", action, started, peak, count, details, (note,), out.stat().st_size, repeat, read)
 
 
@@ -140,7 +141,7 @@ def sliding_perplexity(
         refuse_if_over(action, force, msg("Use a shorter window."))
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
         yield from score(loaded.model, passage, [total, curve], cancel=cancel, check=check)
-        read = _Read(sum(part.end - part.start for part in passage.windows()), window, "scoring")
+        read = _Read(tokens_read(passage.windows()), window, "scoring")
         return action, (total.value, total.tokens, curve.spans(), read)
 
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from lowmem.machine.hardware import Hardware
 from lowmem.machine.rates import Unmeasured, correction
 from lowmem.measure.options import MeasureOptions, predicted_bytes
 from lowmem.measure.variants import Variant
-from lowmem.measure.windows import cut
+from lowmem.measure.windows import cut, tokens_read
 from lowmem.models.quantization import BNB, INT8, Quantization, parse_quantization
 from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.goal import Goal
@@ -80,9 +80,8 @@ def total_seconds(
 
 
 def _measuring_seconds(plan: Plan, options: MeasureOptions) -> float:
-    window = min(options.window, plan.spec.context)
-    stride = min(options.stride, max(1, window // 2)) if window < options.window else options.stride
-    read = sum(part.end - part.start for part in cut(options.tokens, window, stride))
+    window, stride = options.window_and_stride(plan.spec.context)
+    read = tokens_read(cut(options.tokens, window, stride))
     answer = reading_seconds(plan, options.prompt_tokens, options.prompt_tokens)
     answer += writing_seconds(plan, options.new_tokens)
     return loading_seconds(plan) + reading_seconds(plan, read, window, "scoring") + options.runs * answer

@@ -108,16 +108,16 @@ def _quality(
 ) -> Generator[Step, None, dict[str, Any]]:
     from lowmem.measure.divergence import divergence, write_reference
     from lowmem.measure.perplexity import perplexity
-    from lowmem.measure.windows import passage
+    from lowmem.measure.windows import passage, tokens_read
 
     loaded, plan = session._resident()
-    window = min(options.window, plan.spec.context)
+    window, stride = options.window_and_stride(plan.spec.context)
     read = passage(
         loaded.tokenizer,
         text.read_text(encoding="utf-8"),
         tokens=options.tokens,
         window=window,
-        stride=min(options.stride, max(1, window // 2)) if window < options.window else options.stride,
+        stride=stride,
     )
     figures: dict[str, Any] = {"tokens": read.scored, "window": read.window, "stride": read.stride}
     cancel, started = CancelToken(), time.perf_counter()  # never set: Stop kills the process
@@ -129,8 +129,7 @@ def _quality(
         figures |= {"kl": compared.mean, "agreement": compared.agreement}
     else:
         score = yield from perplexity(loaded.model, read, cancel=cancel)
-    count = sum(part.end - part.start for part in read.windows())
-    learn_reading(plan, count, window, "scoring", time.perf_counter() - started)
+    learn_reading(plan, tokens_read(read.windows()), window, "scoring", time.perf_counter() - started)
     return {**figures, "perplexity": score.value}
 
 

@@ -44,10 +44,16 @@ class MeasureOptions:
     new_tokens: int = option(32, msg("New tokens"), msg("Tokens generated to measure decode speed."), low=2, high=4096)
     runs: int = option(3, msg("Runs"), msg("The speed is the median of this many runs."), low=1, high=100)
 
+    def window_and_stride(self, context: int) -> tuple[int, int]:
+        """Window and stride for a model of `context` positions, both less where the window is longer than that."""
+        if self.window <= context:
+            return self.window, self.stride
+        return context, min(self.stride, max(1, context // 2))
+
 
 def predicted_bytes(plan: Plan, options: MeasureOptions) -> dict[str, int]:
     """Estimated peak bytes by memory ("ram", "vram") of measuring `plan`: the larger of scoring and of the timed runs."""
-    window = min(options.window, plan.spec.context)
+    window, _ = options.window_and_stride(plan.spec.context)
     scoring = reestimate(plan, context=window, batch=1, cache_type="none", prefill_chunk=window)
     generating = reestimate(
         plan,

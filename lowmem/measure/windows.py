@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ def cut(length: int, size: int, stride: int, first: int = 0) -> Iterator[Window]
         end = min(start + size, length)
         yield Window(start, end, first)
         start, first = start + stride, end
+
+
+def tokens_read(windows: Iterable[Window]) -> int:
+    """Tokens that pass through the model, overlaps included."""
+    return sum(window.end - window.start for window in windows)
 
 
 @dataclass(frozen=True, slots=True)
