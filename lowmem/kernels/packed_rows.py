@@ -3,7 +3,7 @@
 An embedding dequantizes the rows that its ids name. A head multiplies by the table tile by tile, and no more than a tile is
 ever dequantized. In 8 bits on processors with VNNI not even that: `torch._int_mm` reads the codes as they lie, activations
 are split into two digits of 8 bits as in `int8_fine`, and the product with the codes is exact. One row takes a third of the
-time of an fp32 head then; with 4 and 6 bits, about as long as fp32.
+time of an fp32 head then; with 4 bits 1.7 times as long as fp32, with 6 bits 3.1 times.
 """
 
 from __future__ import annotations

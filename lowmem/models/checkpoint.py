@@ -19,7 +19,7 @@ from lowmem.models.files import LocalFile, LocalFolder, read_object
 from lowmem.models.model_files import CONFIG, weight_files
 from lowmem.models.quantization import description
 from lowmem.models.safetensors_header import read_header
-from lowmem.models.spec import CONVERSION_BYTES
+from lowmem.models.spec import CONVERSION_BYTES, conversion_bytes
 from lowmem.models.tied_head import Place, copied_head
 
 
@@ -119,7 +119,7 @@ class Checkpoint:
         rows = out if out.dim() else out.view(1)
         row_bytes = max(1, entry.nbytes // max(1, rows.shape[0]))
         # Equal chunks: while the first is mapped, the result is there, too.
-        step = max(1, math.ceil(rows.shape[0] / max(1, math.ceil(entry.nbytes / CONVERSION_BYTES))))
+        step = max(1, math.ceil(conversion_bytes(entry.nbytes) / row_bytes))
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step]
             chunk = torch.empty(part.shape, dtype=stored)

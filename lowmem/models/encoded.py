@@ -33,6 +33,9 @@ PACKED_ROWS = "packed_rows"
 
 ROW_BITS = (8, 6, 4)
 
+CODES, SCALES = "_codes", "_scales"
+"""What is appended to the name of a weight that is stored as such a table."""
+
 
 class Stored(Protocol):
     """A stored tensor: `Tensor` or `Entry`."""
@@ -105,8 +108,8 @@ def _find(tensors: Mapping[str, Stored], described: Mapping[str, Any], packed: b
             *stacked, rows, blocks, nbytes = shape
             name = codes.removesuffix("_blocks")
             yield Encoded(name, MXFP4, codes, (scales,), (*stacked, 2 * blocks * nbytes, rows), bits=4)
-        elif codes.endswith("_codes") and (scales := f"{codes.removesuffix('_codes')}_scales") in tensors:
-            yield _rows(codes.removesuffix("_codes"), tensor, scales, tensors[scales].shape[-1], described)
+        elif codes.endswith(CODES) and (scales := codes.removesuffix(CODES) + SCALES) in tensors:
+            yield _rows(codes.removesuffix(CODES), tensor, scales, tensors[scales].shape[-1], described)
         elif codes.endswith("_packed"):
             yield from _packed(codes.removesuffix("_packed"), codes, tensors, described)
         elif dtype in FP8_DTYPES and (scales := _first(tensors, codes, "_scale_inv", "_scale")):
@@ -131,7 +134,7 @@ def _rows(name: str, codes: Stored, scales: str, groups: int, described: Mapping
         )
     rows, width = codes.shape
     columns = width * 8 // bits
-    return Encoded(name, ROWS, f"{name}_codes", (scales,), (rows, columns), bits=bits, block=(1, columns // groups))
+    return Encoded(name, ROWS, name + CODES, (scales,), (rows, columns), bits=bits, block=(1, columns // groups))
 
 
 def _packed(name: str, codes: str, tensors: Mapping[str, Stored], described: Mapping[str, Any]) -> Iterator[Encoded]:

@@ -481,7 +481,8 @@ def _uncounted(update: Callable[..., Any]) -> Callable[..., Any]:
 class _Assumed(TorchFunctionMode):
     """Answers what a family's code asks of values that are not there.
 
-    All tokens choose the first expert, where the code loops over those that were chosen. What it asks of masks is so: it asks whether they hide nothing.
+    Where the code loops over the experts that were chosen, all tokens choose the first. Any condition holds: what it asks
+    of masks is whether they hide nothing.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,9 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CODES, SCALES = "_codes", "_scales"
-"""What is appended to the name of a weight that is stored so."""
-
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """int8 codes [rows, columns] -> int8 [rows, columns] for 8 bits, else uint8 [rows, columns * bits / 8]."""

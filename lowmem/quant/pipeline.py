@@ -25,8 +25,9 @@ from lowmem.kernels.packed_rows import PackedRows, quantize_rows
 from lowmem.machine.monitor import PeakMeter, quick_collections, release_memory
 from lowmem.messages import msg
 from lowmem.models.checkpoint import Checkpoint
+from lowmem.models.encoded import CODES, SCALES
 from lowmem.models.modules import empty_model
-from lowmem.models.packed_rows import CODES, SCALES, dequantize_rows
+from lowmem.models.packed_rows import dequantize_rows
 from lowmem.quant.activations import Activations
 from lowmem.quant.block import Progress, QuantizedBlock, calibrated_block, plain_block
 from lowmem.quant.calibration import Samples

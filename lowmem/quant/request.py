@@ -13,12 +13,13 @@ from lowmem.fields import build
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.machine.hardware import Hardware, probe
 from lowmem.messages import msg
+from lowmem.models.encoded import ROW_BITS
 from lowmem.quant import DEFAULT, get
 from lowmem.quant.base import Method, Options
 from lowmem.quant.calibration import Calibration
 from lowmem.settings import settings
 
-EMBEDDING_BITS = (8, 6, 4, 16)
+EMBEDDING_BITS = (*ROW_BITS, 16)
 """Bits of embedding and output head, the default first; 16 leaves them as they are, which every program can read."""
 
 

@@ -26,10 +26,10 @@ from lowmem.machine.monitor import trim_heap
 from lowmem.messages import msg
 from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.dequantize import packed_rows
+from lowmem.models.encoded import SCALES
 from lowmem.models.entries import Converted
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.modules import empty_model, set_tensor
-from lowmem.models.packed_rows import SCALES
 from lowmem.models.spec import CODE_DTYPES
 from lowmem.planning.model_bytes import compute_dtype
 from lowmem.planning.plan import Plan
