@@ -16,6 +16,7 @@ from lowmem.machine.isolated import Finished, run_isolated
 from lowmem.machine.timing import SMALLEST_TIMED, timed
 from lowmem.messages import msg
 from lowmem.models.fetch import fetch
+from lowmem.models.inventory import unused
 from lowmem.models.source import read_spec
 from lowmem.planning.exported import export_work, writing_seconds
 from lowmem.planning.graph_options import ExportOptions
@@ -26,9 +27,7 @@ from lowmem.settings import settings
 def output_folder(name: str, options: ExportOptions, root: Path | None = None) -> Path:
     """A new folder below `root`, by default `settings().outputs`, named after the model and its format."""
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
-    first = (root or settings().outputs) / f"{short}-{options.format}-{options.precision}"
-    names = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in range(1, 1000))
-    return next(folder for folder in names if not folder.exists())
+    return unused((root or settings().outputs) / f"{short}-{options.format}-{options.precision}")
 
 
 def export_model(request: ExportRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:

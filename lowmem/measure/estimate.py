@@ -18,7 +18,7 @@ from lowmem.models.spec import ModelSpec, Tensor
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
-from lowmem.planning.seconds import loading_seconds, reading_seconds, writing_seconds
+from lowmem.planning.seconds import reading_seconds, seconds_by_size, writing_seconds
 from lowmem.quant.estimate import estimate_quantization
 from lowmem.quant.layers import Matrices, packed_tables, quantized_matrices
 from lowmem.quant.request import QuantizeRequest
@@ -84,7 +84,7 @@ def _measuring_seconds(plan: Plan, options: MeasureOptions) -> float:
     read = tokens_read(cut(options.tokens, window, stride))
     answer = reading_seconds(plan, options.prompt_tokens, options.prompt_tokens)
     answer += writing_seconds(plan, options.new_tokens)
-    return loading_seconds(plan) + reading_seconds(plan, read, window, "scoring") + options.runs * answer
+    return seconds_by_size(plan, "loading") + reading_seconds(plan, read, window, "scoring") + options.runs * answer
 
 
 def quantized(spec: ModelSpec, request: QuantizeRequest) -> ModelSpec:

@@ -18,7 +18,9 @@ LOGITS_COPIES = 4
 """Tensors of the logits' size alive at once: log-probabilities, the reference's, their ratio, and the codes."""
 
 PROCESS_BYTES = 26 * MB
-"""What measuring adds to the process: the modules of a session, the tokenizer, the family's code and an empty model (measured)."""
+"""What measuring adds to the process: the modules of a session, the tokenizer, the family's code and an empty model.
+
+Measured on one small model."""
 
 
 @dataclass(frozen=True, slots=True)

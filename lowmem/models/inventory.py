@@ -1,4 +1,4 @@
-"""Listing and deleting what lowmem stores on disk: models, outputs, graphs."""
+"""Listing, naming and deleting what lowmem stores on disk: models, outputs, graphs."""
 
 from __future__ import annotations
 
@@ -94,3 +94,9 @@ def _folder(root: str, folder: Path) -> StoredFolder:
         with contextlib.suppress(LowMemError):
             name = str(read_object(LocalFolder(folder), MANIFEST).get("model") or name)
     return StoredFolder(f"{root}/{folder.name}", name, KINDS[root], size)
+
+
+def unused(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
+    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in range(1, 1000))
+    return next(name for name in names if not name.exists())

@@ -32,16 +32,6 @@ def or_zero(seconds: Callable[P, float], *arguments: P.args, **named: P.kwargs) 
         return 0.0
 
 
-def verifying_seconds(plan: Plan) -> float:
-    """Seconds of verifying this very model; raises `Unmeasured`."""
-    return _weight_bytes(plan) / _speed("verifying", plan)
-
-
-def learn_verifying(plan: Plan, seconds: float) -> None:
-    """Note that `verifying_seconds` were `seconds`."""
-    _learn("verifying", plan, _weight_bytes(plan), seconds)
-
-
 def reading_seconds(plan: Plan, tokens: int, window: int, work: Work = "reading") -> float:
     """Seconds of forward passes over `tokens` tokens together, in windows of `window`.
 
@@ -56,9 +46,9 @@ def writing_seconds(plan: Plan, tokens: int) -> float:
     return tokens * _weight_bytes(plan) / _speed("writing", plan)
 
 
-def loading_seconds(plan: Plan) -> float:
-    """Seconds of loading a model that is on this machine, the start of its libraries included; raises `Unmeasured`."""
-    return _weight_bytes(plan) / _speed("loading", plan)
+def seconds_by_size(plan: Plan, work: Work) -> float:
+    """Seconds of loading a model that is on this machine, its libraries included, or of verifying it; raises `Unmeasured`."""
+    return _weight_bytes(plan) / _speed(work, plan)
 
 
 def learn_reading(plan: Plan, tokens: int, window: int, work: Work, seconds: float) -> None:
@@ -76,9 +66,9 @@ def learn_speeds(plan: Plan, receipt: Receipt) -> None:
         _learn("writing", plan, tokens * _weight_bytes(plan), tokens / receipt.decode_tps)
 
 
-def learn_loading(plan: Plan, seconds: float) -> None:
-    """Note that `loading_seconds` were `seconds`."""
-    _learn("loading", plan, _weight_bytes(plan), seconds)
+def learn_by_size(plan: Plan, work: Work, seconds: float) -> None:
+    """Note that `seconds_by_size` were `seconds`."""
+    _learn(work, plan, _weight_bytes(plan), seconds)
 
 
 def _speed(work: Work, plan: Plan) -> float:

@@ -36,7 +36,7 @@ from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv,
 from lowmem.planning.goal import Goal
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
-from lowmem.planning.seconds import learn_loading, learn_speeds, loading_seconds, or_zero
+from lowmem.planning.seconds import learn_by_size, learn_speeds, or_zero, seconds_by_size
 from lowmem.runtime import receipts
 
 if TYPE_CHECKING:
@@ -407,8 +407,8 @@ class Session:
                 if self._capped and not force and (note := cap_note()):
                     notes.append(note)
                 seconds = time.perf_counter() - started
-                expected = or_zero(loading_seconds, plan)
-                learn_loading(plan, seconds)
+                expected = or_zero(seconds_by_size, plan, "loading")
+                learn_by_size(plan, "loading", seconds)
                 receipt = receipts.load_receipt(plan, seconds, peak, notes, folder)
                 return replace(receipt, predicted_seconds=expected)
             except Exception as error:

@@ -19,7 +19,7 @@ from lowmem.models.model_files import MANIFEST
 from lowmem.models.source import local_folder
 from lowmem.offload.estimate import estimate_speed, largest_file
 from lowmem.planning.plan import Plan
-from lowmem.planning.seconds import learn_verifying, or_zero, verifying_seconds
+from lowmem.planning.seconds import learn_by_size, or_zero, seconds_by_size
 from lowmem.runtime.onnx.manifest import read_manifest
 from lowmem.runtime.session import Session
 from lowmem.verify import actions, claims
@@ -66,8 +66,8 @@ def verify(
         found.append(claim)
         yield claim
     seconds = time.perf_counter() - started
-    expected = or_zero(verifying_seconds, resident)
-    learn_verifying(resident, seconds)
+    expected = or_zero(seconds_by_size, resident, "verifying")
+    learn_by_size(resident, "verifying", seconds)
     yield replace(_receipt(resident, found, seconds), predicted_seconds=expected)
 
 

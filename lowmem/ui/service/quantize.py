@@ -13,13 +13,13 @@ from lowmem.events import CancelToken, Receipt, Step
 from lowmem.machine.baseline import runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
 from lowmem.messages import msg
+from lowmem.models.inventory import unused
 from lowmem.quant import DEFAULT, usable
 from lowmem.quant.estimate import Estimate, estimate_quantization
 from lowmem.quant.layers import check_model
 from lowmem.quant.request import EMBEDDING_BITS, QuantizeRequest, output_folder
 from lowmem.quant.run import known_seconds, measured, quantize_isolated
 from lowmem.ui.service.engine import Engine
-from lowmem.ui.service.results import unused
 
 
 class QuantizeService:

@@ -25,12 +25,6 @@ def new_folder(kind: str) -> Path:
     return folder
 
 
-def unused(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
-    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in range(1, 1000))
-    return next(name for name in names if not name.exists())
-
-
 def result_folder(folder: str) -> Path:
     """The path of a result made by this page.
 
