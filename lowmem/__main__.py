@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 from lowmem.cli import compare, export, generate, longctx, offload, plan, quantize, serve, verify
 from lowmem.cli.arguments import current_names
-from lowmem.errors import LowMemError, is_out_of_memory
+from lowmem.errors import LESS_MEMORY, LowMemError, file_error, is_out_of_memory
 from lowmem.machine.budget import UNLIMITED
 from lowmem.machine.cap import cap_memory
-from lowmem.machine.child import LESS_MEMORY
 
 COMMANDS = (plan, generate, quantize, compare, offload, export, longctx, verify, serve)
 
@@ -44,9 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            print("Memory ran out.", LESS_MEMORY, sep="\n", file=sys.stderr)
+        elif isinstance(error, OSError):
+            refused = file_error(error, "The command was not finished")
+            print(refused.message, refused.hint, sep="\n", file=sys.stderr)
+        else:
             raise
-        print("Memory ran out.", LESS_MEMORY, sep="\n", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

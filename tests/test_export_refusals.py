@@ -276,7 +276,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.usefixtures("full")
 def test_a_disk_that_fills_up_ends_an_export_and_leaves_nothing(source: Path, tmp_path: Path, fused: bool) -> None:
-    said(DiskFull, "full; out was not finished", lambda: export(source, tmp_path / "out", fused=fused))
+    said(DiskFull, "full: out was not finished", lambda: export(source, tmp_path / "out", fused=fused))
     assert list(tmp_path.iterdir()) == []
 
 

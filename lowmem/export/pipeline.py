@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from lowmem.errors import BadInput, DiskFull, DoesNotFit, Unsupported
+from lowmem.errors import BadInput, DoesNotFit, Unsupported, file_errors
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
 from lowmem.export.folder import graph_files, write_card, write_companions, write_program
@@ -43,8 +43,9 @@ def export_folder(folder: Path, request: ExportRequest, cancel: CancelToken | No
     cancel = cancel or CancelToken()
     started = time.perf_counter()
     out, budget = request.out, request.budget
-    task = _Export(folder, request)
-    check(task.spec, request, task.refusal)
+    with file_errors(msg("{out} was not begun", out=out.name)):
+        task = _Export(folder, request)
+        check(task.spec, request, task.refusal)
     predicted, limit = task.estimate.ram_bytes, task.estimate.limit
     if predicted > limit:
         raise DoesNotFit(
@@ -57,20 +58,14 @@ def export_folder(folder: Path, request: ExportRequest, cancel: CancelToken | No
             msg("Raise the budget or choose a smaller model."),
         )
     try:
-        part = _begun(out)
-        with PeakMeter(budget) as meter:
-            for step in task.run(part, cancel):
-                meter.check()
-                yield step
-        receipt = task.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
-        task.publish(part, receipt)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DiskFull(
-            msg("The disk is full; {out} was not finished.", out=out.name),
-            msg("Free some space, or choose fewer bits."),
-        ) from error
+        with file_errors(msg("{out} was not finished", out=out.name)):
+            part = _begun(out)
+            with PeakMeter(budget) as meter:
+                for step in task.run(part, cancel):
+                    meter.check()
+                    yield step
+            receipt = task.receipt(time.perf_counter() - started, predicted, meter.peak["ram"])
+            task.publish(part, receipt)
     finally:
         discard(out)
     yield receipt

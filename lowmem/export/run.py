@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lowmem.errors import file_errors, memory_errors
 from lowmem.events import CancelToken, Receipt, Step, until_receipt
 from lowmem.export.request import ExportRequest, why_generic
 from lowmem.machine import timing
@@ -36,8 +37,9 @@ def export_model(request: ExportRequest, cancel: CancelToken | None = None) -> I
     Raises:
         LowMemError: see `models.fetch.fetch`, `pipeline.export_folder` and `tensorrt.export_engine`.
     """
-    seconds = yield from measured(request, cancel)
-    yield from timed(_export(request, cancel), _work(request), seconds)
+    with memory_errors(msg("{out} was not finished", out=request.out.name)):
+        seconds = yield from measured(request, cancel)
+        yield from timed(_export(request, cancel), _work(request), seconds)
 
 
 def measured(request: ExportRequest, cancel: CancelToken | None = None) -> Generator[Step, None, float | None]:
@@ -89,7 +91,8 @@ def export_isolated(request: ExportRequest, cancel: CancelToken | None = None) -
     Raises:
         LowMemError: see `export_model`.
     """
-    request.out.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors(msg("{out} was not begun", out=request.out.name)):
+        request.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = yield from measured(request, cancel)
     ran = run_isolated("export", request.as_dict(), cancel, request.budget)
     events = (_receipt(event, request.out) if isinstance(event, Finished) else event for event in ran)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import BadInput, CorruptModel, DiskFull
+from lowmem.errors import BadInput, CorruptModel, DiskFull, file_errors
 from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import cancellable, decoder_blocks, decoder_config, no_check, tidy_heap
 from lowmem.generate.window_limits import check_stride, check_token_window, pass_tokens
@@ -258,12 +258,13 @@ def _writer(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: t
             msg("Use a shorter text, fewer layers or another folder."),
         )
     unfinished = out.with_name(f".{out.name}.part")
-    try:
-        with unfinished.open("wb") as file:
-            yield _File(file, layers, tokens, hidden, dtype)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with file_errors(msg("{out} was not written", out=out.name)):
+        try:
+            with unfinished.open("wb") as file:
+                yield _File(file, layers, tokens, hidden, dtype)
+            unfinished.replace(out)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def _file_bytes(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> int:

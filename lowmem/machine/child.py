@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
 from lowmem import errors
-from lowmem.errors import LowMemError, OutOfMemory, is_out_of_memory
+from lowmem.errors import LESS_MEMORY, LowMemError, OutOfMemory, file_error, is_out_of_memory
 from lowmem.messages import msg
 from lowmem.settings import without_lent_gpu
 from lowmem.units import format_bytes
@@ -32,8 +32,6 @@ TERMINATE_SECONDS = 0.5
 
 EXIT_SECONDS = 10.0
 """Time for a child to exit on its own, before it is terminated."""
-
-LESS_MEMORY = msg("Close other programs, or choose a smaller model, fewer bits or a shorter text.")
 
 
 class Child:
@@ -176,6 +174,8 @@ class Failure(NamedTuple):
             return cls(type(error).__name__, error.message, error.hint)
         if is_out_of_memory(error):
             return cls("OutOfMemory", out_of_memory, LESS_MEMORY)
+        if isinstance(error, OSError):
+            return cls.of(file_error(error, msg("The work was not finished")), out_of_memory)
         return cls("bug", traceback.format_exc())
 
     def exception(self, what: str) -> Exception:

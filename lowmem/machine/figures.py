@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import statistics
+from contextlib import suppress
 
 from lowmem.settings import settings
 
@@ -53,3 +54,5 @@ def _write(name: str, measured: dict[str, list[float]]) -> None:
         unfinished.replace(path)
     except OSError as error:
         log.warning("%s could not be saved: %s", name, error)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)

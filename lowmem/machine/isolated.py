@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem.background import interruptible
-from lowmem.errors import DoesNotFit
+from lowmem.errors import DoesNotFit, file_errors
 from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.machine import baseline
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
@@ -83,7 +83,8 @@ def run_isolated(
     _refuse_too_small(job, budget)
     request = {"job": job, "arguments": dict(arguments), "budget": budget.as_dict()}
     started = time.perf_counter()
-    child = Child("lowmem.jobs")
+    with file_errors(msg("No process could be started")):
+        child = Child("lowmem.jobs")
     try:
         answer = yield from _answers(child, json.dumps(request), cancel)
         child.wait()

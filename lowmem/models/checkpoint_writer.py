@@ -45,15 +45,20 @@ def write_shards(folder: Path, tensors: Named, shard_bytes: int = 2 * GB) -> int
     return sum(shard.size for shard in shards)
 
 
+def shard_names(count: int) -> list[str]:
+    """The names of the weight files of a model with so many."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def _name_shards(folder: Path, shards: list[_Writer]) -> None:
-    if len(shards) == 1:
-        shards[0].path.replace(folder / "model.safetensors")
-        return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for shard, final in zip(shards, shard_names(len(shards)), strict=True):
         shard.path.replace(folder / final)
         weight_map |= dict.fromkeys(shard.entries, final)
+    if len(shards) == 1:
+        return
     index = {"metadata": {"total_size": sum(shard.position for shard in shards)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ What dequantizing takes is free again when that exits. Run as
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowmem.background import run_child
-from lowmem.errors import CorruptModel, OutOfMemory
+from lowmem.errors import CorruptModel, OutOfMemory, file_error, is_out_of_memory
 from lowmem.events import CancelToken, Step
 from lowmem.messages import msg
 from lowmem.models.describe import describe_gguf
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 _SHARD = 2 * GB
 _EXACT_BELOW = 4 * GB
 
-NO_TOKENIZER = 3
-"""Exit status of the child."""
+NO_TOKENIZER, NO_MEMORY, REFUSED = 3, 4, 5
+"""Exit statuses of the child; before the last it prints the error's number and the file that the system refused."""
 
 
 def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
@@ -53,16 +54,25 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
     command = [sys.executable, "-m", "lowmem.models.convert_gguf", str(gguf), str(folder), dtype]
     root = Path(__file__).parents[2]
     status, problem = yield from run_child(command, msg("Converting {gguf}, once", gguf=gguf.name), cancel, cwd=root)
-    if status < 0:
+    if status == NO_MEMORY or status < 0:
         raise OutOfMemory(
             msg(
                 "Converting {gguf} was killed (signal {status}); it needs about {size} of RAM.",
                 gguf=gguf.name,
                 status=-status,
                 size=format_bytes(2 * size),
+            )
+            if status < 0
+            else msg(
+                "Memory ran out while {gguf} was converted, which takes about {size}.",
+                gguf=gguf.name,
+                size=format_bytes(2 * size),
             ),
             msg("Close other programs, or choose a smaller model."),
         )
+    if status == REFUSED:
+        number, path = json.loads(problem)
+        raise file_error(OSError(number, os.strerror(number), path), msg("{gguf} was not converted", gguf=gguf.name))
     if status == NO_TOKENIZER:
         log.error("the tokenizer of %s: %s", gguf, problem)
         raise CorruptModel(
@@ -78,7 +88,21 @@ def convert(gguf: Path, folder: Path, cancel: CancelToken) -> Iterator[Step]:
 
 
 def main(gguf: str, folder: str, dtype: str) -> None:
-    """The child: dequantize one tensor after the other, and save it under its name in transformers."""
+    """The child: convert, and say by the exit status what went wrong."""
+    try:
+        _convert(gguf, folder, dtype)
+    except Exception as error:
+        traceback.print_exc()
+        if is_out_of_memory(error):
+            sys.exit(NO_MEMORY)
+        if isinstance(error, OSError) and error.errno:
+            print(json.dumps([error.errno, error.filename2 or error.filename]), file=sys.stderr)
+            sys.exit(REFUSED)
+        sys.exit(1)
+
+
+def _convert(gguf: str, folder: str, dtype: str) -> None:
+    """Dequantize one tensor after the other, and save it under its name in transformers."""
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1")
     import torch
     from transformers import AutoTokenizer, GenerationConfig
@@ -94,7 +118,9 @@ def main(gguf: str, folder: str, dtype: str) -> None:
     GenerationConfig.from_model_config(converter.config).save_pretrained(folder)
     try:
         AutoTokenizer.from_pretrained(str(parts[0].parent), gguf_file=parts[0].name).save_pretrained(folder)
-    except Exception:
+    except Exception as error:
+        if getattr(error, "errno", None) or is_out_of_memory(error):  # not of the tokenizer
+            raise
         traceback.print_exc()
         sys.exit(NO_TOKENIZER)
 

@@ -127,11 +127,14 @@ def _kept(key: str) -> Anatomy | None:
 
 def _keep(key: str, found: Anatomy) -> None:
     path = _path(key)
+    part = path.with_suffix(f".{os.getpid()}.part")  # two processes may derive the same model
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")  # two processes may derive the same model
-        part.write_text(json.dumps(found.to_json()), encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text(json.dumps(found.to_json()), encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _derived(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | None, dtype: str) -> Anatomy:
@@ -146,7 +149,7 @@ def _derived(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | 
             check=True,
         )  # fmt: skip
         result = pickle.loads(done.stdout)
-    except (subprocess.SubprocessError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, subprocess.SubprocessError, pickle.UnpicklingError, EOFError) as error:
         raise Unsupported(
             msg("The inside of {name} could not be examined: {error}", name=name, error=type(error).__name__),
             msg("Choose another model."),

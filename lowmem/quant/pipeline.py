@@ -8,7 +8,6 @@ with the same bytes.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import CorruptModel, DiskFull
+from lowmem.errors import CorruptModel, file_error, file_errors, is_out_of_memory
 from lowmem.events import CancelToken, Receipt, Step, WithResult
 from lowmem.kernels.packed_rows import PackedRows, quantize_rows
 from lowmem.machine.monitor import PeakMeter, quick_collections, release_memory
@@ -61,13 +60,17 @@ def quantize_folder(
         CorruptModel: a weight is NaN or infinite, or an unfinished folder is damaged.
         OutOfMemory: the process passed its limit. Cancelled: within a second.
     """
-    prepared = PreparedQuantization.prepare(folder, request, cancel or CancelToken())
-    out = request.out
-    check_output(out)
-    prepared.check_room()
-    samples = prepared.samples()
-    threads = torch.get_num_threads()
-    unfinished = opened(out, prepared.settings(samples), threads, request.restart)
+    with file_errors(msg("{out} was not finished", out=request.out.name)):
+        prepared = PreparedQuantization.prepare(folder, request, cancel or CancelToken())
+        check_output(request.out)
+        prepared.check_room()
+        samples = prepared.samples()
+        yield from _quantized(prepared, samples)
+
+
+def _quantized(prepared: PreparedQuantization, samples: Samples) -> Iterator[Step | Receipt]:
+    request, threads = prepared.request, torch.get_num_threads()
+    unfinished = opened(request.out, prepared.settings(samples), threads, request.restart)
     with PeakMeter(request.budget) as meter, unfinished as (part, journal):
         resumed = journal.blocks
         torch.set_num_threads(journal.threads)
@@ -75,22 +78,22 @@ def quantize_folder(
             for step in Pipeline(prepared, part, journal, samples).run():
                 meter.check()
                 yield step
+            wide = wide_layers(prepared.spec, request.options)
+            write_companions(prepared.folder, part, request, wide, journal.tables)
+            receipt = quantize_receipt(prepared, part, journal, meter.peak, resumed)
+            write_model_card(prepared, part, receipt)
+            publish(part, request.out)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if is_out_of_memory(error):
                 raise
-            raise DiskFull(
-                msg(
-                    "The disk is full: {out} is unfinished at block {blocks}.", out=out.name, blocks=journal.blocks + 1
-                ),
-                msg("Free some space and start again; finished blocks are kept."),
-            ) from error
+            what = msg(
+                "{out} is unfinished at block {blocks}",
+                out=request.out.name,
+                blocks=min(journal.blocks + 1, len(prepared.blocks)),
+            )
+            raise file_error(error, what, msg("Free some space and start again; finished blocks are kept.")) from error
         finally:
             torch.set_num_threads(threads)
-        wide = wide_layers(prepared.spec, request.options)
-        write_companions(folder, part, request, wide, journal.tables)
-        receipt = quantize_receipt(prepared, part, journal, meter.peak, resumed)
-        write_model_card(prepared, part, receipt)
-        publish(part, out)
     yield receipt
 
 
@@ -116,6 +119,8 @@ class Pipeline:
                     yield from self._block(model, weights, shards, index, calls)
                 self._journal.seconds = self._seconds()
                 shards.finish()
+                for left in self._part.glob("block-*.bin"):
+                    left.unlink()
             finally:
                 shards.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from lowmem.errors import file_errors, memory_errors
 from lowmem.events import CancelToken, Receipt, Step, until_receipt
 from lowmem.machine import timing
 from lowmem.machine.hardware import probe
@@ -26,8 +27,9 @@ def quantize(request: QuantizeRequest, cancel: CancelToken | None = None) -> Ite
     Raises:
         LowMemError: see `models.fetch.fetch` and `pipeline.quantize_folder`.
     """
-    seconds = yield from measured(request, cancel)
-    yield from timed(_quantize(request, cancel), action(request), seconds)
+    with memory_errors(msg("{out} was not finished", out=request.out.name)):
+        seconds = yield from measured(request, cancel)
+        yield from timed(_quantize(request, cancel), action(request), seconds)
 
 
 def measured(request: QuantizeRequest, cancel: CancelToken | None = None) -> Generator[Step, None, float | None]:
@@ -71,7 +73,8 @@ def _quantize(request: QuantizeRequest, cancel: CancelToken | None) -> Iterator[
 
 def quantize_isolated(request: QuantizeRequest, cancel: CancelToken | None = None) -> Iterator[Step | Receipt]:
     """The same in a child process, whose true peak of memory the receipt has."""
-    request.out.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors(msg("{out} was not begun", out=request.out.name)):
+        request.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = yield from measured(request, cancel)
     ran = run_isolated("quantize", request.as_dict(), cancel, request.budget)
     events = (event.receipt() if isinstance(event, Finished) else event for event in ran)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.errors import CorruptModel
 from lowmem.messages import msg
-from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer
+from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer, shard_names
 from lowmem.quant.estimate import SHARD_BYTES
 
 _DATA_START = 8 + HEADER_ROOM
@@ -31,12 +31,19 @@ class Shards:
         self._folder = folder
         self._writers: list[_Writer] = []
         self._out: BinaryIO | None = None
-        for described in state:
+        for described, name in zip(state, shard_names(len(state)), strict=True):
+            if (folder / name).exists():  # the run ended between `finish` and the end
+                (folder / name).replace(self._path)
             self._open(described)
+
+    @property
+    def _path(self) -> Path:
+        """Of the next file, until `finish`."""
+        return self._folder / f"shard-{len(self._writers)}.tmp"
 
     def _open(self, described: dict[str, Any] | None = None) -> None:
         self._close()
-        path = self._folder / f"shard-{len(self._writers)}.tmp"
+        path = self._path
         position = int(described["position"]) if described else 0
         size = path.stat().st_size if path.is_file() else 0
         if described and size < _DATA_START + position:

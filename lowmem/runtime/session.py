@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.background import stoppable
-from lowmem.errors import BadInput, Cancelled, DoesNotFit, LowMemError, OutOfMemory, Unsupported
+from lowmem.errors import (
+    BadInput,
+    Cancelled,
+    DoesNotFit,
+    LowMemError,
+    OutOfMemory,
+    Unsupported,
+    file_errors,
+    memory_errors,
+)
 from lowmem.events import CancelToken, Chunk, Completion, Receipt, Step, WithResult
 from lowmem.generate.chat import ChatMessage
 from lowmem.generate.options import LARGEST_BATCH, GenerateOptions
@@ -142,7 +151,9 @@ class Session:
         try:
             if not force:
                 refuse_if_over(plan, msg("Lower the context, choose fewer bits or a smaller model, or try anyway."))
-            self._load_receipt = self._last_receipt = yield from self._load(plan, cancel, force)
+            what = msg("{model} was not loaded", model=plan.spec.name)
+            with file_errors(what), memory_errors(what):
+                self._load_receipt = self._last_receipt = yield from self._load(plan, cancel, force)
             yield self._load_receipt
         finally:
             self._done()
@@ -326,7 +337,7 @@ class Session:
             if layers:
                 yield from self._ensure_backend(None, cancel, force)
             loaded, plan = self._resident()
-            with self._meter(plan, force) as meter:
+            with self._meter(plan, force) as meter, memory_errors(msg("{what} was not finished", what=what)):
                 result = yield from task(loaded, plan, meter.check)
             return result, meter.peak
         finally:

@@ -7,7 +7,7 @@ import secrets
 
 import gradio as gr
 
-from lowmem.errors import BadInput, Cancelled, LowMemError
+from lowmem.errors import LESS_MEMORY, BadInput, Cancelled, LowMemError, file_error, is_out_of_memory
 from lowmem.messages import msg, translate
 from lowmem.ui.language import escape
 
@@ -21,6 +21,10 @@ def explain(error: Exception) -> tuple[str, str]:
     """(sentence, hint) for a person. A bug keeps its traceback in the log, under a short id."""
     if isinstance(error, LowMemError):
         return error.message, error.hint
+    if is_out_of_memory(error):
+        return msg("Memory ran out."), LESS_MEMORY
+    if isinstance(error, OSError):
+        return explain(file_error(error, msg("The work was not finished")))
     short = secrets.token_hex(3)
     log.error("bug %s", short, exc_info=error)
     return msg("Something went wrong inside lowmem."), msg("See the log for details ({id}).", id=short)
