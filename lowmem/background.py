@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from lowmem.errors import OutOfMemory
 from lowmem.events import CancelToken, Step
 from lowmem.messages import msg
+from lowmem.settings import child_environment
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -318,6 +319,7 @@ def run_child(
 
     Args:
         watch: folder whose size in bytes, out of `total`, is the progress that is yielded.
+        env: variables beside those of `settings.child_environment`.
 
     Returns:
         the exit status (negative: killed by that signal) and the last line of standard error.
@@ -328,7 +330,7 @@ def run_child(
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=log,
-            env=env,
+            env=child_environment() | dict(env or {}),
             cwd=cwd,
             start_new_session=True,
         )

@@ -6,6 +6,7 @@ They are read on every call, so that a test or a notebook cell can change them.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,9 +61,20 @@ def gpu_is_attached() -> None:
     os.environ.pop("SPACES_ZERO_GPU", None)
 
 
-def without_lent_gpu() -> dict[str, str]:
-    """Environment variables for a child process of a ZeroGPU Space, which has no GPU; empty on other hosts."""
-    return {"SPACES_ZERO_GPU": "", "CUDA_VISIBLE_DEVICES": ""} if _host() == "zerogpu" else {}
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
+"""In the name of a variable whose value is a secret."""
+
+
+def child_environment(*, hub: bool = False) -> dict[str, str]:
+    """The environment of a child process: without secrets, and of a ZeroGPU Space without the GPU, which it has not.
+
+    Args:
+        hub: the child may fetch from the hub, so it gets `HF_TOKEN`.
+    """
+    env = {
+        name: value for name, value in os.environ.items() if not _SECRET.search(name) or (hub and name == "HF_TOKEN")
+    }
+    return env | ({"SPACES_ZERO_GPU": "", "CUDA_VISIBLE_DEVICES": ""} if _host() == "zerogpu" else {})
 
 
 def _host() -> str:

@@ -25,6 +25,7 @@ from lowmem.ui.page import build_ui
 from lowmem.ui.parts.context import Context
 from lowmem.ui.parts.sidebar import Sidebar
 from lowmem.ui.parts.worker import StopTokens
+from lowmem.ui.service.access import Access
 from lowmem.ui.service.results import result_folder
 from lowmem.ui.service.services import Services
 from lowmem.ui.tabs.export import ExportTab
@@ -101,7 +102,7 @@ def test_a_race_is_drawn_for_every_length() -> None:
 
 def test_only_results_of_the_page_are_loaded(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="Only results"):
-        result_folder(str(tmp_path))
+        result_folder(Access(), str(tmp_path))
 
 
 def test_pricing_explains_a_bad_choice() -> None:
@@ -134,7 +135,7 @@ def test_the_jobs_export_and_benchmark_in_processes_of_their_own(tmp_path: Path)
     assert receipt.details["folder"] == str(out)
     assert receipt.measured["ram"] > 0
     assert output_folder(spec.name, ExportOptions(precision="int8")) != out
-    assert result_folder(receipt.details["folder"]) == out.resolve()
+    assert result_folder(Access(), receipt.details["folder"]) == out.resolve()
     *_, result = benchmark(str(source), out)
     assert isinstance(result, dict)
     assert all(value > 0 for value in result["onnx"]["prefill_tps"])

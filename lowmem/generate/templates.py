@@ -20,6 +20,7 @@ from lowmem.errors import CorruptModel, LowMemError
 from lowmem.events import CancelToken
 from lowmem.generate.template_process import MEMORY_BYTES, SECONDS
 from lowmem.machine.child import Child
+from lowmem.machine.memory_limits import add_child, remove_child
 from lowmem.messages import msg
 from lowmem.units import format_bytes
 
@@ -72,6 +73,7 @@ class TemplateProcess:
         child, self._child = self._child, None
         if child is not None:
             child.end()
+            remove_child(child.pid)
 
     def _answer(self, request: bytes, cancel: CancelToken) -> dict[str, str]:
         while True:
@@ -105,6 +107,7 @@ class TemplateProcess:
             ) from error
         try:
             self._line(START_SECONDS, cancel)
+            add_child(child.pid)
         except _Ended:
             self.end()
             raise child.death(msg("process for the chat template")) from None

@@ -21,6 +21,7 @@ from lowmem.generate.tokens import token_ids
 from lowmem.generate.window_limits import check_stride, check_token_window, check_window
 from lowmem.longctx.curve import MIN_SPAN, Span, perplexity
 from lowmem.longctx.estimates import pass_plan, refuse_if_over, streaming_plan, window_plan
+from lowmem.longctx.options import ReadingLimit
 from lowmem.measure.options import LOGITS_BYTES, LOGITS_COPIES
 from lowmem.measure.windows import cut, tokens_read
 from lowmem.messages import msg
@@ -58,6 +59,7 @@ def hidden_states(
     tokens: int | None = None,
     cancel: CancelToken | None = None,
     force: bool = False,
+    limit: ReadingLimit | None = None,
 ) -> Iterator[Step | Receipt]:
     """Write the hidden states of `text` to the file `out`, see `longctx.hidden.hidden_states`.
 
@@ -66,9 +68,10 @@ def hidden_states(
         layers: 0 for the embeddings, i for the output of block i, negative ones from the end.
         tokens: use only this many tokens of the text, as in all actions here.
         force: run even if the estimate exceeds the budget.
+        limit: of the work's size, as in all actions here.
 
     Raises:
-        BadInput, DoesNotFit, DiskFull, CorruptModel, Cancelled.
+        BadInput, DoesNotFit, NotAllowed, DiskFull, CorruptModel, Cancelled.
     """
     cancel = cancel or CancelToken()
 
@@ -77,11 +80,14 @@ def hidden_states(
 
         ids = tokens_of(loaded.tokenizer, text, tokens)
         check_token_window(window, plan.spec.context)
+        if limit:
+            limit.check_tokens(tokens_read(cut(len(ids), window, stride)))
         action = window_plan(plan, window, len(ids))
         refuse_if_over(action, force, msg("Use a shorter window."))
         written = yield from hidden.hidden_states(
-            loaded.model, [ids], window, stride, out, layers=layers, at_once=action.context, cancel=cancel, check=check
-        )
+            loaded.model, [ids], window, stride, out,
+            layers=layers, at_once=action.context, cancel=cancel, check=check, limit=limit,
+        )  # fmt: skip
         return action, (written, len(ids))
 
     check_stride(window, stride)
@@ -119,6 +125,7 @@ def sliding_perplexity(
     tokens: int | None = None,
     cancel: CancelToken | None = None,
     force: bool = False,
+    limit: ReadingLimit | None = None,
 ) -> Iterator[Step | Span | Receipt]:
     """Perplexity over sliding windows, see `measure.windows.Passage`; yields the `Span`s before the receipt.
 
@@ -137,6 +144,8 @@ def sliding_perplexity(
         passage = Passage(
             tuple(tokens_of(loaded.tokenizer, text, tokens)), window, stride, text_prefix(loaded.tokenizer)
         )
+        if limit:
+            limit.check_tokens(tokens_read(passage.windows()))
         action = pass_plan(plan, window)
         refuse_if_over(action, force, msg("Use a shorter window."))
         total, curve = Perplexity(), Curve(passage.scored, CURVE_POINTS)
@@ -170,6 +179,7 @@ def streaming_perplexity(
     tokens: int | None = None,
     cancel: CancelToken | None = None,
     force: bool = False,
+    limit: ReadingLimit | None = None,
 ) -> Iterator[Step | Span | Receipt]:
     """Perplexity of a text that streams once through the KV cache described by `options`; yields each `Span` when done.
 
@@ -182,6 +192,8 @@ def streaming_perplexity(
         from lowmem.longctx.reading import Reader
 
         ids = with_beginning(loaded.tokenizer, tokens_of(loaded.tokenizer, text, tokens))
+        if limit:
+            limit.check_tokens(len(ids))
         check_window(options, plan.spec.context)
         if not options.window and len(ids) > plan.spec.context:
             raise BadInput(
@@ -227,6 +239,7 @@ def recall(
     *,
     distances: Sequence[int] = (),
     cancel: CancelToken | None = None,
+    limit: ReadingLimit | None = None,
 ) -> Iterator[Step | Receipt]:
     """Test whether the model recalls a fact after reading `text`, within the window and beyond, see `longctx.needle`.
 
@@ -244,6 +257,8 @@ def recall(
 
         check_window(options, plan.spec.context)
         wanted = distances or _recall_distances(options, plan.spec.context)
+        if limit:
+            limit.check_tokens(sum(wanted))
         action = streaming_plan(plan, options, max(wanted) + needle.OVERHEAD_TOKENS)
         refuse_if_over(action, False, msg("Use a shorter window or fewer KV bits."))
         filler = tokens_of(loaded.tokenizer, text)

@@ -24,6 +24,7 @@ from lowmem.errors import BadInput, CorruptModel, DiskFull, file_errors
 from lowmem.events import CancelToken, Step
 from lowmem.generate.decoding import cancellable, decoder_blocks, decoder_config, no_check, tidy_heap
 from lowmem.generate.window_limits import check_stride, check_token_window, pass_tokens
+from lowmem.longctx.options import ReadingLimit
 from lowmem.machine.hardware import disk_free_bytes
 from lowmem.machine.monitor import trim_heap
 from lowmem.measure.windows import Window, cut
@@ -75,6 +76,7 @@ def hidden_states(
     at_once: int | None = None,
     cancel: CancelToken | None = None,
     check: Callable[[], None] = no_check,
+    limit: ReadingLimit | None = None,
 ) -> Generator[Step, None, Written]:
     """Write the hidden states of `texts` (token ids), one after the other; returns a `Written`.
 
@@ -86,11 +88,12 @@ def hidden_states(
         layers: which layers, see `Written`; negative ones count from the end.
         at_once: tokens per pass, up to which short windows are batched; None chooses by device.
         check: called before every pass; may raise.
+        limit: of the file's size.
 
     Raises:
         BadInput: an empty text, a stride larger than the window, a window larger than the model's context, an unknown
             layer, or an unsupported file type.
-        DiskFull, CorruptModel, Cancelled: no file is left behind.
+        NotAllowed, DiskFull, CorruptModel, Cancelled: no file is left behind.
     """
     cancel = cancel or CancelToken()
     chosen = _check(model, texts, window, stride, out, layers)
@@ -101,7 +104,7 @@ def hidden_states(
     pieces = _pieces(texts, offsets, window, stride)
     windows_at_once = max(1, (at_once or pass_tokens(model.device.type)) // window)
     with (
-        _writer(out, chosen, offsets[-1], hidden, model.dtype) as file,
+        _writer(out, chosen, offsets[-1], hidden, model.dtype, limit) as file,
         cancellable(list(model.modules()), cancel),
         tidy_heap(model),
     ):
@@ -241,13 +244,17 @@ def _safetensors_header(layers: Sequence[int], tokens: int, hidden: int, dtype: 
 
 
 @contextmanager
-def _writer(out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype) -> Iterator[_File]:
+def _writer(
+    out: Path, layers: Sequence[int], tokens: int, hidden: int, dtype: torch.dtype, limit: ReadingLimit | None
+) -> Iterator[_File]:
     """A file that appears under its name only once it is complete."""
     if not out.absolute().parent.is_dir():
         raise BadInput(
             msg("There is no folder {parent}.", parent=out.parent), msg("Choose a path in an existing folder.")
         )
     size, free = _file_bytes(out, layers, tokens, hidden, dtype), disk_free_bytes(out.absolute().parent)
+    if limit:
+        limit.check_file(size)
     if size > free:
         raise DiskFull(
             msg(

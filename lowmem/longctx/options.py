@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, NotAllowed
 from lowmem.fields import option
 from lowmem.messages import msg
+from lowmem.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,49 @@ class StrategyOptions:
     points: int = option(
         8, msg("Points"), msg("Positions in the text where time and memory are measured."), low=1, high=100
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingLimit:
+    """The size of what an action may do with a text: so work of strangers ends.
+
+    Args:
+        tokens: that pass through the model, overlaps of windows included.
+        file_bytes: of the file that is written.
+    """
+
+    tokens: int
+    file_bytes: int
+
+    def check_tokens(self, tokens: int) -> None:
+        """
+        Raises:
+            NotAllowed: too many.
+        """
+        if tokens > self.tokens:
+            raise NotAllowed(
+                msg(
+                    "The model would read {tokens:,} tokens, overlaps of windows included: more than the {most:,} that visitors may request.",
+                    tokens=tokens,
+                    most=self.tokens,
+                ),
+                msg("Use a shorter text, or a larger stride."),
+            )
+
+    def check_file(self, nbytes: int) -> None:
+        """
+        Raises:
+            NotAllowed: too large.
+        """
+        if nbytes > self.file_bytes:
+            raise NotAllowed(
+                msg(
+                    "The file would take {size}, more than the {most} that visitors may request.",
+                    size=format_bytes(nbytes),
+                    most=format_bytes(self.file_bytes),
+                ),
+                msg("Use a shorter text or fewer layers."),
+            )
 
 
 def parse_layers(text: str) -> list[int]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from lowmem.machine import figures as saved_figures
+from lowmem.settings import child_environment
 
 log = logging.getLogger("lowmem.machine")
 
@@ -50,8 +51,9 @@ def measure_runtime_bytes() -> int:
         return cached
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=180, check=True, cwd=_PACKAGE_PARENT
-        )
+            [sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=180, check=True, cwd=_PACKAGE_PARENT,
+            env=child_environment(),
+        )  # fmt: skip
         measured = int(child.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("the runtime's RAM could not be measured: %s", error)

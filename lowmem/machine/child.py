@@ -22,7 +22,7 @@ from typing import IO, BinaryIO, NamedTuple
 from lowmem import errors
 from lowmem.errors import LESS_MEMORY, LowMemError, OutOfMemory, file_error, is_out_of_memory
 from lowmem.messages import msg
-from lowmem.settings import without_lent_gpu
+from lowmem.settings import child_environment
 from lowmem.units import format_bytes
 
 log = logging.getLogger("lowmem.child")
@@ -39,12 +39,13 @@ class Child:
 
     Args:
         module: run as the child's main program. It must call `claim_output` before it prints anything.
+        hub: it may fetch from the hub, see `settings.child_environment`.
 
     Raises:
         OSError: the system does not start another process.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, *, hub: bool = False) -> None:
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115  closed by `end`
         # The child finds every module that this process would, wherever both were started from.
         path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -53,7 +54,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,
-            env={**os.environ, **without_lent_gpu(), "PYTHONPATH": path},
+            env=child_environment(hub=hub) | {"PYTHONPATH": path},
             start_new_session=True,
         )
         self.kernel_peak = 0

@@ -84,7 +84,7 @@ def run_isolated(
     request = {"job": job, "arguments": dict(arguments), "budget": budget.as_dict()}
     started = time.perf_counter()
     with file_errors(msg("No process could be started")):
-        child = Child("lowmem.jobs")
+        child = Child("lowmem.jobs", hub=True)
     try:
         answer = yield from _answers(child, json.dumps(request), cancel)
         child.wait()

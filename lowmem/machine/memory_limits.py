@@ -66,6 +66,7 @@ def process_bytes() -> int:
 
 
 _others: list[psutil.Process] = []
+_children: dict[int, psutil.Process] = {}
 
 
 def share_budget_with(pids: Iterable[int]) -> None:
@@ -73,10 +74,25 @@ def share_budget_with(pids: Iterable[int]) -> None:
     _others[:] = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
 
+def add_child(pid: int) -> None:
+    """Let a process that this one has started share its budget."""
+    with suppress(psutil.Error):  # it has ended already
+        _children[pid] = psutil.Process(pid)
+
+
+def remove_child(pid: int) -> None:
+    _children.pop(pid, None)
+
+
+def children() -> tuple[int, ...]:
+    """Processes that `add_child` named."""
+    return tuple(_children)
+
+
 def other_processes_bytes() -> int:
     """Resident set size of the other processes that share this one's budget."""
     total = 0
-    for process in list(_others):
+    for process in (*_others, *_children.values()):
         with suppress(psutil.Error):  # it has just ended
             total += process.memory_info().rss
     return total

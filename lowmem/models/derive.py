@@ -25,7 +25,7 @@ from lowmem.errors import CorruptModel, LowMemError, Unsupported
 from lowmem.messages import msg
 from lowmem.models.anatomy import Anatomy
 from lowmem.models.tensors import Tensor
-from lowmem.settings import settings
+from lowmem.settings import child_environment, settings
 
 TIMEOUT_SECONDS = 120
 
@@ -146,7 +146,7 @@ def _derived(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | 
     try:
         done = subprocess.run(
             command, input=pickle.dumps((dict(config), name, stored, dtype)), capture_output=True, timeout=TIMEOUT_SECONDS,
-            check=True,
+            check=True, env=child_environment(),
         )  # fmt: skip
         result = pickle.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, pickle.UnpicklingError, EOFError) as error:

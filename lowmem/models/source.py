@@ -90,16 +90,20 @@ def is_local(ref: str) -> bool:
     return (reference.kind == "gguf" and reference.path.is_file()) or find_folder(reference) is not None
 
 
-def local_models(*others: Path) -> list[LocalModel]:
-    """Models in `settings().models`, `settings().outputs` and other folders of models, sorted by name."""
-    roots = dict.fromkeys((settings().models, settings().outputs, *others))
+def local_models(results: Path | None = None) -> list[LocalModel]:
+    """Models in `settings().models` and in a folder of results, sorted by name.
+
+    Args:
+        results: `settings().outputs` by default.
+    """
+    roots = (settings().models, results or settings().outputs)
     found = [_local_model(folder) for root in roots for folder in _models_in(root)]
     return sorted(found, key=lambda model: model.name.lower())
 
 
 def with_local_models(error: Offline) -> Offline:
-    """The same error with a hint that lists the models on this machine."""
-    names = [model.ref for model in local_models()]
+    """The same error with a hint that lists what has been fetched; results belong to who made them."""
+    names = [_local_model(folder).ref for folder in _models_in(settings().models)]
     offer = (
         msg("On this machine: {names}.", names=", ".join(names[:8]))
         if names

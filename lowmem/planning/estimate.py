@@ -12,6 +12,7 @@ from lowmem.planning import cache, exported, streaming
 from lowmem.planning.model_bytes import (
     CUDA_RAM_BYTES,
     CUDA_WORKSPACE_BYTES,
+    TEMPLATE_PROCESS_BYTES,
     activation_line,
     compute_dtype,
     kernel_lines,
@@ -22,6 +23,8 @@ from lowmem.planning.model_bytes import (
 from lowmem.planning.plan import Line, MemoryEstimate, Plan
 from lowmem.units import format_bytes
 
+_TEMPLATES = Line("overhead", TEMPLATE_PROCESS_BYTES, msg("The process that renders the chat template."))
+
 
 def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
     """Predicted peak of RAM and, on a GPU, of VRAM. Does not read `plan.estimates`."""
@@ -30,13 +33,15 @@ def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
     process = Line(
         "overhead", plan.hardware.runtime_bytes, msg("Python, torch and transformers, measured on this machine.")
     )
+    templates = (_TEMPLATES,) if plan.spec.has_chat_template else ()
     if plan.place.kind != "cuda":
-        return (_against_budget(plan, "ram", (*on_device, process)),)
+        return (_against_budget(plan, "ram", (*on_device, process, *templates)),)
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, msg("Workspaces of the GPU libraries."))
     in_ram = (
         *cache.ram_lines(plan, dtype),
         *(streaming.ram_lines(plan, placement) if placement else ()),
         process,
+        *templates,
         Line("overhead", CUDA_RAM_BYTES, msg("The GPU driver and torch's kernels.")),
         Line("scratch", 2 * CONVERSION_BYTES, msg("Weights in transit from disk to the GPU.")),
     )

@@ -20,6 +20,9 @@ from lowmem.units import MB
 CUDA_WORKSPACE_BYTES = 96 * MB
 """cuBLAS workspaces (32 MiB a handle on Hopper, 8 MiB before) and the rounding of torch's allocator."""
 
+TEMPLATE_PROCESS_BYTES = 25 * MB
+"""RSS of a Python that has imported jinja2, measured."""
+
 CUDA_RAM_BYTES = 900 * MB
 """RAM that the CUDA driver and torch's kernels take in the process once a GPU is used."""
 

@@ -160,6 +160,7 @@ class WorkerSession(Session):
         super().__init__()
         self._worker: Worker | None = None
         self._streamed_bytes = 0
+        self._worker_children: tuple[int, ...] = ()
         self.lost: Lost | None = None
         """The model whose process died since the last load."""
 
@@ -266,6 +267,9 @@ class WorkerSession(Session):
         for one in self._worker.answers(call, cancel, patient=patient):
             if isinstance(one, Event):
                 self._busy, self._streamed_bytes = one.busy, one.streamed_bytes
+                if one.children != self._worker_children:
+                    self._worker_children = one.children
+                    share_budget_with([self._worker.child.pid, *one.children])
                 if isinstance(one.event, Receipt) and call.action in (Session.generate, Session.batch):
                     self._last_receipt = one.event  # before whoever receives it looks
                 yield one.event
@@ -292,7 +296,7 @@ class WorkerSession(Session):
     def _end_worker(self) -> None:
         worker, self._worker = self._worker, None
         self._plan = self._load_receipt = self.lost = None
-        self._streamed_bytes = 0
+        self._streamed_bytes, self._worker_children = 0, ()
         share_budget_with([])
         if worker is not None:
             worker.end()

@@ -18,7 +18,7 @@ from typing import Any
 from lowmem.events import CancelToken, Chunk, Receipt
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.child import Failure, claim_output, offer_to_be_killed_first
-from lowmem.machine.memory_limits import share_budget_with
+from lowmem.machine.memory_limits import children, share_budget_with
 from lowmem.messages import msg
 from lowmem.planning.plan import Plan
 from lowmem.runtime.session import Session
@@ -57,11 +57,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of an action, with the session's current action and the bytes that it has streamed so far."""
+    """One event of an action, with the session's current action, the bytes that it has streamed so far, and the processes
+    that it has started and counts as its own."""
 
     event: Any
     busy: str
     streamed_bytes: int
+    children: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def answer(session: Session, call: Call, cancel: CancelToken) -> Iterator[Event 
     failure = None
     try:
         for event in call.action(session, *call.arguments, cancel=cancel, **call.options):
-            yield Event(event, session.busy, session.streamed_bytes)
+            yield Event(event, session.busy, session.streamed_bytes, children())
     except Exception as error:
         failure = Failure.of(error, msg("Memory ran out."))
     yield Ended(state_of(session), failure)

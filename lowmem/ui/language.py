@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lowmem.messages import ENGLISH, LANGUAGE, Message, preferred, translate
+from lowmem.ui.sessions import Sessions
 
 
 def escape(text: str) -> str:
@@ -77,6 +78,16 @@ class Page(gr.Blocks):
     @config.setter
     def config(self, config: Any) -> None:
         self._configs = {ENGLISH: config}
+
+    @property
+    def state_holder(self) -> Any:
+        return self._sessions
+
+    @state_holder.setter
+    def state_holder(self, holder: Any) -> None:
+        """Gradio makes one with every launch."""
+        holder.__class__ = Sessions
+        self._sessions = holder
 
     async def process_api(self, block_fn: Any, *args: Any, **kwargs: Any) -> Any:
         request = kwargs.get("request")

@@ -20,8 +20,10 @@ from lowmem.ui.language import Languages, Page
 from lowmem.ui.page import build_ui
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import AUTO, Engine
+from lowmem.ui.service.files import SecretFolders
 from lowmem.ui.service.lane import SEATS
 from lowmem.ui.service.rate_limits import VisitorLimits
+from lowmem.ui.sessions import CAPACITY
 from lowmem.ui.theme import CSS, HEAD, theme
 from lowmem.units import parse_bytes
 
@@ -36,7 +38,7 @@ THREADS = SEATS + 64
 
 
 def launch_options(*, public: bool = False) -> dict[str, Any]:
-    """What every launch of the page passes to gradio; `public` limits the rate and size of visitors' requests."""
+    """What every launch of the page passes to gradio; `public` limits what visitors may send and read."""
     outputs = settings().outputs
     return {
         "theme": theme(),
@@ -47,13 +49,14 @@ def launch_options(*, public: bool = False) -> dict[str, Any]:
         "enable_monitoring": False,
         "max_file_size": UPLOAD_LIMIT,
         "max_threads": THREADS,
+        "state_session_capacity": CAPACITY,
         "allowed_paths": [str(outputs)],
         "footer_links": ["api", "settings"],
         "app_kwargs": {
             "middleware": [
                 Middleware(OwnResources),
                 Middleware(Languages),
-                *([Middleware(VisitorLimits)] if public else []),
+                *([Middleware(VisitorLimits), Middleware(SecretFolders)] if public else []),
             ]
         },
     }

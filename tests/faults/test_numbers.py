@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import gradio as gr
 import pytest
 import toys
 
-from lowmem.errors import BadInput, DoesNotFit
-from lowmem.events import Completion, Receipt, Step
+from lowmem.errors import BadInput, DoesNotFit, NotAllowed
+from lowmem.events import CancelToken, Completion, Receipt, Step
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx import actions
+from lowmem.longctx.options import ReadingLimit
 from lowmem.machine.budget import MemoryBudget
 from lowmem.machine.isolated import run_isolated
 from lowmem.models.source import read_spec
@@ -29,6 +32,7 @@ from lowmem.ui.api.publish import _served
 from lowmem.ui.parts import failures
 from lowmem.ui.service.access import Access
 from lowmem.ui.service.engine import Engine
+from lowmem.ui.service.longctx import TextSource
 from lowmem.ui.service.services import Services
 
 LONGEST_SECONDS = 60.0  # what_runs reads the whole catalog once, here on a busy machine
@@ -91,6 +95,41 @@ def test_a_batch_that_fits_not_even_alone_is_refused(
 def test_a_batch_size_out_of_range_is_refused(session: Session, size: int) -> None:
     with pytest.raises(BadInput, match="batch size"):
         list(session.batch(PROMPTS, OPTIONS, batch_size=size))
+
+
+def refused(events: Iterator[Any], sentence: str) -> None:
+    with pytest.raises(NotAllowed, match=sentence):
+        list(events)
+
+
+def test_what_a_visitor_may_read_and_write_is_bounded_in_size(session: Session, tmp_path: Path) -> None:
+    text, out = "word " * 100, tmp_path / "states.npy"
+    short, small = ReadingLimit(5_000, 10**9), ReadingLimit(5_000, 10**4)
+    assert list(actions.hidden_states(session, text, 64, 64, out, limit=short))
+    out.unlink()
+    refused(actions.hidden_states(session, text, 64, 1, out, limit=short), "would read")
+    refused(actions.hidden_states(session, text, 64, 64, out, limit=small), "would take")
+    assert list(tmp_path.iterdir()) == []
+    assert list(actions.sliding_perplexity(session, text, 64, 64, limit=short))
+    refused(actions.sliding_perplexity(session, text, 64, 1, limit=short), "would read")
+    options, few = GenerateOptions(window=64), ReadingLimit(400, 0)
+    refused(actions.streaming_perplexity(session, text, options, limit=few), "would read")
+    refused(actions.recall(session, text, replace(options, window=300), limit=few), "would read")
+
+
+def test_the_page_bounds_what_visitors_read(services: Services) -> None:
+    source, options, cancel = TextSource("a " * 150_000), GenerateOptions(window=64), CancelToken()
+    long = services.longctx
+    for events in (
+        long.perplexity(source, options, 0, cancel),
+        long.perplexity(source, options, 8, cancel),
+        long.hidden_states(source, 64, 64, [-1], "npy", cancel),
+        long.recall(replace(options, window=200_000), cancel),
+    ):
+        with pytest.raises(NotAllowed, match="would read"):
+            list(events)
+    services.engine.access = Access()
+    assert services.engine.access.reading_limit is None
 
 
 EXTREME: list[Any] = [

@@ -19,11 +19,14 @@ from lowmem.events import CancelToken, Receipt
 from lowmem.generate import template_process, templates
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.prompts import encode_prompt
+from lowmem.machine import memory_limits
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import TEMPLATE_PROCESS_BYTES
 from lowmem.planning.planner import plan
 from lowmem.runtime.remote import WorkerSession
+from lowmem.units import MB
 
 LOOPS = "{% for i in range(90000) %}{% for j in range(90000) %}{% for k in range(90000) %}{% endfor %}{% endfor %}{% endfor %}"
 LONG_OPERATION = "{{ 'a' * (10**8) ~ ('b' * (10**7)) | replace('b', 'cc') | length }}{{ 10 ** (10 ** 8) % 7 }}"
@@ -110,6 +113,17 @@ def test_a_conversation_waits_for_no_new_process() -> None:
     assert time.perf_counter() - started < 1.0
 
 
+def test_the_process_shares_the_budget_of_the_model() -> None:
+    templates._process.end()
+    before = memory_limits.other_processes_bytes()
+    templates.render(toys.tokenizer(), CHAT)
+    held = memory_limits.other_processes_bytes() - before
+    assert 10 * MB < held < TEMPLATE_PROCESS_BYTES * 1.1
+    templates._process.end()
+    assert memory_limits.other_processes_bytes() == before
+    assert memory_limits.children() == ()
+
+
 def test_an_idle_process_ends_and_another_one_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     process = templates.TemplateProcess()
     values = {"messages": CHAT}
@@ -135,11 +149,16 @@ def test_a_model_answers_again_after_its_template_was_stopped(tmp_path: Path) ->
     goal = Goal(context=256, precision="fp32", backend="torch")
     list(session.load(plan(read_spec(str(folder)), hardware, MemoryBudget.detect(hardware), goal)))
     options = GenerateOptions(max_new_tokens=3)
+    page = memory_limits.process_bytes()
+    assert len(memory_limits._others) == 1
     try:
         with pytest.raises(CorruptModel, match="longer than 2 s"):
             list(session.generate("loop", options))
         with pytest.raises(CorruptModel, match="longer than 2 s"):
             list(session.batch(["loop"], options))
         assert isinstance(list(session.generate("Hi", options))[-1], Receipt)
+        assert len(memory_limits._others) == 2  # its model's process, and the one that renders
+        assert memory_limits.process_bytes() > page + 10 * MB
     finally:
         session.unload()
+    assert memory_limits._others == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,16 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from ui_stub import StubEngine
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, NotAllowed
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.settings import settings
 from lowmem.ui.api.endpoints import ENDPOINTS
 from lowmem.ui.launch import launch_options
 from lowmem.ui.page import build_ui
 from lowmem.ui.parts.worker import StopTokens
-from lowmem.ui.service.access import OWNER, Access
+from lowmem.ui.service.access import OWNER, Access, Visitor
 from lowmem.ui.service.engine import Engine
+from lowmem.ui.service.results import new_folder, result_folder
 from lowmem.units import GB
 
 PLANTED = "xylophonic"
@@ -98,12 +103,12 @@ def test_the_page_shows_nobody_what_another_wrote(page: tuple[str, gr.Blocks, St
         assert PLANTED not in httpx.get(f"{url}{address}", cookies=second.cookies).text
 
 
-def as_visitor(session: str, run: Any, name: str = "ada") -> Any:
+def as_visitor(session: str, run: Any, name: str = "ada", headers: Mapping[str, str] = {}) -> Any:
     """Call `run` in the context of a request."""
     scope = {
         "type": "http",
         "client": ("127.0.0.1", 5),
-        "headers": [],
+        "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
         "method": "POST",
         "path": "/",
         "query_string": b"",
@@ -127,19 +132,98 @@ def test_results_are_listed_for_who_made_them() -> None:
         return folder
 
     own, others = as_visitor("a", lambda: made("mine")), as_visitor("b", lambda: made("theirs"))
-    everybodys = as_visitor("o", lambda: made("shown"), "owner")
+    owners = as_visitor("o", lambda: made("kept"), "owner")
     assert len(own.parent.name) == 32
     listed = as_visitor("a", lambda: [ref for _, ref in engine.catalog()])
     assert str(own) in listed
-    assert str(everybodys) in listed
+    assert str(owners) not in listed
     assert str(others) not in listed
-    assert as_visitor("a", lambda: [engine.access.is_private(one) for one in (own, others, everybodys)]) == [
-        False,
-        True,
-        False,
-    ]
+    made_here = own, others, owners
+    assert as_visitor("a", lambda: [engine.access.is_private(one) for one in made_here]) == [False, True, True]
+    assert as_visitor("a", lambda: [engine.access.may_use(one) for one in made_here]) == [True, True, False]
+    assert as_visitor("o", lambda: [engine.access.may_use(one) for one in made_here], "owner") == [True, True, True]
+    for access in (engine.access, replace(engine.access, any_model=False)):
+        for ref in (str(owners), f"{own}/../../../{owners.name}"):
+            with pytest.raises(NotAllowed):
+                as_visitor("a", partial(access.check_model, ref))
+            as_visitor("o", partial(access.check_model, ref), "owner")
+        as_visitor("a", partial(access.check_model, str(own)))
+    with pytest.raises(BadInput, match="Only results"):
+        as_visitor("a", lambda: result_folder(engine.access, str(owners)))
     assert as_visitor("o", lambda: engine.access.visitor, "owner") == OWNER
     assert as_visitor("", lambda: engine.access.visitor) != as_visitor("", lambda: engine.access.visitor)
+
+
+def test_a_program_that_uses_mcp_is_known_by_its_secret() -> None:
+    access = Access(public=True)
+
+    def identity(**headers: str) -> Visitor:
+        sent = {"x-gradio-user": "mcp"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        return as_visitor("shared by all tools", lambda: access.visitor, headers=sent)
+
+    assert identity() != identity()
+    assert identity(x_lowmem_visitor="short") != identity(x_lowmem_visitor="short")
+    assert identity(x_lowmem_visitor="a" * 32) == identity(x_lowmem_visitor="a" * 32)
+    assert identity(x_lowmem_visitor="a" * 32) != identity(x_lowmem_visitor="b" * 32)
+
+
+def test_mcp_gives_each_program_its_own_receipts(tmp_path: Path) -> None:
+    pytest.importorskip("mcp", reason="gradio[mcp] is not installed")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    engine = StubEngine(delay=0.001, access=Access(public=True))
+    demo = build_ui(engine)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **launch_options(public=True))
+    seen: list[Visitor] = []
+    noted = engine._note
+    engine._note = lambda visitor, receipt: (seen.append(visitor), noted(visitor, receipt))  # type: ignore[method-assign]
+
+    async def said(name: str, values: dict[str, Any], address: str, **headers: str) -> str:
+        transport = httpx.AsyncHTTPTransport(local_address=address)
+        factory = lambda headers=None, timeout=None, auth=None: httpx.AsyncClient(  # noqa: E731
+            headers=headers, timeout=timeout, transport=transport, follow_redirects=True
+        )
+        named = {one.replace("_", "-"): value for one, value in headers.items()} | {"x-forwarded-for": "9.9.9.9"}
+        client = streamablehttp_client(f"{url}gradio_api/mcp/", named, httpx_client_factory=factory)
+        async with client as (reading, writing, _), ClientSession(reading, writing) as session:
+            await session.initialize()
+            return str(await session.call_tool(name, values))
+
+    async def ask() -> list[str]:
+        first, second = {"x_lowmem_visitor": "f" * 20}, {"x_lowmem_visitor": "s" * 20}
+        prompt = {"prompt": f"The {PLANTED} word", "options": {"max_new_tokens": 2}}
+        await said("load", {"model": "demo"}, "127.0.0.7", **second)
+        await said("generate", prompt, "127.0.0.7", **first)
+        await said("generate", prompt, "127.0.0.8")
+        return [await said("receipt", {}, "127.0.0.7", **one) for one in (first, second, {})]
+
+    try:
+        receipts = asyncio.run(ask())
+    finally:
+        demo.close()
+    assert [PLANTED in one for one in receipts] == [True, False, False]
+    assert [one.address for one in seen[-2:]] == ["127.0.0.7", "127.0.0.8"]
+
+
+def test_results_of_the_owner_are_not_served(
+    page: tuple[str, gr.Blocks, StubEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, demo, _ = page
+    monkeypatch.setenv("LOWMEM_HOME", str(Path(demo.allowed_paths[0]).parent))
+    client = visitor(url)
+    named, secret = settings().outputs / "model-gptq-4bit", new_folder("batch")
+    for folder in (named, secret):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(PLANTED)
+    for path in (
+        f"file={named}/config.json",
+        f"file={secret}/../{named.name}/config.json",
+        f"file/{named}/config.json",
+    ):
+        for address in (f"{url}gradio_api/{path}", f"{url}{path}"):
+            assert httpx.get(address, cookies=client.cookies, follow_redirects=True).status_code in (403, 404), address
+    assert httpx.get(f"{url}gradio_api/file={secret}/config.json", cookies=client.cookies).text == PLANTED
 
 
 def test_stop_ends_nobody_elses_work() -> None:

@@ -204,7 +204,7 @@ class Setup:
         self.load_on(chosen.then)
 
     def _choose(self, receipt: dict[str, Any], context: float) -> list[Any]:
-        folder = str(result_folder(receipt["details"]["folder"]))
+        folder = str(result_folder(self.engine.access, receipt["details"]["folder"]))
         dropdown = gr.Dropdown(with_automatic(self.engine, folder, Path(folder).name), value=folder)
         return [gr.Tabs(selected="generate"), dropdown, AUTO, AUTO, self.fit_context(folder, context)]
 

@@ -17,7 +17,9 @@ from gradio.context import LocalContext
 
 from lowmem.errors import NotAllowed
 from lowmem.generate.options import GenerateOptions
+from lowmem.longctx.options import ReadingLimit
 from lowmem.messages import msg
+from lowmem.models.reference import Reference, parse_ref
 from lowmem.settings import settings
 from lowmem.ui.service.rate_limits import address_of
 
@@ -26,6 +28,9 @@ UNBOUNDED = 1_000_000
 """New tokens of an unbounded generation: more than anybody waits for."""
 
 MOST_PROMPTS = 100
+
+READING = ReadingLimit(tokens=2**18, file_bytes=10**9)
+"""For hidden states, perplexity and recall."""
 
 
 class Visitor(NamedTuple):
@@ -41,6 +46,9 @@ class Visitor(NamedTuple):
 
 
 OWNER = Visitor()
+
+VISITOR_HEADER, SHORTEST_SECRET = "x-lowmem-visitor", 16
+"""The header by which a program that uses MCP is known again, and the least characters of its value."""
 
 VISITORS = "visitors"
 """The folder below `settings().outputs` with a folder of results for each visitor."""
@@ -65,7 +73,8 @@ class Access:
     def visitor(self) -> Visitor:
         """Who sends the current request: `OWNER`, or a visitor.
 
-        All tools of MCP share one client, so each of their requests is a visitor of its own.
+        MCP has no sessions and all of its tools share one client here, so a program that wants to be known again sends
+        a secret of its own as `VISITOR_HEADER`; without it each of its requests is a visitor of its own.
         """
         if self.owned:
             return OWNER
@@ -73,8 +82,12 @@ class Access:
         if request is None or request.request is None:
             return Visitor("-", secrets.token_hex(16))
         address = address_of(request.request.scope) or "-"
-        known = request.session_hash and request.headers.get("x-gradio-user") != "mcp"
-        return Visitor(address, str(request.session_hash) if known else secrets.token_hex(16))
+        if request.headers.get("x-gradio-user") == "mcp":
+            secret = request.headers.get(VISITOR_HEADER) or ""
+            page = secret if len(secret) >= SHORTEST_SECRET else ""
+        else:
+            page = str(request.session_hash or "")
+        return Visitor(address, page or secrets.token_hex(16))
 
     @property
     def results(self) -> Path:
@@ -86,11 +99,18 @@ class Access:
         return settings().outputs / VISITORS / name
 
     def is_private(self, path: Path | None) -> bool:
-        """Whether `path` is a result of another visitor."""
+        """Whether `path` is a result of somebody else."""
         if path is None or self.owned:
             return False
-        path, everyone = path.resolve(), (settings().outputs / VISITORS).resolve()
-        return path.is_relative_to(everyone) and not path.is_relative_to(self.results.resolve())
+        path = path.resolve()
+        return path.is_relative_to(settings().outputs.resolve()) and not path.is_relative_to(self.results.resolve())
+
+    def may_use(self, path: Path) -> bool:
+        """Whether the current request may name `path`: no result of the owner. Who can name one of a visitor has made it."""
+        if not self.is_private(path):
+            return True
+        parts = path.resolve().relative_to(settings().outputs.resolve()).parts
+        return len(parts) > 1 and parts[0] == VISITORS
 
     @property
     def owned(self) -> bool:
@@ -113,16 +133,27 @@ class Access:
             )
 
     def check_model(self, ref: str) -> None:
-        """Let visitors use the models that the page lists, and others only if the page allows it.
+        """Let visitors use the models that the page lists and their own results; of the hub others if the page allows it.
 
         Raises:
-            NotAllowed: a model that is not listed.
+            NotAllowed: another one.
+            BadInput: no reference.
         """
-        if not (self.any_model or _is_listed(ref) or self.owned):
+        if not (self.owned or self._is_for_visitors(parse_ref(ref, allow_paths=False))):
             raise NotAllowed(
                 msg("This page runs only the models it lists; {ref!r} is not one of them.", ref=ref[:80]),
                 msg("Choose one from the list."),
             )
+
+    def _is_for_visitors(self, reference: Reference) -> bool:
+        from lowmem.models.catalog import find
+        from lowmem.models.source import local_models
+
+        if reference.path.is_relative_to(settings().outputs.resolve()):
+            return self.may_use(reference.path)
+        if self.any_model or find(reference.text) is not None:
+            return True
+        return reference.text in [model.ref for model in local_models(self.results)]
 
     @property
     def longest(self) -> int:
@@ -156,6 +187,11 @@ class Access:
                 msg("Request fewer."),
             )
 
+    @property
+    def reading_limit(self) -> ReadingLimit | None:
+        """Of actions of the current request that read a text once."""
+        return None if self.owned else READING
+
     def check_reading(self, tokens: int) -> None:
         """Refuse a visitor's measurements on a long text, which read it several times.
 
@@ -171,11 +207,3 @@ class Access:
                 ),
                 msg("Use fewer tokens."),
             )
-
-
-def _is_listed(ref: str) -> bool:
-    from lowmem.models.catalog import find
-    from lowmem.models.source import local_models
-
-    made_here = Path(ref).is_relative_to(settings().outputs / VISITORS)
-    return made_here or find(ref) is not None or ref in [model.ref for model in local_models()]

@@ -48,4 +48,4 @@ class ExportService:
             BadInput: the folder is no result of this page.
         """
         self.engine.spec(model)  # refuses models that this visitor may not name
-        return benchmark(model, result_folder(folder), cancel, self.engine.child_budget(budget))
+        return benchmark(model, result_folder(self.engine.access, folder), cancel, self.engine.child_budget(budget))

@@ -47,15 +47,17 @@ class LongContextService:
     ) -> Iterator[Any]:
         """Perplexity along a text: in windows that move on by `stride`, or read once through the cache if that is 0."""
         self.engine.require_model()
+        limit = self.engine.access.reading_limit
         if stride:
             check_stride(options.window, stride)
 
         def events() -> Iterator[Any]:
-            text, session = source.read(cancel).text, self.engine.session
+            text, run = source.read(cancel).text, self.engine.session.run
             if stride:
-                yield from session.run(actions.sliding_perplexity, text, options.window, stride, cancel=cancel)
+                window = options.window
+                yield from run(actions.sliding_perplexity, text, window, stride, cancel=cancel, limit=limit)
             else:
-                yield from session.run(actions.streaming_perplexity, text, options, cancel=cancel)
+                yield from run(actions.streaming_perplexity, text, options, cancel=cancel, limit=limit)
 
         return self.engine.noted(events())
 
@@ -65,13 +67,14 @@ class LongContextService:
         """Write the hidden states of `layers`, window by window, to the file in the receipt's `details["file"]`."""
         self.engine.require_model()
         check_stride(window, stride)
+        limit = self.engine.access.reading_limit
         kind = "safetensors" if format == "safetensors" else "npy"
 
         def events() -> Iterator[Any]:
             text = source.read(cancel).text
             path = new_folder("hidden") / f"hidden_states.{kind}"
             yield from self.engine.session.run(
-                actions.hidden_states, text, window, stride, path, layers=layers, cancel=cancel
+                actions.hidden_states, text, window, stride, path, layers=layers, cancel=cancel, limit=limit
             )
 
         return self.engine.noted(events())
@@ -79,9 +82,8 @@ class LongContextService:
     def recall(self, options: GenerateOptions, cancel: CancelToken) -> Iterator[Step | Receipt]:
         """Does the model recall a word from its context, half a window and two windows later?"""
         self.engine.require_model()
-        return self.engine.noted(
-            self.engine.session.run(actions.recall, evaluation_text(MANUAL).text, options, cancel=cancel)
-        )
+        text, limit = evaluation_text(MANUAL).text, self.engine.access.reading_limit
+        return self.engine.noted(self.engine.session.run(actions.recall, text, options, cancel=cancel, limit=limit))
 
     def compare_strategies(
         self,

@@ -110,6 +110,8 @@ class VisitorLimits:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        if "/mcp" in scope["path"]:
+            scope = _forwarded(scope)
         declared = _headers(scope).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MOST_BODY_BYTES:
             sentence = msg("A request may be at most {most_body_bytes}.", most_body_bytes=format_bytes(MOST_BODY_BYTES))
@@ -160,6 +162,14 @@ def address_of(scope: Scope) -> str:
         if forwarded:
             return forwarded.split(",")[0].strip()[:64]
     return (scope.get("client") or ("",))[0]
+
+
+def _forwarded(scope: Scope) -> Scope:
+    """A request of MCP with its client's address in a header: gradio sends its headers on to this page, from this machine."""
+    if settings().host in ("space", "zerogpu"):
+        return scope
+    others = [(name, value) for name, value in scope["headers"] if name != b"x-forwarded-for"]
+    return {**scope, "headers": [*others, (b"x-forwarded-for", address_of(scope).encode())]}
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

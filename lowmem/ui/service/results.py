@@ -25,14 +25,15 @@ def new_folder(kind: str) -> Path:
     return folder
 
 
-def result_folder(folder: str) -> Path:
+def result_folder(access: Access, folder: str) -> Path:
     """The path of a result made by this page.
 
     Raises:
-        BadInput: there is no such folder, or it is not below `settings().outputs`.
+        BadInput: there is no such folder, it is not below `settings().outputs`, or it is somebody else's.
     """
     path = Path(folder).resolve()
-    if not folder or not path.is_dir() or not path.is_relative_to(settings().outputs.resolve()):
+    known = folder and path.is_dir() and path.is_relative_to(settings().outputs.resolve())
+    if not known or not access.may_use(path):
         raise BadInput(msg("Only results of this page can be used."), msg("Quantize or export a model first."))
     return path
 
@@ -46,5 +47,5 @@ def push_result(
         token: of the hub, with write access; "" for the owner's own.
     """
     access.require_owner(msg("Pushing to the hub"))
-    path = result_folder(folder)
+    path = result_folder(access, folder)
     yield push(path, repo, token.strip() or settings().hub_token or "", private=private, cancel=cancel)
