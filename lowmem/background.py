@@ -305,6 +305,22 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def limit_process(nbytes: int, seconds: int = 0) -> None:
+    """In a child on Linux: let allocations fail once this process holds `nbytes` more than now, see setrlimit(2).
+
+    Args:
+        seconds: of a processor, after which the kernel ends the process; 0 for no limit.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        for kind, limit in ((resource.RLIMIT_DATA, held + nbytes), (resource.RLIMIT_CPU, seconds)):
+            most = resource.getrlimit(kind)[1]
+            if limit:
+                resource.setrlimit(kind, (limit if most < 0 else min(limit, most), most))
+
+
 def run_child(
     command: Sequence[str],
     note: str,

@@ -7,6 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.generation_config import eos_token_ids
 from lowmem.models.model_files import COMPANIONS, CONFIG
 from lowmem.runtime.onnx.manifest import GRAPH, Manifest
 from lowmem.units import format_bytes
@@ -86,7 +88,7 @@ def write_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     if not (folder / TOKENIZER).is_file():
         _write_tokenizer(source, folder / TOKENIZER)
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(LocalFolder(source), CONFIG)
     if config.pop("quantization_config", None) is not None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -105,18 +107,9 @@ def _write_tokenizer(source: Path, path: Path) -> None:
 def write_program(folder: Path, manifest: Manifest) -> None:
     """Write run.py, for graphs that generate text."""
     if manifest.kind != "encoder":
-        eos = _eos_ids(folder)
+        eos = eos_token_ids(folder)
         code = _RUN.format(in_place=manifest.kind == "fused", eos=set(eos) if eos else "()")
         (folder / RUN).write_text(code, encoding="utf-8")
-
-
-def _eos_ids(folder: Path) -> list[int]:
-    for name in ("generation_config.json", CONFIG):
-        if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if found is not None:
-                return found if isinstance(found, list) else [found]
-    return []
 
 
 def write_card(folder: Path, manifest: Manifest, sentence: str) -> None:

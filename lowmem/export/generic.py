@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from lowmem.errors import MissingDependency, Unsupported, first_line, is_out_of_memory
 from lowmem.events import CancelToken, Step
@@ -28,7 +28,7 @@ from lowmem.messages import msg
 from lowmem.models.cache_argument import cache_argument
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.meta_model import is_encoder
-from lowmem.models.modules import text_config
+from lowmem.models.modules import folder_config, text_config
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.runtime.onnx.manifest import DATA, GRAPH
 
@@ -84,7 +84,7 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
         Unsupported: the exporter cannot trace it. MissingDependency: onnxscript is not installed. Cancelled.
     """
     yield Step(0, 3, msg("Tracing the model"))
-    config = text_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    config = text_config(folder_config(folder))
     with quiet():
         # Traced in fp16, the model keeps its norms in fp32; a conversion afterwards would not.
         dtype = torch.float16 if options.precision == "fp16" else torch.float32

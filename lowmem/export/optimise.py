@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from google.protobuf.message import Error as ProtobufError
-from transformers import AutoConfig
 
 from lowmem.errors import LowMemError
 from lowmem.events import Step
 from lowmem.export.generic import quiet
 from lowmem.messages import msg
+from lowmem.models.modules import folder_config
 from lowmem.runtime.onnx.manifest import GRAPH
 from lowmem.runtime.onnx.model import open_session
 
@@ -69,7 +69,7 @@ def optimise(folder: Path, source: Path) -> Iterator[Step]:
 def _optimised(path: Path, target: Path, source: Path) -> dict[str, int]:
     from onnxruntime.transformers.optimizer import optimize_model
 
-    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    config = folder_config(source)
     decoder = config.get_text_config(decoder=True)
     model = optimize_model(
         str(path),

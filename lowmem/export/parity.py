@@ -33,6 +33,7 @@ from lowmem.messages import msg
 from lowmem.models.cache_argument import cache_argument
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.meta_model import context_limit
+from lowmem.models.modules import folder_config
 from lowmem.models.quantization import Quantization
 from lowmem.planning.exported import PARITY_ROWS, parity_windows
 from lowmem.planning.graph_options import ExportOptions
@@ -273,9 +274,9 @@ def _states_agreement(wanted: Tensor, found: Tensor) -> Agreement:
 
 def _windows(folder: Path) -> tuple[str, Tensor]:
     """A text's name, and token ids [windows, tokens] of it; random ids for a model without a tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = folder_config(folder)
     decoder = config.get_text_config(decoder=True)
     count, length = parity_windows(decoder.vocab_size, context_limit(decoder))
     text = evaluation_text()

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from lowmem.errors import BadInput, DoesNotFit, Unsupported, file_errors
 from lowmem.events import CancelToken, Receipt, Step
 from lowmem.export import fused
@@ -22,6 +20,7 @@ from lowmem.kernels.int8_linear import largest_code
 from lowmem.machine.hardware import probe
 from lowmem.machine.monitor import PeakMeter, release_memory
 from lowmem.messages import msg
+from lowmem.models.modules import folder_config
 from lowmem.models.source import read_spec, record
 from lowmem.runtime.onnx.manifest import PREFILL, Manifest, discard, unfinished
 from lowmem.units import format_bytes
@@ -95,7 +94,7 @@ class _Export:
         self.folder, self.request, self.options = folder, request, request.options
         self.spec = read_spec(str(folder), encoders=True)
         self.is_encoder = self.spec.encoder
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = folder_config(folder)
         self.refusal = None if self.is_encoder else fused.refusal(config.get_text_config(decoder=True))
         held = max(probe().runtime_bytes, probe().process_bytes)
         self.estimate = estimate(self.spec, self.options, held, request.budget.limit("ram"), self.refusal)
@@ -122,7 +121,6 @@ class _Export:
 
     def _describe(self, part: Path) -> None:
         files = graph_files(part)
-        source = record(self.folder)
         optimised = {}
         if (report := part / "optimised.json").is_file():
             optimised = json.loads(report.read_text(encoding="utf-8"))
@@ -137,9 +135,9 @@ class _Export:
             weights_bytes=sum(files.values()),
             int8_range=largest_code() if PREFILL in files else 0,
             group_size=self.options.group_size,
-            licence=str(source.get("licence") or ""),
+            licence=record(self.folder).licence,
             model_tensors=[
-                [t.name, t.dtype, list(t.shape), t.nbytes] for t in (() if self.is_encoder else self.spec.tensors)
+                (t.name, t.dtype, list(t.shape), t.nbytes) for t in (() if self.is_encoder else self.spec.tensors)
             ],
             optimised=optimised,
         )

@@ -21,12 +21,8 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from lowmem.background import limit_process
 from lowmem.machine.child import claim_output, offer_to_be_killed_first
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 SECONDS = 2.0
 MEMORY_BYTES = 256 * 2**20
@@ -121,10 +117,8 @@ def rendered(request: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     channel = claim_output()
     offer_to_be_killed_first()
-    if resource is not None:
-        with suppress(ValueError, OSError):
-            most = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES if most < 0 else min(MEMORY_BYTES, most), most))
+    with suppress(ValueError, OSError):
+        limit_process(MEMORY_BYTES)
     channel.write(b"ready\n")
     channel.flush()
     with open(0, "rb", closefd=False) as requests:

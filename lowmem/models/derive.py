@@ -1,7 +1,7 @@
 """The anatomy of a model, from where it is known: derived before, or derived now.
 
 Deriving takes torch, and 170 MB of what torch computes without data with: a child process of a few seconds does it, so
-that no process that plans, and none that runs a model in a budget, holds them. What it found is kept below
+that no process that plans, and none that runs a model in a budget, holds them. The child has limits of time and memory, since a stranger's config.json says what it builds. What it found is kept below
 `settings().home`, by the content of what it was derived from.
 """
 
@@ -11,11 +11,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -24,27 +25,42 @@ from typing import Any
 from lowmem.errors import CorruptModel, LowMemError, Unsupported
 from lowmem.messages import msg
 from lowmem.models.anatomy import Anatomy
+from lowmem.models.sizes import check_sizes
 from lowmem.models.tensors import Tensor
 from lowmem.settings import child_environment, settings
 
+log = logging.getLogger("lowmem.models")
+
 TIMEOUT_SECONDS = 120
+"""For a derivation, which takes some seconds on a quiet machine."""
 
 IN_PROCESS = False
 """Derive without a child process. Tests do, since it is faster."""
 
 
-def derive(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | None, dtype: str = "") -> Anatomy:
+def derive(
+    config: Mapping[str, Any],
+    name: str,
+    stored: Iterable[Tensor] | None,
+    dtype: str = "",
+    held: Sequence[Tensor] | None = None,
+) -> Anatomy:
     """The anatomy of the model that a config.json and the tensors of its files describe.
 
     Args:
         name: of the model, for messages.
         stored: the tensors of its files; None for every parameter, stored in `dtype`.
+        held: what the files hold under names of their own, where `stored` is None; None if there are no files.
 
     Raises:
-        UnsafeModel, Unsupported, CorruptModel: see `meta_model.anatomy`.
+        UnsafeModel, Unsupported, CorruptModel: see `meta_model.anatomy` and `sizes.check_sizes`.
     """
     tensors = None if stored is None else tuple(stored)
-    _check(config, name, tensors)
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise CorruptModel(
+            msg("config.json of {name} has no model_type.", name=name), msg("Check that this is a transformers model.")
+        )
+    check_sizes(config, name, held if tensors is None else tensors)
     key = key_of(config, tensors, dtype)
     if (found := _derived_here.get(key) or _shipped().get(key) or _kept(key)) is None:
         found = _derived(config, name, tensors, dtype)
@@ -67,42 +83,6 @@ SHIPPED = Path(__file__).with_name("anatomies.json")
 """Anatomies of the catalog's models, written by `python -m lowmem.models.anatomies`."""
 
 _derived_here: dict[str, Anatomy] = {}
-
-
-def _check(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | None) -> None:
-    """Refuse what is no model before anything is built of its numbers."""
-    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
-        raise CorruptModel(
-            msg("config.json of {name} has no model_type.", name=name), msg("Check that this is a transformers model.")
-        )
-    for part in (config, config.get("text_config")):
-        if not isinstance(part, Mapping):
-            continue
-        for key, value in part.items():
-            number = isinstance(value, int) and not isinstance(value, bool)
-            sizes = key in ("num_hidden_layers", "hidden_size", "vocab_size")
-            if (number and not -(2**40) < value < 2**40) or (sizes and not (number and value > 0)):
-                raise CorruptModel(
-                    msg("config.json of {owner} has {key} = {value!r}.", owner=name, key=key, value=_short(value)),
-                    msg("Fetch the model again."),
-                )
-        layers = next(
-            (part[key] for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if key in part), 0
-        )
-        if stored is not None and isinstance(layers, int) and layers > len(stored):
-            raise CorruptModel(
-                msg(
-                    "config.json of {name} names {layers:,} layers, but the files hold only {tensors:,} tensors.",
-                    name=name,
-                    layers=layers,
-                    tensors=len(stored),
-                ),
-                msg("Fetch the model again."),
-            )
-
-
-def _short(value: object) -> str:
-    return f"10^{len(hex(value)) * 1.204:.0f}" if isinstance(value, int) and value > 2**64 else str(value)[:40]
 
 
 @functools.cache
@@ -143,15 +123,26 @@ def _derived(config: Mapping[str, Any], name: str, stored: tuple[Tensor, ...] | 
 
         return anatomy(config, name, stored, dtype)
     command = [sys.executable, "-m", "lowmem.models.meta_model"]
+    description = pickle.dumps((dict(config), name, stored, dtype))
     try:
         done = subprocess.run(
-            command, input=pickle.dumps((dict(config), name, stored, dtype)), capture_output=True, timeout=TIMEOUT_SECONDS,
-            check=True, env=child_environment(),
-        )  # fmt: skip
+            command,
+            input=description,
+            capture_output=True,
+            timeout=TIMEOUT_SECONDS,
+            check=True,
+            env=child_environment(),
+        )
         result = pickle.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, pickle.UnpicklingError, EOFError) as error:
+        log.error("examining %s: %s", name, getattr(error, "stderr", error))
+        reason = (
+            msg("it takes longer than {seconds} s", seconds=TIMEOUT_SECONDS)
+            if isinstance(error, subprocess.TimeoutExpired)
+            else msg("the process ended without a result")
+        )
         raise Unsupported(
-            msg("The inside of {name} could not be examined: {error}", name=name, error=type(error).__name__),
+            msg("The inside of {name} could not be examined: {error}", name=name, error=reason),
             msg("Choose another model."),
         ) from error
     if isinstance(result, LowMemError):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
 from lowmem.messages import msg
 from lowmem.models.anatomy import Anatomy
 from lowmem.models.derive import derive
 from lowmem.models.encoded import encoding
-from lowmem.models.files import Files, Ranged, fingerprint, read_object
+from lowmem.models.files import Files, Ranged, fingerprint, read_fields, read_object
 from lowmem.models.gguf_file import MODEL_TYPES, read_ggufs
 from lowmem.models.model_files import (
     CONFIG,
@@ -27,7 +27,7 @@ from lowmem.models.model_files import (
 )
 from lowmem.models.quantization import Quantization, description, parse_quantization
 from lowmem.models.safetensors_header import read_header
-from lowmem.models.spec import ModelSource, ModelSpec, Tensor
+from lowmem.models.spec import DTYPE_BYTES, ModelSource, ModelSpec, Tensor
 from lowmem.models.tied_head import Place, copied_head
 
 
@@ -124,25 +124,34 @@ def _derived(
 
 def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any], encoders: bool) -> ModelSpec:
     """A folder written by `lowmem.export`: the tensors of the original model, the size on disk of the graphs."""
-    manifest = read_object(files, MANIFEST)
-    try:
-        stored = [Tensor(n, dtype, tuple(dims), size) for n, dtype, dims, size in manifest["model_tensors"]]
-        precision, size = str(manifest["precision"]), sum(map(int, manifest["files"].values()))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    manifest = read_fields(files, MANIFEST, _Exported, msg("Export the model again."))
+    stored = [Tensor(name, dtype, tuple(shape), size) for name, dtype, shape, size in manifest.model_tensors]
+    if any(one.dtype not in DTYPE_BYTES or min(one.nbytes, *one.shape, 0) < 0 for one in stored):
         raise CorruptModel(
             msg("{manifest} of {owner} is damaged.", manifest=MANIFEST, owner=files.owner),
             msg("Export the model again."),
-        ) from None
+        )
     anatomy = derive(config, source.name, stored or None, "fp32")
     _check_generates(anatomy, source.name, encoders)
-    licence = str(manifest.get("licence") or "")
     return ModelSpec(
-        source=dataclasses.replace(source, fingerprint=fingerprint(files, model_files(files)), licence=licence),
+        source=dataclasses.replace(
+            source, fingerprint=fingerprint(files, model_files(files)), licence=manifest.licence
+        ),
         **anatomy.shape(),
-        size_on_disk=size,
+        size_on_disk=sum(manifest.files.values()),
         has_chat_template=has_chat_template(files),
-        exported=precision,
+        exported=manifest.precision,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exported:
+    """What describes the model in the manifest of `lowmem.runtime.onnx`."""
+
+    precision: Literal["fp32", "fp16", "int8", "int4"]
+    files: dict[str, int]
+    model_tensors: list[tuple[str, str, list[int], int]]
+    licence: str = ""
 
 
 def _in_gguf(anatomy: Anatomy, stored: tuple[Tensor, ...]) -> Anatomy:
@@ -179,7 +188,7 @@ def describe_gguf(files: Sequence[Ranged], source: ModelSource) -> ModelSpec:
     licence = source.licence or str(gguf.metadata.get("general.license") or "")
     return ModelSpec(
         source=dataclasses.replace(source, licence=licence),
-        **_in_gguf(derive(gguf.config(), source.name, None, "fp16"), gguf.tensors).shape(),
+        **_in_gguf(derive(gguf.config(), source.name, None, "fp16", gguf.tensors), gguf.tensors).shape(),
         size_on_disk=sum(file.size for file in files),
         has_chat_template=gguf.has_chat_template,
     )

@@ -8,14 +8,15 @@ formats of DeepSeek and Qwen (FP8 with `weight_scale_inv`), OpenAI (MXFP4) and c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lowmem.errors import CorruptModel
 from lowmem.messages import msg
+from lowmem.models.foreign import AGAIN, pattern, short
 from lowmem.models.quantization import INT8, parse_quantization
+from lowmem.models.tensors import MAX_DIMENSIONS
 
 FP8, INTEGERS, WORDS, MXFP4, NVFP4, ROWS = "FP8", "INT8", "packed integers", "MXFP4", "NVFP4", "packed rows"
 
@@ -105,20 +106,23 @@ def _find(tensors: Mapping[str, Stored], described: Mapping[str, Any], packed: b
     for codes, tensor in tensors.items():
         dtype, shape = tensor.dtype, tensor.shape
         if codes.endswith("_blocks") and (scales := f"{codes.removesuffix('_blocks')}_scales") in tensors:
-            *stacked, rows, blocks, nbytes = shape
+            *stacked, rows, blocks, nbytes = _sides(codes, tensor, 3)
             name = codes.removesuffix("_blocks")
             yield Encoded(name, MXFP4, codes, (scales,), (*stacked, 2 * blocks * nbytes, rows), bits=4)
         elif codes.endswith(CODES) and (scales := codes.removesuffix(CODES) + SCALES) in tensors:
-            yield _rows(codes.removesuffix(CODES), tensor, scales, tensors[scales].shape[-1], described)
+            groups = _sides(scales, tensors[scales], 2)[-1]
+            yield _rows(codes.removesuffix(CODES), tensor, scales, groups, described)
         elif codes.endswith("_packed"):
             yield from _packed(codes.removesuffix("_packed"), codes, tensors, described)
         elif dtype in FP8_DTYPES and (scales := _first(tensors, codes, "_scale_inv", "_scale")):
-            yield Encoded(codes, FP8, codes, (scales,), shape, block=_block(shape, tensors[scales].shape, described))
+            block = _block(_sides(codes, tensor, 2), tensors[scales].shape, described)
+            yield Encoded(codes, FP8, codes, (scales,), shape, block=block)
         elif dtype == "uint8" and {f"{codes}_scale", f"{codes}_scale_2"} <= tensors.keys():
             scale = f"{codes}_scale"
             yield _nvfp4(codes, codes, tensors, (scale, f"{codes}_scale_2"))
         elif dtype == "int8" and not packed and (scales := _first(tensors, codes, "_scale")):
-            zeros, block = _first(tensors, codes, "_zero_point"), _block(shape, tensors[scales].shape, described)
+            block = _block(_sides(codes, tensor, 2), tensors[scales].shape, described)
+            zeros = _first(tensors, codes, "_zero_point")
             yield Encoded(codes, INTEGERS, codes, (scales,), shape, zeros=zeros, block=block)
 
 
@@ -132,7 +136,7 @@ def _rows(name: str, codes: Stored, scales: str, groups: int, described: Mapping
             msg("config.json does not say in how many bits {name} is stored.", name=name),
             msg("Quantize the model again."),
         )
-    rows, width = codes.shape
+    rows, width = _sides(name + CODES, codes, 2, 2)
     columns = width * 8 // bits
     return Encoded(name, ROWS, name + CODES, (scales,), (rows, columns), bits=bits, block=(1, columns // groups))
 
@@ -143,13 +147,17 @@ def _packed(name: str, codes: str, tensors: Mapping[str, Stored], described: Map
     if scale not in tensors:
         return
     if tensors[codes].dtype == "uint8" and tensors[scale].dtype == "uint8":
-        rows, columns = tensors[codes].shape
+        rows, columns = _sides(codes, tensors[codes], 2, 2)
         yield Encoded(name, MXFP4, codes, (scale,), (rows, 2 * columns), bits=4)
     elif tensors[codes].dtype == "uint8":
         yield _nvfp4(name, codes, tensors, tuple(filter(None, (scale, _first(tensors, name, "_global_scale")))))
     else:
-        rows, words = tensors[codes].shape
+        rows, words = _sides(codes, tensors[codes], 2, 2)
         bits = _scheme(described, name.rpartition(".")[0]).get("num_bits") or 4
+        if type(bits) is not int or not 1 <= bits <= 32:
+            raise CorruptModel(
+                msg("config.json says that {name} is stored in {bits} bits.", name=name, bits=short(bits)), AGAIN
+            )
         shape = (rows, words * (32 // bits))
         zeros, order = _first(tensors, name, "_zero_point"), _first(tensors, name, "_g_idx")
         block = _block(shape, tensors[scale].shape, {})
@@ -157,10 +165,23 @@ def _packed(name: str, codes: str, tensors: Mapping[str, Stored], described: Map
 
 
 def _nvfp4(name: str, codes: str, tensors: Mapping[str, Stored], scales: tuple[str, ...]) -> Encoded:
-    rows, columns = tensors[codes].shape
+    rows, columns = _sides(codes, tensors[codes], 2, 2)
     shape = (rows, 2 * columns)
     block = _block(shape, tensors[scales[0]].shape, {})
     return Encoded(name, NVFP4, codes, scales, shape, bits=4, block=block, divides=scales[-1].endswith("global_scale"))
+
+
+def _sides(name: str, tensor: Stored, least: int, most: int = MAX_DIMENSIONS) -> tuple[int, ...]:
+    """The shape of codes or scales, with as many dimensions as they have and no side of 0.
+
+    Raises:
+        CorruptModel: another shape.
+    """
+    if not least <= len(tensor.shape) <= most or 0 in tensor.shape:
+        raise CorruptModel(
+            msg("{name} is {shape}, which no weight is stored as.", name=name, shape=tuple(tensor.shape)), AGAIN
+        )
+    return tuple(tensor.shape)
 
 
 def _first(tensors: Mapping[str, Stored], name: str, *endings: str) -> str:
@@ -197,8 +218,4 @@ def _scheme(described: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
 
 
 def _names(target: str, layer: str) -> bool:
-    pattern = target.removeprefix("re:")
-    try:
-        return (target != pattern and re.match(pattern, layer) is not None) or target == layer
-    except re.error:
-        return False
+    return target == layer or (target.startswith("re:") and pattern(target[3:]).matches(layer))

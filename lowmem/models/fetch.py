@@ -10,9 +10,8 @@ import contextlib
 import json
 import shutil
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from lowmem.background import locked, stoppable
 from lowmem.errors import BadInput, CorruptModel, GatedModel, ModelNotFound, Offline, file_errors, memory_errors
@@ -29,6 +28,7 @@ from lowmem.models.model_files import CONFIG, model_files, weight_files
 from lowmem.models.reference import Reference, parse_ref
 from lowmem.models.source import (
     RECORD,
+    Record,
     describe_hub,
     find_folder,
     folder_name,
@@ -45,7 +45,8 @@ from lowmem.settings import settings
 _BUSY = msg("Waiting for another download of the same model")
 
 Fetching = Generator[Step, None, Path]
-Record = dict[str, Any]
+Origin = dict[str, str]
+"""The fields of `Record` that depend on where a model is fetched from."""
 
 
 def fetch(
@@ -202,7 +203,7 @@ def _convert(reference: Reference, cancel: CancelToken) -> Fetching:
     return target
 
 
-def _hub_record(reference: Reference, repository: Repository) -> Record:
+def _hub_record(reference: Reference, repository: Repository) -> Origin:
     return {"origin": f"{settings().hub_endpoint}/{repository.repo}", "revision": reference.revision}
 
 
@@ -210,7 +211,7 @@ def _part(target: Path) -> Path:
     return target.with_name(f"{target.name}.part")
 
 
-def _publish(part: Path, target: Path, source: ModelSource, origin: Record) -> None:
+def _publish(part: Path, target: Path, source: ModelSource, origin: Origin) -> None:
     """Check the finished folder as a whole, write its record, and give it its name."""
     try:
         here = describe(LocalFolder(part), source, encoders=True)
@@ -219,15 +220,15 @@ def _publish(part: Path, target: Path, source: ModelSource, origin: Record) -> N
         # Every file was as its source states, so a later fetch would get the same again.
         shutil.rmtree(part, ignore_errors=True)
         raise
-    record = {
-        "ref": source.ref,
-        "name": source.name,
+    record = Record(
+        ref=source.ref,
+        name=source.name,
+        commit=source.revision,
+        licence=source.licence,
+        gated=source.gated,
+        fingerprint=source.fingerprint,
+        files=here.source.fingerprint,
         **origin,
-        "commit": source.revision,
-        "licence": source.licence,
-        "gated": source.gated,
-        "fingerprint": source.fingerprint,
-        "files": here.source.fingerprint,
-    }
-    (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    )
+    (part / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     part.replace(target)

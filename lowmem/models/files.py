@@ -7,10 +7,13 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, file_errors
 from lowmem.messages import msg
+from lowmem.models.foreign import AGAIN, build, parse_object
+
+T = TypeVar("T")
 
 MAX_TEXT = 64 * 2**20
 """Size limit in bytes of files that are read into memory as a whole, such as an index or a tokenizer."""
@@ -156,17 +159,9 @@ def read_object(files: Files, name: str) -> dict[str, Any]:
     return parse_object(files.read(name), msg("{name} of {owner}", name=name, owner=files.owner))
 
 
-def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """Parse `data` as a JSON object; raises `CorruptModel`, which names `what`, when it is not one."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CorruptModel(
-            msg("{what} is not a JSON object.", what=what), msg("Fetch the model again, or choose another.")
-        )
-    return value
+def read_fields(files: Files, name: str, kind: type[T], hint: str = AGAIN) -> T:
+    """Read a small file that contains a JSON object as the dataclass `kind`, see `foreign.build`."""
+    return build(kind, read_object(files, name), msg("{name} of {owner}", name=name, owner=files.owner), hint)
 
 
 def ends_early(file: Ranged, needed: int) -> CorruptModel:

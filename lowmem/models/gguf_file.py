@@ -15,7 +15,9 @@ from typing import Any
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
 from lowmem.models.files import Ranged, ends_early
+from lowmem.models.foreign import reader, short
 from lowmem.models.spec import Tensor
+from lowmem.models.tensors import MAX_DIMENSIONS
 
 # ggml type id -> (name, elements per block, bytes per block), from ggml's type traits.
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -80,7 +82,31 @@ _YARN_KEYS = {
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MAX_ENTRIES = 1_000_000
+
+_SCALING = "rope.scaling."
+_FIELDS: dict[str, Any] = {
+    "general.architecture": str,
+    "general.alignment": int,
+    "split.count": int,
+    "tokenizer.chat_template": str,
+}
+_FIELDS_OF_ARCHITECTURE: dict[str, Any] = {
+    **{key: float if re.search("epsilon|base|softcapping|scale", key) else int for key in _CONFIG_KEYS},
+    **{_SCALING + key: float for key in ("factor", *_YARN_KEYS)},
+    _SCALING + "type": str,
+    "rope.dimension_count": int,
+    "logit_scale": float,
+}
+"""The type of the metadata that is read here; its keys begin with the architecture."""
+
+MAX_ENTRIES = 2_000_000
+"""Metadata, entries of arrays of texts, and tensors: the vocabulary and merges of the largest tokenizers are half of that."""
+
+MAX_HEADER = 64 * 2**20
+"""Bytes before the tensors."""
+
+MAX_KEY, MAX_VALUE = 65_535, 2**20
+"""Bytes of a key or a tensor's name, by the format, and of a text that is kept; longer ones are represented by their length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +128,7 @@ class Gguf:
             if (value := self.metadata.get(f"{arch}.{theirs}")) is not None:
                 config[ours] = value
         names = {tensor.name: tensor for tensor in self.tensors}
-        if "vocab_size" not in config and (embedding := names.get("model.embed_tokens.weight")):
+        if "vocab_size" not in config and (embedding := names.get("model.embed_tokens.weight")) and embedding.shape:
             config["vocab_size"] = embedding.shape[0]
         if "num_experts" in config:
             config["num_local_experts"] = config["num_experts"]
@@ -128,13 +154,13 @@ class Gguf:
 
     def _scaled_rope(self, config: Mapping[str, Any], arch: str) -> dict[str, Any]:
         """transformers' `rope_parameters` of a model whose rotary positions are scaled, {} of another."""
-        kind = self.metadata.get(f"{arch}.rope.scaling.type")
-        factor = self.metadata.get(f"{arch}.rope.scaling.factor")
+        kind = self.metadata.get(f"{arch}.{_SCALING}type")
+        factor = self.metadata.get(f"{arch}.{_SCALING}factor")
         if kind not in ("linear", "yarn") or not factor:
             return {}
         rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
         for key, name in _YARN_KEYS.items() if kind == "yarn" else ():
-            if value := self.metadata.get(f"{arch}.rope.scaling.{key}"):
+            if value := self.metadata.get(f"{arch}.{_SCALING}{key}"):
                 rope[name] = value
         return rope | ({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {})
 
@@ -187,12 +213,12 @@ class _Cursor:
     def __init__(self, file: Ranged) -> None:
         self.file, self.position = file, 0
         self._block, self._start = b"", 0
+        self._entries = 0
 
     def take(self, length: int) -> bytes:
         begin = self.position - self._start
         if begin + length > len(self._block):
-            if self.position + length > self.file.size:
-                raise ends_early(self.file, self.position + length)
+            self._check_end(self.position + length)
             size = min(max(length, self._BLOCK), self.file.size - self.position)
             self._block, self._start, begin = self.file.read(self.position, size), self.position, 0
         self.position += length
@@ -200,34 +226,54 @@ class _Cursor:
 
     def skip(self, length: int) -> None:
         self.position += length
-        if self.position > self.file.size:
-            raise ends_early(self.file, self.position)
+        self._check_end(self.position)
         if self.position > self._start + len(self._block):
             self._block, self._start = b"", self.position
+
+    def _check_end(self, end: int) -> None:
+        if end > self.file.size:
+            raise ends_early(self.file, end)
+        if end > MAX_HEADER:
+            raise self.corrupt(msg("a header of more than {size:,} bytes", size=MAX_HEADER))
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def count(self, what: str) -> int:
-        value: int = self.number("Q")
-        if value > _MAX_ENTRIES:
-            raise CorruptModel(
-                msg("{file} claims to contain {value:,} {what}.", file=self.file.name, value=value, what=what),
-                msg("Fetch the model again."),
-            )
-        return value
+        """The number of entries that follow."""
+        return self._counted(self.number("Q"), what)
 
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
+    def _counted(self, entries: int, what: str) -> int:
+        self._entries += entries
+        if self._entries > MAX_ENTRIES:
+            raise self.corrupt(msg("{entries:,} {what}", entries=entries, what=what))
+        return entries
+
+    def name(self) -> str:
+        length: int = self.number("Q")
+        if length > MAX_KEY:
+            raise self.corrupt(msg("a name of {length:,} bytes", length=length))
+        return self.take(length).decode("utf-8", "replace")
+
+    def corrupt(self, what: str) -> CorruptModel:
+        return CorruptModel(
+            msg("{file} is not a valid GGUF file: it has {what}.", file=self.file.name, what=what),
+            msg("Fetch the model again."),
+        )
 
     def value(self, kind: int) -> Any:
-        """A metadata value; an array is skipped and represented by its length."""
+        """A metadata value; an array, or a long text, is skipped and represented by its length."""
         if kind == _STRING:
-            return self.text()
+            length: int = self.number("Q")
+            if length <= MAX_VALUE:
+                return self.take(length).decode("utf-8", "replace")
+            self.skip(length)
+            return length
         if kind != _ARRAY:
             return self.number(self._scalar(kind))
-        inner, length = self.number("I"), self.count(msg("array entries"))
+        inner, length = self.number("I"), self.number("Q")
         if inner == _STRING:
+            self._counted(length, msg("array entries"))
             for _ in range(length):
                 self.skip(self.number("Q"))
         elif inner == _ARRAY:
@@ -238,10 +284,7 @@ class _Cursor:
 
     def _scalar(self, kind: int) -> str:
         if kind not in _SCALARS:
-            raise CorruptModel(
-                msg("{file} has a value of unknown type {kind}.", file=self.file.name, kind=kind),
-                msg("Fetch the model again."),
-            )
+            raise self.corrupt(msg("a value of the unknown type {kind}", kind=kind))
         return _SCALARS[kind]
 
 
@@ -258,10 +301,11 @@ def _parse(cursor: _Cursor) -> Gguf:
     tensor_count, value_count = cursor.count("tensors"), cursor.count(msg("metadata values"))
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
-        key = cursor.text()
+        key = cursor.name()
         metadata[key] = cursor.value(cursor.number("I"))
+    _check_metadata(cursor, metadata)
     entries = [_tensor(cursor) for _ in range(tensor_count)]
-    alignment = int(metadata.get("general.alignment") or 32)
+    alignment = metadata.get("general.alignment") or 32
     start = -(-cursor.position // alignment) * alignment
     end = max((start + offset + tensor.nbytes for tensor, offset in entries), default=start)
     if end > cursor.file.size:
@@ -269,19 +313,34 @@ def _parse(cursor: _Cursor) -> Gguf:
     return Gguf(metadata, tuple(tensor for tensor, _ in sorted(entries, key=lambda entry: entry[1])))
 
 
+def _check_metadata(cursor: _Cursor, metadata: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CorruptModel: a value that is read here has another type, or is negative where it counts.
+    """
+    arch = metadata.get("general.architecture")
+    for key, kind in (_FIELDS | {f"{arch}.{key}": kind for key, kind in _FIELDS_OF_ARCHITECTURE.items()}).items():
+        if key in metadata:
+            value = metadata[key]
+            try:
+                reader(kind)(value)
+                wrong = kind is int and value < 0
+            except ValueError:
+                wrong = True
+            if wrong:
+                raise cursor.corrupt(msg("{key} = {value}", key=key[:80], value=short(value)))
+
+
 def _tensor(cursor: _Cursor) -> tuple[Tensor, int]:
     """A tensor and its offset in the data section. GGUF lists the fastest-varying dimension first."""
-    name, dimensions = cursor.text(), cursor.number("I")
-    if dimensions > 8:
-        raise CorruptModel(
-            msg("{file}: {name} has {dimensions} dimensions.", file=cursor.file.name, name=name, dimensions=dimensions),
-            msg("Fetch the model again."),
-        )
+    name, dimensions = cursor.name(), cursor.number("I")
+    if dimensions > MAX_DIMENSIONS:
+        raise cursor.corrupt(msg("a tensor of {dimensions} dimensions", dimensions=dimensions))
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in TYPES:
         raise Unsupported(
-            msg("{file}: {name} has the unknown type {kind}.", file=cursor.file.name, name=name, kind=kind),
+            msg("{file}: {name} has the unknown type {kind}.", file=cursor.file.name, name=name[:80], kind=kind),
             msg("Choose another file."),
         )
     dtype, block, block_bytes = TYPES[kind]
@@ -291,7 +350,7 @@ def _tensor(cursor: _Cursor) -> tuple[Tensor, int]:
             msg(
                 "{file}: {name} has {elements:,} elements, not whole blocks of {block}.",
                 file=cursor.file.name,
-                name=name,
+                name=name[:80],
                 elements=tensor.elements,
                 block=block,
             ),

@@ -24,7 +24,8 @@ import httpx
 
 from lowmem.errors import CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
 from lowmem.messages import msg
-from lowmem.models.files import MAX_TEXT, ends_early, parse_object
+from lowmem.models.files import MAX_TEXT, ends_early
+from lowmem.models.foreign import build, parse_object
 from lowmem.settings import settings
 from lowmem.version import __version__
 
@@ -108,26 +109,49 @@ def repository(repo: str, revision: str = "main") -> Repository:
     """
     url = f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
     with _request(repo, url) as response:
-        data = parse_object(_body(response, url), msg("The hub's description of {repo}", repo=repo))
-    try:
-        files = {file.name: file for file in map(_remote_file, data["siblings"])}
-        commit = str(data["sha"])
-    except (KeyError, TypeError, ValueError):
-        raise CorruptModel(
-            msg("The hub's description of {repo} cannot be read.", repo=repo), msg("Try again later.")
-        ) from None
-    return Repository(repo, commit, files, _licence(data), bool(data.get("gated")))
+        return parse_listing(repo, _body(response, url))
 
 
-def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
-    lfs = entry.get("lfs") or {}
-    digest = f"sha256:{lfs['sha256']}" if lfs.get("sha256") else f"git:{entry['blobId']}" if entry.get("blobId") else ""
-    return RemoteFile(str(entry["rfilename"]), int(lfs.get("size") or entry.get("size") or 0), digest)
+def parse_listing(repo: str, data: bytes) -> Repository:
+    """The repository that the hub describes; raises `CorruptModel` where it does not."""
+    what = msg("The hub's description of {repo}", repo=repo)
+    listed = build(_Listing, parse_object(data, what), what, msg("Try again later."))
+    files = {file.name: file for file in map(_remote_file, listed.siblings)}
+    return Repository(repo, listed.sha, files, _licence(listed.cardData or {}), bool(listed.gated))
 
 
-def _licence(data: Mapping[str, Any]) -> str:
-    card = data.get("cardData")
-    licence = card.get("license_name") or card.get("license") if isinstance(card, Mapping) else None
+@dataclass(frozen=True)
+class _Listing:
+    """What lowmem reads of the hub's description of a repository, under the hub's names."""
+
+    sha: str
+    siblings: list[_Sibling]
+    cardData: dict[str, Any] | None = None  # noqa: N815
+    gated: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class _Sibling:
+    rfilename: str
+    size: int | None = None
+    blobId: str | None = None  # noqa: N815
+    lfs: _Lfs | None = None
+
+
+@dataclass(frozen=True)
+class _Lfs:
+    sha256: str | None = None
+    size: int | None = None
+
+
+def _remote_file(listed: _Sibling) -> RemoteFile:
+    lfs = listed.lfs or _Lfs()
+    digest = f"sha256:{lfs.sha256}" if lfs.sha256 else f"git:{listed.blobId}" if listed.blobId else ""
+    return RemoteFile(listed.rfilename, max(0, lfs.size or listed.size or 0), digest)
+
+
+def _licence(card: Mapping[str, Any]) -> str:
+    licence = card.get("license_name") or card.get("license")
     return licence if isinstance(licence, str) else ""
 
 

@@ -89,7 +89,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _folder(root: str, folder: Path) -> StoredFolder:
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    name = str(record(folder).get("name") or folder.name) if root == "models" else folder.name
+    name = (record(folder).name or folder.name) if root == "models" else folder.name
     if root == "graphs" and (folder / MANIFEST).is_file():
         with contextlib.suppress(LowMemError):
             name = str(read_object(LocalFolder(folder), MANIFEST).get("model") or name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import pickle
 import sys
 import tempfile
@@ -36,8 +37,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.background import end_with_parent
-from lowmem.errors import CorruptModel, LowMemError, UnsafeModel, Unsupported, first_line
+from lowmem.background import end_with_parent, limit_process
+from lowmem.errors import CorruptModel, LowMemError, UnsafeModel, Unsupported, first_line, is_out_of_memory
 from lowmem.messages import msg
 from lowmem.models import modules
 from lowmem.models.anatomy import Activations, Anatomy, LayerCache, Term, value
@@ -50,9 +51,14 @@ from lowmem.models.meta_blocks import derive_blocks
 from lowmem.models.quantization import parse_quantization
 from lowmem.models.tensors import DTYPE_BYTES, Tensor
 
+log = logging.getLogger("lowmem.models")
+
 FIRST = ((1, 1), (2, 2), (3, 3))
 LATER = ((1, 3), (1, 5), (2, 5), (2, 10))
 """(new tokens, tokens they see) of the passes that are followed, in units of up to 256 tokens."""
+
+MEMORY_BYTES, CPU_SECONDS = 2**30, 60
+"""Limits of a derivation in a process of its own, beside what torch takes; the largest models take a tenth of them."""
 
 UNBOUNDED = 131_072
 """The context of a model that has no limit of its own, such as one whose layers are all recurrent."""
@@ -67,14 +73,34 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
 
     Raises:
         UnsafeModel, Unsupported: not a model that transformers runs as a causal language model or a text encoder.
-        CorruptModel: configuration and files contradict each other.
+        CorruptModel: configuration and files contradict each other, or examining them takes more memory than a model can.
     """
+    try:
+        return _anatomy(config, name, stored, dtype)
+    except LowMemError:
+        raise
+    except Exception as error:  # of transformers or torch, from values that no model has
+        if is_out_of_memory(error):
+            raise CorruptModel(
+                msg("config.json of {name} describes a model that cannot be built even without weights.", name=name),
+                msg("Fetch the model again, or choose another."),
+            ) from error
+        log.info("cannot examine %s", name, exc_info=True)
+        raise Unsupported(
+            msg("The inside of {name} could not be examined: {error}", name=name, error=first_line(error)),
+            msg("Choose another model."),
+        ) from error
+
+
+def _anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | None, dtype: str) -> Anatomy:
     parsed = read_config(config, name)
     encoder = _checked_encoder(parsed, name)
     try:
         model = _encoder(parsed) if encoder else modules.build(parsed)
         halves = _encoder(parsed, torch.bfloat16) if encoder else modules.build(parsed, torch.bfloat16)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise Unsupported(
             msg("transformers cannot build this model: {error}", error=first_line(error)),
             msg("Choose a causal language model of a known family."),
@@ -88,11 +114,8 @@ def anatomy(config: Mapping[str, Any], name: str, stored: Iterable[Tensor] | Non
     try:
         caches, passes, used = _passes(model, halves, encoder)
     except Exception as error:
-        if type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise Unsupported(
-                msg("The inside of {name} could not be examined: {error}", name=name, error=first_line(error)),
-                msg("Choose another model."),
-            ) from error
+        if is_out_of_memory(error) or type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise
         raise Unsupported(
             msg(
                 "{name} ({model_type}) cannot read text alone: {error}",
@@ -148,7 +171,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Any:
                 msg(
                     "{name} needs Python code from its own repository to run (model_type {model_type!r}).",
                     name=name,
-                    model_type=kind,
+                    model_type=str(kind)[:80],
                 ),
                 msg("lowmem never runs downloaded code: choose a text generation model, such as one from the list."),
             )
@@ -156,7 +179,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Any:
             msg(
                 "{name} has an architecture that transformers does not know (model_type {model_type!r}).",
                 name=name,
-                model_type=kind,
+                model_type=str(kind)[:80],
             ),
             msg("Choose a text generation model, such as one from the list."),
         )
@@ -166,6 +189,8 @@ def read_config(config: Mapping[str, Any], name: str) -> Any:
             (Path(folder) / "config.json").write_text(json.dumps(known), encoding="utf-8")
             return modules.text_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptModel(
             msg("config.json of {name} cannot be read: {error}", name=name, error=_reason(error)),
             msg("Fetch the model again."),
@@ -560,6 +585,8 @@ def _rounded(term: Sequence[float]) -> Term:
 def main() -> None:
     """The anatomy, or the error, of what standard input describes, both pickled; for `derive.py`."""
     end_with_parent()
+    torch.set_num_threads(1)
+    limit_process(MEMORY_BYTES, CPU_SECONDS)
     arguments = pickle.load(sys.stdin.buffer)
     try:
         with redirect_stdout(sys.stderr):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass
 
 from lowmem.errors import CorruptModel, ModelNotFound, UnsafeModel, Unsupported
 from lowmem.messages import msg
-from lowmem.models.files import Files, read_object
+from lowmem.models.files import Files, read_fields
 from lowmem.models.quantization import SIDE_FILES
 from lowmem.models.tensors import Tensor
 
@@ -52,7 +52,7 @@ def weight_files(files: Files) -> tuple[str, ...]:
         UnsafeModel, ModelNotFound, Unsupported: there are no safetensors weights.
     """
     if index := _index(files):
-        shards = sorted(set(map(str, _weight_map(files, index).values())))
+        shards = sorted(set(_weight_map(files, index).values()))
         # These names become paths when the shards are downloaded or opened.
         if strange := [
             shard for shard in shards if not (_is_shard(shard) and (shard in files.names or "/" not in shard))
@@ -137,17 +137,40 @@ def _without_index(files: Files) -> tuple[str, ...]:
 
 
 def has_chat_template(files: Files) -> bool:
-    """Can the tokenizer format a conversation?"""
-    if {"chat_template.jinja", "chat_template.json"} & set(files.names):
-        return True
-    return "tokenizer_config.json" in files.names and bool(
-        read_object(files, "tokenizer_config.json").get("chat_template")
+    """Can the tokenizer format a conversation?
+
+    Raises:
+        CorruptModel: a configuration of the tokenizer is damaged.
+    """
+    configs = (name for name in ("chat_template.json", "tokenizer_config.json") if name in files.names)
+    return "chat_template.jinja" in files.names or any(
+        read_fields(files, name, _TokenizerConfig).chat_template for name in configs
     )
 
 
-def _weight_map(files: Files, index: str) -> dict[str, Any]:
-    weight_map = read_object(files, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+@dataclass(frozen=True)
+class _TokenizerConfig:
+    """`chat_template` is a template, or several, each an object with "name" and "template"."""
+
+    chat_template: str | list[_NamedTemplate] | None = None
+
+
+@dataclass(frozen=True)
+class _NamedTemplate:
+    name: str
+    template: str
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The index of the shards: the file of every tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _weight_map(files: Files, index: str) -> dict[str, str]:
+    weight_map = read_fields(files, index, _Index).weight_map
+    if not weight_map:
         raise CorruptModel(
             msg("{index} of {owner} has no weight_map.", index=index, owner=files.owner), msg("Fetch the model again.")
         )

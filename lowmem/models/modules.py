@@ -22,11 +22,29 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowmem.errors import Unsupported, first_line, is_out_of_memory
+from lowmem.errors import CorruptModel, Unsupported, first_line, is_out_of_memory
 from lowmem.messages import msg
 from lowmem.models.experts import EXPERTS
 
 log = logging.getLogger("lowmem.loader")
+
+
+def folder_config(folder: Path) -> Any:
+    """transformers' configuration of the model in `folder`.
+
+    Raises:
+        CorruptModel: transformers cannot read config.json.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("cannot read the configuration of %s", folder, exc_info=True)
+        raise CorruptModel(
+            msg("config.json of {name} cannot be read: {error}", name=folder.name, error=first_line(error)),
+            msg("Fetch the model again."),
+        ) from error
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -35,12 +53,12 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     Of a model that also sees or hears, it is the part that reads and writes text.
 
     Raises:
+        CorruptModel: see `folder_config`.
         Unsupported: transformers cannot build it.
     """
+    config = folder_config(folder)
     try:
-        return build(
-            text_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)), dtype
-        )
+        return build(text_config(config), dtype)
     except Exception as error:
         if is_out_of_memory(error):
             raise

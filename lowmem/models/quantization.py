@@ -5,13 +5,13 @@ Read from `quantization_config` in config.json, or from the separate files of ol
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.messages import msg
 from lowmem.models.files import Files, read_object
+from lowmem.models.foreign import pattern
 
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ described their checkpoints before config.json did."""
@@ -40,10 +40,7 @@ class Rule:
     group_size: int | None
 
     def matches(self, layer: str) -> bool:
-        try:
-            return re.match(self.pattern, layer) is not None
-        except re.error:
-            return self.pattern == layer
+        return pattern(self.pattern).matches(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +153,11 @@ def description(files: Files, config: Mapping[str, Any]) -> Mapping[str, Any] | 
 
 def parse_quantization(described: Mapping[str, Any]) -> Quantization:
     """The quantization that a `quantization_config` describes."""
-    method = str(described.get("quant_method") or "unknown").lower()
+    method = _word(described.get("quant_method") or "unknown")
     if method == BNB:
         bits = 4 if described.get("load_in_4bit") else 8
-        layout = str(described.get("bnb_4bit_quant_type") or "fp4") if bits == 4 else "int8"
-        return Quantization(method, bits, layout=layout.lower())
+        layout = _word(described.get("bnb_4bit_quant_type") or "fp4") if bits == 4 else "int8"
+        return Quantization(method, bits, layout=layout)
     if method == INT8:
         return _compressed(described)
     if method.endswith("auto-round"):
@@ -177,7 +174,7 @@ def parse_quantization(described: Mapping[str, Any]) -> Quantization:
         method=method,
         bits=_integer(described, ("bits", "w_bit")),
         group_size=_integer(described, ("group_size", "q_group_size"), 128),
-        layout=str(layout).lower(),
+        layout=_word(layout),
         desc_act=bool(described.get("desc_act")),
         rules=tuple(_rules(described)),
     )
@@ -190,18 +187,18 @@ def _rules(described: Mapping[str, Any]) -> Iterator[Rule]:
     """
     for key in ("dynamic", "extra_config"):
         found = described.get(key)
-        for pattern, changes in found.items() if isinstance(found, Mapping) else ():
-            if pattern.startswith("-:") or not isinstance(changes, Mapping) or changes.get("bits") == 16:
+        for name, changes in found.items() if isinstance(found, Mapping) else ():
+            if name.startswith("-:") or not isinstance(changes, Mapping) or changes.get("bits") == 16:
                 continue
             bits = _integer(changes, ("bits",)) if "bits" in changes else None
             group_size = _integer(changes, ("group_size",)) if "group_size" in changes else None
             if (bits, group_size) != (None, None):
-                yield Rule(pattern.removeprefix("+:"), bits, group_size)
+                yield Rule(name.removeprefix("+:"), bits, group_size)
 
 
 def _compressed(described: Mapping[str, Any]) -> Quantization:
     """Of compressed-tensors' many layouts int8 with a scale per row is supported; others get a name that `refusal` rejects."""
-    layout = str(described.get("format") or "unknown")
+    layout = _word(described.get("format") or "unknown")
     groups = described.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, Mapping) else []
     weights = schemes[0].get("weights") if len(schemes) == 1 and isinstance(schemes[0], Mapping) else None
@@ -210,11 +207,16 @@ def _compressed(described: Mapping[str, Any]) -> Quantization:
             INT8, 8, layout=msg("{layout} with {schemes} kinds of layers", layout=layout, schemes=len(schemes))
         )
     if weights.get("strategy") != "channel" or not weights.get("symmetric", True):
-        layout = f"{layout} by {weights.get('strategy')}"
+        layout = f"{layout} by {_word(weights.get('strategy'))}"
     return Quantization(INT8, _integer(weights, ("num_bits",)), layout=layout)
 
 
+def _word(value: object) -> str:
+    """A name, which becomes part of a sentence where it is unknown."""
+    return str(value).lower()[:80]
+
+
 def _integer(described: Mapping[str, Any], keys: tuple[str, ...], default: int = 0) -> int:
-    """The first of `keys` present; 0, which `refusal` rejects, if it is not an integer."""
+    """The first of `keys` present; 0, which `refusal` rejects, if it is not an integer of some digits."""
     found = next((described[key] for key in keys if key in described), default)
-    return found if isinstance(found, int) and not isinstance(found, bool) else 0
+    return found if type(found) is int and abs(found) < 2**31 else 0

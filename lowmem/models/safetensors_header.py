@@ -7,14 +7,15 @@ works on hub files only, and checks neither offsets nor sizes, so a truncated or
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import CorruptModel, Unsupported
 from lowmem.messages import msg
 from lowmem.models.files import Ranged, ends_early
+from lowmem.models.foreign import parse_object, reader, short
 from lowmem.models.spec import DTYPE_BYTES, Tensor
+from lowmem.models.tensors import MAX_DIMENSIONS
 
 DTYPES = {
     "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2", "F8_E8M0": "fp8_e8m0",
@@ -25,6 +26,9 @@ DTYPES = {
 
 MAX_HEADER = 100_000_000
 """The format's limit on the size of the header, in bytes."""
+
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +62,41 @@ def read_header(file: Ranged) -> Header:
         )
     if 8 + length > file.size:
         raise ends_early(file, 8 + length)
-    try:
-        fields = json.loads(file.read(8, length))
-    except (ValueError, RecursionError):
-        raise _corrupt(file, msg("a header that is not JSON")) from None
-    if not isinstance(fields, dict):
-        raise _corrupt(file, msg("a header that is not a JSON object"))
+    fields = parse_object(file.read(8, length), msg("The header of {file}", file=file.name))
     metadata = fields.pop("__metadata__", None)
     entries = sorted((_entry(file, name, value) for name, value in fields.items()), key=lambda entry: entry[1:])
     return _without_gaps(file, 8 + length, entries, metadata if isinstance(metadata, dict) else {})
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor in the header; `data_offsets` count from the header's end."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+_read_entry = reader(_Entry)
+
+
 def _entry(file: Ranged, name: str, value: Any) -> tuple[Tensor, int, int]:
     """A tensor with its begin and end in bytes, relative to the end of the header."""
+    if len(name) > MAX_NAME:
+        raise _corrupt(file, msg("a tensor with a name of {length:,} characters", length=len(name)))
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        raise _corrupt(file, msg("an entry {name!r} without dtype, shape and data_offsets", name=name))
     try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise _corrupt(file, msg("an entry {name!r} without dtype, shape and data_offsets", name=name)) from None
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        entry = _read_entry(value)
+        dtype, shape, (begin, end) = entry.dtype, tuple(entry.shape), entry.data_offsets
+        sound = len(shape) <= MAX_DIMENSIONS and min(*shape, begin, end) >= 0
+    except ValueError:
+        sound = False
+    if not sound:
         raise _corrupt(file, msg("an entry {name!r} whose shape or data_offsets are not counts", name=name))
     if dtype not in DTYPES:
         raise Unsupported(
-            msg("{file}: {name} has the unknown dtype {dtype!r}.", file=file.name, name=name, dtype=dtype),
+            msg("{file}: {name} has the unknown dtype {dtype}.", file=file.name, name=name, dtype=short(dtype)),
             msg("Choose another model."),
         )
     tensor = Tensor(name, DTYPES[dtype], shape, end - begin)

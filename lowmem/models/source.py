@@ -6,18 +6,17 @@ Reads configuration and headers only; `fetch.py` downloads the weights.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lowmem.errors import BadInput, CorruptModel, GatedModel, LowMemError, ModelNotFound, Offline
 from lowmem.messages import msg
 from lowmem.models import catalog, demo, hub
 from lowmem.models.describe import describe, describe_gguf
-from lowmem.models.files import LocalFile, LocalFolder, digest, fingerprint
+from lowmem.models.files import LocalFile, LocalFolder, digest, fingerprint, read_object
+from lowmem.models.foreign import build_leniently
 from lowmem.models.gguf_file import gguf_parts
 from lowmem.models.model_files import CONFIG, model_files
 from lowmem.models.reference import DEMO, Reference, parse_ref
@@ -30,11 +29,29 @@ __all__ = ["LocalModel", "Reference", "is_local", "local_folder", "local_models"
 logger = logging.getLogger("lowmem.models")
 
 RECORD = "source.json"
-"""Written into every fetched or converted folder.
+"""Written into every fetched or converted folder, see `Record`."""
 
-Holds what `ModelSource` says of the model, and `files`: the fingerprint of the folder as it was written. While that
-still matches, the folder is the checkpoint that `fingerprint` identified on the hub or in the GGUF file.
-"""
+
+@dataclass(frozen=True)
+class Record:
+    """Where a folder comes from: what `ModelSource` says of the model, and how the files are recognized.
+
+    Args:
+        origin: the address or file that it was fetched or converted from.
+        revision, commit: as asked for, and what that was; of the hub.
+        fingerprint: of the checkpoint on the hub or in the GGUF file.
+        files: the fingerprint of the folder as it was written. While that still matches, the folder is that checkpoint.
+    """
+
+    ref: str = ""
+    name: str = ""
+    origin: str = ""
+    revision: str = ""
+    commit: str = ""
+    licence: str = ""
+    gated: bool = False
+    fingerprint: str = ""
+    files: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +129,19 @@ def with_local_models(error: Offline) -> Offline:
     return Offline(error.message, f"{error.hint} {offer}")
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `RECORD`, empty when there is none."""
+def record(folder: Path) -> Record:
+    """The record of a folder, empty when there is none; what is damaged is left out, with a note in the log."""
+    if not (folder / RECORD).is_file():
+        return Record()
     try:
-        data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+        fields = read_object(LocalFolder(folder), RECORD)
+    except (LowMemError, OSError) as error:
+        logger.warning("%s of %s is ignored: %s", RECORD, folder.name, error)
+        return Record()
+    found, wrong = build_leniently(Record, fields)
+    if wrong:
+        logger.warning("%s of %s: ignored is %s", RECORD, folder.name, ", ".join(wrong))
+    return found
 
 
 def resolve_folder(folder: Path, ref: str) -> ModelSource:
@@ -201,7 +224,7 @@ def find_folder(reference: Reference, commit: str = "") -> Path | None:
 def _is_revision(folder: Path, revision: str) -> bool:
     commit = folder.name.rsplit("@", 1)[1]
     is_commit = len(revision) >= 7 and commit.startswith(revision)
-    return is_commit or record(folder).get("revision") == revision
+    return is_commit or record(folder).revision == revision
 
 
 def _models_in(root: Path) -> Iterator[Path]:
@@ -214,10 +237,9 @@ def _models_in(root: Path) -> Iterator[Path]:
 
 def _local_model(folder: Path) -> LocalModel:
     source = record(folder)
-    asked_for = str(source.get("ref") or "")
-    ref = asked_for if _leads_to(asked_for, folder) else str(folder)
+    ref = source.ref if _leads_to(source.ref, folder) else str(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    return LocalModel(ref, str(source.get("name") or parse_ref(str(folder)).name), folder, size)
+    return LocalModel(ref, source.name or parse_ref(str(folder)).name, folder, size)
 
 
 def _leads_to(ref: str, folder: Path) -> bool:
@@ -235,22 +257,22 @@ def _read_folder(folder: Path, reference: Reference, encoders: bool) -> ModelSpe
 
 def _as_recorded(source: ModelSource) -> ModelSource:
     """With the fingerprint that the files had where they were fetched from, unless the folder has changed since."""
-    about = record(source.folder) if source.folder else {}
-    return replace(source, fingerprint=about["fingerprint"]) if about.get("files") == source.fingerprint else source
+    about = record(source.folder) if source.folder else Record()
+    return replace(source, fingerprint=about.fingerprint) if about.files == source.fingerprint else source
 
 
 def _source_in(folder: Path, ref: str) -> ModelSource:
     """What the record of a folder says, without a fingerprint."""
     about = record(folder)
-    packaged = about.get("origin") == demo.WHEEL
+    packaged = about.origin == demo.WHEEL
     return ModelSource(
         ref=ref,
-        name=demo.NAME if packaged else str(about.get("name") or Reference("folder", ref, path=folder).name),
+        name=demo.NAME if packaged else about.name or Reference("folder", ref, path=folder).name,
         folder=folder,
-        revision=str(about.get("commit") or ""),
+        revision=about.commit,
         detail=demo.DETAIL if packaged else "",
-        licence=str(about.get("licence") or ""),
-        gated=bool(about.get("gated")),
+        licence=about.licence,
+        gated=about.gated,
     )
 
 

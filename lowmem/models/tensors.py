@@ -27,6 +27,9 @@ DTYPE_BYTES = {
 }
 """Bytes per element of unpacked dtypes. For GGUF tensors, whose dtype is a type name such as "q4_1", see `nbytes`."""
 
+MAX_DIMENSIONS = 8
+"""Of a tensor in a file; none of a model has more than 5."""
+
 CONVERSION_BYTES = 64 * MB
 """Most stored bytes that a checkpoint converts to another dtype or layout at a time: what that takes besides the result."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import CorruptModel
 from lowmem.messages import msg
+from lowmem.models.files import LocalFolder, read_fields, read_object
+from lowmem.models.foreign import build
 from lowmem.models.spec import ModelSpec
 
 _OPAQUE = ("tokenizer.model", "spiece.model", "vocab.txt")  # formats whose vocabulary size is not read here
@@ -43,23 +45,26 @@ def vocabulary_size(folder: Path) -> int | None:
     """One more than the largest id in the base vocabulary; None if no file says.
 
     Raises:
-        CorruptModel: a tokenizer file cannot be parsed.
+        CorruptModel: a tokenizer file cannot be read.
     """
-    for name in ("tokenizer.json", "vocab.json"):
-        if (folder / name).is_file():
-            try:
-                fields = json.loads((folder / name).read_text(encoding="utf-8"))
-                return _size(fields["model"]["vocab"] if name == "tokenizer.json" else fields)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise CorruptModel(
-                    msg("{name} in {folder} cannot be read.", name=name, folder=folder.name),
-                    msg("Fetch the model again."),
-                ) from None
-    return None
+    files = LocalFolder(folder)
+    if "tokenizer.json" in files.names:
+        core = read_fields(files, "tokenizer.json", _Tokenizer).model
+    elif "vocab.json" in files.names:
+        what = msg("{name} of {owner}", name="vocab.json", owner=files.owner)
+        core = build(_Core, {"vocab": read_object(files, "vocab.json")}, what)
+    else:
+        return None
+    return len(core.vocab) if isinstance(core.vocab, list) else max(core.vocab.values(), default=-1) + 1
 
 
-def _size(vocabulary: Any) -> int:
-    """A mapping of token to id (BPE, WordPiece), or a list (Unigram)."""
-    if isinstance(vocabulary, list):
-        return len(vocabulary)
-    return max((int(number) for number in vocabulary.values()), default=-1) + 1
+@dataclass(frozen=True)
+class _Core:
+    """A mapping of token to id (BPE, WordPiece), or a list of tokens (Unigram)."""
+
+    vocab: dict[str, int] | list[Any]
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    model: _Core

@@ -18,9 +18,19 @@ from filelock import FileLock, Timeout
 
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.messages import join, msg
+from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.foreign import build
 
 JOURNAL = "journal.json"
 _LOCK, _DRAFT = "lock", f"{JOURNAL}.new"
+
+
+@dataclass
+class Shard:
+    """An unfinished weight file: the entries of its header so far, and where its next tensor begins."""
+
+    entries: dict[str, Any]
+    position: int
 
 
 @dataclass
@@ -43,7 +53,7 @@ class Journal:
     settings: dict[str, Any]
     threads: int = 1
     blocks: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
     activations: str = ""
     checksum: int = 0
     losses: dict[str, float] = field(default_factory=dict)
@@ -159,8 +169,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 def _read(part: Path) -> Journal:
     try:
-        return Journal(**json.loads((part / JOURNAL).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        return build(Journal, read_object(LocalFolder(part), JOURNAL), JOURNAL)
+    except CorruptModel:
         raise CorruptModel(
             msg("The journal of the unfinished {part} cannot be read.", part=part),
             msg("Delete {part} and start again.", part=part),

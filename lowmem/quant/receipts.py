@@ -109,7 +109,7 @@ def write_model_card(prepared: PreparedQuantization, part: Path, receipt: Receip
         receipt,
         asdict(options),
         format=method.config(options)["quant_method"],
-        licence=str(record(prepared.folder).get("licence") or ""),
+        licence=record(prepared.folder).licence,
         calibration=msg(
             "{samples} x {length} tokens of {text}", samples=text.samples, length=text.length, text=text.text
         )

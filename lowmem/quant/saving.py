@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.models.encoded import PACKED_ROWS
+from lowmem.models.files import LocalFolder, read_object
 from lowmem.models.model_files import COMPANIONS, CONFIG
 from lowmem.quant.request import QuantizeRequest
 
@@ -35,7 +36,7 @@ def write_companions(
     quantization = method.config(request.options) | (method.skipping(wide) if wide else {})
     if tables:
         quantization[PACKED_ROWS] = {name: {"bits": bits} for name, bits in tables.items()}
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(LocalFolder(source), CONFIG)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     config.pop("torch_dtype", None)
     config |= {"dtype": "float16" if stored == "float32" else stored, "quantization_config": quantization}

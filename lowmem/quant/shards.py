@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from lowmem.errors import CorruptModel
 from lowmem.messages import msg
 from lowmem.models.checkpoint_writer import HEADER_ROOM, _name_shards, _Writer, shard_names
 from lowmem.quant.estimate import SHARD_BYTES
+from lowmem.quant.journal import Shard
 
 _DATA_START = 8 + HEADER_ROOM
 
@@ -22,7 +23,7 @@ _DATA_START = 8 + HEADER_ROOM
 class Shards:
     """safetensors files of a model in `folder`; `state` describes them for a later `Shards` to continue."""
 
-    def __init__(self, folder: Path, state: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, folder: Path, state: Sequence[Shard] = ()) -> None:
         """Open new files, or those of an earlier `state`, truncated to what it describes.
 
         Raises:
@@ -41,12 +42,12 @@ class Shards:
         """Of the next file, until `finish`."""
         return self._folder / f"shard-{len(self._writers)}.tmp"
 
-    def _open(self, described: dict[str, Any] | None = None) -> None:
+    def _open(self, described: Shard | None = None) -> None:
         self._close()
         path = self._path
-        position = int(described["position"]) if described else 0
+        position = described.position if described else 0
         size = path.stat().st_size if path.is_file() else 0
-        if described and size < _DATA_START + position:
+        if described and (position < 0 or size < _DATA_START + position):
             raise CorruptModel(
                 msg(
                     "{path} in {folder} has {size:,} bytes, but its journal says {data_start:,}.",
@@ -63,7 +64,7 @@ class Shards:
         if described:
             out.truncate(_DATA_START + position)
             out.seek(_DATA_START + position)
-            writer.entries, writer.position = dict(described["entries"]), position
+            writer.entries, writer.position = dict(described.entries), position
         self._writers.append(writer)
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -74,11 +75,11 @@ class Shards:
                 self._open()
             self._writers[-1].add(name, tensor)
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> list[Shard]:
         """Flush, and return plain data that describes everything added so far."""
         if self._out is not None:
             self._out.flush()
-        return [{"entries": writer.entries, "position": writer.position} for writer in self._writers]
+        return [Shard(writer.entries, writer.position) for writer in self._writers]
 
     def finish(self) -> int:
         """Write headers and index and rename the files; returns their total bytes."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import BadInput, CorruptModel, Unsupported, first_line, is_out_of_memory
@@ -28,6 +28,7 @@ from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.dequantize import packed_rows
 from lowmem.models.encoded import SCALES
 from lowmem.models.entries import Converted
+from lowmem.models.generation_config import generation_config
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.modules import empty_model, set_tensor
 from lowmem.models.spec import CODE_DTYPES
@@ -110,8 +111,8 @@ def _stream(
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     model = empty_model(folder, dtype)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (config := generation_config(folder)) is not None:
+        model.generation_config = config
     return model
 
 

@@ -97,7 +97,7 @@ def read_grid(path: Path) -> Grid:
             msg("{path} cannot be read: {error}.", path=path, error=getattr(error, "strerror", error)),
             msg("Choose a YAML file."),
         ) from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: the 99th of May
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise BadInput(msg("{path} is not valid YAML, see line {line}.", path=path, line=line), _EXAMPLE) from None

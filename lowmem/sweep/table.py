@@ -15,16 +15,18 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from lowmem.datasets.texts import Text
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, LowMemError
 from lowmem.measure.rows import Row, to_csv, write_atomically
 from lowmem.messages import msg
+from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.foreign import build
 from lowmem.settings import settings
 from lowmem.sweep.grid import Cell, Grid
 from lowmem.version import __version__
@@ -120,23 +122,28 @@ def ordered(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Row]:
     return sorted(rows, key=lambda row: place.get((row.model, row.variant), len(place)))
 
 
+@dataclass(frozen=True)
+class _Content:
+    """The file `RESULTS`."""
+
+    conditions: dict[str, Any]
+    rows: list[Row]
+
+
 def _read(folder: Path, conditions: dict[str, Any]) -> list[Row]:
     path = folder / RESULTS
     if not path.exists():
         return []
-    known = {field.name for field in fields(Row)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        same = content["conditions"] == conditions
-        rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in content["rows"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        content = build(_Content, read_object(LocalFolder(folder), RESULTS), RESULTS)
+    except (OSError, LowMemError):
         raise BadInput(msg("{path} is not the table of a sweep.", path=path), msg("Choose another folder.")) from None
-    if not same:
+    if content.conditions != conditions:
         raise BadInput(
             msg("{folder} has rows that were measured under other conditions.", folder=folder),
             msg("Choose another folder."),
         )
-    return rows
+    return content.rows
 
 
 def _slug(model: str) -> str:

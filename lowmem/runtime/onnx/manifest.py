@@ -11,6 +11,8 @@ from typing import Any
 
 from lowmem.errors import CorruptModel, ModelNotFound, Unsupported
 from lowmem.messages import msg
+from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.foreign import build, short
 from lowmem.models.model_files import MANIFEST
 
 VERSION = 2
@@ -36,7 +38,7 @@ class Manifest:
         weights_bytes: their size in a session.
         int8_range: largest code of dynamic int8 weights, 0 if there are none.
         group_size: weights that share a scale in int4.
-        model_tensors: of the original: [name, dtype, shape, bytes] each.
+        model_tensors: (name, dtype, shape, bytes) of each tensor of the original.
         parity: the figures of `export.parity.ParityCheck`.
         optimised: nodes, fusions, bytes and seconds before and after, where the optimizer ran.
     """
@@ -50,7 +52,7 @@ class Manifest:
     int8_range: int = 0
     group_size: int = 32
     licence: str = ""
-    model_tensors: list[list[Any]] = field(default_factory=list)
+    model_tensors: list[tuple[str, str, list[int], int]] = field(default_factory=list)
     parity: dict[str, Any] = field(default_factory=dict)
     optimised: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
@@ -102,27 +104,32 @@ def read_manifest(folder: Path) -> Manifest:
             msg("Export one first."),
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = int(values.get("version", 0))
-        if version > VERSION:
+        values = read_object(LocalFolder(folder), MANIFEST)
+        version = values.get("version")
+        if type(version) is int and version > VERSION:
             raise Unsupported(
                 msg(
                     "{folder} was written by a later lowmem (format {version}, this one reads {supported}).",
                     folder=folder.name,
-                    version=version,
+                    version=short(version),
                     supported=VERSION,
                 ),
                 msg("Update lowmem, or export the model again."),
             )
         if "proof" in values:
             values["parity"] = values.pop("proof")
-        manifest = Manifest(**values)
-        outside = [name for name in manifest.files if not _PLAIN.fullmatch(name)]
-    except (ValueError, TypeError, AttributeError) as error:
+        manifest = build(Manifest, values, MANIFEST)
+    except CorruptModel as error:
         raise CorruptModel(
-            msg("{manifest} in {folder} cannot be read: {error}.", manifest=MANIFEST, folder=folder.name, error=error),
+            msg(
+                "{manifest} in {folder} cannot be read: {error}",
+                manifest=MANIFEST,
+                folder=folder.name,
+                error=error.message,
+            ),
             msg("Export the model again."),
         ) from None
+    outside = [name for name in manifest.files if not _PLAIN.fullmatch(name)]
     if outside:
         raise CorruptModel(
             msg(

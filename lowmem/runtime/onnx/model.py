@@ -17,6 +17,8 @@ from torch import Tensor
 from lowmem.errors import CorruptModel, LowMemError, MissingDependency, OutOfMemory, Unsupported, is_out_of_memory
 from lowmem.machine.processor import cores, has_vnni
 from lowmem.messages import msg
+from lowmem.models.generation_config import generation_config
+from lowmem.models.modules import folder_config
 from lowmem.planning import exported
 from lowmem.runtime.onnx.cache import Binding, GrowingCache, InPlaceCache
 from lowmem.runtime.onnx.manifest import GRAPH, KEEP, PREFILL, Manifest, read_manifest
@@ -156,13 +158,9 @@ class OnnxModel:
     def __init__(
         self, folder: Path, *, threads: int = 0, opened: Callable[..., Any] = open_session, arena: bool = True
     ) -> None:
-        from transformers import AutoConfig, GenerationConfig
-
         self.manifest: Manifest = read_manifest(folder)
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.generation_config = None
-        if (folder / "generation_config.json").is_file():
-            self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        self.config = folder_config(folder)
+        self.generation_config = generation_config(folder)
         saturates = self.manifest.int8_range == _VNNI_RANGE and not has_vnni()
         arguments: dict[str, Any] = {"threads": threads, "saturates": saturates, "arena": arena}
         self._arena = arena

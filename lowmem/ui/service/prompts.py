@@ -77,7 +77,10 @@ def read_file(path: Path) -> list[str]:
 
 
 def _from_csv(text: str) -> list[str]:
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:
+        raise BadInput(msg("The table cannot be read: {error}.", error=error), msg("Save it as CSV.")) from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     column = next((header.index(name) for name in COLUMNS if name in header), None)
     if column is None:
@@ -92,7 +95,7 @@ def _from_jsonl(text: str) -> list[str]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise BadInput(
                 msg("Line {number} is not JSON.", number=number), msg('Write each as {"prompt": "..."} or "...".')
             ) from None
