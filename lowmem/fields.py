@@ -32,6 +32,7 @@ class Option:
         low, high, step: range and increment of a number, inclusive; None is unbounded.
         choices: allowed values; () allows all.
         aliases: earlier names of the option, which `build` accepts for one release.
+        from_model: unset, it is None and takes the model's own value, or `default` where the model has none.
     """
 
     name: str
@@ -43,22 +44,24 @@ class Option:
     step: float | None = None
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    from_model: bool = False
 
 
 def option(default: Any, label: str, help: str, **details: Any) -> Any:
     """A dataclass field that `describe` finds; `details` are the other fields of `Option`."""
-    return dataclasses.field(default=default, metadata={"label": label, "help": help, **details})
+    unset = None if details.get("from_model") else default
+    return dataclasses.field(default=unset, metadata={"default": default, "label": label, "help": help, **details})
 
 
 def describe(kind: Any) -> tuple[Option, ...]:
     """The options of a dataclass, in the order of its fields; fields not declared with `option` are left out."""
-    return tuple(Option(f.name, f.default, **f.metadata) for f in dataclasses.fields(kind) if f.metadata)
+    return tuple(Option(f.name, **f.metadata) for f in dataclasses.fields(kind) if f.metadata)
 
 
 def changed(options: Any) -> dict[str, Any]:
     """The options that differ from their defaults, by name."""
-    values = {one.name: (getattr(options, one.name), one.default) for one in describe(options)}
-    return {name: value for name, (value, default) in values.items() if value != default}
+    values = {f.name: (getattr(options, f.name), f.default) for f in dataclasses.fields(options) if f.metadata}
+    return {name: value for name, (value, unset) in values.items() if value != unset}
 
 
 def arguments(values: Mapping[str, Any]) -> str:
@@ -108,6 +111,8 @@ def _renamed(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(option: Option, value: Any) -> Any:
+    if value is None and option.from_model:
+        return None
     wanted = type(option.default)
     try:
         value = _converted(wanted, value)

@@ -65,7 +65,7 @@ def test_a_fused_family_can_be_written_in_standard_operators(tmp_path: Path) -> 
     assert domains == {""}
 
 
-@pytest.mark.parametrize(("precision", "operator"), [("int8", "DynamicQuantizeMatMul"), ("int4", "MatMulNBits")])
+@pytest.mark.parametrize(("precision", "operator"), [("int8", "MatMulIntegerToFloat"), ("int4", "MatMulNBits")])
 def test_generic_graphs_are_quantized_weight_by_weight(tmp_path: Path, precision: str, operator: str) -> None:
     import onnx
 

@@ -25,6 +25,7 @@ from lowmem.export import generic, run
 from lowmem.export.graph import WeightFile
 from lowmem.export.request import ExportRequest
 from lowmem.export.run import export_isolated
+from lowmem.generate.options import GenerateOptions
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.source import read_spec
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback
@@ -231,13 +232,19 @@ def test_a_graph_without_a_cache_is_refused_by_name_and_by_its_inputs(made: Path
     said(Unsupported, "has no KV cache", loading(made, lambda: None))
 
 
-def test_another_models_tokenizer_is_refused_on_loading(made: Path) -> None:
-    def swap() -> None:
-        other = tokenizers.Tokenizer.from_file(str(made / "tokenizer.json"))
-        other.add_tokens([f"<word {number}>" for number in range(100)])
-        other.save(str(made / "tokenizer.json"))
+def test_tokens_that_the_graph_does_not_know_are_refused_in_a_prompt(made: Path) -> None:
+    other = tokenizers.Tokenizer.from_file(str(made / "tokenizer.json"))
+    other.add_tokens([f"<word {number}>" for number in range(100)])
+    other.save(str(made / "tokenizer.json"))
+    session = Session()
+    hardware = session.hardware()
+    list(session.load(plan(read_spec(str(made)), hardware, MemoryBudget.detect(hardware), Goal(context=256))))
+    short = GenerateOptions(max_new_tokens=2, greedy=True)
+    assert list(session.generate("Hello", short, raw=True))
+    said(BadInput, r"token 265, .* only 260", lambda: list(session.generate("<word 5>", short, raw=True)))
 
-    said(BadInput, r"360 tokens but .* only 260", loading(made, swap, planned_before=False))
+
+def test_a_tokenizer_that_cannot_be_read_is_said(made: Path) -> None:
     damage = lambda: (made / "tokenizer.json").write_text("{")  # noqa: E731
     said(CorruptModel, "tokenizer .* cannot be read", loading(made, damage, planned_before=False))
 

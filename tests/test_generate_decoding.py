@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys
+import transformers
 from toys import EOS, NAMES, WINDOW, fresh, prompt, toy
 
 from lowmem.errors import BadInput, Cancelled, CorruptModel, OutOfMemory
@@ -289,3 +291,112 @@ def test_the_demo_model_answers_as_under_transformers() -> None:
     options = replace(GREEDY, max_new_tokens=32)
     eos_ids = frozenset({tokenizer.eos_token_id})
     assert ours(model, prompts, options, eos_ids=eos_ids) == [theirs(model, ids, options, eos_ids) for ids in prompts]
+
+
+# --- generation_config.json
+
+
+RULES: dict[str, dict[str, object]] = {
+    "suppressed": {"suppress_tokens": "first and fourth"},
+    "suppressed at first": {"begin_suppress_tokens": "first and fourth"},
+    "bad words": {"bad_words_ids": "words"},
+    "penalty": {"repetition_penalty": 1.5},
+    "no token twice": {"no_repeat_ngram_size": 1},
+    "pairs, penalty, bad words": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "bad_words_ids": "words"},
+    "at least so long": {"min_new_tokens": 9, "eos_token_id": "third"},
+    "at least so long with the prompt": {"min_length": 25, "eos_token_id": "third"},
+    "ends": {"forced_eos_token_id": 7},
+    "begins": {"forced_bos_token_id": 5},
+    "biased": {"sequence_bias": [[[3], 4.0], [[1, 2], -3.0]], "repetition_penalty": 1.2},
+    "ends sooner": {"exponential_decay_length_penalty": [2, 1.5]},
+}
+
+
+def _filled(rule: dict[str, object], answer: Sequence[int]) -> dict[str, object]:
+    """The rule with tokens of the answer that the model gives without it."""
+    words = {
+        "first and fourth": [answer[0], answer[3]], "words": [[answer[1]], [answer[4], answer[5]]],
+        "third": [EOS, answer[2]],
+    }  # fmt: skip
+    return {key: words[value] if isinstance(value, str) else value for key, value in rule.items()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_generation_config_is_followed_as_transformers_does(rule: str) -> None:
+    model = fresh("llama")
+    prompts = [prompt(12, 21), prompt(5, 22), prompt(1, 23)]
+    plain = [ours(model, [ids], GREEDY)[0] for ids in prompts]
+    model.generation_config = transformers.GenerationConfig(
+        **{"eos_token_id": EOS, "pad_token_id": 0} | _filled(RULES[rule], plain[0])
+    )
+    eos = model.generation_config.eos_token_id
+    ends = frozenset(eos if isinstance(eos, list) else [eos])
+    expected = [
+        model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
+        for ids in prompts
+    ]
+    assert [ours(model, [ids], GREEDY, eos_ids=ends)[0] for ids in prompts] == expected
+    assert ours(model, prompts, GREEDY, eos_ids=ends) == expected
+    looked_up = replace(GREEDY, prompt_lookup_num_tokens=8)
+    assert [ours(model, [ids], looked_up, eos_ids=ends)[0] for ids in prompts] == expected
+    assert expected != plain
+
+
+def test_what_a_person_chooses_wins_over_the_generation_config() -> None:
+    model, ids = fresh("llama"), prompt(12, 21)
+    plain = ours(model, [ids], GREEDY)
+    model.generation_config.repetition_penalty = 1.5
+    assert ours(model, [ids], GREEDY) != plain
+    assert ours(model, [ids], replace(GREEDY, repetition_penalty=1.0)) == plain
+
+
+def test_a_damaged_rule_is_ignored() -> None:
+    model, ids = fresh("llama"), prompt(12, 21)
+    plain = ours(model, [ids], GREEDY)
+    damaged = {
+        "bad_words_ids": [[10**6]], "suppress_tokens": "x", "no_repeat_ngram_size": "2", "min_length": [1],
+        "sequence_bias": 3, "exponential_decay_length_penalty": 7, "forced_eos_token_id": -4, "temperature": "hot",
+        "repetition_penalty": float("nan"),
+    }  # fmt: skip
+    for name, value in damaged.items():
+        setattr(model.generation_config, name, value)
+    assert ours(model, [ids], GREEDY) == plain
+
+
+# --- frequencies of rotary positions that depend on the length
+
+
+LENGTH = 32
+"""Original context of the toys."""
+
+
+def growing(kind: str) -> transformers.PreTrainedModel:
+    factors = [1.0 + number / 2 for number in range(8)]
+    rope = {
+        "rope_type": kind, "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": factors, "factor": 8.0,
+        "original_max_position_embeddings": LENGTH,
+    }  # fmt: skip
+    config = toys.config("phi3" if kind == "longrope" else "llama")
+    config.original_max_position_embeddings = LENGTH
+    config.max_position_embeddings = LENGTH if kind == "dynamic" else 8 * LENGTH
+    config.rope_parameters = rope
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(toy(config.model_type).state_dict())
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_texts_beyond_the_original_context_are_rotated_as_a_whole(kind: str, use_cache: bool) -> None:
+    """In parts, beside shorter and longer texts, and where an answer passes the original context."""
+    model = growing(kind)
+    options = replace(GREEDY, max_new_tokens=24, prefill_chunk=16, use_cache=use_cache)
+    prompts = [prompt(75, 31), prompt(9, 32), prompt(LENGTH - 6, 33), prompt(LENGTH, 34), prompt(LENGTH + 1, 35)]
+    whole = [theirs(growing(kind), ids, options) for ids in prompts]
+    assert [ours(model, [ids], options)[0] for ids in prompts] == whole
+    assert ours(model, prompts, options) == whole
+    twice = ours(model, prompts[2:3], replace(options, num_return_sequences=2))
+    assert twice == [whole[2]] * 2
+    assert ours(model, prompts[2:3], replace(options, prompt_lookup_num_tokens=4)) == whole[2:3]

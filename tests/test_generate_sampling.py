@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lowmem.generate.options import GenerateOptions
+from lowmem.generate.options import Sampling
 from lowmem.generate.sampling import NOT_A_TOKEN, filtered_logits, next_tokens, penalized, sample
 
 VOCABULARY = 300
@@ -27,7 +27,7 @@ def logits(seed: int = 0, rows: int = 4) -> torch.Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def reference(scores: torch.Tensor, text: torch.Tensor, options: GenerateOptions) -> torch.Tensor:
+def reference(scores: torch.Tensor, text: torch.Tensor, options: Sampling) -> torch.Tensor:
     """What `generate` would sample from, its processors in its order."""
     processors = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
@@ -48,9 +48,7 @@ def test_the_filtered_distribution_is_that_of_transformers(penalty: float) -> No
     sizes = set()
     grid = itertools.product([0.05, 0.7, 1.0, 5.0], [0, 1, 2, 50, 1000], [0.01, 0.5, 0.95, 1.0], [0.0, 0.05, 0.99])
     for seed, (temperature, top_k, top_p, min_p) in enumerate(grid):
-        options = GenerateOptions(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
-        )
+        options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
         scores = logits(seed)
         ours = filtered_logits(penalized(scores, text, penalty), options).softmax(dim=-1)
         theirs = reference(scores, text, options)
@@ -62,18 +60,18 @@ def test_the_filtered_distribution_is_that_of_transformers(penalty: float) -> No
 
 def test_tokens_that_tie_with_the_last_one_kept_stay() -> None:
     scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
-    kept = filtered_logits(scores, GenerateOptions(temperature=1.0, top_k=2, top_p=1.0)).isfinite()
+    kept = filtered_logits(scores, Sampling(temperature=1.0, top_k=2, top_p=1.0)).isfinite()
     assert kept.tolist() == [[True, True, True, True, False]]
     assert torch.equal(kept, TopKLogitsWarper(2)(None, scores).isfinite())
     # Their mass counts for top-p: the best token alone has 73 % of the four.
-    assert filtered_logits(scores, GenerateOptions(temperature=1.0, top_k=2, top_p=0.7)).isfinite().sum() == 1
-    assert filtered_logits(scores, GenerateOptions(temperature=1.0, top_k=2, top_p=0.75)).isfinite().sum() == 4
+    assert filtered_logits(scores, Sampling(temperature=1.0, top_k=2, top_p=0.7)).isfinite().sum() == 1
+    assert filtered_logits(scores, Sampling(temperature=1.0, top_k=2, top_p=0.75)).isfinite().sum() == 4
 
 
 def test_impossible_tokens_stay_impossible() -> None:
     scores = logits().index_fill(1, torch.arange(10, VOCABULARY), -math.inf)
     for top_k, top_p, min_p in [(50, 0.95, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.1), (0, 1.0, 0.0)]:
-        kept = filtered_logits(scores, GenerateOptions(top_k=top_k, top_p=top_p, min_p=min_p)).isfinite()
+        kept = filtered_logits(scores, Sampling(top_k=top_k, top_p=top_p, min_p=min_p)).isfinite()
         assert kept[:, :10].any(dim=1).all()
         assert not kept[:, 10:].any()
 
@@ -115,14 +113,12 @@ def test_rows_without_a_finite_best_are_marked(greedy: bool) -> None:
     scores[2, 3] = math.inf
     scores[3] = -math.inf
     scores[4, 3] = -math.inf
-    tokens = next_tokens(
-        scores, torch.zeros(5, 1, dtype=torch.long), GenerateOptions(greedy=greedy), [Random(0)] * 5
-    ).tolist()
+    tokens = next_tokens(scores, torch.zeros(5, 1, dtype=torch.long), Sampling(greedy=greedy), [Random(0)] * 5).tolist()
     assert [token == NOT_A_TOKEN for token in tokens] == [False, True, True, True, False]
 
 
 def test_nothing_changes_its_input() -> None:
     scores, text = logits(), torch.zeros(4, 2, dtype=torch.long)
     before = scores.clone()
-    next_tokens(scores, text, GenerateOptions(repetition_penalty=2.0, min_p=0.1), [Random(0)] * 4)
+    next_tokens(scores, text, Sampling(repetition_penalty=2.0, min_p=0.1), [Random(0)] * 4)
     assert torch.equal(scores, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from conftest import machine
 
 from lowmem.errors import BadInput, Cancelled, CorruptModel, LowMemError, Unsupported
 from lowmem.events import CancelToken, Step, drain
+from lowmem.generate.decoding import decode
+from lowmem.generate.options import GenerateOptions
+from lowmem.generate.prompts import encode_prompt
 from lowmem.kernels.int8_linear import Int8Linear
 from lowmem.kernels.packed_rows import PackedEmbedding, PackedHead
 from lowmem.machine.budget import MemoryBudget
@@ -159,16 +163,21 @@ def test_a_weight_of_another_shape_is_named(tmp_path):
         loaded(folder, "fp32")
 
 
-def test_the_tokenizer_of_another_model_is_refused(tmp_path):
+def test_of_a_larger_tokenizer_only_the_tokens_of_a_text_must_be_known(tmp_path):
+    """One that has a padding token beyond the embedding, or an image token, is sound (Gemma 3, many of Llama's)."""
     folder = toys.save_toy("llama", tmp_path)
-    tokenizer = toys.tokenizer()
-    from copy import deepcopy
-
-    larger = deepcopy(tokenizer)
+    larger = deepcopy(toys.tokenizer())
     larger.add_tokens([f"token{i}" for i in range(500)])
     larger.save_pretrained(folder)
-    with pytest.raises(BadInput, match="760"):
-        loaded(folder, "fp32")
+    found = loaded(folder, "fp32")
+    assert len(found.tokenizer) == 760
+    torch.testing.assert_close(found.model(IDS).logits, toys.toy("llama")(IDS).logits, rtol=1e-4, atol=1e-4)
+    options = GenerateOptions(max_new_tokens=1, greedy=True)
+    ids = encode_prompt(found.tokenizer, "say token7", raw=True)
+    with pytest.raises(BadInput, match=r"267.*260"):
+        list(decode(found.model, [ids], options, eos_ids=frozenset(), cancel=CancelToken()))
+    with pytest.raises(BadInput, match=r"267.*260"):  # also where no prompt is decoded, such as when a text is scored
+        found.model(torch.tensor([ids]))
 
 
 def test_an_unreadable_tokenizer_is_said(tmp_path):

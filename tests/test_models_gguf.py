@@ -16,6 +16,7 @@ from conftest import machine
 from test_models_encoded import random_model
 from transformers import PreTrainedModel
 
+from lowmem.errors import Unsupported
 from lowmem.events import CancelToken, drain
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.fetch import fetch
@@ -36,6 +37,7 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "LlamaConfig", {}),
     "linear rope": ("llama", "LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "yarn rope": ("llama", "LlamaConfig", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}}),
     "mixtral": ("llama", "MixtralConfig", EXPERTS),
     "qwen2": ("qwen2", "Qwen2Config", {}),
     "qwen3": ("qwen3", "Qwen3Config", {}),
@@ -64,9 +66,13 @@ def metadata(writer: gguf.GGUFWriter, config: Any, arch: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] != "default":
+    if "attention_factor" in rope:
+        writer.add_float32(f"{arch}.rope.scaling.attn_factor", rope["attention_factor"])
+    if rope["rope_type"] in ("linear", "yarn", "spiral"):
         writer.add_string(f"{arch}.rope.scaling.type", rope["rope_type"])
         writer.add_float32(f"{arch}.rope.scaling.factor", rope["factor"])
+    if context := rope.get("original_max_position_embeddings"):
+        writer.add_uint32(f"{arch}.rope.scaling.original_context_length", context)
     if getattr(config, "num_experts_per_tok", None):
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
@@ -115,10 +121,10 @@ def tensors(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray]:
     return found
 
 
-def write(folder: Path, model: PreTrainedModel, arch: str, parts: int = 1) -> Path:
-    """The model as GGUF in Q8_0, in several files if `parts` says so; the model gets the weights that they stand for."""
+def write(folder: Path, model: PreTrainedModel, arch: str, parts: int = 1, **more: np.ndarray) -> Path:
+    """The model as GGUF in Q8_0, in several files if `parts` says so, with `more` tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    stored = list(tensors(model, arch).items())
+    stored = [*tensors(model, arch).items(), *((f"{name}.weight", values) for name, values in more.items())]
     paths = [folder / (f"toy-{n:05d}-of-{parts:05d}.gguf" if parts > 1 else "toy.gguf") for n in range(1, parts + 1)]
     for number, path in enumerate(paths):
         writer = gguf.GGUFWriter(path, arch)
@@ -173,3 +179,47 @@ def test_parts_of_a_split_model(tmp_path: Path) -> None:
     path.with_name("toy-00002-of-00003.gguf").unlink()
     with pytest.raises(Exception, match="toy-00002-of-00003"):
         read_spec(str(path))
+
+
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500_000.0}
+
+
+@pytest.mark.parametrize(("factor", "context"), [(8.0, 8192), (32.0, 8192), (4.0, 16)])
+def test_llama3_rope_lies_in_a_tensor(tmp_path: Path, factor: float, context: int) -> None:
+    """Contexts other than 8192 occur in no model, but the factors tell them."""
+    rope = LLAMA3 | {"factor": factor, "original_max_position_embeddings": context}
+    model = random_model(transformers.LlamaConfig(**SHAPE | {"rope_parameters": rope}))
+    rotary = model.model.rotary_emb
+    plain = 500_000.0 ** (-torch.arange(0, 16, 2) / 16)
+    path = write(tmp_path, model, "llama", rope_freqs=(plain / rotary.inv_freq).numpy().astype(np.float32))
+    round_to_q8(model)
+    assert (logits(path) - model(IDS).logits).abs().max() < 1e-3
+    config = transformers.AutoConfig.from_pretrained(drain(fetch(str(path), CancelToken())))
+    if context == 8192:
+        assert config.rope_parameters == rope
+    else:
+        unscaled = random_model(
+            transformers.LlamaConfig(**SHAPE | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+        )
+        round_to_q8(unscaled)
+        assert (logits(path) - unscaled(IDS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("context", [24, 64], ids=["long", "short"])
+def test_longrope_lies_in_two_tensors(tmp_path: Path, context: int) -> None:
+    short, long = (np.linspace(1, most, 8, dtype=np.float32) for most in (1.5, 6.0))
+    rope = {
+        "rope_type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist(), "attention_factor": 1.25,
+        "rope_theta": 1e4, "original_max_position_embeddings": context,
+    }  # fmt: skip
+    model = random_model(transformers.LlamaConfig(**SHAPE | {"rope_parameters": rope}))
+    path = write(tmp_path, model, "llama", rope_factors_short=short, rope_factors_long=long)
+    round_to_q8(model)
+    torch.testing.assert_close(logits(path), model(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_rope_that_is_scaled_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    model = random_model(transformers.LlamaConfig(**SHAPE))
+    model.config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(Unsupported, match="spiral"):
+        read_spec(str(write(tmp_path, model, "llama")))

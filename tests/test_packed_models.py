@@ -161,14 +161,8 @@ def test_a_quantized_output_head(tmp_path: Path) -> None:
     spec = read_spec(str(tmp_path))
     assert not spec.tied
     assert spec.packed_layers["lm_head"] == (256, 64)
-    model = _without_vocabulary_check(tmp_path)
+    model = loaded(tmp_path)
     torch.testing.assert_close(model(IDS).logits, reference(IDS).logits[..., :256], rtol=1e-4, atol=1e-4)
-
-
-def _without_vocabulary_check(folder: Path) -> PreTrainedModel:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "_check_vocabulary", lambda *_: None)
-        return loaded(folder)
 
 
 def test_a_session_loads_one_and_answers(tmp_path: Path) -> None:

@@ -42,9 +42,11 @@ def _in_fp32(node: NodeProto) -> list[NodeProto]:
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute("accuracy_level", IN_FP32)])
-    if node.op_type != "DynamicQuantizeMatMul":
+    if node.op_type == "QuantizeLinear":  # whose result only MatMulIntegerToFloat takes
+        return [helper.make_node("Identity", node.input[:1], node.output)]
+    if node.op_type != "MatMulIntegerToFloat":
         return [node]
-    x, codes, scales = node.input
+    x, codes, _, scales, _ = node.input
     inputs, rest, shape, shaped, weight, product = (f"{node.name}.{n}" for n in ("in", "out", "to", "codes", "w", "y"))
     return [
         # In a shape that is known once x is: nothing else makes ONNX Runtime wait with dequantizing until a layer's turn.

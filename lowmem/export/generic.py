@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lowmem.export.convert import convert
 from lowmem.export.graph import OPSET
 from lowmem.export.lazy import LazyModel, fold_except, put_weights
 from lowmem.messages import msg
+from lowmem.models.anatomy import LayerCache
 from lowmem.models.cache_argument import cache_argument
 from lowmem.models.checkpoint import Checkpoint
 from lowmem.models.meta_model import is_encoder
@@ -77,8 +78,13 @@ class FlatCache(nn.Module):
         return output.logits, *present
 
 
-def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: CancelToken) -> Iterator[Step]:
+def write_generic(
+    folder: Path, out: Path, caches: Sequence[LayerCache], options: ExportOptions, cancel: CancelToken
+) -> Iterator[Step]:
     """Write the graph of the model in `folder` into `out`.
+
+    Args:
+        caches: what each layer of a decoder caches.
 
     Raises:
         Unsupported: the exporter cannot trace it. MissingDependency: onnxscript is not installed. Cancelled.
@@ -88,7 +94,10 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     with quiet():
         # Traced in fp16, the model keeps its norms in fp32; a conversion afterwards would not.
         dtype = torch.float16 if options.precision == "fp16" else torch.float32
-        (_write_encoder if is_encoder(config) else _write_decoder)(folder, out / GRAPH, dtype)
+        if is_encoder(config):
+            _write_encoder(folder, out / GRAPH, dtype)
+        else:
+            _write_decoder(folder, out / GRAPH, caches, dtype)
     cancel.check()
     yield Step(2, 3, msg("Converting to {precision}", precision=options.precision))
     if options.precision in ("int8", "int4"):
@@ -97,12 +106,12 @@ def write_generic(folder: Path, out: Path, options: ExportOptions, cancel: Cance
     yield Step(3, 3, msg("Written"))
 
 
-def _write_decoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
+def _write_decoder(folder: Path, path: Path, caches: Sequence[LayerCache], dtype: torch.dtype) -> None:
     with Checkpoint(folder) as checkpoint:
         lazy = LazyModel(folder, checkpoint, dtype)
         # `FlatCache` holds the model by this name.
         readers = {f"model.{name}": read for name, read in lazy.readers.items()}
-        traced = _traced(_decoder_arguments(lazy.model, dtype), set(readers))
+        traced = _traced(_decoder_arguments(lazy.model, caches, dtype), set(readers))
         put_weights(traced.graph, readers)
         onnx_ir.save(traced, path, external_data=DATA)
 
@@ -114,14 +123,12 @@ def _write_encoder(folder: Path, path: Path, dtype: torch.dtype) -> None:
     onnx_ir.save(_traced(_encoder_arguments(model.eval()), set()), path, external_data=DATA)
 
 
-def _decoder_arguments(model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _decoder_arguments(model: Any, caches: Sequence[LayerCache], dtype: torch.dtype) -> dict[str, Any]:
     rows, new, past = _SAMPLE
-    cache = [torch.randn(rows, heads, past, width, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
+    shapes = [(rows, one.heads, past, width) for one in caches for width in (one.key_dim, one.value_dim)]
+    cache = [torch.randn(shape, dtype=dtype) for shape in shapes]
     batch, fresh, old, everything = (torch.export.Dim(n) for n in ("batch", "new", "past", "all"))
-    names = [f"{index}.{part}" for index in range(config.num_hidden_layers) for part in ("key", "value")]
+    names = [f"{index}.{part}" for index in range(len(caches)) for part in ("key", "value")]
     return {
         "model": FlatCache(model),
         "args": (

@@ -25,6 +25,9 @@ INT8_ARITHMETIC = 4
 """The accuracy level of MatMulNBits that quantizes activations to int8 per block: twice as fast as fp32."""
 
 
+LARGEST_ACTIVATION = 127
+
+
 class Linear(Protocol):
     """Writes `y = x W^T + b`; returns the name of y."""
 
@@ -90,12 +93,15 @@ class Blocks:
     def gather(self, graph: Graph, ids: str, matrix: Matrix) -> str:
         """Dequantized rows of the matrix: an embedding."""
         codes, scales, zeros = self.store(graph, matrix)
-        bits, (rows, columns) = self.bits_of(matrix), matrix.shape
-        flat = graph.alias(f"{matrix.name}.rows", codes, (rows, columns * bits // 8))
-        return graph.contrib(
+        bits, size, (rows, columns) = self.bits_of(matrix), self._block(matrix), matrix.shape
+        padded = -(-columns // size) * size  # the last block is filled up
+        flat = graph.alias(f"{matrix.name}.rows", codes, (rows, padded * bits // 8))
+        found = graph.contrib(
             "GatherBlockQuantized", (flat, ids, scales, zeros),
-            bits=bits, block_size=self._block(matrix), gather_axis=0, quantize_axis=1,
+            bits=bits, block_size=size, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
+        ends = (graph.constant([0]), graph.constant([columns]), graph.constant([-1]))
+        return found if padded == columns else graph.add("Slice", (found, *ends))
 
     def rounded(self, matrix: Matrix) -> Tensor:
         if isinstance(matrix.weight, Quantized):
@@ -113,29 +119,28 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """Weights in int8 per output channel, activations quantized to uint8 at run time (DynamicQuantizeMatMul).
+    """Weights in int8 per output channel, activations in int8 with a scale for every token (MatMulIntegerToFloat).
+
+    ONNX Runtime's DynamicQuantizeMatMul has one scale for all tokens of a call: a token would be computed in another way
+    beside others than alone.
 
     Args:
         largest: largest absolute code: 127, or 63 if AVX2 without VNNI adds products in 16 bits.
-        per_token: normalize every token first, which gives each its own scale.
     """
 
     largest: int
-    per_token: bool = True
 
     def __call__(self, graph: Graph, x: str, matrix: Matrix) -> str:
         x = _ordered(graph, x, matrix)
         codes, scales = quantize_int8(matrix.dense(), self.largest)
         weight = graph.weight(f"{matrix.name}.dynamic", codes.t().numpy())
         factors = graph.weight(f"{matrix.name}.dynamic_scales", scales.numpy())
-        size = ""
-        if self.per_token:
-            size = graph.add("ReduceMax", (graph.add("Abs", (x,)), graph.constant([-1])), keepdims=1)
-            size = graph.add("Max", (size, graph.constant(1e-12, np.float32)))
-            x = graph.add("Div", (x, size))
-        y = graph.contrib("DynamicQuantizeMatMul", (x, weight, factors))
-        if size:
-            y = graph.add("Mul", (y, size))
+        size = graph.add("ReduceMax", (graph.add("Abs", (x,)), graph.constant([-1])), keepdims=1)
+        size = graph.add("Max", (size, graph.constant(1e-12, np.float32)))
+        step, zero = graph.constant(1 / LARGEST_ACTIVATION, np.float32), graph.constant(128, np.uint8)
+        rounded = graph.add("QuantizeLinear", (graph.add("Div", (x, size)), step, zero))
+        y = graph.contrib("MatMulIntegerToFloat", (rounded, weight, step, factors, zero))
+        y = graph.add("Mul", (y, size))
         return y if matrix.bias is None else graph.add("Add", (y, _bias(graph, matrix, np.float32)))
 
     def rounded(self, matrix: Matrix) -> Tensor:

@@ -109,7 +109,7 @@ class _Export:
         else:
             from lowmem.export.generic import write_generic
 
-            yield from write_generic(self.folder, part, self.options, cancel)
+            yield from write_generic(self.folder, part, self.spec.caches, self.options, cancel)
         release_memory()
         if self.options.optimise and self.estimate.generic:
             from lowmem.export.optimise import optimise

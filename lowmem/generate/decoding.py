@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random, SystemRandom
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from lowmem.errors import BadInput, CorruptModel
 from lowmem.events import CancelToken, Step
 from lowmem.generate import prompt_lookup, sampling
-from lowmem.generate.options import GenerateOptions
+from lowmem.generate.options import GenerateOptions, Sampling
+from lowmem.generate.processors import Processors, requested
 from lowmem.generate.rows import Rows
+from lowmem.generate.tokens import check_ids
 from lowmem.machine.monitor import HeapTrimmer
 from lowmem.messages import msg
 
@@ -54,6 +56,8 @@ def decode(
 ) -> Generator[Step | Tokens, None, None]:
     """Continue every prompt by up to `options.max_new_tokens` tokens.
 
+    What `options` leave open is chosen by the model's generation config, whose logits processors apply too.
+
     Sequence `p * num_return_sequences + s` is continuation s of prompt p. Each prompt is processed once for all its
     continuations. Prompt and continuation together must fit the model's context.
 
@@ -84,14 +88,22 @@ def decode(
     if options.num_return_sequences > 1:
         rows.branch(options.num_return_sequences)
         logits = logits.repeat_interleave(options.num_return_sequences, dim=0)
+    generation = getattr(model, "generation_config", None)
+    chosen = options.sampling({} if generation is None else vars(generation))
+    processors = None
+    if fields := requested(generation, chosen.repetition_penalty, eos_ids, logits.shape[-1]):
+        texts = [prompt for prompt in prompts for _ in range(options.num_return_sequences)]
+        processors = Processors(fields, texts, options.max_new_tokens, eos_ids, logits.device)
+        chosen = replace(chosen, repetition_penalty=1.0)
     first = resolve_seed(options.seed)
     randoms = [Random(seed) for seed in seeds or range(first, first + count)]
     # With a cache, one token passes a block quickly, and hooks on every module would slow down each token.
     with cancellable(blocks if options.use_cache else parts, cancel):
-        if prompt_lookup.applies(options, count, model) and rows.can_crop:
-            yield from _decode_with_lookup(rows, logits, options, eos_ids, cancel, check, ended)
+        plain = processors is None and chosen.repetition_penalty == 1.0
+        if plain and prompt_lookup.applies(options, count, model) and rows.can_crop:
+            yield from _decode_with_lookup(rows, logits, options, chosen, eos_ids, cancel, check, ended)
             return
-        yield from _decode(rows, logits, randoms, options, eos_ids, cancel, check, ended)
+        yield from _decode(rows, logits, randoms, options, chosen, processors, eos_ids, cancel, check, ended)
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -109,16 +121,7 @@ def decoder_config(model: Any) -> Any:
 def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     if not prompts or not all(prompts):
         raise BadInput(msg("The prompt is empty."), msg("Write something for the model to continue."))
-    largest = max(map(max, prompts))
-    if largest >= vocabulary:
-        raise BadInput(
-            msg(
-                "The tokenizer produced token {largest:,}, but the model's vocabulary has only {vocabulary:,} tokens.",
-                largest=largest,
-                vocabulary=vocabulary,
-            ),
-            msg("The tokenizer belongs to another model: download the model again with its own tokenizer."),
-        )
+    check_ids(max(map(max, prompts)), vocabulary)
 
 
 @contextmanager
@@ -167,6 +170,8 @@ def _decode(
     logits: Tensor,
     randoms: list[Random],
     options: GenerateOptions,
+    chosen: Sampling,
+    processors: Processors | None,
     eos_ids: frozenset[int],
     cancel: CancelToken,
     check: Callable[[], None],
@@ -177,11 +182,15 @@ def _decode(
     live = list(range(count))
     for made in range(1, options.max_new_tokens + 1):
         with _one_thread(rows.model):
+            if processors is not None:
+                logits = processors(logits, live)
             new = sampling.next_tokens(
-                logits, rows.text[:, : rows.length], options, [randoms[sequence] for sequence in live]
+                logits, rows.text[:, : rows.length], chosen, [randoms[sequence] for sequence in live]
             )
         ids = new.tolist()
         _check_numbers(ids, made)
+        if processors is not None:
+            processors.add(live, ids)
         answer: list[int | None] = [None] * count
         for sequence, token in zip(live, ids, strict=True):
             answer[sequence] = token
@@ -202,6 +211,7 @@ def _decode_with_lookup(
     rows: Rows,
     logits: Tensor,
     options: GenerateOptions,
+    chosen: Sampling,
     eos_ids: frozenset[int],
     cancel: CancelToken,
     check: Callable[[], None],
@@ -212,7 +222,7 @@ def _decode_with_lookup(
     draft, made = list[int](), 0
     while True:
         with _one_thread(rows.model):
-            choices = sampling.next_tokens(logits, rows.text, options, ()).tolist()
+            choices = sampling.next_tokens(logits, rows.text, chosen, ()).tolist()
             _check_numbers(choices, made + 1)
             found = prompt_lookup.accepted(logits, choices, draft)
         for token in found:

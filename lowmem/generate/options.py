@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from lowmem.fields import option
+from lowmem.fields import Option, describe, option
 from lowmem.messages import msg
 
 LARGEST_BATCH = 64
@@ -15,7 +18,8 @@ LARGEST_BATCH = 64
 class GenerateOptions:
     """Options of one generation, named as in transformers where it has the same option.
 
-    With `greedy` the sampling options have no effect.
+    With `greedy` the sampling options have no effect, but for the repetition penalty. Sampling options that are None
+    take what the model's generation_config.json says, see `sampling`.
     """
 
     max_new_tokens: int = option(
@@ -27,35 +31,50 @@ class GenerateOptions:
         step=1,
     )
     greedy: bool = option(False, msg("Greedy"), msg("Always take the most likely token: no sampling, repeatable."))
-    temperature: float = option(
-        0.7, msg("Temperature"), msg("Below 1 is more predictable, above 1 more random."), low=0.05, high=5.0, step=0.05
+    temperature: float | None = option(
+        0.7,
+        msg("Temperature"),
+        msg("Below 1 is more predictable, above 1 more random."),
+        low=0.05,
+        high=5.0,
+        step=0.05,
+        from_model=True,
     )
-    top_k: int = option(
-        50, msg("Top-k"), msg("Sample from the k most likely tokens; 0 turns it off."), low=0, high=1000, step=1
+    top_k: int | None = option(
+        50,
+        msg("Top-k"),
+        msg("Sample from the k most likely tokens; 0 turns it off."),
+        low=0,
+        high=1000,
+        step=1,
+        from_model=True,
     )
-    top_p: float = option(
+    top_p: float | None = option(
         0.95,
         msg("Top-p"),
         msg("Sample from the most likely tokens that together reach this probability; 1 turns it off."),
         low=0.01,
         high=1.0,
         step=0.01,
+        from_model=True,
     )
-    min_p: float = option(
+    min_p: float | None = option(
         0.0,
         msg("Min-p"),
         msg("Drop tokens less likely than this fraction of the most likely one; 0 turns it off."),
         low=0.0,
         high=0.99,
         step=0.01,
+        from_model=True,
     )
-    repetition_penalty: float = option(
+    repetition_penalty: float | None = option(
         1.0,
         msg("Repetition penalty"),
         msg("Above 1 discourages tokens already in the text; 1 turns it off."),
         low=0.5,
         high=3.0,
         step=0.05,
+        from_model=True,
     )
     seed: int = option(
         -1,
@@ -136,3 +155,35 @@ class GenerateOptions:
         high=8192,
         step=16,
     )
+
+    def sampling(self, defaults: Mapping[str, Any]) -> Sampling:
+        """How to choose tokens: as these options say, else as `defaults` do, such as a generation_config.json, else as usual.
+
+        Defaults that are no numbers are ignored, those beyond an option's range are moved into it.
+        """
+        chosen: dict[str, Any] = {}
+        for one in describe(self):
+            if one.from_model:
+                value = getattr(self, one.name)
+                chosen[one.name] = _within(one, defaults.get(one.name)) if value is None else value
+        return Sampling(self.greedy, **chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The options of `GenerateOptions` that choose a token, all of them decided."""
+
+    greedy: bool = False
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def _within(option: Option, value: Any) -> Any:
+    """`value` as a value of `option`, its default if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return option.default
+    low, high = option.low or 0, option.high or math.inf
+    return type(option.default)(min(max(value, low), high))

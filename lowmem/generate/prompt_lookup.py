@@ -33,7 +33,9 @@ _ROUNDING = ("lowmem.kernels", "bitsandbytes")
 
 def applies(options: GenerateOptions, rows: int, model: Any) -> bool:
     """Whether prompt lookup cannot change the output: one greedy sequence, computed in fp32 with a full, exact cache."""
-    if options.prompt_lookup_num_tokens < 1 or rows != 1 or not options.greedy or options.repetition_penalty != 1.0:
+    if options.prompt_lookup_num_tokens < 1 or rows != 1 or not options.greedy:
+        return False
+    if options.repetition_penalty not in (None, 1.0):
         return False
     plain = options.use_cache and not options.window and options.cache_type == "same"
     return plain and is_exact(model)

@@ -16,6 +16,7 @@ from lowmem.generate.cache import factory, policy
 from lowmem.generate.cache.capability import cache_use, position_inputs
 from lowmem.generate.cache.packed import set_pads
 from lowmem.generate.cache.window import WindowCache
+from lowmem.generate.growing_rotation import GrowingRotation
 from lowmem.generate.options import GenerateOptions
 from lowmem.models.cache_argument import cache_argument
 
@@ -43,6 +44,8 @@ class Rows:
         self._begin = 0  # first column that is in the cache, or that is recomputed
         self._cache = None
         self._use = cache_use(model)
+        self._growing, self._chunk = GrowingRotation(model), options.prefill_chunk
+        self._switched = False  # a row has just become so long that its cached tokens are rotated by other frequencies
         if options.use_cache and self._use.cached:
             rows = len(prompts) * options.num_return_sequences
             self._cache = policy.make_cache(model, options, rows=rows, capacity=capacity, pads=self._first)
@@ -76,6 +79,20 @@ class Rows:
         """Logits [rows, vocab] in float32 after column `end - 1`; columns before `start` are in the cache."""
         if self._recomputes or self._cache is None:
             start = self._recomputed_from(start, end)
+        if self._switched and not self._recomputes and self._cache is not None:
+            self._switched = False
+            self._cache.reset()
+            for begin in range(self._begin, start, self._chunk):
+                self._pass(begin, min(begin + self._chunk, start))
+        return self._pass(start, end)
+
+    def _pass(self, start: int, end: int) -> Tensor:
+        if isinstance(self._cache, WindowCache):  # whose positions stay below all limits
+            return self._logits(start, end)
+        with self._growing.of([self.length - first for first in self._first]):
+            return self._logits(start, end)
+
+    def _logits(self, start: int, end: int) -> Tensor:
         inputs: dict[str, object] = {"input_ids": self.text[:, start:end], "use_cache": False}
         if "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = 1
@@ -94,6 +111,8 @@ class Rows:
     def can_crop(self) -> bool:
         """Whether the latest tokens can be dropped from the cache."""
         layers = getattr(self._cache, "layers", None)
+        if self._growing and self.text.shape[1] > self._growing.limit:
+            return False
         return hasattr(self._cache, "crop") and (
             layers is None or all(type(layer) is factory.FullLayer for layer in layers)
         )
@@ -145,6 +164,8 @@ class Rows:
         if self.length == self.text.shape[1]:
             self._evict(self.length - self._window)
         self.text[:, self.length] = tokens
+        if self._growing.switch and not isinstance(self._cache, WindowCache):
+            self._switched |= any(self.length - first == self._growing.switch for first in self._first)
         self.length += 1
 
     def _evict(self, tokens: int) -> None:

@@ -14,13 +14,13 @@ from random import Random
 import torch
 from torch import Tensor
 
-from lowmem.generate.options import GenerateOptions
+from lowmem.generate.options import Sampling
 
 NOT_A_TOKEN = -1
 """Marks a row whose largest logit is NaN or infinite."""
 
 
-def next_tokens(logits: Tensor, text: Tensor, options: GenerateOptions, randoms: Sequence[Random]) -> Tensor:
+def next_tokens(logits: Tensor, text: Tensor, options: Sampling, randoms: Sequence[Random]) -> Tensor:
     """The next token of every row, int64 [rows]; `NOT_A_TOKEN` where the logits are NaN or infinite.
 
     Args:
@@ -46,7 +46,7 @@ def penalized(logits: Tensor, text: Tensor, penalty: float) -> Tensor:
     return logits.scatter(1, text, scores)
 
 
-def filtered_logits(logits: Tensor, options: GenerateOptions) -> Tensor:
+def filtered_logits(logits: Tensor, options: Sampling) -> Tensor:
     """Logits over temperature, with -inf for tokens that top-k, top-p (arXiv 1904.09751) or min-p drop."""
     scaled = logits / options.temperature
     if options.top_k == 0 and options.top_p >= 1.0:

@@ -8,11 +8,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowmem.errors import BadInput
+from lowmem.messages import msg
+
 PIECE, OVERLAP = 32_768, 512
 """In characters."""
 
 AGREEING = 16
 """Tokens after the join on which two pieces must agree."""
+
+
+def check_ids(largest: int, vocabulary: int) -> None:
+    """Refuse token ids of which the model has no embedding.
+
+    A tokenizer may know more tokens than the model: only those of a text matter.
+
+    Raises:
+        BadInput: `largest` is not below the number of tokens in the model's `vocabulary`.
+    """
+    if largest >= vocabulary:
+        raise BadInput(
+            msg(
+                "The tokenizer produced token {largest:,}, but the model's vocabulary has only {vocabulary:,} tokens.",
+                largest=largest,
+                vocabulary=vocabulary,
+            ),
+            msg("The tokenizer belongs to another model: download the model again with its own tokenizer."),
+        )
 
 
 def token_ids(tokenizer: Any, text: str, most: int | None = None) -> list[int]:

@@ -59,7 +59,14 @@ class Target:
 
 
 class Conversions:
-    """Which parameters of `model` are made of which tensors."""
+    """Which parameters of `model` are made of which tensors.
+
+    Attributes, of what `targets` was given:
+        prefix: what a larger model puts in front of the names.
+        unused: the names that belong to no parameter.
+    """
+
+    prefix, unused = "", frozenset[str]()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -72,13 +79,16 @@ class Conversions:
     def targets(self, stored: Collection[str]) -> list[Target]:
         """The parameters that tensors of these names make, in the order of the names; others are left out."""
         ordered = sorted(stored, key=dot_natural_key)
-        prefix = self._prefix(ordered)
+        prefix = self.prefix = self._prefix(ordered)
         groups: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in ordered:
             found = self._target(name) or (self._target(name.removeprefix(prefix)) if name.startswith(prefix) else None)
             if found is not None:
                 parameter, pattern = found
                 groups[parameter][pattern].append(name)
+        self.unused = frozenset(ordered) - {
+            name for group in groups.values() for names in group.values() for name in names
+        }
         return list(chain.from_iterable(self._made(name, patterns) for name, patterns in groups.items()))
 
     def _target(self, name: str) -> tuple[str, str | None] | None:

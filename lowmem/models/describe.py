@@ -15,6 +15,7 @@ from lowmem.models.anatomy import Anatomy
 from lowmem.models.derive import derive
 from lowmem.models.encoded import encoding
 from lowmem.models.files import Files, Ranged, fingerprint, read_fields, read_object
+from lowmem.models.generation_config import generation_fields
 from lowmem.models.gguf_file import MODEL_TYPES, read_ggufs
 from lowmem.models.model_files import (
     CONFIG,
@@ -78,7 +79,14 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
         dequantized=kinds,
         size_on_disk=sum(file.size for file in weights),
         has_chat_template=has_chat_template(files),
+        sampling=_sampling(files),
     )
+
+
+def _sampling(files: Files) -> tuple[tuple[str, float], ...]:
+    """The numbers of a generation_config.json."""
+    found = generation_fields(files)
+    return tuple((key, value) for key, value in sorted(found.items()) if type(value) in (int, float))
 
 
 def _check_generates(anatomy: Anatomy, name: str, encoders: bool) -> None:
@@ -140,6 +148,7 @@ def _describe_exported(files: Files, source: ModelSource, config: dict[str, Any]
         **anatomy.shape(),
         size_on_disk=sum(manifest.files.values()),
         has_chat_template=has_chat_template(files),
+        sampling=_sampling(files),
         exported=manifest.precision,
     )
 

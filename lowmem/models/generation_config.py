@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import LowMemError
-from lowmem.models.files import LocalFolder, read_object
+from lowmem.models.files import Files, LocalFolder, read_object
 from lowmem.models.foreign import build_leniently
-from lowmem.models.model_files import CONFIG
+from lowmem.models.model_files import CONFIG, GENERATION_CONFIG
 
 log = logging.getLogger("lowmem.models")
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,8 @@ class _Fields:
     max_new_tokens: int | None = None
 
 
-def generation_fields(folder: Path, name: str = GENERATION_CONFIG) -> dict[str, Any]:
+def generation_fields(files: Files, name: str = GENERATION_CONFIG) -> dict[str, Any]:
     """What the file says, without what has the wrong type; {} if it is absent or damaged."""
-    files = LocalFolder(folder)
     if name not in files.names:
         return {}
     try:
@@ -56,7 +53,7 @@ def generation_fields(folder: Path, name: str = GENERATION_CONFIG) -> dict[str, 
         return {}
     _, wrong = build_leniently(_Fields, found)
     if wrong:
-        log.warning("%s of %s: ignored is %s", name, folder.name, ", ".join(wrong))
+        log.warning("%s of %s: ignored is %s", name, files.owner, ", ".join(wrong))
     return {key: value for key, value in found.items() if key not in wrong}
 
 
@@ -64,7 +61,7 @@ def generation_config(folder: Path) -> Any:
     """transformers' `GenerationConfig` of a folder; None if it has none."""
     from transformers import GenerationConfig
 
-    found = generation_fields(folder)
+    found = generation_fields(LocalFolder(folder))
     known = {field.name: found[field.name] for field in fields(_Fields) if field.name in found}
     for values in filter(None, (found, known)):
         try:
@@ -77,7 +74,7 @@ def generation_config(folder: Path) -> Any:
 def eos_token_ids(folder: Path) -> list[int]:
     """The end-of-sequence tokens, of config.json where generation_config.json names none."""
     for name in (GENERATION_CONFIG, CONFIG):
-        found = generation_fields(folder, name).get("eos_token_id")
+        found = generation_fields(LocalFolder(folder), name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if ids := [token for token in ids if token is not None]:
             return ids

@@ -6,6 +6,7 @@ Reads no weights, and works on byte ranges of a remote file too.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,8 @@ _FIELDS: dict[str, Any] = {
 }
 _FIELDS_OF_ARCHITECTURE: dict[str, Any] = {
     **{key: float if re.search("epsilon|base|softcapping|scale", key) else int for key in _CONFIG_KEYS},
-    **{_SCALING + key: float for key in ("factor", *_YARN_KEYS)},
+    **{_SCALING + key: float for key in ("factor", "attn_factor", *_YARN_KEYS)},
+    "rope.scale_linear": float,
     _SCALING + "type": str,
     "rope.dimension_count": int,
     "logit_scale": float,
@@ -153,16 +155,44 @@ class Gguf:
         return MODEL_TYPES.get(arch, arch)
 
     def _scaled_rope(self, config: Mapping[str, Any], arch: str) -> dict[str, Any]:
-        """transformers' `rope_parameters` of a model whose rotary positions are scaled, {} of another."""
+        """transformers' `rope_parameters` of a model whose rotary positions are scaled, {} of another.
+
+        Raises:
+            Unsupported: they are scaled in an unknown way.
+        """
         kind = self.metadata.get(f"{arch}.{_SCALING}type")
         factor = self.metadata.get(f"{arch}.{_SCALING}factor")
-        if kind not in ("linear", "yarn") or not factor:
+        if kind is None and (factor := self.metadata.get(f"{arch}.rope.scale_linear")):
+            kind = "linear"
+        if kind in (None, "none", "longrope") or not factor or factor == 1:  # factors of longrope are tensors
             return {}
+        if kind not in ("linear", "yarn"):
+            raise Unsupported(
+                msg("The rotary positions of {arch} are scaled by {kind!r}, which is not known.", arch=arch, kind=kind),
+                msg("Choose another file."),
+            )
         rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
-        for key, name in _YARN_KEYS.items() if kind == "yarn" else ():
-            if value := self.metadata.get(f"{arch}.{_SCALING}{key}"):
-                rope[name] = value
+        if kind == "yarn":
+            for key, name in _YARN_KEYS.items():
+                if value := self.metadata.get(f"{arch}.{_SCALING}{key}"):
+                    rope[name] = value
+            if (attention := self.metadata.get(f"{arch}.{_SCALING}attn_factor")) and attention != 1:
+                rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
+            if arch == "gpt-oss":
+                rope["truncate"] = False
         return rope | ({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {})
+
+    def long_rope(self, short: list[float], long: list[float]) -> dict[str, Any]:
+        """transformers' `rope_parameters` for frequencies that are divided by `short` or, in long texts, by `long`."""
+        arch = self.metadata.get("general.architecture")
+        length = self.metadata.get(f"{arch}.{_SCALING}original_context_length") or self.metadata.get(
+            f"{arch}.context_length"
+        )
+        rope = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        attention = self.metadata.get(f"{arch}.{_SCALING}attn_factor")
+        return (
+            rope | {"original_max_position_embeddings": int(length or 0)} | ({"attention_factor": attention} if attention else {})
+        )
 
 
 def gguf_parts(name: str) -> list[str]:

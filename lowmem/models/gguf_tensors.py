@@ -52,9 +52,8 @@ class Converter:
         self._dtype = dtype
         arch = str(header.metadata["general.architecture"])
         config = _config(files[0], header) | _tokens(header)
-        if factors := self._rope_factors():
-            rope = {"rope_type": "llama3", "factor": factors, "rope_theta": config.get("rope_theta", 10_000.0)}
-            config["rope_parameters"] = rope | LLAMA3_ROPE
+        if rope := self._rope(header, config):
+            config["rope_parameters"] = rope | {"rope_theta": config.get("rope_theta", 10_000.0)}
         self.config: Any = AutoConfig.for_model(**config)
         model = modules.build(self.config)
         self.config.architectures = [type(model).__name__]
@@ -96,11 +95,28 @@ class Converter:
             out[start : start + step] = dequantize(data[start : start + step], tensor.tensor_type)
         return out
 
-    def _rope_factors(self) -> float:
-        """The factor of Llama 3's scaling of rotary positions, which llama.cpp stores as a tensor; 0 without one."""
-        found = (tensor for reader in self._readers for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
-        factors = next((np.asarray(tensor.data, dtype=np.float32) for tensor in found), None)
-        return 0.0 if factors is None or factors.max() <= 1 else float(factors.max())
+    def _rope(self, header: Gguf, config: dict[str, Any]) -> dict[str, Any]:
+        """`rope_parameters` of a model whose frequencies are divided by factors that lie beside its weights, else {}."""
+        names = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+        stored = (tensor for reader in self._readers for tensor in reader.tensors if tensor.name in names)
+        factors = {tensor.name: np.asarray(tensor.data, dtype=np.float32) for tensor in stored}
+        if set(names[1:]) <= factors.keys():
+            return header.long_rope(*(factors[name].tolist() for name in names[1:]))
+        plain = factors.get(names[0])
+        if plain is None or (plain == 1).all():
+            return {}
+        rope: dict[str, Any] = {"rope_type": "llama3", "factor": float(plain.max()), **LLAMA3_ROPE}
+        if np.allclose(_llama3_factors(len(plain), config.get("rope_theta", 10_000.0), rope), plain, rtol=1e-3):
+            return rope
+        return header.long_rope(plain.tolist(), plain.tolist()) | {"attention_factor": 1.0}
+
+
+def _llama3_factors(count: int, theta: float, rope: dict[str, float]) -> np.ndarray[Any, Any]:
+    """What Llama 3 divides its frequencies by (`convert_hf_to_gguf.py` of llama.cpp)."""
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    waves = 2 * np.pi * theta ** (np.arange(count) / count)
+    share = np.clip((context / waves - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - share) / rope["factor"] + share))
 
 
 def _config(file: Path, header: Gguf) -> dict[str, Any]:

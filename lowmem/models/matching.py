@@ -15,6 +15,7 @@ from lowmem.models.conversions import Conversions, Target
 from lowmem.models.entries import Source
 from lowmem.models.experts import unstack
 from lowmem.models.spec import CODE_DTYPES, PACKED_PARTS
+from lowmem.models.unused import check_unused
 
 
 class Inventory(Protocol):
@@ -45,11 +46,11 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
     """Parameter name -> name in `checkpoint.tensors`; tied parameters are left out.
 
     Names and layouts are those of `conversions.Conversions`. A parameter that is made of several stored tensors becomes
-    a tensor of `checkpoint` under the parameter's own name. Stored tensors that the model has no parameter for, such as
-    those of a vision tower, are not read.
+    a tensor of `checkpoint` under the parameter's own name. Stored tensors that the model has no parameter for must be
+    known to be without effect on it, such as those of a vision tower, see `check_unused`.
 
     Raises:
-        CorruptModel: a weight is missing or has another shape.
+        CorruptModel: a weight is missing, left over, or has another shape.
         Unsupported: layers whose activations are scaled.
     """
     if folded := next((name for name in checkpoint.tensors if name.endswith(FOLDED_SCALES)), None):
@@ -65,7 +66,8 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
     layers = {name: f"{name}.weight" for name in packed}
     plain = [name for name in checkpoint.tensors if packed_layer(name, packed) is None]
     expected = _Expected(model)
-    targets = Conversions(model).targets([*plain, *layers.values()])
+    conversions = Conversions(model)
+    targets = conversions.targets([*plain, *layers.values()])
     parts: dict[str, str] = {}
     held: set[str] = set()
     for target in targets:
@@ -76,7 +78,9 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
                 # Includes the bias: AutoGPTQ stores one of zeros even if the model has none.
                 found = (part for part in (".weight", *PACKED_PARTS, ".bias") if f"{layer}{part}" in checkpoint.tensors)
                 parts |= {owner + part: f"{layer}{part}" for part in found}
+    unused = set(conversions.unused)
     for name, experts in _stacked_layers(model, packed).items():
+        unused -= {f"{layer}.weight" for layer in experts}
         held.add(name)
         for number, layer in enumerate(experts):
             found = (part for part in (".weight", *PACKED_PARTS) if f"{layer}{part}" in checkpoint.tensors)
@@ -89,6 +93,7 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
             matched[target.name] = target.add_to(checkpoint.tensors)
     matched |= {name: stored for name, stored in parts.items() if f"{name.rpartition('.')[0]}.weight" not in tied}
     _check(expected, checkpoint, matched, tied | held)
+    check_unused(model, unused, conversions.prefix)
     order = {name.rpartition(".")[0]: number for number, name in enumerate(model.state_dict())}
     return dict(sorted(matched.items(), key=lambda found: _place(order, found[0])))
 

@@ -12,13 +12,13 @@ from lowmem.models.files import Files, read_fields
 from lowmem.models.quantization import SIDE_FILES
 from lowmem.models.tensors import Tensor
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "lowmem_export.json"
 """In folders of exported graphs, see `lowmem.runtime.onnx.manifest`."""
 
 COMPANIONS = (
-    CONFIG, "generation_config.json", "chat_template.jinja", "chat_template.json",
+    CONFIG, GENERATION_CONFIG, "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", *SIDE_FILES,
 )  # fmt: skip

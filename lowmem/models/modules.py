@@ -82,6 +82,10 @@ def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTr
     return model.eval().requires_grad_(False)
 
 
+HALF = "_half_of_a_model"
+"""An attribute of configurations whose files hold a larger model."""
+
+
 def writes_text(config: PreTrainedConfig) -> bool:
     """Whether transformers has a model of this configuration that continues text, perhaps text with images."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -114,6 +118,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         return config
     if "tie_word_embeddings" in config.to_diff_dict():
         text.tie_word_embeddings = config.tie_word_embeddings
+    setattr(text, HALF, True)
     return text
 
 

@@ -84,6 +84,7 @@ class ModelSpec:
         size_on_disk: bytes of the weight files.
         has_chat_template: the tokenizer can format a conversation.
         exported: precision of the graph of an exported model, "" for a model with weights.
+        sampling: (name, value) of the numbers in its generation_config.json: its own defaults for sampling options.
     """
 
     source: ModelSource
@@ -111,6 +112,7 @@ class ModelSpec:
     size_on_disk: int = 0
     has_chat_template: bool = False
     exported: str = ""
+    sampling: tuple[tuple[str, float], ...] = ()
 
     @property
     def ref(self) -> str:

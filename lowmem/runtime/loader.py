@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.errors import BadInput, CorruptModel, Unsupported, first_line, is_out_of_memory
+from lowmem.errors import CorruptModel, Unsupported, first_line, is_out_of_memory
 from lowmem.events import CancelToken, Step
+from lowmem.generate.tokens import check_ids
 from lowmem.kernels import packed_linear
 from lowmem.kernels.packed_rows import PackedEmbedding, PackedHead, PackedRows
 from lowmem.kernels.stored_layers import StoredEmbedding, StoredLinear
@@ -68,7 +69,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
     is freed with it.
 
     Raises:
-        CorruptModel, Unsupported, BadInput: the folder does not hold what the plan expects.
+        CorruptModel, Unsupported: the folder does not hold what the plan expects.
         Cancelled: between two tensors.
     """
     if refusal := storage_refusal(plan.spec) or available(plan.precision, plan.hardware, plan.device, plan.spec):
@@ -88,7 +89,7 @@ def load(plan: Plan, folder: Path, cancel: CancelToken) -> Generator[Step, None,
     _settle(model, device)
     if device.type == "cpu" and dtype == torch.bfloat16:
         _avoid_copying_head(model)
-    _check_vocabulary(tokenizer, model, plan)
+    _guard_vocabulary(model, tokenizer)
     return Loaded(model, tokenizer, device, dtype, streamer)
 
 
@@ -319,17 +320,14 @@ def _tie(model: PreTrainedModel, parameter: str, source: str) -> None:
         model.set_submodule(owner, origin)
 
 
-def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, plan: Plan) -> None:
-    if len(tokenizer) > (size := model.config.get_text_config().vocab_size):
-        raise BadInput(
-            msg(
-                "The tokenizer has {tokenizer:,} tokens but {model} has only {size:,}: it belongs to another model.",
-                tokenizer=len(tokenizer),
-                model=plan.spec.name,
-                size=size,
-            ),
-            msg("Put the model's own tokenizer files beside its weights."),
-        )
+def _guard_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Let a text with tokens that the model does not know end in a sentence, where the tokenizer has such tokens.
+
+    On a GPU an index beyond the embedding would end all further work of the process.
+    """
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: check_ids(int(inputs[0].max()), size))
 
 
 def warm_up(loaded: Loaded) -> None:

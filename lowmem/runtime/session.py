@@ -468,7 +468,7 @@ class Session:
             folder = yield from onnx_loader.graph_folder(plan, folder, cancel, UNLIMITED if force else plan.budget)
         with self._meter(plan, force) as meter, outside_heap():
             on_onnx = plan.backend == "onnx"
-            loading = onnx_loader.load_graph(plan, folder) if on_onnx else loader.load(plan, folder, cancel)
+            loading = onnx_loader.load_graph(folder) if on_onnx else loader.load(plan, folder, cancel)
             yield next(loading)
             release_memory()
             before = _resident_bytes()

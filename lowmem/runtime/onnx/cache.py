@@ -21,9 +21,9 @@ class Graph(Protocol):
     config: Any
     session: Any
     prefill: Any
-    past: list[str]
-    kv_heads: int
-    head_dim: int
+    past: dict[str, tuple[int, int]]
+    """Heads and their size, of the keys or values of a layer."""
+
     cache_type: Any
     keeps_logits: bool
     has_positions: bool
@@ -41,8 +41,10 @@ class InPlaceCache:
 
     def __init__(self, model: Graph, rows: int, capacity: int) -> None:
         self._model = model
-        shape = (rows, model.kv_heads, capacity, model.head_dim)
-        self._stores = {name: np.zeros(shape, model.cache_type) for name in model.past}
+        self._stores = {
+            name: np.zeros((rows, heads, capacity, width), model.cache_type)
+            for name, (heads, width) in model.past.items()
+        }
         self.lengths = np.zeros(0, np.int64)
         self._bound: tuple[int, Binding, dict[str, np.ndarray]] | None = None
 
@@ -161,8 +163,8 @@ class GrowingCache:
         )
         for name, array in feeds.items():
             binding.input(name, array)
-        empty = np.empty((rows, model.kv_heads, 0, model.head_dim), model.cache_type)
-        for name in model.past:
+        for name, (heads, width) in model.past.items():
+            empty = np.empty((rows, heads, 0, width), model.cache_type)
             binding.input(name, self._values.get(name, empty))
         names = ["logits", *(name.replace("past_key_values", "present") for name in model.past)]
         for name in names:

@@ -26,7 +26,7 @@ from lowmem.models.inventory import graph_prefix
 from lowmem.planning.exported import runtime_version
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.planning.plan import Plan
-from lowmem.runtime.loader import Loaded, _check_vocabulary, _tokenizer
+from lowmem.runtime.loader import Loaded, _tokenizer
 from lowmem.runtime.onnx.manifest import discard, is_exported, read_manifest
 from lowmem.runtime.onnx.model import OnnxModel
 from lowmem.settings import settings
@@ -35,7 +35,7 @@ from lowmem.version import __version__
 log = logging.getLogger("lowmem.export")
 
 
-def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
+def load_graph(folder: Path) -> Generator[Step, None, Loaded]:
     """Open the exported `folder`; the generator's return value is a `Loaded` whose model is an `OnnxModel`.
 
     Raises:
@@ -46,9 +46,7 @@ def load_graph(plan: Plan, folder: Path) -> Generator[Step, None, Loaded]:
     yield Step(0, 0, msg("Opening the graph"))
     model = OnnxModel(folder)
     yield Step(1, 1, msg("Loading weights"))
-    loaded = Loaded(model, tokenizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]  # its duck
-    _check_vocabulary(tokenizer, loaded.model, plan)
-    return loaded
+    return Loaded(model, tokenizer, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]  # its duck
 
 
 def graph_folder(

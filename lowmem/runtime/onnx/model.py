@@ -166,18 +166,19 @@ class OnnxModel:
         self._arena = arena
         self.session = opened(folder / GRAPH, **arguments)
         inputs = [value.name for value in self.session.get_inputs()]
-        self.past = [name for name in inputs if name.startswith("past_key_values.")]
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        self.past = {
+            name: (int(shapes[name][1]), int(shapes[name][3])) for name in inputs if name.startswith("past_key_values.")
+        }
         if not self.past:
             raise Unsupported(
                 msg("The graph in {folder} has no KV cache, so it cannot generate text.", folder=folder.name),
                 msg("Export a text generation model."),
             )
-        shape = self.session.get_inputs()[inputs.index(self.past[0])].shape
-        self.kv_heads, self.head_dim = int(shape[1]), int(shape[3])
         self.keeps_logits = KEEP in [value.name for value in self.session.get_overridable_initializers()]
         self.has_positions = "position_ids" in inputs
         self.cache_type = {"tensor(float16)": np.float16}.get(
-            self.session.get_inputs()[inputs.index(self.past[0])].type, np.float32
+            self.session.get_inputs()[inputs.index(next(iter(self.past)))].type, np.float32
         )
         self.in_place = self.manifest.kind == "fused"
         self.prefill = opened(folder / PREFILL, **arguments) if PREFILL in self.manifest.files else None

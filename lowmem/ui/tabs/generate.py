@@ -24,6 +24,7 @@ from lowmem.ui.tabs.completion import Completion
 
 MAIN = ("max_new_tokens", "temperature", "top_p")
 REST = tuple(option.name for option in describe(GenerateOptions) if option.name not in MAIN)
+SAMPLING = tuple(option.name for option in describe(GenerateOptions) if option.from_model)
 ESTIMATED = ("max_new_tokens", "num_return_sequences", "cache_type", "window", "sinks", "use_cache", "prefill_chunk")
 
 
@@ -97,7 +98,8 @@ class GenerateTab:
     def shown(self, event: Any) -> Any:
         """After `event`, redraw for the resident model at that moment."""
         setup = self.setup
-        outputs = [*setup.view_outputs, self.workbench, self.template_note, self.controls["cache_type"]]
+        sampling = [self.controls[name] for name in SAMPLING]
+        outputs = [*setup.view_outputs, self.workbench, self.template_note, self.controls["cache_type"], *sampling]
         event = event.then(self._view, setup.choosing, outputs, **QUICK)
         event = event.then(setup.estimate, setup.controls, setup.estimate_outputs, **QUICK)
         return event.then(self._estimate, [setup.choosing, *self.options], self.sidebar.budget, **QUICK)
@@ -116,7 +118,9 @@ class GenerateTab:
             else ""
         )
         kv = gr.Dropdown(value=plan.cache_type) if plan else gr.skip()
-        return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv]
+        own = GenerateOptions().sampling(dict(plan.spec.sampling)) if plan else None
+        sampling = [gr.Slider(value=getattr(own, name)) if own else gr.skip() for name in SAMPLING]
+        return [*self.setup.view(choosing), gr.Row(visible=plan is not None and not choosing), note, kv, *sampling]
 
     def _estimate(self, choosing: bool, *values: Any) -> Any:
         """The budget bar for the next answer of the resident model; while choosing, the card's estimate stays."""
