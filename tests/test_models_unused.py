@@ -101,3 +101,24 @@ def test_a_parameter_under_an_old_and_a_new_name_is_read_once(tmp_path: Path) ->
     tensors["wte.weight"] = tensors["transformer.wte.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert read_spec(str(folder))
+
+
+def test_buffers_that_are_saved_with_a_model_are_needed(tmp_path: Path) -> None:
+    """The bias of a router is a buffer of zeros until it is read: an answer without it would be wrong, and look right."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=toys.VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).copy_(torch.arange(4.0))
+    model.save_pretrained(tmp_path)
+    with Checkpoint(tmp_path) as checkpoint:
+        names = match_names(empty_model(tmp_path), checkpoint)
+        assert checkpoint.read(names[name]).tolist() == [0, 1, 2, 3]
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CorruptModel, match=name):
+        read_spec(str(tmp_path))

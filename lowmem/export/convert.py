@@ -89,12 +89,8 @@ def written_layers(options: ExportOptions, cancel: CancelToken) -> Callable[[int
     block = Blocks(rounding(4, size, cancel), 4, size)
     head = Blocks(rounding(HEAD_BITS, HEAD_GROUP, cancel), HEAD_BITS, HEAD_GROUP)
 
-    def chosen(outputs: int, inputs: int, is_head: bool) -> Linear | None:
-        # Only the output head is that much wider than its input.
-        linear = head if is_head or outputs > 8 * inputs else block
-        return None if inputs % linear.group_size else linear
-
-    return chosen
+    # Only the output head is that much wider than its input.
+    return lambda outputs, inputs, is_head: head if is_head or outputs > 8 * inputs else block
 
 
 def _matrix_shape(node: onnx.NodeProto, weights: _Weights) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from lowmem.export.linears import Blocks, Linear
 from lowmem.export.weights import Matrix, Source
 from lowmem.messages import msg
 from lowmem.models.blocks import BlockList
-from lowmem.planning.exported import FAMILIES
+from lowmem.planning.exported import FAMILIES, HEAD_MULTIPLE
 from lowmem.runtime.onnx.manifest import KEEP
 
 EVERYTHING = 2**31 - 1
@@ -42,8 +42,12 @@ def refusal(config: Any) -> str | None:
         return msg(
             "Its rotary position embeddings ({kinds}) depend on the length of the text.", kinds=", ".join(sorted(kinds))
         )
-    if head_dim(config) % 8:
-        return msg("Fused attention needs a head size that is a multiple of 8, not {config}.", config=head_dim(config))
+    if head_dim(config) % HEAD_MULTIPLE:
+        return msg(
+            "Fused attention needs a head size that is a multiple of {multiple}, not {head_dim}.",
+            multiple=HEAD_MULTIPLE,
+            head_dim=head_dim(config),
+        )
     return None
 
 

@@ -174,17 +174,6 @@ def check(spec: ModelSpec, request: ExportRequest, refusal: str | None = None) -
             ),
             msg("Choose int4 or int8."),
         )
-    if not generic and not spec.quantization and options.precision == "int4":
-        widths = {columns for _, columns in exported.matrix_shapes(spec)}
-        if odd := [width for width in sorted(widths) if width % options.group_size]:
-            raise BadInput(
-                msg(
-                    "Groups of {group_size} do not divide layers of {odd:,} inputs.",
-                    group_size=options.group_size,
-                    odd=odd[0],
-                ),
-                msg("Choose groups of 16 or 32."),
-            )
     size = needed = _disk_bytes(spec, options, bool(generic))
     if generic and options.precision != "fp32":  # the traced graph, which is converted afterwards
         needed += exported.generic_bytes(spec, "fp32")

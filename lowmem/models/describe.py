@@ -15,7 +15,7 @@ from lowmem.models.anatomy import Anatomy
 from lowmem.models.derive import derive
 from lowmem.models.encoded import encoding
 from lowmem.models.files import Files, Ranged, fingerprint, read_fields, read_object
-from lowmem.models.generation_config import generation_fields
+from lowmem.models.generation_config import sound_fields
 from lowmem.models.gguf_file import MODEL_TYPES, read_ggufs
 from lowmem.models.model_files import (
     CONFIG,
@@ -85,7 +85,7 @@ def describe(files: Files, source: ModelSource, encoders: bool = False) -> Model
 
 def _sampling(files: Files) -> tuple[tuple[str, float], ...]:
     """The numbers of a generation_config.json."""
-    found = generation_fields(files)
+    found = sound_fields(files)
     return tuple((key, value) for key, value in sorted(found.items()) if type(value) in (int, float))
 
 

@@ -42,8 +42,13 @@ class _Fields:
     max_new_tokens: int | None = None
 
 
-def generation_fields(files: Files, name: str = GENERATION_CONFIG) -> dict[str, Any]:
+def generation_fields(folder: Path, name: str = GENERATION_CONFIG) -> dict[str, Any]:
     """What the file says, without what has the wrong type; {} if it is absent or damaged."""
+    return sound_fields(LocalFolder(folder), name)
+
+
+def sound_fields(files: Files, name: str = GENERATION_CONFIG) -> dict[str, Any]:
+    """`generation_fields` of a folder or a repository."""
     if name not in files.names:
         return {}
     try:
@@ -61,7 +66,7 @@ def generation_config(folder: Path) -> Any:
     """transformers' `GenerationConfig` of a folder; None if it has none."""
     from transformers import GenerationConfig
 
-    found = generation_fields(LocalFolder(folder))
+    found = generation_fields(folder)
     known = {field.name: found[field.name] for field in fields(_Fields) if field.name in found}
     for values in filter(None, (found, known)):
         try:
@@ -74,7 +79,7 @@ def generation_config(folder: Path) -> Any:
 def eos_token_ids(folder: Path) -> list[int]:
     """The end-of-sequence tokens, of config.json where generation_config.json names none."""
     for name in (GENERATION_CONFIG, CONFIG):
-        found = generation_fields(LocalFolder(folder), name).get("eos_token_id")
+        found = generation_fields(folder, name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if ids := [token for token in ids if token is not None]:
             return ids

@@ -191,7 +191,9 @@ class Gguf:
         rope = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
         attention = self.metadata.get(f"{arch}.{_SCALING}attn_factor")
         return (
-            rope | {"original_max_position_embeddings": int(length or 0)} | ({"attention_factor": attention} if attention else {})
+            rope
+            | {"original_max_position_embeddings": int(length or 0)}
+            | ({"attention_factor": attention} if attention else {})
         )
 
 

@@ -65,7 +65,7 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
     packed = {t.rpartition(".")[0] for t, e in checkpoint.tensors.items() if _is_packed_weight(t, e.dtype)}
     layers = {name: f"{name}.weight" for name in packed}
     plain = [name for name in checkpoint.tensors if packed_layer(name, packed) is None]
-    expected = _Expected(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     conversions = Conversions(model)
     targets = conversions.targets([*plain, *layers.values()])
     parts: dict[str, str] = {}
@@ -92,7 +92,7 @@ def match_names(model: PreTrainedModel, checkpoint: Inventory) -> dict[str, str]
         if target.name not in tied and target.name not in held:
             matched[target.name] = target.add_to(checkpoint.tensors)
     matched |= {name: stored for name, stored in parts.items() if f"{name.rpartition('.')[0]}.weight" not in tied}
-    _check(expected, checkpoint, matched, tied | held)
+    _check(shapes, checkpoint, matched, tied | held)
     check_unused(model, unused, conversions.prefix)
     order = {name.rpartition(".")[0]: number for number, name in enumerate(model.state_dict())}
     return dict(sorted(matched.items(), key=lambda found: _place(order, found[0])))
@@ -173,24 +173,16 @@ def _is_packed_weight(name: str, dtype: str) -> bool:
     return name.endswith(".qweight") or (name.endswith(".weight") and dtype in CODE_DTYPES)
 
 
-class _Expected:
-    """The shapes of the parameters of a model, and of the buffers that a checkpoint must hold."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        there = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self.needed = self.shapes.keys() - there
-
-
-def _check(expected: _Expected, checkpoint: Inventory, matched: dict[str, str], others: set[str]) -> None:
-    """Check that everything but `others` has been found, in its shape."""
+def _check(
+    shapes: Mapping[str, tuple[int, ...]], checkpoint: Inventory, matched: Mapping[str, str], others: Collection[str]
+) -> None:
+    """Check that everything but `others` has been found, in its shape: parameters, and buffers that are saved with them."""
     missing: list[str] = []
-    for name, shape in expected.shapes.items():
+    for name, shape in shapes.items():
         if name in others:
             continue
         if (stored := matched.get(name)) is None:
-            if name in expected.needed:
-                missing.append(name)
+            missing.append(name)
             continue
         entry = checkpoint.tensors[stored]
         if tuple(entry.shape) != shape:

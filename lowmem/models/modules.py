@@ -29,6 +29,10 @@ from lowmem.models.experts import EXPERTS
 log = logging.getLogger("lowmem.loader")
 
 
+HALF = "_half_of_a_model"
+"""An attribute of configurations whose files hold a larger model."""
+
+
 def folder_config(folder: Path) -> Any:
     """transformers' configuration of the model in `folder`.
 
@@ -77,13 +81,11 @@ def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTr
         model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     if not causal:
         _remove_towers(model)
+    if not causal or type(model.config) is not type(config):
+        setattr(model.config, HALF, True)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS)
     return model.eval().requires_grad_(False)
-
-
-HALF = "_half_of_a_model"
-"""An attribute of configurations whose files hold a larger model."""
 
 
 def writes_text(config: PreTrainedConfig) -> bool:

@@ -22,6 +22,10 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "
 """Model types with a fused graph (`lowmem.export.fused`)."""
 
 
+HEAD_MULTIPLE = 16
+"""What the size of heads must be a multiple of in GroupQueryAttention with rotation (onnxruntime 1.32)."""
+
+
 def missing() -> str | None:
     """The missing packages that graphs need, in a sentence; None if they are installed."""
     if absent := [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
@@ -39,8 +43,12 @@ def refusal(spec: ModelSpec) -> str | None:
         return None
     if spec.model_type not in FAMILIES:
         return msg("There is no fused ONNX graph for models of type {model_type!r}.", model_type=spec.model_type)
-    if spec.head_dim % 8:
-        return msg("Fused attention needs a head size that is a multiple of 8, not {head_dim}.", head_dim=spec.head_dim)
+    if spec.head_dim % HEAD_MULTIPLE:
+        return msg(
+            "Fused attention needs a head size that is a multiple of {multiple}, not {head_dim}.",
+            multiple=HEAD_MULTIPLE,
+            head_dim=spec.head_dim,
+        )
     return None
 
 
