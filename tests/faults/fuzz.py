@@ -484,6 +484,36 @@ def guided(names: list[str], seconds: float, folder: Path) -> None:
     atheris.Fuzz()
 
 
+def lines_reached(name: str, data: bytes) -> set[tuple[str, int]]:
+    """The lines of lowmem that a reader runs."""
+    found: set[tuple[str, int]] = set()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if "/lowmem/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            found.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        check(name, data)
+    finally:
+        sys.settrace(None)
+    return found
+
+
+def distil(names: list[str], folder: Path) -> None:
+    """Add to the corpus what reaches lines that it does not reach yet, the shortest inputs first."""
+    reached = {name: set().union(*(lines_reached(name, data) for data in corpus(name))) for name in names}
+    for path in sorted(folder.iterdir(), key=lambda path: (path.stat().st_size, path.name)):
+        data = path.read_bytes()
+        if data and not (new := lines_reached(name := names[data[0] % len(names)], data[1:])) <= reached[name]:
+            reached[name] |= new
+            (CORPUS / name).mkdir(parents=True, exist_ok=True)
+            (CORPUS / name / hashlib.sha1(data[1:]).hexdigest()[:16]).write_bytes(data[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seconds", type=float)
@@ -491,9 +521,15 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, default=None, help="the folder that the inputs are written to that reach new code"
     )
+    parser.add_argument(
+        "--distil", type=Path, default=None, help="such a folder, of which the corpus takes what is new"
+    )
     options = parser.parse_args()
     logging.disable()
     names = options.names or [name for name, target in TARGETS.items() if target.memory == MEMORY_BYTES]
+    if options.distil:
+        distil(names, options.distil)
+        return
     for name in names:
         for data in corpus(name):
             check(name, data)  # imports what is imported late, before memory is limited
