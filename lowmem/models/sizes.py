@@ -1,9 +1,9 @@
 """Holding the numbers of a configuration against the tensors of its files, before anything is built of them.
 
 What config.json says is what transformers would build: a billion layers as readily as thirty. The headers of the files bound
-what can be true, without knowing families: a model has no more layers than its tensors have numbers in their names, no more
-experts than the longest side of a tensor, and no width far beyond that. What passes is built in a process with limits of time
-and memory (`derive.py`), and the shape of every tensor is compared there.
+what can be true, without knowing families: a model has no more layers than tensors, no more experts than the longest side of a
+tensor, and no width far beyond that. What passes is built in a process with limits of time and memory (`derive.py`), and the
+shape of every tensor is compared there.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ def check_sizes(config: Mapping[str, Any], name: str, tensors: Sequence[Tensor] 
         return
     layers, longest = _layers(tensors), max((side for one in tensors for side in one.shape), default=0)
     for key, value, of_text in numbers:
-        if _LAYERS.fullmatch(key) and value > (layers if of_text and key in _LAYERS_OF_TEXT else max(LAYERS, layers)):
+        # Some models pass through the same layers several times, but none has more passes than tensors.
+        most = min(layers, len(tensors)) if of_text and key in _LAYERS_OF_TEXT else layers
+        if _LAYERS.fullmatch(key) and value > most:
             raise CorruptModel(
                 msg(
-                    "config.json of {name} names {value:,} layers ({key}), but its files hold {layers:,}.",
+                    "config.json of {name} names {value:,} layers ({key}), but its files hold at most {most:,}.",
                     name=name,
                     key=key,
                     value=value,
-                    layers=layers,
+                    most=most,
                 ),
                 AGAIN,
             )
@@ -111,9 +113,5 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def _layers(tensors: Sequence[Tensor]) -> int:
-    """The most layers that the tensors can belong to: as many as there are numbers in their names, if there are any.
-
-    Models whose layers share their weights have no such numbers, or only 0.
-    """
-    numbers = {number for tensor in tensors for number in _NUMBER.findall(tensor.name)}
-    return len(numbers) if len(numbers) > 1 else len(tensors)
+    """The most layers of any part: as many as there are numbers in the tensors' names, or `LAYERS`."""
+    return max(LAYERS, len({number for tensor in tensors for number in _NUMBER.findall(tensor.name)}))
