@@ -255,10 +255,10 @@ def recall(
     def task(loaded: Loaded, plan: Plan, check: Callable[[], None]) -> Generator[Step, None, tuple[Plan, Any]]:
         from lowmem.longctx import needle
 
-        check_window(options, plan.spec.context)
         wanted = distances or _recall_distances(options, plan.spec.context)
         if limit:
             limit.check_tokens(sum(wanted))
+        check_window(options, plan.spec.context)
         action = streaming_plan(plan, options, max(wanted) + needle.OVERHEAD_TOKENS)
         refuse_if_over(action, False, msg("Use a shorter window or fewer KV bits."))
         filler = tokens_of(loaded.tokenizer, text)

@@ -10,13 +10,14 @@ from collections import ChainMap
 from types import SimpleNamespace
 from typing import Any
 
+from gradio.components import State
 from gradio.state_holder import SessionState, StateHolder
 
 CAPACITY = 4000
 """Sessions that are kept; the one that was used longest ago makes room."""
 
-MOST_CLOSED = 200
-"""Of these, pages that were closed, which a browser may open again after a broken connection."""
+MOST_CLOSED = 32
+"""Of these, pages that were closed; a browser may come back to one after a broken connection."""
 
 
 class Session(SessionState):
@@ -28,9 +29,15 @@ class Session(SessionState):
         self.blocks_config.blocks = ChainMap({}, whole.blocks)  # type: ignore[assignment]
         self.blocks_config.fns = ChainMap({}, whole.fns)  # type: ignore[assignment]
 
+    # Gradio also keeps the configuration of every component as it is now, for links to the page in that state: this page
+    # offers none, and describing one component takes a millisecond.
+
     def __setitem__(self, key: int, value: Any) -> None:
-        super().__setitem__(key, value)
-        self.config_values.clear()  # for links to a page as it is, which this page has not
+        if isinstance(self.blocks_config.blocks.get(key), State):
+            super().__setitem__(key, value)
+            self.config_values.clear()
+        else:
+            self.blocks_config.blocks[key] = value
 
     def _update_config(self, key: int) -> None:
         pass

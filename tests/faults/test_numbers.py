@@ -110,7 +110,7 @@ def test_what_a_visitor_may_read_and_write_is_bounded_in_size(session: Session, 
     refused(actions.hidden_states(session, text, 64, 1, out, limit=short), "would read")
     refused(actions.hidden_states(session, text, 64, 64, out, limit=small), "would take")
     assert list(tmp_path.iterdir()) == []
-    assert list(actions.sliding_perplexity(session, text, 64, 64, limit=short))
+    assert list(actions.sliding_perplexity(session, text, 64, 32, limit=short))
     refused(actions.sliding_perplexity(session, text, 64, 1, limit=short), "would read")
     options, few = GenerateOptions(window=64), ReadingLimit(400, 0)
     refused(actions.streaming_perplexity(session, text, options, limit=few), "would read")
