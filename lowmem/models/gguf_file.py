@@ -168,7 +168,11 @@ class Gguf:
             return {}
         if kind not in ("linear", "yarn"):
             raise Unsupported(
-                msg("The rotary positions of {arch} are scaled by {kind!r}, which is not known.", arch=arch, kind=kind),
+                msg(
+                    "The rotary positions of {arch} are scaled by {kind!r}, which is not known.",
+                    arch=arch,
+                    kind=kind[:80],
+                ),
                 msg("Choose another file."),
             )
         rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -348,7 +352,7 @@ def _parse(cursor: _Cursor) -> Gguf:
 def _check_metadata(cursor: _Cursor, metadata: Mapping[str, Any]) -> None:
     """
     Raises:
-        CorruptModel: a value that is read here has another type, or is negative where it counts.
+        CorruptModel: a value that is read here has another type, or is negative.
     """
     arch = metadata.get("general.architecture")
     for key, kind in (_FIELDS | {f"{arch}.{key}": kind for key, kind in _FIELDS_OF_ARCHITECTURE.items()}).items():
@@ -356,7 +360,7 @@ def _check_metadata(cursor: _Cursor, metadata: Mapping[str, Any]) -> None:
             value = metadata[key]
             try:
                 reader(kind)(value)
-                wrong = kind is int and value < 0
+                wrong = kind is not str and value < 0
             except ValueError:
                 wrong = True
             if wrong:

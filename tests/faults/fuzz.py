@@ -42,6 +42,7 @@ with atheris.instrument_imports(include=READERS) if atheris and __name__ == "__m
     from lowmem.errors import LowMemError
     from lowmem.models import derive, describe, encoded, hub, model_files, quantization, source
     from lowmem.models.files import ends_early
+    from lowmem.models.foreign import parse_object
     from lowmem.models.generation_config import eos_token_ids, generation_fields
     from lowmem.models.spec import ModelSource, Tensor
     from lowmem.models.tensors import DTYPE_BYTES
@@ -140,7 +141,7 @@ def gguf(tensors: int = 2, **metadata: Any) -> bytes:
     fields = {
         "general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 16, "llama.rope.freq_base": 1e4,
         "llama.attention.head_count": 4, "llama.context_length": 64, "llama.rope.scaling.type": "yarn",
-        "llama.rope.scaling.factor": 2.0, "tokenizer.ggml.tokens": ["a", "b"], "general.alignment": 32, **metadata,
+        "llama.rope.scaling.factor": 2.0, "llama.rope.scaling.attn_factor": 0.9, "tokenizer.ggml.tokens": ["a", "b"], "general.alignment": 32, **metadata,
     }  # fmt: skip
     names = ["token_embd.weight", "blk.0.attn_q.weight"][:tensors]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(names), len(fields))
@@ -215,9 +216,7 @@ def build(data: bytes) -> None:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    with suppress(ValueError, RecursionError):
-        return _mapping(json.loads(data))
-    return {}
+    return parse_object(data, "config.json")
 
 
 def _mapping(value: Any) -> dict[str, Any]:
