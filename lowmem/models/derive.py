@@ -1,8 +1,9 @@
 """The anatomy of a model, from where it is known: derived before, or derived now.
 
 Deriving takes torch, and 170 MB of what torch computes without data with: a child process of a few seconds does it, so
-that no process that plans, and none that runs a model in a budget, holds them. The child has limits of time and memory, since a stranger's config.json says what it builds. What it found is kept below
-`settings().home`, by the content of what it was derived from.
+that no process that plans, and none that runs a model in a budget, holds them. The child has limits of time and memory:
+what it builds is what a stranger's config.json says. What it found is kept below `settings().home`, by the content of
+what it was derived from.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _path(key: str) -> Path:
 
 
 def _kept(key: str) -> Anatomy | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         return Anatomy.from_json(json.loads(_path(key).read_text(encoding="utf-8")))
     return None
 
