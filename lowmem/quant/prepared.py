@@ -107,7 +107,7 @@ class PreparedQuantization:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or getattr(error, "errno", None):  # the system's fault, not the file's
                 raise
             raise CorruptModel(
                 msg(

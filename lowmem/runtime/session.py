@@ -337,7 +337,7 @@ class Session:
             if layers:
                 yield from self._ensure_backend(None, cancel, force)
             loaded, plan = self._resident()
-            with self._meter(plan, force) as meter, memory_errors(msg("{what} was not finished", what=what)):
+            with memory_errors(msg("{what} was not finished", what=what)), self._meter(plan, force) as meter:
                 result = yield from task(loaded, plan, meter.check)
             return result, meter.peak
         finally:
