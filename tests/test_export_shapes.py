@@ -12,6 +12,7 @@ import transformers
 from test_export_generic import export
 from test_models_encoded import random_model
 
+from lowmem.errors import Unsupported
 from lowmem.events import CancelToken
 from lowmem.generate.decoding import Tokens, decode
 from lowmem.generate.options import GenerateOptions
@@ -108,3 +109,16 @@ def test_new_falcon_caches_every_key_head(tmp_path: Path) -> None:
     kind, shape = FAMILIES["falcon, new"]
     saved(getattr(transformers, kind)(**TOKENS | shape), tmp_path)
     assert read_spec(str(tmp_path)).kv_bytes_per_token("fp32") == 2 * 2 * 4 * 16 * 4  # its code repeats 2 heads to 4
+
+
+def test_a_graph_whose_rotation_depends_on_the_length_is_held_to_what_it_was_traced_for(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 8.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    model = saved(transformers.LlamaConfig(**TOKENS | LLAMA, rope_parameters=rope), tmp_path / "m")
+    export(tmp_path / "m", tmp_path / "out", precision="fp32")
+    graph = OnnxModel(tmp_path / "out")
+    assert answers(graph, PROMPTS[0]) == answers(model, PROMPTS[0])
+    with pytest.raises(Unsupported, match="32 tokens"):
+        answers(graph, toys.prompt(30))

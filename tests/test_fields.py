@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lowmem.errors import BadInput
-from lowmem.fields import build, describe, option
-from lowmem.generate.options import GenerateOptions
+from lowmem.fields import build, changed, describe, option
+from lowmem.generate.options import GenerateOptions, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +99,20 @@ def test_an_earlier_name_still_works_and_says_the_new_one(caplog: pytest.LogCapt
     ]
     assert build(Renamed, {"new_name": 5}) == Renamed(new_name=5)
     assert len(caplog.records) == 1
+
+
+def test_what_is_left_open_is_the_models_choice() -> None:
+    """The person's choice, else what generation_config.json says, moved into the range, else the usual."""
+    model = {
+        "temperature": 1e-6,
+        "top_k": 20,
+        "top_p": "high",
+        "min_p": None,
+        "repetition_penalty": 1.1,
+        "eos_token_id": 2,
+    }
+    found = build(GenerateOptions, {"top_k": 7, "temperature": None}).sampling(model)
+    assert found == Sampling(temperature=0.05, top_k=7, top_p=0.95, min_p=0.0, repetition_penalty=1.1)
+    assert GenerateOptions().sampling({}) == Sampling()
+    assert changed(GenerateOptions(temperature=0.7)) == {"temperature": 0.7}  # a choice, though it is the usual
+    assert changed(GenerateOptions()) == {}

@@ -243,6 +243,14 @@ def test_local_folder_is_read_exactly(toy: Path) -> None:
     assert is_local(str(toy))
 
 
+def test_sampling_options_of_a_folder(toy: Path) -> None:
+    assert read_spec(str(toy)).sampling == ()
+    (toy / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "top_p": "high", "do_sample": true}')
+    assert read_spec(str(toy)).sampling == (("temperature", 0.6), ("top_k", 20))
+    (toy / "generation_config.json").write_text("[]")
+    assert read_spec(str(toy)).sampling == ()
+
+
 def test_sharded_folder_equals_the_single_file(toy: Path, tmp_path: Path) -> None:
     write_random_model(tmp_path / "shards", **SIZES, shard_bytes=2000)
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))

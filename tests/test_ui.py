@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from ui_stub import StubEngine
 from lowmem.errors import BadInput, Cancelled, DoesNotFit
 from lowmem.events import CancelToken, Chunk, Completion, Receipt
 from lowmem.generate.options import GenerateOptions
+from lowmem.models.catalog import find
 from lowmem.settings import settings
 from lowmem.ui.api.endpoints import RENAMED
 from lowmem.ui.html import plan as render
@@ -276,6 +278,20 @@ def test_controls_become_options_again() -> None:
     names = ("max_new_tokens", "stop", "greedy", "top_p")
     options = read(GenerateOptions, names, [64.0, "END\n\nUser:", True, 0.5])
     assert options == GenerateOptions(max_new_tokens=64, stop=("END", "User:"), greedy=True, top_p=0.5)
+
+
+def test_the_models_own_sampling_options_are_shown() -> None:
+    from lowmem.ui.tabs.generate import SAMPLING, GenerateTab
+
+    spec = replace(find("demo").spec(), sampling=(("eos_token_id", 2), ("temperature", 0.6), ("top_k", 20)))
+    resident = SimpleNamespace(spec=spec, cache_type="same")
+    tab = SimpleNamespace(
+        engine=SimpleNamespace(resident=resident), setup=SimpleNamespace(view=lambda _choosing: []), context=None
+    )
+    shown = GenerateTab._view(tab, False)[-len(SAMPLING) :]
+    assert dict(zip(SAMPLING, (one.value for one in shown), strict=True)) == {
+        "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0,
+    }  # fmt: skip
 
 
 def test_conversation_flattens_what_gradio_sends() -> None:

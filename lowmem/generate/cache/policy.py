@@ -24,6 +24,7 @@ from lowmem.generate.cache.window import WindowCache, WindowLayer
 from lowmem.generate.options import GenerateOptions
 from lowmem.generate.window_limits import check_window
 from lowmem.messages import msg
+from lowmem.models.meta_model import context_limit
 from lowmem.planning.cache import bits_of
 
 _HYBRID = tuple(DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind in ("hybrid", "hybrid_sliding"))
@@ -67,6 +68,12 @@ def _own_cache(model: Any, options: GenerateOptions, rows: int, capacity: int) -
     if options.window:
         check_window(options, position_limit(model.config))
         capacity = min(capacity, options.window)
+    limit = position_limit(model.config)
+    if limit < capacity and limit < context_limit(model.config.get_text_config(decoder=True)):
+        raise Unsupported(
+            msg("An exported graph of this model rotates positions rightly only up to {limit:,} tokens.", limit=limit),
+            msg("Load with the torch backend, or keep prompt and answer below {limit:,} tokens.", limit=limit),
+        )
     return model.make_cache(rows, capacity)
 
 
