@@ -1,4 +1,4 @@
-"""What a browser may load for the page: nothing from elsewhere, whatever a model writes."""
+"""What a browser may load for the page, nothing from elsewhere whatever a model writes, and what it may keep."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ HEADERS = {
 }
 
 
+STATIC = ("/assets/", "/static/", "/svelte/", "/theme.css")
+"""What is the same for everybody. Browsers must not keep the rest on disk: answers with their prompts, results."""
+
+
 class OwnResources:
-    """ASGI middleware that adds `HEADERS`.
+    """ASGI middleware that adds `HEADERS`, and forbids caching of what is not `STATIC`.
 
     An answer is Markdown, and `![](https://elsewhere/?what-was-asked)` in it would send what the model was asked to
     whoever wrote the text that it read.
@@ -43,6 +47,8 @@ class OwnResources:
                 headers: Any = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
+                if not any(part in scope["path"] for part in STATIC):
+                    headers["cache-control"] = "no-store"
             await send(message)
 
         await self.app(scope, receive, answer if scope["type"] == "http" else send)
