@@ -24,7 +24,7 @@ from lowmem.planning.goal import Goal
 from lowmem.planning.model_bytes import loading_peak, weight_bytes
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan
-from lowmem.runtime.loader import Loaded, _shape, load
+from lowmem.runtime.loader import Loaded, _shape, _tokenizer, load
 
 LIMITS = MemoryBudget(ram=4_000_000_000)
 
@@ -178,6 +178,16 @@ def test_of_a_larger_tokenizer_only_the_tokens_of_a_text_must_be_known(tmp_path)
         list(decode(found.model, [ids], options, eos_ids=frozenset(), cancel=CancelToken()))
     with pytest.raises(BadInput, match=r"267.*260"):  # also where no prompt is decoded, such as when a text is scored
         found.model(torch.tensor([ids]))
+
+
+@pytest.mark.parametrize("content", ['{"chat_template": "x"}', '{"chat_template": 3}', "["])
+def test_the_template_of_a_processor_is_used(tmp_path, content):
+    tokenizer = deepcopy(toys.tokenizer())
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    assert not _tokenizer(tmp_path).chat_template
+    (tmp_path / "chat_template.json").write_text(content)
+    assert _tokenizer(tmp_path).chat_template == ("x" if '"x"' in content else None)
 
 
 def test_an_unreadable_tokenizer_is_said(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lowmem.models.checkpoint import TORCH_DTYPES, Checkpoint
 from lowmem.models.dequantize import packed_rows
 from lowmem.models.encoded import SCALES
 from lowmem.models.entries import Converted
+from lowmem.models.files import LocalFolder, read_object
 from lowmem.models.generation_config import generation_config
 from lowmem.models.matching import by_module, match_names, tied_parameters
 from lowmem.models.modules import empty_model, set_tensor
@@ -42,6 +44,9 @@ from lowmem.runtime.streaming.streamer import Streamer
 from lowmem.units import MB
 
 log = logging.getLogger("lowmem.loader")
+
+TEMPLATE = "chat_template.json"
+"""The chat template of models that also see or hear, in files of older versions."""
 
 TRIM_BYTES = 8 * MB
 
@@ -119,7 +124,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -128,6 +133,11 @@ def _tokenizer(folder: Path) -> Any:
             msg("The tokenizer in {folder} cannot be read: {error}", folder=folder.name, error=first_line(error)),
             msg("Fetch the model again, or add its tokenizer.json."),
         ) from error
+    if not tokenizer.chat_template and (folder / TEMPLATE).is_file():  # which transformers reads for a processor only
+        with suppress(CorruptModel):
+            template = read_object(LocalFolder(folder), TEMPLATE).get("chat_template")
+            tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer
 
 
 def _fill(
