@@ -47,7 +47,7 @@ BACK = 0.02
 """Share of the memory held before that may be held more afterwards."""
 
 SETTLE_SECONDS = 2.0
-TEXT = "The quick brown fox jumps over the lazy dog. " * 100
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 ANSWER = GenerateOptions(greedy=True, max_new_tokens=300)
 ROWS = GenerateOptions(greedy=True, max_new_tokens=60)
 
