@@ -61,3 +61,5 @@ class Sessions(StateHolder):
             for name in closed[: max(0, len(closed) - MOST_CLOSED)]:
                 del self.session_data[name]
                 self.time_last_used.pop(name, None)
+                # What was sent after its browser had left, which nobody will read.
+                self.blocks._queue.pending_messages_per_session.pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import secrets
 from collections.abc import Iterator
@@ -65,9 +66,12 @@ def test_the_number_of_pages_ends(page: tuple[gr.Blocks, str], monkeypatch: pyte
     assert demo.state_holder.capacity == sessions.CAPACITY
     monkeypatch.setattr(sessions, "MOST_CLOSED", 3)
     demo.state_holder.session_data.clear()
+    unread = demo._queue.pending_messages_per_session
     for number in range(10):
+        unread[f"page {number}"] = asyncio.Queue()
         demo.state_holder[f"page {number}"].is_closed = number < 8
     assert list(demo.state_holder.session_data) == [*(f"page {number}" for number in range(5, 8)), "page 8", "page 9"]
+    assert set(demo.state_holder.session_data) == {name for name in unread if name.startswith("page ")}
     monkeypatch.setattr(demo.state_holder, "capacity", 4)
     demo.state_holder["new"]
     demo.state_holder["newer"]
