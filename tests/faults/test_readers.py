@@ -94,7 +94,7 @@ DAMAGED: dict[str, tuple[str, Any]] = {
     ),
     "a pattern without end": (
         "encoded",
-        fuzz.PACKED | {"described": fuzz.GPTQ | {"dynamic": {"(.*.*.*.*.*.*.*.*.*.*)*$x": {"bits": 8}}}},
+        fuzz.PACKED | {"described": fuzz.GPTQ | {"dynamic": {"((.+)+)+!": {"bits": 8}}}},
     ),
     "rows of text": ("results", fuzz.RESULTS | {"rows": ["fp32"]}),
 }  # fmt: skip
