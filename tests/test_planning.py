@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
 
 from lowmem.errors import BadInput
+from lowmem.kernels import layouts
 from lowmem.machine.budget import MemoryBudget
 from lowmem.models.catalog import CATALOG, find, synthetic
 from lowmem.planning import exported
@@ -45,8 +47,15 @@ def test_nf4_counts_embeddings_in_half_precision():
     assert weight_bytes(LLAMA7B, "nf4", "fp16") == pytest.approx(expected, rel=1e-3)
 
 
-def test_int8_packs_columns_in_blocks_of_512_and_keeps_a_tied_embedding_once():
-    linear = sum(rows * -(-columns // 512) * 512 + 12 * rows for rows, columns in _demo_linears())
+@pytest.mark.parametrize(("vnni", "last"), [(False, 512), (True, 4096 / 48)])
+def test_int8_packs_columns_in_tiles_of_512_and_keeps_a_tied_embedding_once(
+    monkeypatch: pytest.MonkeyPatch, vnni: bool, last: float
+):
+    """With VNNI the 64 columns of the last tile fill one page of 48 rows, and the others stay empty."""
+    monkeypatch.setattr(layouts, "has_vnni", lambda: vnni)
+    linear = sum(
+        rows * (columns // 512 * 512 + (math.ceil(last) if columns % 512 else 0) + 12) for rows, columns in _demo_linears()
+    )
     embedding = 49152 * (576 + 4)
     norms = 4 * (2 * 30 + 1) * 576
     assert weight_bytes(DEMO, "int8", "fp32") == linear + embedding + norms

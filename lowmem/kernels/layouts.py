@@ -6,8 +6,11 @@ Does not import torch, so that planning a run stays cheap.
 from __future__ import annotations
 
 import math
+import mmap
 import platform
 
+from lowmem.machine.monitor import MAPPED_BLOCK
+from lowmem.machine.processor import has_vnni
 from lowmem.models.quantization import BNB, Quantization
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 
@@ -43,6 +46,10 @@ SESSION_BYTES = 40_000
 
 ONNX_RUNTIME_BYTES = 34_000_000
 """ONNX Runtime's code and its first session (1.32, measured)."""
+
+
+FBGEMM_ROWS, FBGEMM_COLUMNS = 48, 512
+"""A tile of FBGEMM's packed int8 weights, with VNNI."""
 
 
 def has_int8_kernels() -> bool:
@@ -100,8 +107,18 @@ def nbits_bytes(outputs: int, inputs: int, bits: int, block: int) -> int:
 
 
 def int8_bytes(rows: int, columns: int) -> int:
-    """FBGEMM packs columns in blocks of 512, and per row keeps a scale, a zero point and an offset."""
-    return rows * (math.ceil(columns / 512) * 512 + 12)
+    """FBGEMM packs tiles of 512 columns, and per row keeps a scale, a zero point and an offset.
+
+    The last tile may be mostly empty (a third of the demo model's int8 weights). Its pages are mapped, but those that hold
+    no column are never written, so they take no memory. With VNNI a tile has 48 rows, so that it begins with a page, after
+    the 64 bytes that malloc takes before the first; other tiles are too small to have empty pages.
+    """
+    full, rest = divmod(columns, FBGEMM_COLUMNS)
+    last = FBGEMM_COLUMNS if rest else 0
+    if rest and has_vnni() and rows * (full + 1) * FBGEMM_COLUMNS >= MAPPED_BLOCK:
+        filled = math.ceil((rest * FBGEMM_ROWS + 64) / mmap.PAGESIZE) * mmap.PAGESIZE
+        last = min(last, math.ceil(filled / FBGEMM_ROWS))
+    return rows * (full * FBGEMM_COLUMNS + last + 12)
 
 
 def rows_group(columns: int, bits: int) -> int:

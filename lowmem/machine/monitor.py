@@ -253,7 +253,9 @@ def _resident_bytes() -> int:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_STAYING_BLOCK, _PASSING_BLOCK = 64 * 1024, 4 * MB
+MAPPED_BLOCK = 64 * 1024
+"""Bytes above which weights and caches are mapped, each on its own."""
+_PASSING_BLOCK = 4 * MB
 _KEPT_TOP = 64 * MB
 
 
@@ -273,7 +275,7 @@ def outside_heap() -> Iterator[None]:
     if mallopt is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, _STAYING_BLOCK)
+    mallopt(_M_MMAP_THRESHOLD, MAPPED_BLOCK)
     try:
         yield
     finally:

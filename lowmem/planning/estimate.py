@@ -18,6 +18,7 @@ from lowmem.planning.model_bytes import (
     kernel_lines,
     loading_peak,
     logits_bytes,
+    tokenizer_line,
     weight_bytes,
 )
 from lowmem.planning.plan import Line, MemoryEstimate, Plan
@@ -33,15 +34,15 @@ def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
     process = Line(
         "overhead", plan.hardware.runtime_bytes, msg("Python, torch and transformers, measured on this machine.")
     )
-    templates = (_TEMPLATES,) if plan.spec.has_chat_template else ()
+    texts = (tokenizer_line(plan.spec), *((_TEMPLATES,) if plan.spec.has_chat_template else ()))
     if plan.place.kind != "cuda":
-        return (_against_budget(plan, "ram", (*on_device, process, *templates)),)
+        return (_against_budget(plan, "ram", (*on_device, process, *texts)),)
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, msg("Workspaces of the GPU libraries."))
     in_ram = (
         *cache.ram_lines(plan, dtype),
         *(streaming.ram_lines(plan, placement) if placement else ()),
         process,
-        *templates,
+        *texts,
         Line("overhead", CUDA_RAM_BYTES, msg("The GPU driver and torch's kernels.")),
         Line("scratch", 2 * CONVERSION_BYTES, msg("Weights in transit from disk to the GPU.")),
     )

@@ -46,6 +46,17 @@ def writing_seconds(plan: Plan, tokens: int) -> float:
     return tokens * _weight_bytes(plan) / _speed("writing", plan)
 
 
+def answer_seconds(plan: Plan, receipt: Receipt) -> float:
+    """Seconds of an answer with the lengths of `receipt`, at the speeds of earlier ones; raises `Unmeasured`.
+
+    How long an answer gets is known only afterwards, so the time is predicted for that length.
+    """
+    if len(receipt.details["finish"]) != 1:
+        raise Unmeasured("writing")  # several sequences take turns in ways that no speed tells
+    prompt = reading_seconds(plan, receipt.prompt_tokens, receipt.prompt_tokens)
+    return prompt + writing_seconds(plan, receipt.new_tokens - 1)  # the first is part of reading
+
+
 def seconds_by_size(plan: Plan, work: Work) -> float:
     """Seconds of loading a model that is on this machine, its libraries included, or of verifying it; raises `Unmeasured`."""
     return _weight_bytes(plan) / _speed(work, plan)
@@ -62,7 +73,7 @@ def learn_speeds(plan: Plan, receipt: Receipt) -> None:
         seconds = receipt.prompt_tokens / receipt.prefill_tps
         learn_reading(plan, receipt.prompt_tokens, receipt.prompt_tokens, "reading", seconds)
     if receipt.decode_tps and len(receipt.details["finish"]) == 1:
-        tokens = receipt.new_tokens - 1  # the first is part of reading
+        tokens = receipt.new_tokens - 1
         _learn("writing", plan, tokens * _weight_bytes(plan), tokens / receipt.decode_tps)
 
 

@@ -43,9 +43,10 @@ from lowmem.planning.described import refuse_described
 from lowmem.planning.estimate import reestimate
 from lowmem.planning.fallback import WHILE_LOADING, next_fallback, quantized_kv, without_graph
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import tokenizer_line
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan as make_plan
-from lowmem.planning.seconds import learn_by_size, learn_speeds, or_zero, seconds_by_size
+from lowmem.planning.seconds import answer_seconds, learn_by_size, learn_speeds, or_zero, seconds_by_size
 from lowmem.runtime import receipts
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ class Session:
                 refuse_if_over(action, FEWER)
             notes = [note] if note else []
             receipt = yield from self._generate(ids, options, action, notes, cancel, force)
+            receipt = replace(receipt, predicted_seconds=or_zero(answer_seconds, plan, receipt))
             learn_speeds(plan, receipt)
             self._last_receipt = receipts.with_prompt(receipt, plan, prompt, wanted, raw, force)
             yield self._last_receipt
@@ -478,6 +480,7 @@ class Session:
         release_memory()
         self._taken_bytes = _resident_bytes() - before
         self._overhead_bytes = before + self._taken_bytes - (plan.main.share("weights") if plan.device == "cpu" else 0)
+        self._overhead_bytes -= tokenizer_line(plan.spec).count
         self._overhead_bytes += other_processes_bytes()  # the page's process shares the budget
         self._loaded, self._plan = loaded, plan
         return meter.peak
