@@ -54,7 +54,8 @@ def test_int8_packs_columns_in_tiles_of_512_and_keeps_a_tied_embedding_once(
     """With VNNI the 64 columns of the last tile fill one page of 48 rows, and the others stay empty."""
     monkeypatch.setattr(layouts, "has_vnni", lambda: vnni)
     linear = sum(
-        rows * (columns // 512 * 512 + (math.ceil(last) if columns % 512 else 0) + 12) for rows, columns in _demo_linears()
+        rows * (columns // 512 * 512 + (math.ceil(last) if columns % 512 else 0) + 12)
+        for rows, columns in _demo_linears()
     )
     embedding = 49152 * (576 + 4)
     norms = 4 * (2 * 30 + 1) * 576

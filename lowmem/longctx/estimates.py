@@ -16,6 +16,7 @@ def streaming_plan(plan: Plan, options: GenerateOptions, tokens: int) -> Plan:
         plan,
         context=min(tokens, options.window) if recomputes else tokens,
         batch=1,
+        chat=False,
         cache_type=options.cache_type if options.use_cache else "none",
         window=options.window,
         sinks=options.sinks if options.window else 0,
@@ -31,7 +32,7 @@ def window_plan(plan: Plan, window: int, tokens: int) -> Plan:
 
 def pass_plan(plan: Plan, tokens: int) -> Plan:
     """`plan` re-estimated for forward passes over `tokens` without a KV cache."""
-    return reestimate(plan, context=tokens, batch=1, cache_type="none", prefill_chunk=tokens)
+    return reestimate(plan, context=tokens, batch=1, chat=False, cache_type="none", prefill_chunk=tokens)
 
 
 def refuse_if_over(plan: Plan, force: bool, hint: str) -> None:

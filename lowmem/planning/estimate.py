@@ -34,7 +34,7 @@ def estimate(plan: Plan) -> tuple[MemoryEstimate, ...]:
     process = Line(
         "overhead", plan.hardware.runtime_bytes, msg("Python, torch and transformers, measured on this machine.")
     )
-    texts = (tokenizer_line(plan.spec), *((_TEMPLATES,) if plan.spec.has_chat_template else ()))
+    texts = (tokenizer_line(plan.spec), *((_TEMPLATES,) if plan.chat else ()))
     if plan.place.kind != "cuda":
         return (_against_budget(plan, "ram", (*on_device, process, *texts)),)
     workspace = Line("overhead", CUDA_WORKSPACE_BYTES, msg("Workspaces of the GPU libraries."))

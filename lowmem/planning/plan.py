@@ -76,6 +76,7 @@ class Plan:
         backend: what computes: "torch", or "onnx" (ONNX Runtime, on CPUs).
         or_torch: whether torch may take over if no graph can be made: the planner chose the backend.
         window, sinks: latest and first tokens that stay cached; a window of 0 caches all.
+        chat: prompts are conversations, whose template a process renders.
     """
 
     spec: ModelSpec
@@ -94,6 +95,7 @@ class Plan:
     or_torch: bool = False
     window: int = 0
     sinks: int = 0
+    chat: bool = False
     placement: Placement | None = None
 
     @property

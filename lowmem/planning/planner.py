@@ -177,6 +177,7 @@ def _draft(
         batch=goal.batch,
         cache_type=goal.cache_type,
         prefill_chunk=goal.prefill_chunk,
+        chat=spec.has_chat_template,
         backend=backend,
         or_torch=backend == "onnx"
         and goal.backend == "auto"

@@ -185,8 +185,13 @@ class Session:
         """Run an action of another module, whose first argument is the session, wherever the model lives."""
         return action(self, *arguments, cancel=cancel, **options)
 
-    def estimate(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1) -> Plan:
-        """The resident plan re-estimated for one action, with a context of prompt and `max_new_tokens`."""
+    def estimate(self, prompt_tokens: int, options: GenerateOptions, batch: int = 1, *, raw: bool = False) -> Plan:
+        """The resident plan re-estimated for one action, with a context of prompt and `max_new_tokens`.
+
+        Args:
+            batch: prompts at once.
+            raw: they are texts, for which no chat template is rendered.
+        """
         plan = self._planned()
         return reestimate(
             plan,
@@ -195,6 +200,7 @@ class Session:
             window=options.window,
             sinks=options.sinks if options.window else 0,
             batch=batch * options.num_return_sequences,
+            chat=plan.spec.has_chat_template and not raw,
             cache_type=options.cache_type if options.use_cache else "none",
             # Sequences of one prompt share one prefill, so its activations exist once.
             prefill_chunk=max(1, options.prefill_chunk // options.num_return_sequences)
@@ -229,7 +235,7 @@ class Session:
             check_window(options, plan.spec.context)
             room, note = check_length(len(ids), options.max_new_tokens, context_of(plan.spec.context, options))
             wanted, options = options, replace(options, max_new_tokens=room)
-            action = self.estimate(len(ids), options)
+            action = self.estimate(len(ids), options, raw=raw)
             if not force:
                 refuse_if_over(action, FEWER)
             notes = [note] if note else []
@@ -278,8 +284,8 @@ class Session:
             def fits(longest: int, size: int) -> bool:
                 nonlocal largest, refused
                 if not force:
-                    refuse_if_over(self.estimate(longest, options, 1), FEWER)
-                accepted = force or self.estimate(longest, options, size).verdict != "over"
+                    refuse_if_over(self.estimate(longest, options, 1, raw=raw), FEWER)
+                accepted = force or self.estimate(longest, options, size, raw=raw).verdict != "over"
                 largest, refused = (max(largest, size), refused) if accepted else (largest, max(refused, size))
                 return accepted
 
@@ -303,7 +309,7 @@ class Session:
                         done.append(event)
                     yield event
             longest = max(completion.prompt_tokens for completion in done)
-            action = self.estimate(longest, options, min(largest, len(prompts)))
+            action = self.estimate(longest, options, min(largest, len(prompts)), raw=raw)
             receipt = receipts.batch_receipt(action, time.perf_counter() - started, done, meter.peak)
             if batch_size and refused:
                 receipt = replace(receipt, notes=(*receipt.notes, lowered(refused, largest)))
