@@ -10,6 +10,7 @@ and saves nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import tempfile
@@ -130,7 +131,7 @@ def written(model: str, scratch: Path) -> Path:
 
 
 def write_gemma(folder: Path) -> None:
-    """A checkpoint of gemma-3-270m's shape with random weights, and the demo model's tokenizer."""
+    """A checkpoint of gemma-3-270m's shape with random weights, and a tokenizer with as many entries."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -145,8 +146,22 @@ def write_gemma(folder: Path) -> None:
         for name, shape in shapes.items()
     )
     write_shards(folder, tensors, 2_000_000_000)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(demo_folder() / name, folder / name)
+    write_tokenizer(folder, GEMMA["vocab_size"])
+
+
+def write_tokenizer(folder: Path, entries: int) -> None:
+    """The demo model's tokenizer, filled up to `entries` with merges of two of its tokens."""
+    fields = json.loads((demo_folder() / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, merges = fields["model"]["vocab"], fields["model"]["merges"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    for first, second in itertools.product(tokens[300:], repeat=2):
+        if len(vocabulary) == entries:
+            break
+        if first + second not in vocabulary:
+            vocabulary[first + second] = len(vocabulary)
+            merges.append([first, second])
+    (folder / "tokenizer.json").write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
+    shutil.copyfile(demo_folder() / "tokenizer_config.json", folder / "tokenizer_config.json")
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

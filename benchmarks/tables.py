@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import budgets, offload, promise, quantize
+from benchmarks import budgets, memory, offload, promise, quantize
 from benchmarks.common import ROOT, saved, table
 
 Row = dict[str, Any]
@@ -36,6 +36,7 @@ class Section:
 
 SECTIONS = (
     Section("promise", "Peak memory: predicted and measured", "benchmarks.promise", promise.shown),
+    Section("memory", "Peak memory of generating, over models and contexts", "benchmarks.memory", memory.shown),
     Section("budgets", "Random budgets: the most memory that was held", "benchmarks.budgets --seed 11", budgets.shown),
     Section("speed", "Speed, against transformers", "benchmarks.speed"),
     Section("export", "Exported graphs, against llama.cpp and onnxruntime-genai", "benchmarks.export"),
