@@ -125,7 +125,7 @@ def test_shards_and_large_gaps(tmp_path: Path) -> None:
     parts[1] = parts[1][-2:] + parts[1][:-2]
     files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for file, part in zip(files, parts, strict=True):
-        padding = {f"{name}.padding": torch.zeros(100_000, dtype=torch.uint8) for name in part[:3]}
+        padding = {f"{name}.masked_bias": torch.zeros(100_000, dtype=torch.uint8) for name in part[:3]}
         save_file({name: tensors[name] for name in part} | padding, tmp_path / file, {"format": "pt"})
     index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))

@@ -225,7 +225,7 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
         CorruptModel, ModelNotFound: the folder cannot be read.
     """
     device, dtype = model.device, model.dtype
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+    if _is_quantized(model):
         raise Unsupported(*QUANTIZED)
     with Checkpoint(folder) as checkpoint:
         names = match_names(model, checkpoint)
@@ -247,6 +247,12 @@ def apply(model: PreTrainedModel, folder: Path, placement: Placement) -> Offload
             set_tensor(model, name, parameter.to("meta"))
         streamer = stream(model, checkpoint, blocks, placement, device, dtype)
     return Offloaded(model, streamer, modules, kept, folder, moved)
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    """Whether a layer is one of lowmem's kernels, or holds codes (bitsandbytes')."""
+    codes = any(not parameter.is_floating_point() for parameter in model.parameters())
+    return codes or any(type(module).__module__.startswith("lowmem.kernels.") for module in model.modules())
 
 
 def _outline(parameter: nn.Parameter) -> nn.Parameter:
