@@ -146,7 +146,7 @@ def write_gemma(folder: Path) -> None:
         for name, shape in shapes.items()
     )
     write_shards(folder, tensors, 2_000_000_000)
-    write_tokenizer(folder, GEMMA["vocab_size"])
+    write_tokenizer(folder, 262_144)
 
 
 def write_tokenizer(folder: Path, entries: int) -> None:

@@ -24,6 +24,7 @@ from lowmem.offload.plans import largest_batch, parse_blocks, place_blocks, plac
 from lowmem.offload.run import BlockPlacement, plan_for, run
 from lowmem.planning.fallback import offload
 from lowmem.planning.goal import Goal
+from lowmem.planning.model_bytes import TEMPLATE_PROCESS_BYTES
 from lowmem.planning.offloading import smallest
 from lowmem.planning.placement import Placement
 from lowmem.planning.plan import Plan
@@ -174,7 +175,7 @@ def test_as_many_blocks_stay_as_the_budget_holds(seven_billion: Plan) -> None:
 
 def test_a_small_budget_does_not_change_the_precision(session: Session, tmp_path: Path) -> None:
     folder = str(toys.save_toy("llama", tmp_path))
-    held = session.hardware().runtime_bytes
+    held = session.hardware().runtime_bytes + TEMPLATE_PROCESS_BYTES
     plans = [
         plan_for(session, folder, Goal(context=64), MemoryBudget(ram))
         for ram in (held + 6_000_000, held + 3_000_000_000)

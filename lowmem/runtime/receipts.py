@@ -19,8 +19,8 @@ from lowmem.units import format_bytes
 
 
 def load_receipt(plan: Plan, seconds: float, peak: dict[str, int], notes: list[str], folder: Path) -> Receipt:
-    # Loading holds no cache yet, only weights and the tensor being read.
-    predicted = reestimate(plan, context=1, batch=1, prefill_chunk=1).predicted
+    # Loading holds no cache and renders no template yet: only weights and the tensor being read.
+    predicted = reestimate(plan, context=1, batch=1, prefill_chunk=1, chat=False).predicted
     if plan.spec.dequantized:
         held = plan.precision_label
         notes = [

@@ -56,8 +56,10 @@ def tight(session: Session, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
     estimate = Session.estimate
 
     def limit(most: int) -> None:
-        def estimated(self: Session, tokens: int, options: GenerateOptions, batch: int = 1) -> Any:
-            found = estimate(self, tokens, options, batch)
+        def estimated(
+            self: Session, tokens: int, options: GenerateOptions, batch: int = 1, *, raw: bool = False
+        ) -> Any:
+            found = estimate(self, tokens, options, batch, raw=raw)
             if batch <= most:
                 return found
             lines = tuple(type(one)(one.memory, one.lines, 1) for one in found.estimates)
