@@ -139,7 +139,7 @@ def started(folder: Path, python: Path, home: Path, **variables: str) -> Iterato
 def home(tmp_path: Path) -> Path:
     """A mounted bucket with one model in it."""
     home = tmp_path / "bucket"
-    toys.save_toy("llama", home / "outputs" / "toy")
+    toys.save_toy("llama", home / "models" / "toy")
     return home
 
 
@@ -151,7 +151,7 @@ def test_a_space_of_two_cores_starts_from_its_folder_alone(tmp_path: Path, home:
     seen = subprocess.run([python, "-c", code], cwd=folder, env={}, capture_output=True, text=True).stdout
     assert seen.startswith(str(folder))
     assert str(ROOT) not in seen
-    toy = str(home / "outputs" / "toy")
+    toy = str(home / "models" / "toy")
     with started(folder, python, home) as url:
         client = Client(url, verbose=False)
         machine = client.predict(api_name="/machine")
@@ -173,7 +173,7 @@ def zerogpu_venv(folder: Path, where: Path) -> Path:
 def test_a_zerogpu_space_answers_from_its_worker(tmp_path: Path, home: Path) -> None:
     folder = build("zerogpu", tmp_path / "space")
     python = zerogpu_venv(folder, tmp_path / "venv")
-    toy, asked = str(home / "outputs" / "toy"), tmp_path / "seconds"
+    toy, asked = str(home / "models" / "toy"), tmp_path / "seconds"
     options = {"max_new_tokens": 4, "unbounded": True}
     with started(
         folder, python, home, SPACES_ZERO_GPU="true", ZEROGPU_LOG=str(asked), PYTHONPATH=str(FAKE_SPACES)
@@ -233,7 +233,7 @@ for ref in ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
 
 def test_a_visitor_without_seconds_left_is_told(tmp_path: Path, home: Path) -> None:
     folder = build("zerogpu", tmp_path / "space")
-    toy = str(home / "outputs" / "toy")
+    toy = str(home / "models" / "toy")
     python = zerogpu_venv(folder, tmp_path / "venv")
     variables = {"SPACES_ZERO_GPU": "true", "ZEROGPU_QUOTA": "0", "PYTHONPATH": str(FAKE_SPACES)}
     with started(folder, python, home, **variables) as url:

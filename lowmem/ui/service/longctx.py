@@ -95,8 +95,8 @@ class LongContextService:
         precision: str = AUTO,
     ) -> Iterator[Step | Point | Receipt]:
         """Read a text with every cache strategy, each in its own child process; without a text, Python's manual."""
-        self.engine.spec(model)  # refuses models that this visitor may not name
         self.engine.access.check_reading(options.tokens)
+        self.engine.spec(model)  # refuses models that this visitor may not name
         budget = self.engine.child_budget(budget)
 
         def events() -> Iterator[Any]:
