@@ -55,9 +55,18 @@ class Message(str):
         return Message("{first}{second}", first=other, second=self)
 
 
+LONGEST_VALUE = 500
+"""Characters of a text in a sentence: names and fields of strangers' files may have any length."""
+
+
 def msg(msgid: str, /, **params: Any) -> str:
-    """A `Message` for the catalogues, which hold the first argument of every call."""
-    return Message(msgid, **params)
+    """A `Message` for the catalogues, which hold the first argument of every call; long texts are cut."""
+    return Message(msgid, **{name: _within_a_sentence(value) for name, value in params.items()})
+
+
+def _within_a_sentence(value: Any) -> Any:
+    cut = isinstance(value, str) and not isinstance(value, Message) and len(value) > LONGEST_VALUE
+    return f"{value[: LONGEST_VALUE - 3]}..." if cut else value
 
 
 NUMBER = msg("1,234.5")

@@ -11,7 +11,7 @@ import pytest
 
 from lowmem.errors import DoesNotFit
 from lowmem.events import Step
-from lowmem.messages import LANGUAGE, Message, join, packed, preferred, translate, unpacked
+from lowmem.messages import LANGUAGE, Message, join, msg, packed, preferred, translate, unpacked
 
 SPEED = Message("{tokens:,} tokens at {speed:.1f} tok/s", tokens=1234, speed=2.5)
 
@@ -21,6 +21,12 @@ def test_a_message_is_its_english_text() -> None:
     assert json.dumps({"note": SPEED}) == '{"note": "1,234 tokens at 2.5 tok/s"}'
     assert Message('Write {"prompt": "..."}.') == 'Write {"prompt": "..."}.'
     assert f"{Message('{size:.0%} of {name!r}', size=0.5, name='a')}" == "50% of 'a'"
+
+
+def test_a_text_of_a_strangers_file_is_cut() -> None:
+    sentence = msg("There is no option {name!r}.", name="x" * 100_000)
+    assert len(sentence) < 600
+    assert sentence.endswith("x...'.")
 
 
 def test_numbers_take_the_signs_of_the_language() -> None:

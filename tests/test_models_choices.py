@@ -77,6 +77,9 @@ def test_a_stranger_cannot_name_a_folder_of_the_machine(tmp_path):
             Engine(access=Access(public=True)).plan(Choice(model=ref))
 
 
-def test_a_stranger_may_use_what_lowmem_wrote_itself():
-    folder = toys.save_toy("llama", settings().outputs / "mine")
+def test_a_stranger_may_use_the_models_that_were_fetched_and_not_what_the_owner_made():
+    folder = toys.save_toy("llama", settings().models / "fetched")
     assert Engine(access=Access(public=True)).plan(Choice(model=str(folder))).spec.layers == 2
+    folder = toys.save_toy("llama", settings().outputs / "mine")
+    with pytest.raises(LowMemError):
+        Engine(access=Access(public=True)).plan(Choice(model=str(folder)))
