@@ -12,11 +12,13 @@ import pytest
 import toys
 
 from lowmem.events import Receipt
-from lowmem.export.request import ExportRequest
+from lowmem.export.request import ExportRequest, estimate
 from lowmem.export.run import export_isolated
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
+from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
+from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.quant.request import QuantizeRequest
@@ -26,6 +28,7 @@ from lowmem.runtime.remote import WorkerSession
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a cap")
 
 ROOM = 1.03
+INT4 = ExportOptions(precision="int4")
 GREEDY = GenerateOptions(greedy=True, max_new_tokens=16)
 TEXT = "The quick brown fox jumps over the lazy dog. "
 
@@ -68,7 +71,7 @@ def quantize(model: str, folder: Path, budget: MemoryBudget) -> Iterator[Any]:
 
 
 def export(model: str, folder: Path, budget: MemoryBudget) -> Iterator[Any]:
-    return export_isolated(ExportRequest(model, folder / "graph", ExportOptions(precision="int4"), budget))
+    return export_isolated(ExportRequest(model, folder / "graph", INT4, budget))
 
 
 def check(receipt: Receipt, budget: int) -> None:
@@ -103,9 +106,14 @@ def test_it_answers(model, action: Callable[..., Iterator[Any]], tmp_path):
         session.unload()
 
 
-@pytest.mark.parametrize("job", [quantize, export])
-def test_a_job_ends(model, job: Callable[..., Iterator[Any]], tmp_path):
+def test_a_quantization_ends(model, tmp_path):
     (tmp_path / "free").mkdir()
     (tmp_path / "tight").mkdir()
-    budget = int(ROOM * last(job(model, tmp_path / "free", UNLIMITED)).predicted["ram"])
-    check(last(job(model, tmp_path / "tight", MemoryBudget(budget))), budget)
+    budget = int(ROOM * last(quantize(model, tmp_path / "free", UNLIMITED)).predicted["ram"])
+    check(last(quantize(model, tmp_path / "tight", MemoryBudget(budget))), budget)
+
+
+def test_an_export_ends(model, tmp_path):
+    expected = estimate(read_spec(model), INT4, measure_runtime_bytes(), UNLIMITED.limit("ram"))
+    budget = int(ROOM * expected.ram_bytes)
+    check(last(export(model, tmp_path, MemoryBudget(budget))), budget)

@@ -460,7 +460,7 @@ def blind(names: list[str], seconds: float) -> int:
     return runs
 
 
-def guided(names: list[str], seconds: float, folder: Path) -> None:
+def guided(names: list[str], seconds: float, folder: Path, seed: int) -> None:
     """Does not return: libFuzzer ends the process. The first byte of its inputs chooses the reader."""
 
     def mutator(data: bytes, longest: int, seed: int) -> bytes:
@@ -478,6 +478,7 @@ def guided(names: list[str], seconds: float, folder: Path) -> None:
         for data in corpus(name):
             (folder / f"{name}-{hashlib.sha1(data).hexdigest()}").write_bytes(bytes([number]) + data)
     arguments = [sys.argv[0], str(folder), f"-max_total_time={seconds:.0f}", "-timeout=120", "-rss_limit_mb=0"]
+    arguments += [f"-seed={seed}"]
     arguments += ["-max_len=16384", "-len_control=0", "-print_final_stats=1", "-verbosity=0", "-artifact_prefix=crash-"]
     atheris.Setup(arguments, run, custom_mutator=mutator)
     atheris.Fuzz()
@@ -523,6 +524,7 @@ def main() -> None:
     parser.add_argument(
         "--distil", type=Path, default=None, help="such a folder, of which the corpus takes what is new"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs; 0 for others every time")
     options = parser.parse_args()
     logging.disable()
     names = options.names or [name for name, target in TARGETS.items() if target.memory == MEMORY_BYTES]
@@ -536,7 +538,7 @@ def main() -> None:
     if atheris is None:
         print(f"{blind(names, options.seconds)} runs")
     else:
-        guided(names, options.seconds, options.keep or Path(tempfile.mkdtemp()))
+        guided(names, options.seconds, options.keep or Path(tempfile.mkdtemp()), options.seed)
 
 
 if __name__ == "__main__":
