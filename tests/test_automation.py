@@ -19,7 +19,7 @@ import pytest
 import toys
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import MissingDependency
 from lowmem.machine.baseline import measure_runtime_bytes
@@ -68,7 +68,7 @@ def test_the_documented_example_runs_on_a_toy() -> None:
     try:
         lines = run_example(launched(demo))
     finally:
-        demo.close()
+        close(demo)
     assert lines[0].startswith("Fits")
     assert any(line.startswith("Round to nearest, 4 bits, groups of 32") for line in lines)
     assert sorted(line.split()[0] for line in lines[-3:]) == ["fp32", "int8", "rtn:4:32"]
@@ -105,7 +105,7 @@ def test_the_documented_output_is_that_of_the_demo_model(demo_home: Path) -> Non
 def client() -> Iterator[Client]:
     demo = build_ui(StubEngine(delay=0.002))
     yield Client(launched(demo), verbose=False)
-    demo.close()
+    close(demo)
 
 
 ACTIONS = {
@@ -231,7 +231,7 @@ def test_the_endpoints_are_mcp_tools() -> None:
     try:
         tools, answers = asyncio.run(ask())
     finally:
-        demo.close()
+        close(demo)
     assert {endpoint.name for endpoint in ENDPOINTS} | set(RENAMED) == set(tools)
     assert set(ACTIONS) <= set(tools)
     quantize = tools["quantize"]

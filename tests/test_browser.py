@@ -15,7 +15,7 @@ from typing import Any
 
 import own_process
 import pytest
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.settings import settings
 from lowmem.ui.launch import launch_options
@@ -55,7 +55,7 @@ def stub_url() -> Iterator[str]:
     demo = build_ui(StubEngine())
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield url
-    demo.close()
+    close(demo)
 
 
 class Visit:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import toys
 from test_browser import Visit, browser, pytestmark  # noqa: F401  a fixture, and what marks this file
+from ui_stub import close
 
 from lowmem.settings import settings
 from lowmem.ui.launch import launch_options
@@ -28,7 +29,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     demo = build_ui(engine, model="demo")
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield address
-    demo.close()
+    close(demo)
     engine.unload()
 
 

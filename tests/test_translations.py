@@ -9,7 +9,7 @@ import gradio as gr
 import httpx
 import pytest
 from catalogues import catalogues, compiled, read, texts, unmarked
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.messages import LANGUAGE, msg, translate
 from lowmem.ui.html import learn as render_learn
@@ -88,7 +88,7 @@ def served(demo: Page, accept: str) -> str:
     try:
         return httpx.get(f"{url}config", headers={"accept-language": accept}).text
     finally:
-        demo.close()
+        close(demo)
 
 
 def test_the_page_is_sent_in_the_visitors_language_or_in_the_one_that_was_set() -> None:

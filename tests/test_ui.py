@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import BadInput, Cancelled, DoesNotFit
 from lowmem.events import CancelToken, Chunk, Completion, Receipt
@@ -78,7 +78,7 @@ def client(engine: StubEngine) -> Iterator[Client]:
     demo = build_ui(engine)
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield Client(url, verbose=False)
-    demo.close()
+    close(demo)
 
 
 @pytest.fixture

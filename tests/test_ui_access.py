@@ -11,7 +11,7 @@ import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError, AuthenticationError
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.events import CancelToken
@@ -34,7 +34,7 @@ def url() -> Iterator[str]:
     options = launch_options(public=True)
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, auth=[VISITOR, OWNER], **options)
     yield address
-    demo.close()
+    close(demo)
 
 
 @pytest.fixture(autouse=True)

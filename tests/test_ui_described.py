@@ -11,7 +11,7 @@ import gradio as gr
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.messages import LANGUAGE
 from lowmem.models.catalog import CATALOG
@@ -29,7 +29,7 @@ def client() -> Iterator[Client]:
     demo = build_ui(StubEngine())
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield Client(url, verbose=False)
-    demo.close()
+    close(demo)
 
 
 @pytest.fixture(scope="module")

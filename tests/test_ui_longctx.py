@@ -11,7 +11,7 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from toys import save_toy
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.events import CancelToken, Receipt
@@ -162,7 +162,7 @@ def client(loaded: Engine) -> Iterator[Client]:
     demo = build_ui(loaded)
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield Client(url, verbose=False)
-    demo.close()
+    close(demo)
 
 
 def test_endpoints(client: Client) -> None:

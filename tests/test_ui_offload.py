@@ -11,7 +11,7 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from toys import save_toy
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import BadInput, LowMemError
 from lowmem.events import CancelToken, Receipt
@@ -169,7 +169,7 @@ def client(engine: Engine) -> Iterator[Client]:
     demo = build_ui(engine)
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield Client(url, verbose=False)
-    demo.close()
+    close(demo)
 
 
 def test_endpoints(client: Client, folder: Path) -> None:

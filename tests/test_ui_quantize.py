@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import BadInput, NotAllowed, Unsupported
 from lowmem.events import CancelToken, Receipt, Step
@@ -88,7 +88,7 @@ def client(service: StubQuantizeService) -> Iterator[Client]:
     demo = build_ui(services=Services(service.engine, quantize=service, compare=StubCompareService(service.engine)))
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield Client(url, verbose=False)
-    demo.close()
+    close(demo)
 
 
 def test_quantize_streams_steps_and_ends_in_the_receipt(client: Client) -> None:

@@ -9,6 +9,7 @@ import itertools
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ TEXT = (
     "That is why a long conversation costs memory even when the model itself does not change. "
 )
 WORDS = TEXT.split(" ")
+
+
+def close(demo: Any) -> None:
+    """Close a page that was launched in this process. Gradio wakes what waits for that from a thread that is not theirs."""
+    with suppress(RuntimeError):  # one of them left at that moment; the event is set all the same
+        demo.app.stop_event.set()
+    demo.close()
 
 
 def machine(vram_gb: float = 0) -> Hardware:

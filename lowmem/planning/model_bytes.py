@@ -105,6 +105,7 @@ def activation_line(plan: Plan, dtype: str) -> Line:
     alive = max(
         activation_bytes(plan.spec, min(chunk, most), seen, plan.batch, dtype) for most, seen in cache.passes(plan)
     )
+    alive += min(chunk, plan.context) * plan.batch * _kernel_bytes_per_token(plan, dtype)
     if plan.place.kind == "cpu":  # freed tensors leave holes in the heap, which are returned once they are that large
         alive += min(alive, HeapTrimmer.GROWTH)
     total = alive + logits_bytes(plan.spec, plan.batch, dtype)
@@ -113,6 +114,15 @@ def activation_line(plan: Plan, dtype: str) -> Line:
         total,
         msg("One block processing {chunk:,} tokens x {batch}, and the logits.", chunk=chunk, batch=plan.batch),
     )
+
+
+def _kernel_bytes_per_token(plan: Plan, dtype: str) -> int:
+    """What the widest quantized layer holds of a token while it computes, besides what `activation_bytes` follows."""
+    dense = PRECISIONS[plan.precision].dense(dtype, plan.spec.stored)
+    layers = (
+        tensor.matrices[1:] for tensor in plan.spec.tensors if tensor.role == "linear" and not tensor.packed_layer
+    )
+    return max((dense.pass_bytes(rows, columns) for rows, columns in layers), default=0)
 
 
 def logits_bytes(spec: ModelSpec, batch: int, dtype: str) -> int:

@@ -71,6 +71,10 @@ class Precision:
         """Bytes of a quantized embedding, which a tied head shares."""
         raise NotImplementedError
 
+    def pass_bytes(self, rows: int, columns: int) -> int:  # noqa: ARG002
+        """What a layer [rows, columns] holds of every token while it computes, besides its input and output."""
+        return 0
+
     def temporary_bytes(self, rows: int, columns: int, dtype: str) -> int:
         """Bytes that quantizing a matrix takes besides the stored tensor and the result."""
         return rows * columns * DTYPE_BYTES[dtype]

@@ -52,6 +52,10 @@ class Int8(Precision):
         """The codes before they are packed, and two fp32 copies of the rows at work."""
         return rows * columns + 2 * 4 * min(rows, layouts.QUANTIZED_ROWS) * columns
 
+    def pass_bytes(self, rows: int, columns: int) -> int:
+        """The activations divided by their scale in fp32 and their codes; FBGEMM's sums in int32."""
+        return 5 * columns + 4 * rows
+
     def linear(self, weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002
         return self._layer().from_weight(weight, bias)
 

@@ -192,10 +192,9 @@ class Session:
             batch: prompts at once.
             raw: they are texts, for which no chat template is rendered.
         """
-        plan = self._planned()
+        plan = self._measured_plan()
         return reestimate(
             plan,
-            hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes),
             context=min(prompt_tokens + options.max_new_tokens, context_of(plan.spec.context, options)),
             window=options.window,
             sinks=options.sinks if options.window else 0,
@@ -371,9 +370,14 @@ class Session:
         return self._plan
 
     def _resident(self) -> tuple[Loaded, Plan]:
-        plan = self._planned()
+        plan = self._measured_plan()
         assert self._loaded is not None  # set together
         return self._loaded, plan
+
+    def _measured_plan(self) -> Plan:
+        """The resident plan with what this process holds besides the weights, which is known once it has loaded them."""
+        plan = self._planned()
+        return replace(plan, hardware=replace(plan.hardware, runtime_bytes=self._overhead_bytes))
 
     def _ensure_backend(
         self, options: GenerateOptions | None, cancel: CancelToken, force: bool

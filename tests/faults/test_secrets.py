@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 import psutil
 import pytest
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from faults import load
 from lowmem.machine.child import Child
@@ -188,7 +188,7 @@ def signed_in() -> Iterator[str]:
         prevent_thread_lock=True, quiet=True, auth=[("owner", PASSWORD)], **launch_options(public=True)
     )
     yield url
-    demo.close()
+    close(demo)
 
 
 @pytest.mark.browser

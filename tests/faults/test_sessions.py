@@ -12,7 +12,7 @@ import gradio as gr
 import httpx
 import psutil
 import pytest
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.ui import sessions
 from lowmem.ui.launch import launch_options
@@ -26,7 +26,7 @@ def page() -> Iterator[tuple[gr.Blocks, str]]:
     demo = build_ui(StubEngine())
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield demo, url
-    demo.close()
+    close(demo)
 
 
 def refresh(page: tuple[gr.Blocks, str], session: str) -> list[Any]:

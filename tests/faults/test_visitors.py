@@ -16,7 +16,7 @@ import pytest
 from gradio.context import LocalContext
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from ui_stub import StubEngine
+from ui_stub import StubEngine, close
 
 from lowmem.errors import BadInput, NotAllowed
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
@@ -44,7 +44,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, gr.Blo
         demo = build_ui(engine)
         _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, auth=SIGN_INS, **launch_options(public=True))
         yield url, demo, engine
-        demo.close()
+        close(demo)
 
 
 def visitor(url: str, name: str = "ada") -> Client:
@@ -201,7 +201,7 @@ def test_mcp_gives_each_program_its_own_receipts(tmp_path: Path) -> None:
     try:
         receipts = asyncio.run(ask())
     finally:
-        demo.close()
+        close(demo)
     assert [PLANTED in one for one in receipts] == [True, False, False]
     assert [one.address for one in seen[-2:]] == ["127.0.0.7", "127.0.0.8"]
 
