@@ -97,7 +97,9 @@ def _device_lines(plan: Plan, dtype: str) -> tuple[Line, ...]:
 def _graph_lines(plan: Plan) -> tuple[Line, ...]:
     spec, batch, chunk = plan.spec, plan.batch, min(plan.prefill_chunk, plan.context)
     kv = exported.kv_bytes(spec, plan.cached_tokens, batch) if plan.cache_type != "none" else 0
-    activations = exported.activation_bytes(spec, chunk, plan.context, batch) + logits_bytes(spec, batch, "fp32")
+    activations = exported.activation_bytes(spec, chunk, plan.context, batch, plan.precision) + logits_bytes(
+        spec, batch, "fp32"
+    )
     per_token = format_bytes(exported.kv_bytes(spec, 1, 1))
     weights = exported.session_bytes(spec, plan.precision)
     return (

@@ -127,17 +127,18 @@ def kv_bytes(spec: ModelSpec, context: int, batch: int) -> int:
     return 2 * 4 * spec.layers * spec.kv_heads * spec.head_dim * context * batch
 
 
-def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int) -> int:
+def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int, precision: str) -> int:
     """Peak of one block over `tokens` of one row, or one token of each of `batch` rows, that see `context` tokens.
 
-    Counted: residual and normed input; query, key, value and their rotated copies; gate, up and their product; and
-    the scores of all heads, which exist at once.
+    Counted: residual and normed input; query, key, value and their rotated copies; gate, up and their product;
+    the scores of all heads, which exist at once; and in int8 a layer's input divided by its scale, its codes and int32 sums.
     """
     q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     rows = max(tokens, batch)
     wide = rows * max(3 * (q_width + 2 * kv_width), 4 * spec.intermediate)
     scores = spec.heads * rows * context
-    return 4 * (3 * rows * spec.hidden + wide + scores + 2 * batch * spec.vocab)
+    codes = rows * (5 + 4) * spec.intermediate if precision == "int8" and tokens > 1 else 0
+    return 4 * (3 * rows * spec.hidden + wide + scores + 2 * batch * spec.vocab) + codes
 
 
 def writing_bytes(spec: ModelSpec, precision: str, group_size: int = 32, fast_prefill: bool | None = None) -> int:

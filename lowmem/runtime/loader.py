@@ -340,9 +340,12 @@ def _guard_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: check_ids(int(inputs[0].max()), size))
 
 
+WARM_UP_TOKENS = 16
+"""So many that a prompt's kernels are read from disk too, 12 MB of ONNX Runtime's, which a single token does not use."""
+
+
 def warm_up(loaded: Loaded) -> None:
-    """Run one token through the model, so that kernels and thread pools start now and not in the first generation."""
+    """Run some tokens through the model, so that kernels and thread pools start now and not in the first generation."""
+    ids = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.long, device=loaded.device)
     with torch.inference_mode():
-        loaded.model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False, logits_to_keep=1
-        )
+        loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
