@@ -56,6 +56,9 @@ class Case:
         object.__setattr__(self, "name", f"{self.model}, {self.precision}, {self.context:,} tokens{batch}")
 
 
+LONGEST_ARGUMENT = 100_000
+"""Characters; Linux takes 128 KB in one argument of a command line."""
+
 QUICK = tuple(Case(DEMO, precision, 512) for precision in ("fp32", "bf16", "int8"))
 CASES = (
     *QUICK,
@@ -97,7 +100,7 @@ def measured(case: Case, scratch: Path) -> dict[str, Any]:
 def arguments(case: Case, scratch: Path) -> Iterator[str | int | Path]:
     prompt = text_of(demo_folder(), case.context - NEW_TOKENS - 2)
     yield from (model_of(case, scratch), "--raw", "--greedy", "--max-new-tokens", NEW_TOKENS, "--context", case.context)
-    if case.batch > 1:
+    if case.batch > 1 or len(prompt) > LONGEST_ARGUMENT:
         prompts = scratch / "prompts.txt"
         prompts.write_text("\n".join([" ".join(prompt.split())] * case.batch), encoding="utf-8")
         yield from ("--prompts", prompts, "--batch-size", case.batch)

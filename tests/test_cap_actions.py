@@ -12,13 +12,11 @@ import pytest
 import toys
 
 from lowmem.events import Receipt
-from lowmem.export.request import ExportRequest, estimate
+from lowmem.export.request import ExportRequest
 from lowmem.export.run import export_isolated
 from lowmem.generate.options import GenerateOptions
 from lowmem.longctx import actions
-from lowmem.machine.baseline import measure_runtime_bytes
 from lowmem.machine.budget import UNLIMITED, MemoryBudget
-from lowmem.models.source import read_spec
 from lowmem.planning.goal import Goal
 from lowmem.planning.graph_options import ExportOptions
 from lowmem.quant.request import QuantizeRequest
@@ -106,14 +104,9 @@ def test_it_answers(model, action: Callable[..., Iterator[Any]], tmp_path):
         session.unload()
 
 
-def test_a_quantization_ends(model, tmp_path):
+@pytest.mark.parametrize("job", [quantize, export])
+def test_a_job_ends(model, job: Callable[..., Iterator[Any]], tmp_path):
     (tmp_path / "free").mkdir()
     (tmp_path / "tight").mkdir()
-    budget = int(ROOM * last(quantize(model, tmp_path / "free", UNLIMITED)).predicted["ram"])
-    check(last(quantize(model, tmp_path / "tight", MemoryBudget(budget))), budget)
-
-
-def test_an_export_ends(model, tmp_path):
-    expected = estimate(read_spec(model), INT4, measure_runtime_bytes(), UNLIMITED.limit("ram"))
-    budget = int(ROOM * expected.ram_bytes)
-    check(last(export(model, tmp_path, MemoryBudget(budget))), budget)
+    budget = int(ROOM * last(job(model, tmp_path / "free", UNLIMITED)).predicted["ram"])
+    check(last(job(model, tmp_path / "tight", MemoryBudget(budget))), budget)
