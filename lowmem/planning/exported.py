@@ -13,6 +13,7 @@ from lowmem.machine.rates import Unmeasured, correction, known_rate
 from lowmem.messages import msg
 from lowmem.models.spec import DTYPE_BYTES, ModelSpec
 from lowmem.planning.graph_options import ExportOptions
+from lowmem.precisions.int8 import PRECISION as INT8
 from lowmem.units import MB
 
 HEAD_BITS, HEAD_GROUP = 8, 64
@@ -137,7 +138,7 @@ def activation_bytes(spec: ModelSpec, tokens: int, context: int, batch: int, pre
     rows = max(tokens, batch)
     wide = rows * max(3 * (q_width + 2 * kv_width), 4 * spec.intermediate)
     scores = spec.heads * rows * context
-    codes = rows * (5 + 4) * spec.intermediate if precision == "int8" and tokens > 1 else 0
+    codes = rows * INT8.pass_bytes(spec.intermediate, spec.intermediate) if precision == "int8" and tokens > 1 else 0
     return 4 * (3 * rows * spec.hidden + wide + scores + 2 * batch * spec.vocab) + codes
 
 
